@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint setup clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+setup: $(STAMP)  ## create .venv with the pinned packages
+
+demo: $(STAMP)  ## train Hope on real text for about three minutes and generate from it
+	@$(BIN)/nested-learning train --preset hope-tiny --data stdlib --max_minutes 3 --output runs/demo --overwrite
+
+lint: $(STAMP)  ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint  ## lint, types and the tests that take seconds
+	@$(BIN)/python -m pytest
+
+test-slow: lint  ## every test, the long ones too
+	@$(BIN)/python -m pytest -m "slow or not slow"
+
+clean:  ## remove caches and runs, keep the virtual environment
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

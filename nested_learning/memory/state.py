@@ -1,0 +1,98 @@
+"""State as a value: what a running layer has to remember, as a tree of tensors.
+
+A state goes into a layer and a new one comes out; no layer writes to a parameter or a buffer. Every
+tensor of a state has the batch as its first dimension, so moving, detaching, reordering and saving are
+each one map over the tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+S = TypeVar("S", bound="State")
+TensorFn = Callable[[Tensor], Tensor]
+
+
+class State:
+    """Base of the state dataclasses. Fields are tensors [B, ...], dicts of such tensors, or None.
+
+    Subclasses are frozen dataclasses; declaring one registers it as a pytree node and under its class
+    name, by which a file of saved states finds it again.
+    """
+
+    registry: ClassVar[dict[str, type[State]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        State.registry[cls.__name__] = cls
+        pytree.register_pytree_node(
+            cls,
+            lambda state: ([getattr(state, f.name) for f in dataclasses.fields(state)], None),  # type: ignore[arg-type]
+            lambda values, _: cls(*values),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
+
+    def map(self: S, fn: TensorFn) -> S:
+        """A new state with `fn` applied to each tensor."""
+        return pytree.tree_map_only(Tensor, fn, self)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the state, in a fixed order."""
+        return [leaf for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor)]
+
+    def nbytes(self) -> int:
+        """Bytes held by the state's tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def detach(self: S) -> S:
+        """The same values, cut from the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def clone(self: S) -> S:
+        return self.map(Tensor.clone)
+
+    def to(self: S, device: torch.device | str) -> S:
+        """Move to a device. The dtypes stay: states are float32 (or float64) whatever the model is."""
+        return self.map(lambda t: t.to(device))
+
+    def select_rows(self: S, index: Tensor) -> S:
+        """Rows `index` [B'] of the batch, in that order: beam reordering, slicing one row, duplicating."""
+        return self.map(lambda t: t.index_select(0, index.to(t.device)))
+
+    def repeat_rows(self: S, repeats: int) -> S:
+        """Each row `repeats` times in succession, as `generate` expands a batch for beams."""
+        return self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat `{"field": t, "field.key": t}` for a safetensors file; fields that are None are left out."""
+        flat: dict[str, Tensor] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                flat[field.name] = value
+            elif isinstance(value, dict):
+                flat.update({f"{field.name}.{key}": t for key, t in value.items()})
+        return flat
+
+    @classmethod
+    def from_tensors(cls: type[S], flat: dict[str, Tensor]) -> S:
+        """The inverse of `to_tensors`."""
+        values: dict[str, Any] = {f.name: None for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name, tensor in flat.items():
+            field, _, key = name.partition(".")
+            if field not in values:
+                raise ValueError(
+                    f"{cls.__name__} has no field {field!r} (got {name!r}); it has {', '.join(values)}. "
+                    "The file was written by another version or is damaged."
+                )
+            if key:
+                values[field] = {**(values[field] or {}), key: tensor}
+            else:
+                values[field] = tensor
+        return cls(**values)
