@@ -1,0 +1,225 @@
+"""Chunk-parallel form of the delta-rule recurrence: exact, in matrix products and one triangular solve.
+
+Notation as in README.md: rows of X are the inputs of a chunk, gamma_t = prod_{s<=t} alpha_s,
+Gamma_ts = gamma_t / gamma_s for s <= t, and likewise for mu. `log_*` arguments are natural logarithms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# exp(-80) is zero beside 1 in float64 too; the bound keeps differences of cumulative sums finite when a
+# decay underflows to log 0 = -inf.
+_LOG_FLOOR = -80.0
+
+
+class _Decay:
+    """Products of decays within a chunk, from their logarithms [..., C].
+
+    Differences of the cumulative logs are masked before the exponential: above the diagonal they are
+    positive and may overflow, and inf * 0 is NaN in the backward pass.
+    """
+
+    def __init__(self, log_decay: Tensor) -> None:
+        log_decay = log_decay.clamp_min(_LOG_FLOOR)
+        total = log_decay.cumsum(-1)  # [..., C]
+        before = total - log_decay
+        C = log_decay.shape[-1]
+        causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
+        inverse = total.unsqueeze(-2)
+        self.since_start = total.exp()  # gamma_t [..., C]
+        self.before_start = before.exp()  # gamma_{t-1}, 1 at the first token [..., C]
+        self.between = _masked_exp(total.unsqueeze(-1) - inverse, causal)  # Gamma_ts, s <= t [..., C, C]
+        # Gamma_{t-1,s} for s < t: what a write at s has decayed to when token t arrives
+        self.before = _masked_exp(before.unsqueeze(-1) - inverse, causal.tril(-1))  # [..., C, C]
+
+
+def _masked_exp(difference: Tensor, keep: Tensor) -> Tensor:
+    return difference.masked_fill(~keep, float("-inf")).exp()
+
+
+def _shift_rows(P: Tensor) -> Tensor:
+    """Rows one down, zeros in the first: what holds before the token of that row. P [..., C, C]."""
+    return torch.nn.functional.pad(P[..., :-1, :], (0, 0, 1, 0))
+
+
+class Chunk:
+    """One chunk of the recurrence: solve once, then read at any queries and take the final state.
+
+    Args:
+        W: [..., d_out, d_in] weights before the chunk.
+        x: [..., C, d_in] inputs;  a: [..., C, d_out] writes.
+        log_alpha, erase, log_mu, write: [..., C].
+        S: [..., d_out, d_in] momentum before the chunk, None for zero; only with `log_mu`.
+        W_init: [..., d_out, d_in] the weights that retention pulls towards, None for zero.
+        Wx: [..., C, d_out] the product W x if the caller has it already (the layer's own forward pass).
+        decay: a `Decay` of `log_alpha` shared between several chunks of equal decays.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        x: Tensor,
+        a: Tensor,
+        log_alpha: Tensor,
+        erase: Tensor | None = None,
+        S: Tensor | None = None,
+        log_mu: Tensor | None = None,
+        write: Tensor | None = None,
+        W_init: Tensor | None = None,
+        Wx: Tensor | None = None,
+        decay: _Decay | None = None,
+    ) -> None:
+        self.x, self.a, self.S, self.W_init = x, a, S, W_init
+        self.V = W if W_init is None else W - W_init  # decays to zero
+        self.alpha = _Decay(log_alpha) if decay is None else decay
+        self.mu = None if log_mu is None else _Decay(log_mu)
+        if self.mu is not None:
+            # P_ts = sum_r Gamma_tr w_r M_rs: how much of the write at s the weights hold at t
+            gated = self.alpha.between if write is None else self.alpha.between * write.unsqueeze(-2)
+            self.P = gated @ self.mu.between
+            self.c = (gated @ self.mu.since_start.unsqueeze(-1)).squeeze(-1)  # the same for S0
+        elif write is not None:
+            self.a = a = a * write.unsqueeze(-1)
+        self.B = None if erase is None else self._erased(erase, W, Wx)
+
+    def _erased(self, erase: Tensor, W: Tensor, Wx: Tensor | None) -> Tensor:
+        """B_t = -erase_t W_{t-1} x_t [..., C, d_out]; without momentum the write is merged in, B_t + a_t."""
+        x, alpha = self.x, self.alpha
+        rate = erase.unsqueeze(-1)
+        gram = x @ x.mT  # [..., C, C]
+        if self.W_init is None:
+            held = alpha.before_start.unsqueeze(-1) * (x @ W.mT if Wx is None else Wx)
+        else:
+            held = alpha.before_start.unsqueeze(-1) * (x @ self.V.mT) + x @ self.W_init.mT
+        system = rate * (gram * alpha.before)  # strictly lower; the solve takes the unit diagonal as given
+        if self.mu is None:
+            right = self.a - rate * held
+        else:
+            held = held + (gram * _shift_rows(self.P)) @ self.a
+            if self.S is not None:
+                c_before = torch.nn.functional.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
+                held = held + c_before * (x @ self.S.mT)
+            right = -rate * held
+        batch = torch.broadcast_shapes(system.shape[:-2], right.shape[:-2])
+        system = system.expand(batch + system.shape[-2:])
+        right = right.expand(batch + right.shape[-2:])
+        return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+    def read(self, q: Tensor) -> Tensor:
+        """o_t = W_t q_t, after the write of token t. q [..., C, d_in] -> [..., C, d_out]."""
+        scores = q @ self.x.mT  # [..., C, C]
+        out = self.alpha.since_start.unsqueeze(-1) * (q @ self.V.mT)
+        if self.W_init is not None:
+            out = out + q @ self.W_init.mT
+        if self.mu is None:
+            return out + (scores * self.alpha.between) @ (self.a if self.B is None else self.B)
+        out = out + (scores * self.P) @ self.a
+        if self.S is not None:
+            out = out + self.c.unsqueeze(-1) * (q @ self.S.mT)
+        if self.B is not None:
+            out = out + (scores * self.alpha.between) @ self.B
+        return out
+
+    def final(self) -> tuple[Tensor, Tensor | None]:
+        """(W_C, S_C) after the last token; S_C is None without momentum."""
+        last = self.alpha.between[..., -1, :].unsqueeze(-1)  # Gamma_Cs [..., C, 1]
+        V = self.alpha.since_start[..., -1, None, None] * self.V
+        S = None
+        if self.mu is None:
+            written = last * (self.a if self.B is None else self.B)
+        else:
+            written = self.P[..., -1, :].unsqueeze(-1) * self.a
+            if self.B is not None:
+                written = written + last * self.B
+            S = (self.mu.between[..., -1, :].unsqueeze(-1) * self.a).mT @ self.x
+            if self.S is not None:
+                V = V + self.c[..., -1, None, None] * self.S
+                S = S + self.mu.since_start[..., -1, None, None] * self.S
+        V = V + written.mT @ self.x
+        return V if self.W_init is None else V + self.W_init, S
+
+
+def chunked(
+    W0: Tensor,
+    x: Tensor,
+    a: Tensor,
+    log_alpha: Tensor,
+    erase: Tensor | None = None,
+    q: Tensor | None = None,
+    S0: Tensor | None = None,
+    log_mu: Tensor | None = None,
+    write: Tensor | None = None,
+    W_init: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The recurrence of this package (spec section 4), exact, `chunk_size` tokens at a time.
+
+    Leading dimensions are free and broadcast against each other; T need not be a multiple of `chunk_size`.
+    Differentiable in every tensor argument. Computes in the dtype it is given: pass float32 or float64.
+
+    Args:
+        W0: [..., d_out, d_in] initial weights.
+        x: [..., T, d_in] inputs of the linear map (keys).
+        a: [..., T, d_out] writes, minus learning rate times output gradient.
+        log_alpha: [..., T] log of the retention, <= 0.
+        erase: [..., T] erase rate; None for none.
+        q: [..., T, d_in] queries, read after the write of their token; None for no output.
+        S0: [..., d_out, d_in] initial momentum; None for zero. Needs `log_mu`.
+        log_mu: [..., T] log of the momentum decay; None for no momentum.
+        write: [..., T] factor of the write, 0 for a token that must not write; None for ones.
+        W_init: [..., d_out, d_in] what retention pulls towards; None for zero.
+        chunk_size: tokens per chunk, any positive number: it changes the cost, not the result.
+
+    Returns:
+        o [..., T, d_out] (None without q), W_T [..., d_out, d_in], S_T (None without momentum).
+
+    Raises:
+        ValueError: for a chunk_size below 1, an empty sequence, shapes that do not fit, or S0 without log_mu.
+    """
+    _check(W0, x, a, q, S0, log_mu, chunk_size)
+    W, S, outputs = W0, S0, []
+    for start in range(0, x.shape[-2], chunk_size):
+        now = slice(start, start + chunk_size)
+        chunk = Chunk(
+            W,
+            x[..., now, :],
+            a[..., now, :],
+            log_alpha[..., now],
+            None if erase is None else erase[..., now],
+            S,
+            None if log_mu is None else log_mu[..., now],
+            None if write is None else write[..., now],
+            W_init,
+        )
+        if q is not None:
+            outputs.append(chunk.read(q[..., now, :]))
+        W, S = chunk.final()
+    return torch.cat(outputs, dim=-2) if q is not None else None, W, S
+
+
+def _check(
+    W0: Tensor,
+    x: Tensor,
+    a: Tensor,
+    q: Tensor | None,
+    S0: Tensor | None,
+    log_mu: Tensor | None,
+    chunk_size: int,
+) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    T = x.shape[-2]
+    if T < 1:
+        raise ValueError(f"x has no tokens: shape {tuple(x.shape)}, expected [..., T, d_in] with T >= 1")
+    d_out, d_in = W0.shape[-2:]
+    if x.shape[-1] != d_in or a.shape[-1] != d_out or a.shape[-2] != T:
+        raise ValueError(
+            f"W0 {tuple(W0.shape)} maps {d_in} to {d_out}: expected x [..., T, {d_in}] and a [..., T, {d_out}] "
+            f"of one length, got x {tuple(x.shape)} and a {tuple(a.shape)}"
+        )
+    if q is not None and q.shape[-2:] != x.shape[-2:]:
+        raise ValueError(f"q must end in {tuple(x.shape[-2:])} like x, got {tuple(q.shape)}")
+    if S0 is not None and log_mu is None:
+        raise ValueError("S0 is given without log_mu: a momentum needs its decay; pass log_mu or drop S0")
