@@ -1,0 +1,1 @@
+"""Slow, plain reimplementations that the library is compared with. They import nothing from it."""
