@@ -33,7 +33,7 @@ class State:
         State.registry[cls.__name__] = cls
         pytree.register_pytree_node(
             cls,
-            lambda state: ([getattr(state, f.name) for f in dataclasses.fields(state)], None),  # type: ignore[arg-type]
+            lambda state: ([getattr(state, f.name) for f in dataclasses.fields(state)], None),
             lambda values, _: cls(*values),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )

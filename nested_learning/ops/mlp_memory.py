@@ -48,5 +48,5 @@ def hidden_gradient(at: Hidden, g_out: Tensor, W1: Tensor) -> Tensor:
 
 def clip_norm(g: Tensor, limit: float = 1.0) -> Tensor:
     """g scaled down along the last dimension to a norm of at most `limit`."""
-    tiny = torch.finfo(g.dtype).tiny
-    return g * (limit * (g.square().sum(-1, keepdim=True) + tiny).rsqrt()).clamp_max(1.0)
+    # the bound inside the root, not outside: the gradient of 1/‖g‖ is not finite at g = 0
+    return g * (limit * g.square().sum(-1, keepdim=True).clamp_min(limit**2).rsqrt())

@@ -19,6 +19,7 @@ class RowLayout(NamedTuple):
     filled: Tensor  # [B, columns] whether column c of row b holds a real token
     target: Tensor  # [B, T] column of each token (0 for padding)
     mask: Tensor  # [B, T] True = real token
+    offset: Tensor  # [B] column of the row's first token
     end: Tensor  # [B] first column after the row's tokens, offset + n_b
 
     def pack(self, x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def row_layout(mask: Tensor, offset: Tensor, columns: int) -> RowLayout:
     filled = (wanted >= 0) & (wanted < count.unsqueeze(1))
     source = order.gather(1, wanted.clamp(0, T - 1))
     target = (rank + offset.unsqueeze(1)).where(mask, 0)
-    return RowLayout(source.where(filled, 0), filled, target, mask, offset + count)
+    return RowLayout(source.where(filled, 0), filled, target, mask, offset, offset + count)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ W_t = W_init + alpha_t (W_{t-1} - W_init) - erase_t (W_{t-1} x_t) x_t^T + write_
 o_t = W_t q_t
 """
 
-from nested_learning.ops.delta_rule.chunk import Chunk, chunked
+from nested_learning.ops.delta_rule.chunk import Chunk, Decay, chunked
 from nested_learning.ops.delta_rule.naive import naive, step
 
-__all__ = ["Chunk", "chunked", "naive", "step"]
+__all__ = ["Chunk", "Decay", "chunked", "naive", "step"]

@@ -6,6 +6,8 @@ Gamma_ts = gamma_t / gamma_s for s <= t, and likewise for mu. `log_*` arguments 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,13 @@ from torch import Tensor
 _LOG_FLOOR = -80.0
 
 
-class _Decay:
+class Decay:
     """Products of decays within a chunk, from their logarithms [..., C].
+
+    Attributes (gamma_t = prod_{s<=t} of the decays):
+        since_start: [..., C] gamma_t;  before_start: [..., C] gamma_{t-1}, 1 at the first token.
+        between: [..., C, C] Gamma_ts = gamma_t / gamma_s for s <= t, else 0.
+        before: [..., C, C] Gamma_{t-1,s} for s < t, else 0: what is left of a write at s when t arrives.
 
     Differences of the cumulative logs are masked before the exponential: above the diagonal they are
     positive and may overflow, and inf * 0 is NaN in the backward pass.
@@ -28,11 +35,10 @@ class _Decay:
         C = log_decay.shape[-1]
         causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
         inverse = total.unsqueeze(-2)
-        self.since_start = total.exp()  # gamma_t [..., C]
-        self.before_start = before.exp()  # gamma_{t-1}, 1 at the first token [..., C]
-        self.between = _masked_exp(total.unsqueeze(-1) - inverse, causal)  # Gamma_ts, s <= t [..., C, C]
-        # Gamma_{t-1,s} for s < t: what a write at s has decayed to when token t arrives
-        self.before = _masked_exp(before.unsqueeze(-1) - inverse, causal.tril(-1))  # [..., C, C]
+        self.since_start = total.exp()
+        self.before_start = before.exp()
+        self.between = _masked_exp(total.unsqueeze(-1) - inverse, causal)
+        self.before = _masked_exp(before.unsqueeze(-1) - inverse, causal.tril(-1))
 
 
 def _masked_exp(difference: Tensor, keep: Tensor) -> Tensor:
@@ -50,11 +56,12 @@ class Chunk:
     Args:
         W: [..., d_out, d_in] weights before the chunk.
         x: [..., C, d_in] inputs;  a: [..., C, d_out] writes.
-        log_alpha, erase, log_mu, write: [..., C].
-        S: [..., d_out, d_in] momentum before the chunk, None for zero; only with `log_mu`.
+        alpha: the retention, as a `Decay`: chunks of equal decays share one.
+        erase, write: [..., C] erase rate and write factor, None for zeros and ones.
+        S: [..., d_out, d_in] momentum before the chunk, None for zero; only with `mu`.
+        mu: the momentum decay, None for no momentum.
         W_init: [..., d_out, d_in] the weights that retention pulls towards, None for zero.
         Wx: [..., C, d_out] the product W x if the caller has it already (the layer's own forward pass).
-        decay: a `Decay` of `log_alpha` shared between several chunks of equal decays.
     """
 
     def __init__(
@@ -62,24 +69,23 @@ class Chunk:
         W: Tensor,
         x: Tensor,
         a: Tensor,
-        log_alpha: Tensor,
+        alpha: Decay,
         erase: Tensor | None = None,
         S: Tensor | None = None,
-        log_mu: Tensor | None = None,
+        mu: Decay | None = None,
         write: Tensor | None = None,
         W_init: Tensor | None = None,
         Wx: Tensor | None = None,
-        decay: _Decay | None = None,
     ) -> None:
         self.x, self.a, self.S, self.W_init = x, a, S, W_init
+        self.alpha, self.mu = alpha, mu
         self.V = W if W_init is None else W - W_init  # decays to zero
-        self.alpha = _Decay(log_alpha) if decay is None else decay
-        self.mu = None if log_mu is None else _Decay(log_mu)
+        self.P: Tensor  # [..., C, C] with momentum: sum_r Gamma_tr w_r M_rs, what W_t holds of the write at s
+        self.c: Tensor  # [..., C] with momentum: the same for S0
         if self.mu is not None:
-            # P_ts = sum_r Gamma_tr w_r M_rs: how much of the write at s the weights hold at t
             gated = self.alpha.between if write is None else self.alpha.between * write.unsqueeze(-2)
             self.P = gated @ self.mu.between
-            self.c = (gated @ self.mu.since_start.unsqueeze(-1)).squeeze(-1)  # the same for S0
+            self.c = (gated @ self.mu.since_start.unsqueeze(-1)).squeeze(-1)
         elif write is not None:
             self.a = a = a * write.unsqueeze(-1)
         self.B = None if erase is None else self._erased(erase, W, Wx)
@@ -106,6 +112,18 @@ class Chunk:
         system = system.expand(batch + system.shape[-2:])
         right = right.expand(batch + right.shape[-2:])
         return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+    def select_last(self, dim: int) -> Chunk:
+        """The chunk of the last index along `dim` (counted in x, a and W alike, so negative), size 1 kept.
+
+        Reads only: `final` needs the whole.
+        """
+        part = copy.copy(self)
+        for name in ("x", "a", "S", "V", "B", "W_init"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() >= -dim:
+                setattr(part, name, tensor.narrow(dim, tensor.shape[dim] - 1, 1))
+        return part
 
     def read(self, q: Tensor) -> Tensor:
         """o_t = W_t q_t, after the write of token t. q [..., C, d_in] -> [..., C, d_out]."""
@@ -186,10 +204,10 @@ def chunked(
             W,
             x[..., now, :],
             a[..., now, :],
-            log_alpha[..., now],
+            Decay(log_alpha[..., now]),
             None if erase is None else erase[..., now],
             S,
-            None if log_mu is None else log_mu[..., now],
+            None if log_mu is None else Decay(log_mu[..., now]),
             None if write is None else write[..., now],
             W_init,
         )
@@ -216,8 +234,8 @@ def _check(
     d_out, d_in = W0.shape[-2:]
     if x.shape[-1] != d_in or a.shape[-1] != d_out or a.shape[-2] != T:
         raise ValueError(
-            f"W0 {tuple(W0.shape)} maps {d_in} to {d_out}: expected x [..., T, {d_in}] and a [..., T, {d_out}] "
-            f"of one length, got x {tuple(x.shape)} and a {tuple(a.shape)}"
+            f"W0 {tuple(W0.shape)} maps {d_in} to {d_out}: expected x [..., T, {d_in}] and a "
+            f"[..., T, {d_out}] of one length, got x {tuple(x.shape)} and a {tuple(a.shape)}"
         )
     if q is not None and q.shape[-2:] != x.shape[-2:]:
         raise ValueError(f"q must end in {tuple(x.shape[-2:])} like x, got {tuple(q.shape)}")

@@ -1,0 +1,312 @@
+"""The sequence layer made of memories: projections around one scan (spec section 3)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nested_learning.memory.description import MemorySystem
+from nested_learning.memory.scan import (
+    MemoryState,
+    Readouts,
+    RunningWeights,
+    StepInputs,
+    Weights,
+    common_boundaries,
+    row_boundaries,
+    scan,
+)
+from nested_learning.ops.conv import causal_conv
+from nested_learning.ops.norm import unit
+from nested_learning.ops.packing import RowLayout, row_layout
+
+PATHS = ("k", "v", "q")
+# Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88.
+_GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0}
+
+
+class MemoryLayer(nn.Module):
+    """A sequence layer whose state is a set of associative memories, described by a `MemorySystem`.
+
+    Every head of every memory is a small map that learns while it reads: the forward pass writes to a
+    state that goes in and comes out and never to a parameter, so rows of a batch are independent and the
+    gradient flows through the writes to the initial memories, which are meta-learned.
+
+    Args:
+        hidden_size: D, the width of the input.
+        num_heads: H; head width d = D / H.
+        system: the memories, their rule and schedule.
+        conv_size: width K of the causal depthwise convolution in front of the memories; 0 for none.
+
+    Raises:
+        ValueError: when hidden_size is not a multiple of num_heads, or conv_size is negative.
+    """
+
+    has_surprise: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, num_heads: int, system: MemorySystem, conv_size: int = 4) -> None:
+        super().__init__()
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}; "
+                "each head needs the same whole width"
+            )
+        if not isinstance(conv_size, int) or conv_size < 0:
+            raise ValueError(f"conv_size must be 0 (no convolution) or a positive integer, got {conv_size!r}")
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
+        self.system, self.conv_size = system, conv_size
+
+        self.in_proj = nn.Linear(hidden_size, len(PATHS) * hidden_size, bias=False)
+        channels = len(PATHS) * hidden_size
+        self.conv = (
+            nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False) if conv_size else None
+        )
+        shapes = system.architecture.shapes(self.head_dim)
+        count = len(system.memories)
+        self.initial = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
+        )
+        # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
+        self.gates_generated = "eta" in system.generated
+        fan_in = self.head_dim if self.gates_generated else hidden_size
+        self.gates = nn.ModuleDict({gate: nn.Linear(fan_in, num_heads) for gate in system.gates})
+        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter (spec section 3; scales are this project's, measured)."""
+        for linear in (self.in_proj, self.gate_proj, self.out_proj):
+            nn.init.normal_(linear.weight, std=0.5 * linear.in_features**-0.5)
+        if self.conv is not None:
+            nn.init.normal_(self.conv.weight, std=self.conv_size**-0.5)
+        scale = self.head_dim**0.5 if self.gates_generated else 1.0
+        for name in self.system.gates:
+            gate = self._gate(name)
+            nn.init.normal_(gate.weight, std=0.02 * scale)
+            nn.init.constant_(gate.bias, _GATE_BIAS[name])
+        nn.init.ones_(self.out_norm.weight)
+        self.system.architecture.init_(dict(self.initial.items()))
+
+    def extra_repr(self) -> str:
+        s = self.system
+        return (
+            f"{self.hidden_size}, num_heads={self.num_heads}, memories={'/'.join(s.memories)}, "
+            f"chunk_size={s.chunk_size}, projection_chunk_size={s.projection_chunk_size}, read={s.read!r}, "
+            f"momentum={s.momentum}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemoryState | None = None,
+        mask: Tensor | None = None,
+        return_surprise: bool = False,
+    ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
+        """Read a sequence, learning from it.
+
+        Args:
+            x: [B, T, hidden_size], any floating dtype. The memories run in float32 (float64 for float64).
+            state: from an earlier call on the same rows; None starts from the initial memories.
+            mask: [B, T] bool, True = real token. A padded token changes nothing and its output is zero.
+            return_surprise: also return [B, T], the error ‖M(k) − v̂‖ of the memory that is read out,
+                over all heads, at its anchor (detached; zero for padding).
+
+        Returns: y [B, T, hidden_size] in x's dtype (that of the autocast region, if one is active), the
+            state after the sequence, and the surprise if asked for.
+
+        Raises:
+            ValueError: when x, mask or state do not fit.
+        """
+        self._check(x, state, mask)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        paths, gate = self.in_proj(x), F.silu(self.gate_proj(x))
+        logits = None
+        if not self.gates_generated:
+            # [B, T, gates, H]
+            logits = torch.stack([self._gate(name)(x) for name in self.system.gates], dim=2).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y, surprise, state = self._remember(paths.to(dtype), logits, state, mask, return_surprise)
+            y = F.rms_norm(y, (self.head_dim,), self.out_norm.weight.to(dtype), self.out_norm.eps)
+        y = self.out_proj(y.flatten(2).to(gate.dtype) * gate)
+        if surprise is not None:
+            return y, state, surprise
+        return y, state
+
+    def initial_weights(self, batch_size: int, dtype: torch.dtype) -> Weights:
+        """The meta-learned initial memories for each row of a batch, per matrix [B, N, H, out, in]."""
+        return {name: W.to(dtype).expand(batch_size, *W.shape) for name, W in self.initial.items()}
+
+    def _gate(self, name: str) -> nn.Linear:
+        gate = self.gates[name]
+        assert isinstance(gate, nn.Linear)
+        return gate
+
+    def _check(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:
+            raise ValueError(f"x must be [B, T >= 1, {self.hidden_size}], got {tuple(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
+                f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
+            )
+        if state is None:
+            return
+        if state.position.shape[0] != x.shape[0]:
+            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {x.shape[0]}")
+        for name, W in self.initial.items():
+            got = tuple(state.current[name].shape[1:]) if name in state.current else None
+            if got != W.shape:
+                raise ValueError(
+                    f"state.current[{name!r}] is {got} per row, this layer's is {tuple(W.shape)}: the state "
+                    "belongs to another layer"
+                )
+        if (state.momentum is None) == self.system.momentum:
+            raise ValueError(
+                f"state.momentum is {'absent' if state.momentum is None else 'present'} but the layer has "
+                f"momentum={self.system.momentum}: the state belongs to another layer"
+            )
+
+    def _remember(
+        self,
+        paths: Tensor,  # [B, T, 3D]
+        logits: Tensor | None,  # [B, T, gates, H] of static gates
+        state: MemoryState | None,
+        mask: Tensor | None,
+        want_surprise: bool,
+    ) -> tuple[Tensor, Tensor | None, MemoryState]:
+        """Run the memories: y [B, T, H, d], surprise [B, T], and the new state."""
+        B, T, _ = paths.shape
+        tail = None if state is None else state.conv_tail
+        if state is not None and T == 1:
+            paths, tail = self._convolve_token(paths, tail, mask)
+            return self._scan_token(paths, logits, state, tail, mask, want_surprise)
+
+        layout = None
+        if state is not None or mask is not None:
+            layout = self._layout(paths, state, mask)
+            paths, logits = layout.pack(paths), None if logits is None else layout.pack(logits)
+        paths, tail = self._convolve(paths, tail, layout)
+        if layout is None:
+            boundary = common_boundaries(self.system, paths.device)
+            position = torch.full((B,), T % self.system.period, dtype=torch.long, device=paths.device)
+        else:
+            boundary = row_boundaries(self.system, layout.offset, layout.end)
+            position = layout.end % self.system.period
+        inputs = self._inputs(paths, logits, None if layout is None else layout.filled)
+        y, surprise, after = scan(
+            self.system,
+            self._retained(paths.dtype),
+            self._start(state, B, paths.dtype),
+            inputs,
+            self._readouts(paths.dtype),
+            boundary,
+            want_surprise,
+        )
+        y = y.transpose(1, 2)
+        if layout is not None:
+            y = layout.unpack(y)
+            surprise = None if surprise is None else layout.unpack(surprise)
+        return y, surprise, MemoryState(*after, position=position, conv_tail=tail)
+
+    def _scan_token(
+        self,
+        paths: Tensor,
+        logits: Tensor | None,
+        state: MemoryState,
+        tail: Tensor | None,
+        mask: Tensor | None,
+        want_surprise: bool,
+    ) -> tuple[Tensor, Tensor | None, MemoryState]:
+        """One token for each row, wherever its row stands inside its chunk: a step of length one."""
+        real = torch.ones_like(state.position) if mask is None else mask[:, 0].long()
+        end = state.position + real
+        lengths = torch.tensor(self.system.chunk_sizes, device=paths.device)
+        moved = (end.unsqueeze(1) % lengths == 0) & (real == 1).unsqueeze(1)  # [B, N]
+        y, surprise, after = scan(
+            self.system,
+            self._retained(paths.dtype),
+            self._start(state, paths.shape[0], paths.dtype),
+            self._inputs(paths, logits, mask),
+            self._readouts(paths.dtype),
+            lambda _: moved,
+            want_surprise,
+        )
+        if mask is not None:
+            y = y * mask[:, None, :, None]
+            surprise = None if surprise is None else surprise * mask
+        new = MemoryState(*after, position=end % self.system.period, conv_tail=tail)
+        return y.transpose(1, 2), surprise, new
+
+    def _start(self, state: MemoryState | None, batch_size: int, dtype: torch.dtype) -> RunningWeights:
+        """What the scan starts from."""
+        if state is None:
+            weights = self.initial_weights(batch_size, dtype)
+            return RunningWeights(weights, weights, None)
+        return RunningWeights(state.anchor, state.current, state.momentum)
+
+    def _retained(self, dtype: torch.dtype) -> Weights:
+        return {name: W.to(dtype) for name, W in self.initial.items()}
+
+    def _readouts(self, dtype: torch.dtype) -> Readouts | None:
+        if not self.gates_generated:
+            return None
+        gates = [self._gate(name) for name in self.system.gates]
+        return Readouts(
+            torch.stack([gate.weight for gate in gates]).to(dtype),
+            torch.stack([gate.bias for gate in gates]).to(dtype),
+        )
+
+    def _inputs(self, paths: Tensor, logits: Tensor | None, write: Tensor | None) -> StepInputs:
+        heads = paths.unflatten(-1, (len(PATHS), self.num_heads, self.head_dim))  # [B, T, 3, H, d]
+        vectors = unit(F.silu(heads)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
+        gates = None if logits is None else logits.permute(2, 0, 3, 1)  # [gates, B, H, T]
+        return StepInputs(dict(zip(PATHS, vectors.unbind(0), strict=True)), gates, write)
+
+    def _layout(self, paths: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
+        B, T, _ = paths.shape
+        if mask is None:
+            mask = torch.ones(B, T, dtype=torch.bool, device=paths.device)
+        if state is None:
+            return row_layout(mask, torch.zeros(B, dtype=torch.long, device=paths.device), T)
+        return row_layout(mask, state.position, self.system.period - 1 + T)
+
+    def _convolve(
+        self, paths: Tensor, tail: Tensor | None, layout: RowLayout | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The convolution over all columns, and the K−1 inputs that the next call needs."""
+        if self.conv is None:
+            return paths, None
+        history = self.conv_size - 1
+        padded = F.pad(paths, (0, 0, history, 0))  # column c of paths is column history + c
+        if layout is None:
+            end = padded[:, padded.shape[1] - history :]
+        else:
+            columns = torch.arange(history, device=paths.device).unsqueeze(0)
+            if tail is not None:
+                before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
+                padded = padded.scatter_add(1, before, tail.to(paths.dtype))
+            end = padded.gather(1, _over_channels(columns + layout.end.unsqueeze(1), paths))
+        return causal_conv(padded, self.conv.weight.to(paths.dtype)), end
+
+    def _convolve_token(
+        self, paths: Tensor, tail: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The convolution at one token [B, 1, 3D] with its history."""
+        if self.conv is None:
+            return paths, None
+        assert tail is not None  # a layer with a convolution always returns one
+        window = torch.cat([tail.to(paths.dtype), paths], dim=1)  # [B, K, 3D]
+        after = window[:, 1:] if mask is None else torch.where(mask.unsqueeze(-1), window[:, 1:], tail)
+        weight = self.conv.weight.to(paths.dtype).squeeze(1).T  # [K, 3D]
+        return (window * weight).sum(1, keepdim=True), after
+
+
+def _over_channels(index: Tensor, like: Tensor) -> Tensor:
+    """[B, C] -> [B, C, channels] for gather and scatter along the tokens."""
+    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])

@@ -1,0 +1,282 @@
+"""The one scan that every memory layer runs: generate signals, write, read, chunk after chunk.
+
+Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weights are stacked
+[B, N, H, out, in]; the memory that is read out is the last of the N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nested_learning.memory.architecture import Evaluation
+from nested_learning.memory.description import MemorySystem
+from nested_learning.memory.state import State
+from nested_learning.ops.delta_rule.chunk import Chunk, Decay
+from nested_learning.ops.norm import unit
+
+Weights = dict[str, Tensor]  # matrix name -> [B, N, H, out, in]
+
+# The input path that each generating memory reads (spec section 3, "Paths").
+PATH_OF = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
+# The generating memory whose output each gate is read from.
+SOURCE_OF_GATE = {"eta": "eta", "alpha": "alpha", "mu": "eta"}
+
+
+@dataclass(frozen=True)
+class MemoryState(State):
+    """The state of a running memory layer: a value, every tensor with the batch first.
+
+    Attributes:
+        anchor: per matrix [B, N, H, out, in], the weights at each memory's last chunk boundary; gradients
+            and generated signals come from them.
+        current: the same shape, the weights after the last token.
+        momentum: the same shape, None without momentum.
+        position: [B] int64, real tokens seen modulo the longer chunk length.
+        conv_tail: [B, K−1, 3D] the last inputs of the convolution, None without one.
+    """
+
+    anchor: Weights
+    current: Weights
+    momentum: Weights | None = None
+    position: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    conv_tail: Tensor | None = None
+
+
+class Signals(NamedTuple):
+    """What drives the writes and reads of one step; [B, H, C, d] or [B, H, C]."""
+
+    k: Tensor
+    v: Tensor
+    q: Tensor
+    eta: Tensor
+    log_alpha: Tensor
+    log_mu: Tensor | None
+
+
+class Readouts(NamedTuple):
+    """Vectors that turn a generating memory's output into a gate: [gates, H, d] and [gates, H]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class StepInputs(NamedTuple):
+    """The inputs of one step."""
+
+    paths: Mapping[str, Tensor]  # "k", "v", "q": [B, H, C, d], unit-norm
+    gates: Tensor | None  # [gates, B, H, C] logits where gates are static projections
+    write: Tensor | None  # [B, C] True = real token; None: all are
+
+
+class RunningWeights(NamedTuple):
+    """The weights of all memories while they run."""
+
+    anchor: Weights
+    current: Weights
+    momentum: Weights | None
+
+
+class StepOutputs(NamedTuple):
+    y: Tensor  # [B, H, C, d]
+    surprise: Tensor | None  # [B, C]
+    current: Weights
+    momentum: Weights | None
+
+
+def generate_signals(
+    system: MemorySystem, anchor: Mapping[str, Tensor], inputs: StepInputs, readouts: Readouts | None
+) -> Signals:
+    """k, v, q and the gates of one step: outputs of the generating memories, or static projections."""
+    vectors, logits = dict(inputs.paths), inputs.gates
+    if system.generated:
+        x = torch.stack([inputs.paths[PATH_OF[name]] for name in system.generated], dim=1)
+        weights = {name: W[:, : len(system.generated)] for name, W in anchor.items()}
+        generated = system.architecture.read(x, lambda name, x: x @ weights[name].mT)  # [B, n, H, C, d]
+        index = {name: i for i, name in enumerate(system.generated)}
+        for name in ("k", "v", "q"):
+            if name in index:
+                vectors[name] = unit(generated[:, index[name]])
+        if readouts is not None:
+            sources = [generated[:, index[SOURCE_OF_GATE[gate]]] for gate in system.gates]
+            per_gate = [(s * w.unsqueeze(1)).sum(-1) for s, w in zip(sources, readouts.weight, strict=True)]
+            logits = torch.stack(per_gate) + readouts.bias[:, None, :, None]
+    assert logits is not None  # either generated or static, by construction of the layer
+    eta = system.eta_max * torch.sigmoid(logits[0])
+    log_decays = F.logsigmoid(logits[1:])  # in log space from end to end: log(sigmoid) underflows to -inf
+    if inputs.write is not None:
+        # a padded token neither erases, nor writes, nor decays anything
+        real = inputs.write.unsqueeze(1).to(eta.dtype)
+        eta, log_decays = eta * real, log_decays * real
+    return Signals(
+        vectors["k"],
+        vectors["v"],
+        vectors["q"],
+        eta,
+        log_decays[0],
+        log_decays[1] if system.momentum else None,
+    )
+
+
+def step(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    want_surprise: bool,
+) -> StepOutputs:
+    """C tokens that lie within one chunk of every memory.
+
+    Signals, targets and gradients come from `anchor`; the weights move on from `current` token by token,
+    exactly, by the delta-rule recurrence (spec section 4).
+    """
+    anchor, current, momentum = weights
+    signals = generate_signals(system, anchor, inputs, readouts)
+    key, target, at_key = _keys_and_targets(system, anchor, signals)
+    writes = system.architecture.writes(key, target, at_key, anchor, system.rule)
+
+    eta, log_alpha = signals.eta.unsqueeze(1), signals.log_alpha.unsqueeze(1)  # [B, 1, H, C]
+    log_mu = None if signals.log_mu is None else signals.log_mu.unsqueeze(1)
+    rate = eta
+    if log_mu is not None and system.momentum_scaled:
+        rate = eta * -torch.expm1(log_mu)  # 1 − μ
+    write = None
+    if inputs.write is not None and system.momentum:
+        write = inputs.write[:, None, None, :].to(eta.dtype)  # [B, 1, 1, C]
+    decay = Decay(log_alpha)
+    momentum_decay = None if log_mu is None else Decay(log_mu)
+    chunks = {
+        name: Chunk(
+            current[name],
+            w.x,
+            rate.unsqueeze(-1) * w.direction,
+            decay,
+            erase=eta if system.rule[name].erase else None,
+            S=None if momentum is None else momentum[name],
+            mu=momentum_decay,
+            write=write,
+            W_init=initial[name] if system.rule[name].retain == "initial" else None,
+            Wx=w.answer if current is anchor else None,
+        )
+        for name, w in writes.items()
+    }
+    y = _read(system, anchor, chunks, signals.q)
+    surprise = None
+    if want_surprise:
+        error = (at_key.y - target)[:, -1].detach()  # [B, H, C, d] of the memory that is read out
+        surprise = error.square().sum((1, 3)).sqrt()
+    final = {name: chunk.final() for name, chunk in chunks.items()}
+    return StepOutputs(
+        y,
+        surprise,
+        {name: W for name, (W, _) in final.items()},
+        {name: S for name, (_, S) in final.items() if S is not None} if system.momentum else None,
+    )
+
+
+def _keys_and_targets(
+    system: MemorySystem, anchor: Weights, signals: Signals
+) -> tuple[Tensor, Tensor, Evaluation]:
+    """k [B, 1, H, C, d], v̂ and M(k) of all memories, from one pass of the anchors over [v; k]."""
+    key, value = signals.k.unsqueeze(1), signals.v.unsqueeze(1)
+    if not system.self_targets:
+        return key, value, system.architecture.evaluate(key, anchor)
+    both = system.architecture.evaluate(torch.cat([value, key], dim=-2), anchor)
+    at_value, at_key = both.halves()
+    return key, unit(at_value.y), at_key
+
+
+def _read(system: MemorySystem, anchor: Weights, chunks: Mapping[str, Chunk], q: Tensor) -> Tensor:
+    """y of the memory that is read out [B, H, C, d]: at each token's own weights, or at the anchor."""
+    if system.read == "chunk":
+        return system.architecture.read(q, lambda name, x: x @ anchor[name][:, -1].mT)
+    last = {name: chunk.select_last(dim=-4) for name, chunk in chunks.items()}
+    return system.architecture.read(q.unsqueeze(1), lambda name, x: last[name].read(x)).squeeze(1)
+
+
+# Which memories' anchors move to the current weights after the tokens up to a column: all, none, or
+# those marked in a mask [B or 1, N].
+Boundary = Callable[[int], "bool | Tensor"]
+
+
+def common_boundaries(system: MemorySystem, device: torch.device) -> Boundary:
+    """Boundaries where every row's first token stands in column 0 and none is padded: known to Python."""
+    lengths = torch.tensor(system.chunk_sizes, device=device)
+
+    def moved(column: int) -> bool | Tensor:
+        here = [column % size == 0 for size in system.chunk_sizes]
+        return all(here) if len(set(here)) == 1 else (column % lengths == 0).unsqueeze(0)
+
+    return moved
+
+
+def row_boundaries(system: MemorySystem, offset: Tensor, end: Tensor) -> Boundary:
+    """Boundaries where row b's tokens fill the columns offset_b … end_b − 1 (both [B]).
+
+    Only boundaries that lie among a row's tokens count for it: an earlier one was taken in an earlier
+    call, a later one has not come yet.
+    """
+    lengths = torch.tensor(system.chunk_sizes, device=end.device)
+
+    def moved(column: int) -> bool | Tensor:
+        if all(column % size for size in system.chunk_sizes):
+            return False
+        passed = (offset < column) & (end >= column)  # [B]
+        return (column % lengths == 0) & passed.unsqueeze(1)
+
+    return moved
+
+
+def _move(moved: bool | Tensor, current: Weights, anchor: Weights) -> Weights:
+    """The next anchors: `current` where `moved`, `anchor` elsewhere."""
+    if isinstance(moved, bool):
+        return current if moved else anchor
+    where = moved[..., None, None, None]
+    return {name: torch.where(where, current[name], anchor[name]) for name in anchor}
+
+
+def scan(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    boundary: Boundary,
+    want_surprise: bool = False,
+) -> tuple[Tensor, Tensor | None, RunningWeights]:
+    """Run the memories over a sequence.
+
+    Args:
+        initial: per matrix [N, H, out, in], the meta-learned initial memories (for retention).
+        weights: of all memories before the sequence.
+        inputs: the same as for one step, over all T columns.
+        boundary: where chunks end.
+
+    Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
+    """
+    column = 0
+    y, surprise = [], []
+    for piece in _split(inputs, system.step):
+        out = step(system, initial, weights, piece, readouts, want_surprise)
+        column += piece.paths["k"].shape[2]
+        anchor = _move(boundary(column), out.current, weights.anchor)
+        weights = RunningWeights(anchor, out.current, out.momentum)
+        y.append(out.y)
+        surprise.append(out.surprise)
+    joined = torch.cat([s for s in surprise if s is not None], dim=1) if want_surprise else None
+    return torch.cat(y, dim=2), joined, weights
+
+
+def _split(inputs: StepInputs, size: int) -> Sequence[StepInputs]:
+    """Cut along the tokens. `split`, not slices: its backward is one cat, not a sum of padded parts."""
+    paths = {name: x.split(size, dim=2) for name, x in inputs.paths.items()}
+    count = len(paths["k"])
+    gates = (None,) * count if inputs.gates is None else inputs.gates.split(size, dim=3)
+    write = (None,) * count if inputs.write is None else inputs.write.split(size, dim=1)
+    return [StepInputs({n: paths[n][i] for n in paths}, gates[i], write[i]) for i in range(count)]
