@@ -35,7 +35,7 @@ class Case:
     expansion: float = 1.0
     tokens: int = 11
     mask: str = "none"
-    conv_size: int | None = 4
+    conv_size: int = 4
     pieces: tuple[int, ...] | None = None
     seed: int = 0
 
@@ -239,7 +239,7 @@ EDGE_CASES = [
     Case(tokens=8, mask="empty_row", momentum=True),
     Case(momentum=True, momentum_scaled=False, chunk=4, projection=2),
     Case(momentum=True, momentum_scaled=False, projection=None, rule="gd"),
-    Case(conv_size=None),
+    Case(conv_size=0),
     Case(conv_size=1, momentum=True),
     Case(conv_size=2, mask="holes", projection=None, rule="gd"),
     Case(tokens=2, mask="left", conv_size=4),  # shorter than the convolution
