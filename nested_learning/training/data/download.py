@@ -1,0 +1,82 @@
+"""The one file this package downloads: Tiny Shakespeare, checked by its sha256 and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+SHAKESPEARE_NAME = "tinyshakespeare.txt"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+_MAX_BYTES = 16 << 20  # far above the file's 1.1 MB: a wrong answer does not fill the disk
+
+
+class DownloadError(ValueError):
+    """A text is not here and could not be fetched."""
+
+
+def cache_folder() -> Path:
+    """NESTED_LEARNING_CACHE, or ~/.cache/nested_learning."""
+    chosen = os.environ.get("NESTED_LEARNING_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "nested_learning"
+
+
+def shakespeare_file() -> Path:
+    """Path of Tiny Shakespeare: in NESTED_LEARNING_DATA, in the cache, or downloaded into the cache.
+
+    Raises:
+        DownloadError: it is nowhere and the download failed.
+        ValueError: the file found or downloaded has another sha256.
+    """
+    given = os.environ.get("NESTED_LEARNING_DATA")
+    if given and (Path(given) / SHAKESPEARE_NAME).is_file():
+        path = Path(given) / SHAKESPEARE_NAME
+    else:
+        path = cache_folder() / SHAKESPEARE_NAME
+        if not path.is_file():
+            _write_atomically(path, _checked(_fetch(SHAKESPEARE_URL), SHAKESPEARE_URL))
+            return path
+    _checked(path.read_bytes(), str(path))
+    return path
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "nested_learning"}), timeout=30) as answer:
+            return answer.read(_MAX_BYTES)
+    except (URLError, OSError) as error:
+        raise DownloadError(
+            f"could not download {url} ({error}). Without a network give a text of your own with "
+            f"--data PATH, or put {SHAKESPEARE_NAME} into a folder and set NESTED_LEARNING_DATA to it."
+        ) from error
+
+
+def _checked(content: bytes, where: str) -> bytes:
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{where} is not Tiny Shakespeare as expected: sha256 {found}, expected {SHAKESPEARE_SHA256}. "
+            "Remove the file to have it downloaded again, or give your own text with --data PATH."
+        )
+    return content
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise DownloadError(
+            f"could not write {path} ({error}); set NESTED_LEARNING_CACHE to a folder that can be written"
+        ) from error

@@ -1,0 +1,154 @@
+"""Blocks of T tokens out of one long row of tokens: every sample a function of (seed, index) alone.
+
+Documents are joined end to end, each closed by its end-of-text token, and cut into blocks without
+padding. Since sample i depends on nothing but the seed and i, a run resumes at the exact batch by its
+index, and processes that share the indices among them see together the batches that one would see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from nested_learning.training.data.tokenizers import encode_documents
+
+Sample = dict[str, Tensor]
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per UTF-8 byte of text: comparable between tokenizers."""
+    return nats_per_token / (bytes_per_token * math.log(2))
+
+
+def sample_of(block: np.ndarray) -> Sample:
+    """{"input_ids", "labels"}, both [T] int64, of a block of ids [T]. Models shift the labels themselves."""
+    ids = torch.from_numpy(block.astype(np.int64))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids of a text, [N] uint16 or uint32, and the number of its UTF-8 bytes."""
+
+    ids: np.ndarray
+    num_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Ends of documents count as tokens of no bytes: the model is charged for them too."""
+        return self.num_bytes / len(self.ids)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> TokenizedText:
+    """The texts joined to one row of tokens, each closed by the end-of-text token."""
+    return TokenizedText(encode_documents(tokenizer, texts), sum(len(text.encode()) for text in texts))
+
+
+class PackedDataset(Dataset[Sample]):
+    """`num_samples` training blocks, in epochs that use every token about once.
+
+    An epoch sees the tokens as a ring of N, cut from a random offset on into N // T blocks that do not
+    overlap, in random order; fewer than T tokens, other ones each time, are left out. Offset and order
+    come from (seed, epoch).
+
+    Args:
+        text: N tokens, ends of documents included.
+        block_size: T.
+        num_samples: length of the dataset; any number of epochs.
+        seed: of the offsets and orders.
+
+    Raises:
+        ValueError: fewer than T tokens, or a size below 1.
+    """
+
+    def __init__(self, text: TokenizedText, block_size: int, num_samples: int, seed: int = 0) -> None:
+        check_positive(block_size=block_size, num_samples=num_samples)
+        check_enough(len(text.ids), block_size, "training")
+        self.tokens = text.ids
+        self.bytes_per_token = text.bytes_per_token
+        self.block_size = block_size
+        self.num_samples = num_samples
+        self.seed = seed
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        return len(self.tokens) // self.block_size
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        """{"input_ids", "labels"}: [T] int64. Raises IndexError outside 0..num_samples - 1."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        epoch, place = divmod(index, self.blocks_per_epoch)
+        offset, order = _draw_epoch(self.seed, epoch, len(self.tokens), self.blocks_per_epoch)
+        start = (offset + int(order[place]) * self.block_size) % len(self.tokens)
+        block = self.tokens[start : start + self.block_size]
+        if len(block) < self.block_size:  # around the end of the ring
+            block = np.concatenate([block, self.tokens[: self.block_size - len(block)]])
+        return sample_of(block)
+
+
+@lru_cache(maxsize=4)
+def _draw_epoch(seed: int, epoch: int, num_tokens: int, num_blocks: int) -> tuple[int, np.ndarray]:
+    """Offset of the first block and order of the blocks."""
+    generator = np.random.default_rng([seed, epoch])
+    return int(generator.integers(num_tokens)), generator.permutation(num_blocks)
+
+
+class ValidationDataset(Dataset[Sample]):
+    """The same blocks in the same order every time: consecutive, from the first token on.
+
+    With more than `max_blocks` of them it takes that many, evenly spaced, so that a short evaluation
+    still sees text from everywhere.
+
+    Args:
+        text: N tokens.
+        block_size: T.
+        max_blocks: limit, or None for all N // T blocks.
+
+    Raises:
+        ValueError: fewer than T tokens, or a size below 1.
+    """
+
+    def __init__(self, text: TokenizedText, block_size: int, max_blocks: int | None = None) -> None:
+        check_positive(block_size=block_size, max_blocks=1 if max_blocks is None else max_blocks)
+        check_enough(len(text.ids), block_size, "validation")
+        self.tokens = text.ids
+        self.bytes_per_token = text.bytes_per_token
+        self.block_size = block_size
+        self.total_blocks = len(text.ids) // block_size
+        self.num_blocks = min(self.total_blocks, max_blocks or self.total_blocks)
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> Sample:
+        """{"input_ids", "labels"}: [T] int64. Raises IndexError outside 0..len - 1."""
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(f"block {index} of {self.num_blocks}")
+        start = index * self.total_blocks // self.num_blocks * self.block_size
+        return sample_of(self.tokens[start : start + self.block_size])
+
+
+def check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_enough(num_tokens: int, block_size: int, part: str) -> None:
+    if num_tokens < block_size:
+        raise ValueError(
+            f"the {part} text has {num_tokens} tokens, fewer than one block of block_size {block_size}: "
+            f"give more text, or a block_size of at most {num_tokens}"
+        )

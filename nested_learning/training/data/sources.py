@@ -1,0 +1,175 @@
+"""Where text comes from: documents by the name of a source, split into training and validation.
+
+`stdlib` (every Python has it), `tinyshakespeare` (downloaded once), a text file, a folder or a glob. A
+source of the `datasets` library, `hf:NAME`, is streamed: see `streaming`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from nested_learning.layers.registry import unknown
+from nested_learning.training.data.download import shakespeare_file
+from nested_learning.training.data.stdlib import stdlib_documents
+
+STREAM_PREFIX = "hf:"
+SOURCES = ("stdlib", "tinyshakespeare", "hf:NAME", "hf:NAME:CONFIG")
+MIN_FILES_TO_SPLIT = 10
+
+
+class Document(NamedTuple):
+    """A text and the name it is known by: a relative file name, or that with the part of the file."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in memory: no document, or part of one, is in both lists."""
+
+    train: list[Document]
+    validation: list[Document]
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and texts, in order: equal for equal data."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            for document in split:
+                for part in document:
+                    content = part.encode()
+                    digest.update(len(content).to_bytes(8, "little") + content)
+            digest.update(b"|")
+        return digest.hexdigest()
+
+
+def load_corpus(source: str, *, validation_fraction: float = 0.1, max_bytes: int | None = None) -> Corpus:
+    """The documents of a source that is read into memory.
+
+    Args:
+        source: "stdlib", "tinyshakespeare", or the path of a UTF-8 text file, a folder (all files under
+            it, hidden ones left out) or a glob (`**` crosses folders).
+        validation_fraction: share of the validation part, in (0, 0.5]. Ten documents or more are split
+            whole, by a hash of their names; of fewer, each gives its tail.
+        max_bytes: stop reading after so many bytes of UTF-8 text; the last document is cut.
+
+    Raises:
+        ValueError: no such source; an empty, binary or non-UTF-8 file; a download that failed or is not
+            what it should be.
+    """
+    documents: Iterable[Document]
+    if source == "stdlib":
+        documents = by_hash(Document(*pair) for pair in stdlib_documents())
+    elif source == "tinyshakespeare":
+        documents = [Document("tinyshakespeare.txt", _read(shakespeare_file()))]
+    else:
+        documents = _read_files(source, max_bytes)
+    kept = _limit(documents, max_bytes)
+    if not kept:
+        raise ValueError(f"the text of {source!r} is empty; give a file, folder or glob with text in it")
+    return split_documents(kept, validation_fraction)
+
+
+def split_documents(documents: Sequence[Document], fraction: float) -> Corpus:
+    """Split whole documents by the hash of their names, or the tails of few documents, for validation."""
+    if len(documents) >= MIN_FILES_TO_SPLIT:
+        count = max(1, round(fraction * len(documents)))
+        held_out = {document.name for document in by_hash(documents)[:count]}
+        return Corpus(
+            train=[d for d in documents if d.name not in held_out],
+            validation=[d for d in documents if d.name in held_out],
+        )
+    heads, tails = [], []
+    for name, text in documents:
+        cut = int((1 - fraction) * len(text))
+        heads.append(Document(name, text[:cut]))
+        tails.append(Document(f"{name} (tail)", text[cut:]))
+    return Corpus([d for d in heads if d.text], [d for d in tails if d.text])
+
+
+def by_hash(documents: Iterable[Document]) -> list[Document]:
+    """In an order without meaning that depends on the names alone, so that any run of them is a mixture."""
+    return sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+
+
+def _limit(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
+    if max_bytes is None:
+        return list(documents)
+    kept, left = [], max_bytes
+    for name, text in documents:
+        content = text.encode()
+        if len(content) > left:
+            text = _decode_start(content[:left])
+        if text:
+            kept.append(Document(name, text))
+        left -= len(content)
+        if left <= 0:
+            break
+    return kept
+
+
+def _read_files(source: str, max_bytes: int | None) -> Iterator[Document]:
+    paths, root = _find_files(source)
+    for path in paths:
+        yield Document(path.relative_to(root).as_posix(), _read(path, max_bytes))
+
+
+def _find_files(source: str) -> tuple[list[Path], Path]:
+    """The files that a path or glob names, sorted, and the folder their names are relative to."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path], path.parent
+    if path.is_dir():
+        files = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
+        if not files:
+            raise ValueError(
+                f"the folder {source!r} holds no files; give a file, folder or glob with text in it"
+            )
+        return sorted(files), path
+    if glob.has_magic(source):
+        files = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+        if not files:
+            raise ValueError(f"no file matches {source!r} (seen from {os.getcwd()})")
+        return sorted(files), Path(os.path.commonpath([p.parent for p in files]))
+    raise ValueError(
+        f"{unknown('data source', source, SOURCES)} Or give the path of a text file, a folder or a glob; "
+        f"there is no file or folder {source!r} (seen from {os.getcwd()})."
+    )
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _read(path: Path, max_bytes: int | None = None) -> str:
+    """Text of a UTF-8 file, its first `max_bytes` if given; a byte order mark is dropped."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read() if max_bytes is None else file.read(max_bytes)
+            text = content.decode() if not file.read(1) else _decode_start(content)
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise _not_text(path, f"byte {error.start} is not UTF-8") from error
+    if "\0" in text:
+        raise _not_text(path, f"character {text.index(chr(0))} is NUL")
+    return text.removeprefix("\ufeff")
+
+
+def _decode_start(content: bytes) -> str:
+    """Decode bytes that may end inside a character; that character is dropped."""
+    return getincrementaldecoder("utf-8")().decode(content)
+
+
+def _not_text(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} is not a text file: {reason}. Convert it to UTF-8, or leave it out with a glob "
+        "such as 'folder/**/*.txt'."
+    )
