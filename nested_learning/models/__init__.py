@@ -1,0 +1,6 @@
+"""Models for transformers."""
+
+from nested_learning.models.hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
+from nested_learning.models.presets import PRESETS, preset
+
+__all__ = ["PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset"]

@@ -1,0 +1,272 @@
+"""What a running Hope model remembers, as transformers' `past_key_values`, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nested_learning.memory.state import State
+
+if TYPE_CHECKING:
+    from nested_learning.models.hope.configuration_hope import HopeConfig
+
+FORMAT = "nested_learning.hope_cache"
+VERSION = "1"
+
+# Multiplier of the running hash of the token ids (odd, from splitmix64, as a signed 64-bit number).
+_HASH_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
+
+
+class HopeCache:
+    """States of all layers after some tokens, and how many tokens that were.
+
+    The model advances the cache it is given, as transformers do; `clone()` first to branch off. States are
+    values that are replaced, never written to, so a clone costs no memory until one of the two moves on.
+    Methods that transformers also has (`reorder_cache`, `batch_repeat_interleave`, `batch_select_indices`,
+    `reset`) work in place, all others return a new cache.
+
+    Args:
+        config: of the model, or its fingerprint.
+
+    Attributes:
+        states: by name, such as "layers.0.mixer"; every tensor has the batch as first dimension.
+        tokens_seen: [B] int64, real tokens per row; None while the cache is empty.
+        prefix_hash: [B] int64, hash of the ids of all columns fed; None while empty or after `inputs_embeds`.
+    """
+
+    # transformers' generate asks any cache for these.
+    is_compileable = False
+    is_croppable = False
+    _is_user_defined = False
+
+    def __init__(self, config: HopeConfig | str) -> None:
+        self.fingerprint = config if isinstance(config, str) else config.fingerprint()
+        self.states: dict[str, State] = {}
+        self.tokens_seen: Tensor | None = None
+        self.prefix_hash: Tensor | None = None
+        self._columns = 0
+
+    def __repr__(self) -> str:
+        rows = "empty" if self.batch_size is None else f"{self.batch_size} rows, {self._columns} columns"
+        return f"HopeCache({rows}, {self.nbytes():,} bytes)"
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of rows, None while the cache is empty."""
+        return None if self.tokens_seen is None else len(self.tokens_seen)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed so far, padding included: what the length of `input_ids` is compared with."""
+        return self._columns
+
+    def nbytes(self) -> int:
+        """Bytes held by the layers' states."""
+        return sum(state.nbytes() for state in self.states.values())
+
+    def advance(
+        self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
+    ) -> None:
+        """Take over the states after a call on [B, T] = `shape` new columns (mask [B, T], True = real)."""
+        batch_size, length = shape
+        device = next((t.device for state in states.values() for t in state.tensors()), None)
+        new = torch.full((batch_size,), length, device=device) if mask is None else mask.sum(dim=1)
+        self.prefix_hash = self._hash(input_ids)
+        self.tokens_seen = new if self.tokens_seen is None else self.tokens_seen.to(new.device) + new
+        self._columns += length
+        self.states = states
+
+    def is_prefix_of(self, input_ids: Tensor) -> bool:
+        """Whether `input_ids` [B, T] begins with the very columns this cache has seen, and goes on.
+
+        Compares a 64-bit hash per row; synchronises with the host once.
+        """
+        if (
+            self.prefix_hash is None
+            or len(input_ids) != self.batch_size
+            or input_ids.shape[1] <= self._columns
+        ):
+            return False
+        prefix = HopeCache(self.fingerprint)._hash(input_ids[:, : self._columns])
+        assert prefix is not None
+        return bool((prefix.to(self.prefix_hash.device) == self.prefix_hash).all())
+
+    def _hash(self, input_ids: Tensor | None) -> Tensor | None:
+        """h ← h · factor + id + 1 over the new columns, modulo 2^64, from the hash so far."""
+        if input_ids is None or (self._columns and self.prefix_hash is None):
+            return None
+        length = input_ids.shape[1]
+        powers = torch.full((length,), _HASH_FACTOR, device=input_ids.device).cumprod(0)
+        weights = torch.cat([powers[:-1].flip(0), torch.ones_like(powers[:1])])
+        new = ((input_ids.long() + 1) * weights).sum(dim=1)
+        return new if self.prefix_hash is None else self.prefix_hash.to(new.device) * powers[-1] + new
+
+    # New caches ---------------------------------------------------------------------------------------
+
+    def map(self, fn: Any) -> HopeCache:
+        """A new cache with `fn` applied to each state's tensors, `tokens_seen` and `prefix_hash`."""
+        new = HopeCache(self.fingerprint)
+        new.states = {name: state.map(fn) for name, state in self.states.items()}
+        new.tokens_seen = None if self.tokens_seen is None else fn(self.tokens_seen)
+        new.prefix_hash = None if self.prefix_hash is None else fn(self.prefix_hash)
+        new._columns = self._columns
+        return new
+
+    def clone(self) -> HopeCache:
+        """A cache that goes its own way from here."""
+        return self.map(lambda tensor: tensor)
+
+    def detach(self) -> HopeCache:
+        """The same values, cut from the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> HopeCache:
+        """On another device; dtypes stay."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def select_rows(self, index: Tensor) -> HopeCache:
+        """Rows `index` [B'] (int64), in that order; a row may be taken any number of times."""
+        return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    # In place, under the names that transformers' generate calls ---------------------------------------
+
+    def _become(self, other: HopeCache) -> None:
+        self.states, self._columns = other.states, other._columns
+        self.tokens_seen, self.prefix_hash = other.tokens_seen, other.prefix_hash
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue from row beam_idx[i]."""
+        self._become(self.select_rows(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self._become(self.select_rows(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in succession."""
+        self._become(self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0)))
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self._become(HopeCache(self.fingerprint))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a memory cannot take back what it has learned."""
+        raise ValueError(
+            "a HopeCache cannot be cropped: its states have learned from the tokens and cannot unlearn them. "
+            "Keep a clone() from before, and do without assisted decoding (assistant_model, prompt_lookup)."
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused for the same reason as `crop`; transformers calls it before speculative decoding."""
+        self.crop(0)
+
+    # File ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file, under a temporary name first.
+
+        Raises:
+            ValueError: if the cache is empty.
+            OSError: if the file cannot be written; nothing is left behind.
+        """
+        if self.tokens_seen is None:
+            raise ValueError("the cache is empty: run the model with it before saving")
+        tensors = {"tokens_seen": self.tokens_seen}
+        if self.prefix_hash is not None:
+            tensors["prefix_hash"] = self.prefix_hash
+        for name, state in self.states.items():
+            tensors.update({f"{name}/{field}": tensor for field, tensor in state.to_tensors().items()})
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "columns": str(self._columns),
+            "states": json.dumps({name: type(state).__name__ for name, state in self.states.items()}),
+        }
+        # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
+        _write_atomically(
+            Path(path), {k: t.detach().contiguous().clone() for k, t in tensors.items()}, metadata
+        )
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config_or_model: Any, device: torch.device | str = "cpu"
+    ) -> HopeCache:
+        """Read a cache that `save` wrote.
+
+        Args:
+            path: of the file.
+            config_or_model: the `HopeConfig` of the model that goes on from the cache, or the model.
+            device: where the tensors go.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, of another format version or of another model.
+        """
+        config: HopeConfig = getattr(config_or_model, "config", config_or_model)
+        tensors, metadata = _read(path, device)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is a safetensors file, but not a saved HopeCache")
+        if metadata.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has cache format version {metadata.get('version')!r}, this package reads {VERSION!r}"
+            )
+        if metadata.get("fingerprint") != config.fingerprint():
+            raise ValueError(
+                f"{path} was saved by a model with another configuration (fingerprint "
+                f"{str(metadata.get('fingerprint'))[:12]}…, this model has {config.fingerprint()[:12]}…); "
+                "load it with the model that wrote it"
+            )
+        try:
+            return cls._from_tensors(config.fingerprint(), tensors, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    @classmethod
+    def _from_tensors(
+        cls, fingerprint: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+    ) -> HopeCache:
+        cache = cls(fingerprint)
+        cache._columns = int(metadata["columns"])
+        cache.tokens_seen = tensors.pop("tokens_seen")
+        cache.prefix_hash = tensors.pop("prefix_hash", None)
+        batch_size = len(cache.tokens_seen)
+        fields: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(metadata["states"])}
+        for key, tensor in tensors.items():
+            name, _, field = key.partition("/")
+            if tensor.ndim == 0 or len(tensor) != batch_size:
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {batch_size} rows")
+            fields[name][field] = tensor
+        for name, class_name in json.loads(metadata["states"]).items():
+            cache.states[name] = State.registry[class_name].from_tensors(fields[name])
+        return cache
+
+
+def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no cache file at {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error

@@ -1,0 +1,238 @@
+"""Configuration of the Hope family: embedding, N blocks of mixer and continuum memory system, head."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from typing import Any, ClassVar
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from nested_learning.layers.cms import check_supported, parse_levels
+from nested_learning.layers.mlp import ACTIVATIONS
+from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options, unknown
+
+# Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
+_BASE_KEYS = frozenset(
+    (
+        "_commit_hash",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "task_specific_params",
+        "tie_last_hidden_states",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_weights",
+    )
+)
+# What a saved state depends on; the rest (initialisation, caching, segments) may differ.
+_STATE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "cms_levels",
+    "cms_variant",
+    "cms_update",
+    "cms_activation",
+    "cms_expansion",
+    "norm_eps",
+    "tie_word_embeddings",
+)
+
+
+class HopeConfig(PreTrainedConfig):
+    """Everything that decides a Hope model's shape and computation.
+
+    With `mixer="attention"` it is Hope-Attention, with one CMS level only a pre-norm Transformer.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_heads: heads of every mixer; must divide `hidden_size`. Also readable as `num_attention_heads`.
+        mixer: name of a registered mixer, or a list with one name per block.
+        mixer_options: keyword arguments of the mixers, keyed by mixer name.
+        cms_levels: levels of the continuum memory system, fast to slow: dicts with `chunk_size` and, if
+            wanted, `expansion` or `intermediate_size`, and `activation`. Default: chunk sizes 512 and 2048.
+        cms_variant, cms_update: see `ContinuumMemorySystem`.
+        cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
+        cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
+        norm_eps: epsilon of the RMS norms.
+        initializer_scale: a linear layer starts with standard deviation initializer_scale / √fan_in.
+        tie_word_embeddings: the head uses the embedding's weights.
+        use_cache: return `past_key_values` when not training.
+        segment_size: run all blocks on this many tokens, then on the next ones with the state carried over;
+            None runs a call's tokens at once. Saves memory on long inputs, changes no result.
+        pad_token_id, bos_token_id, eos_token_id: None where there is none.
+
+    Raises:
+        ValueError: for unknown keys (with the nearest valid one), mixers, options, and sizes that do not fit.
+    """
+
+    model_type: ClassVar[str] = "hope"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+
+    vocab_size: int = 32_000
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_heads: int = 4
+    mixer: str | list[str] = "self_modifying_titans"
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    cms_levels: list[dict[str, Any]] | None = None
+    cms_variant: str = "sequential"
+    cms_update: str = "none"
+    cms_activation: str = "relu2"
+    cms_expansion: float = 4.0
+    norm_eps: float = 1e-6
+    initializer_scale: float = 0.5
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    segment_size: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        if self.mixer_options is None:
+            self.mixer_options = {}
+        if self.cms_levels is None:
+            self.cms_levels = [{"chunk_size": 512}, {"chunk_size": 2048}]
+        super().__post_init__(**kwargs)
+        self.validate()
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The mixer's name for each block."""
+        if isinstance(self.mixer, str):
+            return [self.mixer] * self.num_hidden_layers
+        return list(self.mixer)
+
+    def options_of(self, mixer: str) -> dict[str, Any]:
+        """The options given for a mixer."""
+        return dict((self.mixer_options or {}).get(mixer, {}))
+
+    def validate(self) -> None:
+        """Check the whole configuration; also called when a model is built and when it is saved.
+
+        Raises:
+            ValueError: saying what was given, what is expected and how to fix it.
+        """
+        super().validate()  # type: ignore[misc]
+        self._check_sizes()
+        self._check_mixers()
+        check_supported(self.cms_variant, self.cms_update)
+        if self.cms_activation not in ACTIVATIONS:
+            raise unknown("cms_activation", str(self.cms_activation), ACTIVATIONS)
+        for level in parse_levels(self.cms_levels or []):
+            if level.activation is not None and level.activation not in ACTIVATIONS:
+                raise unknown("activation of a CMS level:", str(level.activation), ACTIVATIONS)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the fields that decide the shape and meaning of the weights and states.
+
+        Defaults of mixer options are written out first, so leaving one away or giving it is the same.
+        """
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _STATE_FIELDS}
+        fields["mixers"] = self.layer_mixers
+        fields["mixer_options"] = {
+            name: self._resolved_options(name) for name in sorted(set(self.layer_mixers))
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but overrides are validated too, and unknown ones refused, not dropped."""
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, **kwargs, return_unused_kwargs=True)
+        config.validate()
+        if wants_unused:
+            return config, unused
+        for key in unused:
+            if key not in ("dtype", "torch_dtype", "gguf_file") and not key.startswith("_"):
+                raise unknown("key of HopeConfig:", key, cls._field_names())
+        return config
+
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls)] + list(cls.attribute_map)
+
+    def _refuse_unknown(self, extra: dict[str, Any]) -> None:
+        for key in extra:
+            if key in _BASE_KEYS or key in self.attribute_map:
+                continue
+            if key in GenerationConfig._get_default_generation_params():
+                raise ValueError(
+                    f"{key!r} is a setting of generation, not of the model: pass it to model.generate() "
+                    "or set it in model.generation_config"
+                )
+            raise unknown("key of HopeConfig:", key, self._field_names())
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "segment_size"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not is_count and not (name == "segment_size" and value is None):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("norm_eps", "initializer_scale", "cms_expansion"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_heads ({self.num_heads}): "
+                "change one of them so that every head has the same whole width"
+            )
+
+    def _check_mixers(self) -> None:
+        if not isinstance(self.mixer, (str, list, tuple)) or not all(isinstance(m, str) for m in self.mixer):
+            raise ValueError(f"mixer must be a name or a list of names, got {self.mixer!r}")
+        mixers = self.layer_mixers
+        if len(mixers) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer lists {len(mixers)} blocks, num_hidden_layers is {self.num_hidden_layers}; "
+                "give one name per block, or a single name for all"
+            )
+        options = self.mixer_options
+        if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+            raise ValueError(
+                "mixer_options is keyed by mixer name, such as {'attention': {'qk_norm': False}}, "
+                f"got {options!r}"
+            )
+        for name in sorted({*mixers, *options}):
+            check_mixer_options(name, self.options_of(name))
+        for name in options:
+            if name not in mixers:
+                used = ", ".join(sorted(set(mixers)))
+                raise ValueError(
+                    f"mixer_options has options for {name!r}, but the model's mixers are: {used}"
+                )
+        for name in sorted(set(mixers)):
+            self._build_on_meta(name)
+
+    def _build_on_meta(self, name: str) -> None:
+        """The layer knows best which values it accepts: build it without memory and let it complain."""
+        try:
+            with torch.device("meta"):
+                build_mixer(name, self.hidden_size, self.num_heads, self.options_of(name))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mixer {name!r} with options {self.options_of(name)}: {error}") from error
+
+    def _resolved_options(self, name: str) -> dict[str, Any]:
+        parameters = inspect.signature(MIXERS[name]).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        defaults.pop("num_heads", None)
+        return {**defaults, **self.options_of(name)}

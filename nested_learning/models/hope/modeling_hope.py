@@ -1,0 +1,346 @@
+"""Hope (arXiv 2512.24695, §8.3): blocks of a sequence mixer and a continuum memory system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.registry import build_mixer
+from nested_learning.memory.state import State
+from nested_learning.models.hope.cache_hope import HopeCache
+from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.models.hope.generation_hope import HopeGenerationMixin
+
+
+@dataclass
+class HopeModelOutput(BaseModelOutputWithPast):
+    """As `BaseModelOutputWithPast`; `surprise` has one [B, T] per block, None where the mixer has none."""
+
+    surprise: tuple[Tensor | None, ...] | None = None
+
+
+@dataclass
+class HopeCausalLMOutput(CausalLMOutputWithPast):
+    """As `CausalLMOutputWithPast`; `surprise` has one [B, T] per block, None where the mixer has none."""
+
+    surprise: tuple[Tensor | None, ...] | None = None
+
+
+def weight_std(module: nn.Linear | nn.Embedding, config: HopeConfig) -> float:
+    """Standard deviation at the start, of everything that is not inside a memory layer.
+
+    A tied embedding is the head too: with a normalised input of width D, 1/√D gives logits of order 1.
+    """
+    if isinstance(module, nn.Embedding):
+        return config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+    return config.initializer_scale * module.in_features**-0.5
+
+
+class HopeBlock(GradientCheckpointingLayer):
+    """x ← x + mixer(RMSNorm(x)), then x ← CMS(x), whose blocks bring their own norms and residuals."""
+
+    def __init__(self, config: HopeConfig, layer_index: int) -> None:
+        super().__init__()
+        name = config.layer_mixers[layer_index]
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
+        self.cms = ContinuumMemorySystem(
+            config.hidden_size,
+            config.cms_levels or [],
+            variant=config.cms_variant,
+            update=config.cms_update,
+            activation=config.cms_activation,
+            expansion=config.cms_expansion,
+            norm_eps=config.norm_eps,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mixer_state: State | None,
+        cms_state: State | None,
+        mask: Tensor | None,
+        surprise: bool,
+    ) -> tuple[Tensor, State | None, State | None, Tensor | None]:
+        """x [B, T, D] to (y [B, T, D], mixer state, CMS state, surprise [B, T] or None)."""
+        options = {"return_surprise": True} if surprise and getattr(self.mixer, "has_surprise", False) else {}
+        mixed, mixer_state, *errors = self.mixer(self.mixer_norm(x), mixer_state, mask, **options)
+        x, cms_state = self.cms(x + mixed, cms_state)
+        return x, mixer_state, cms_state, errors[0] if errors else None
+
+
+class HopePreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of all Hope models."""
+
+    config: HopeConfig
+    config_class = HopeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HopeBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # a state cannot be rolled back: generate refuses assisted decoding
+
+    def __init__(self, config: HopeConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, HopeConfig):
+            raise ValueError(f"{type(self).__name__} needs a HopeConfig, got {type(config).__name__}")
+        config.validate()  # fields may have been set since it was made
+        super().__init__(config, *args, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Recompute blocks in the backward pass; only the non-reentrant way has gradients through states."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("Hope's states need gradient checkpointing with use_reentrant=False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside of transformers, modules without parameters of their own are passed over. A block
+        # is such a module, and its mixer would be left with the rule for plain linear layers.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called for every module, children first. The functions of `init` leave loaded weights alone."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=weight_std(module, self.config))
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, HopeBlock) and hasattr(module.mixer, "reset_parameters"):
+            _reset_unloaded(module.mixer)
+
+
+def _reset_unloaded(mixer: nn.Module) -> None:
+    """Run the layer's own initialisation, keeping what was loaded from a checkpoint."""
+    tensors = [*mixer.parameters(), *mixer.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if tensors and len(loaded) == len(tensors):
+        return
+    values = [t.detach().clone() for t in loaded]
+    mixer.reset_parameters()  # type: ignore[operator]
+    for tensor, value in zip(loaded, values, strict=True):
+        tensor.data.copy_(value)
+
+
+class HopeModel(HopePreTrainedModel):
+    """Embedding, blocks and final norm, without a head."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_surprise: bool = False,
+    ) -> HopeModelOutput:
+        """Run the blocks over new tokens.
+
+        Args:
+            input_ids: [B, T] int; or `inputs_embeds` [B, T, D] instead.
+            attention_mask: [B, T], or [B, T_total] over all columns so far of which the last T count; nonzero
+                marks a real token. A masked token changes no state and no other token's output.
+            past_key_values: continue from this cache; it is advanced in place and returned.
+            use_cache: return a cache (default: `config.use_cache`, but not while training).
+            output_hidden_states: return the embedding's output and each block's, the last one normalised.
+            output_surprise: return the memories' errors ‖M(k) − v̂‖, [B, T] per block.
+
+        Raises:
+            ValueError: for ids outside of the vocabulary (checked on the CPU only; elsewhere it would wait
+                for the device), a mask or a cache that does not fit.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        mask = _columns_of_this_call(attention_mask, x)
+        cache = self._cache_for(past_key_values, use_cache, x)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+
+        states = {} if cache is None else dict(cache.states)
+        size = self.config.segment_size or x.shape[1]
+        masks = [None] * len(range(0, x.shape[1], size)) if mask is None else mask.split(size, dim=1)
+        pieces = []
+        for segment, segment_mask in zip(x.split(size, dim=1), masks, strict=True):
+            piece, states = self._run_blocks(
+                segment, states, segment_mask, output_hidden_states, output_surprise
+            )
+            pieces.append(piece)
+        x, hidden, surprise = _join(pieces)
+
+        if cache is not None:
+            cache.advance(states, input_ids, mask, (x.shape[0], x.shape[1]))
+        return HopeModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,  # type: ignore[arg-type]
+            hidden_states=hidden if output_hidden_states else None,
+            surprise=surprise if output_surprise else None,
+        )
+
+    def _run_blocks(
+        self, x: Tensor, states: dict[str, State], mask: Tensor | None, keep_hidden: bool, want_surprise: bool
+    ) -> tuple[_Piece, dict[str, State]]:
+        """All blocks and the final norm on one segment [B, S, D], and the states after it."""
+        after: dict[str, State] = {}
+        hidden, surprise = [], []
+        for index, block in enumerate(self.layers):
+            if keep_hidden:
+                hidden.append(x)
+            names = f"layers.{index}.mixer", f"layers.{index}.cms"
+            x, *new, error = block(x, states.get(names[0]), states.get(names[1]), mask, want_surprise)
+            after.update({name: state for name, state in zip(names, new, strict=True) if state is not None})
+            surprise.append(error)
+        x = self.norm(x)
+        if keep_hidden:
+            hidden.append(x)
+        return (x, tuple(hidden), tuple(surprise)), after
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        size = self.embed_tokens.num_embeddings
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"token ids must lie in 0..{size - 1} (vocab_size {size}), got {low}..{high}; "
+                    "is this the model's own tokenizer? (-100 is for labels)"
+                )
+        return self.embed_tokens(input_ids)
+
+    def _cache_for(self, given: HopeCache | None, use_cache: bool | None, x: Tensor) -> HopeCache | None:
+        if given is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            return HopeCache(self.config) if use_cache else None
+        if not isinstance(given, HopeCache):
+            raise ValueError(f"past_key_values must be a HopeCache, got {type(given).__name__}")
+        if given.batch_size not in (None, x.shape[0]):
+            raise ValueError(
+                f"past_key_values holds {given.batch_size} rows, the input {x.shape[0]}; "
+                "use cache.select_rows or cache.batch_repeat_interleave"
+            )
+        return given
+
+
+# One segment's normalised output, hidden states and surprises.
+_Piece = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]
+
+
+def _join(pieces: list[_Piece]) -> _Piece:
+    """Concatenate segments along the tokens."""
+    if len(pieces) == 1:
+        return pieces[0]
+
+    def cat(parts: tuple[Any, ...]) -> Any:
+        return None if parts[0] is None else torch.cat(parts, dim=1)
+
+    outputs, hidden, surprise = zip(*pieces, strict=True)
+    return (
+        cat(outputs),
+        tuple(map(cat, zip(*hidden, strict=True))),
+        tuple(map(cat, zip(*surprise, strict=True))),
+    )
+
+
+def _columns_of_this_call(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """[B, T] bool from a mask over this call's or over all columns so far."""
+    if attention_mask is None:
+        return None
+    batch_size, length, _ = x.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] = [{batch_size}, {length} or more (all tokens so far)], "
+            f"got {list(attention_mask.shape)}"
+        )
+    return attention_mask[:, -length:].bool()
+
+
+class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
+    """Hope with a language-modelling head, tied to the embedding unless the configuration says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True  # forward takes Trainer's num_items_in_batch
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.model = HopeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_surprise: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> HopeCausalLMOutput:
+        """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
+
+        Args:
+            labels: [B, T], unshifted: label t + 1 is compared with logits t; −100 is not counted.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for given positions.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels
+                (transformers' Trainer passes it for gradient accumulation).
+            others: see `HopeModel.forward`.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_surprise=output_surprise,
+            return_dict=True,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return HopeCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            surprise=outputs.surprise,
+        )
