@@ -1,0 +1,72 @@
+"""`nested-learning COMMAND …`: finds the command, calls it, turns bad input into a message and a code.
+
+Exit codes: 0 done; 1 training diverged; 2 bad input; 130 and 143 interrupted by SIGINT and SIGTERM.
+Nothing heavy is imported before a command is known, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a model on text; it is saved as a Hugging Face folder",
+    "generate": "continue a prompt with a saved model; save and load the state of a conversation",
+    "info": "parameters per part and level, and the memory a running sequence needs",
+    "compare": "train several presets on the same batches, side by side, and tabulate the results",
+}
+DEBUG = "NESTED_LEARNING_DEBUG"
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {name:<10}{help}" for name, help in COMMANDS.items())
+    return (
+        "usage: nested-learning COMMAND [options]\n\n"
+        "Nested Learning in PyTorch: train Hope models and generate from them.\n\n"
+        f"commands:\n{lines}\n\n"
+        "`nested-learning COMMAND --help` lists the options of a command.\n"
+        f"Set {DEBUG}=1 to see the full traceback of an error."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the return value is the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from nested_learning._version import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(name: str, argv: list[str]) -> int:
+    from nested_learning.cli.errors import bad_input, unknown_command
+
+    try:
+        if name not in COMMANDS:
+            raise unknown_command(name, COMMANDS)
+        command = importlib.import_module(f"nested_learning.cli.{name}")
+        return command.run(argv)
+    except Exception as error:
+        message = bad_input(error)
+        if message is None or os.environ.get(DEBUG):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

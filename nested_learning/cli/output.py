@@ -1,0 +1,49 @@
+"""How commands print: rich tables on a terminal, plain text in a pipe, JSON alone with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout. The first column is a name, the others are numbers, set to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="right" if place else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        Console().print(table, markup=False)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    print(title)
+    for line in [list(columns), *cells]:
+        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        print("  ".join(padded).rstrip())
+
+
+def say(message: str = "") -> None:
+    """A line on stderr: progress and remarks, never results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def human_bytes(count: int) -> str:
+    """1,234,567 bytes as `1.2 MiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,157 @@
+"""The one configuration of a training run: what the flags, a YAML file and Python all fill in.
+
+`TrainConfig` is the root; `data` and `optim` are nested. On the command line every field is a dotted
+flag (`--optim.lr 1e-2`, `--model.num_hidden_layers 2`), in YAML a nested key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nested_learning.training.data import DataConfig
+
+DEFAULT_STEPS = 1000
+DEFAULT_EVALS = 5  # evaluations of a run after the one before training
+
+
+def require(condition: bool, name: str, got: object, expected: str) -> None:
+    """Raise the ValueError of a setting: what came and what was expected."""
+    if not condition:
+        raise ValueError(f"{name} is {got!r}; expected {expected}. Set --{name} accordingly.")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        lr: peak learning rate
+        betas: AdamW's decay rates of the first and second moment
+        eps: AdamW's epsilon
+        weight_decay: decoupled weight decay of matrices; biases, norms, gates, embeddings and the initial
+            states of memories get none
+        warmup_steps: optimizer steps of linear warm-up; default: 50, but at most a quarter of all steps
+        schedule: shape of the decay after warm-up
+        final_lr_fraction: learning rate of the last step as a fraction of the peak
+        max_grad_norm: the gradient's global norm is clipped to this; 0 turns clipping off
+    """
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup_steps: int | None = None
+    schedule: Literal["cosine", "linear"] = "cosine"
+    final_lr_fraction: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number such as 3e-3")
+        for beta in self.betas:
+            require(0 <= beta < 1, "optim.betas", self.betas, "two numbers in [0, 1) such as [0.9, 0.95]")
+        require(self.eps > 0, "optim.eps", self.eps, "a positive number such as 1e-8")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or a positive number")
+        require(
+            self.schedule in ("cosine", "linear"), "optim.schedule", self.schedule, "'cosine' or 'linear'"
+        )
+        require(
+            0 <= self.final_lr_fraction <= 1,
+            "optim.final_lr_fraction",
+            self.final_lr_fraction,
+            "a fraction in [0, 1]",
+        )
+        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or a positive number")
+        if self.warmup_steps is not None:
+            require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more steps")
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a run of `steps` optimizer steps. ValueError if they would fill the run."""
+        if self.warmup_steps is None:
+            return min(50, steps // 4)
+        require(
+            self.warmup_steps < steps,
+            "optim.warmup_steps",
+            self.warmup_steps,
+            f"fewer than the {steps} steps of the run",
+        )
+        return self.warmup_steps
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A training run: which model, on what data, for how long, written where.
+
+    Args:
+        preset: name of the model preset to start from
+        model: fields of HopeConfig that differ from the preset, e.g. `--model.num_hidden_layers 2`
+        data: the text, its tokenizer and how it is cut into blocks
+        optim: optimizer and learning-rate schedule
+        output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png
+        steps: optimizer steps; default: 1000, or what `max_minutes` allows
+        max_minutes: instead of `steps`: as many steps as fit into this time on this machine, evaluations
+            included. The time of a step is measured first and the number of steps then fixed (and written to
+            config.yaml), so the schedule ends properly; the limit is an estimate, not a guillotine
+        batch_size: sequences per optimizer step, over all processes and accumulation steps
+        micro_batch_size: sequences per process and forward pass; gradients are accumulated until
+            `batch_size` is reached. Default: batch_size divided by the number of processes
+        precision: fp32, or bf16 autocast
+        gradient_checkpointing: recompute activations in the backward pass to save memory
+        eval_every: evaluate every so many steps; default: a fifth of the run. How much text an evaluation
+            reads is `data.max_validation_blocks`
+        save_every: write a checkpoint every so many steps; default: a quarter of the run
+        keep_checkpoints: how many checkpoints to keep
+        sample_tokens: length of the sample generated after training, in tokens; 0 for none
+        seed: of the initialisation and of dropout; added to `data.seed`, of the order of the data
+    """
+
+    preset: str = "hope-tiny"
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: str = "runs/train"
+    steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    sample_tokens: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "eval_every", "save_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "a whole number of at least 1")
+        for name in ("batch_size", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+        require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "0 or more tokens")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
+        if self.max_minutes is not None:
+            require(
+                0 < self.max_minutes < math.inf,
+                "max_minutes",
+                self.max_minutes,
+                "a positive number of minutes",
+            )
+        if self.steps is not None and self.max_minutes is not None:
+            raise ValueError(
+                f"steps is {self.steps} and max_minutes is {self.max_minutes}; expected one of them, "
+                "as each fixes the length of the run. Leave one out."
+            )
+
+    def with_steps(self, steps: int) -> TrainConfig:
+        """The same run with its length fixed at `steps`, and with the intervals that follow from it."""
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            max_minutes=None,
+            eval_every=self.eval_every or math.ceil(steps / DEFAULT_EVALS),
+            save_every=self.save_every or math.ceil(steps / 4),
+        )

@@ -1,0 +1,108 @@
+"""What a finished run leaves behind: the model, the plot and result.json."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+
+from nested_learning.training.config_file import to_dict
+from nested_learning.training.data import DataBundle, bits_per_byte
+from nested_learning.training.report import Curve, hardware, peak_memory, plot_losses, versions
+from nested_learning.training.run_folder import RunFolder, whole_folder, write_json
+from nested_learning.training.trainer import HopeTrainer
+
+PROMPT_TOKENS = 32
+
+
+def write_results(
+    trainer: HopeTrainer, folder: RunFolder, bundle: DataBundle, step_seconds: list[float]
+) -> dict[str, Any]:
+    """Write `model/`, `loss.png` and, last, `result.json`, which marks the run as complete.
+
+    Args:
+        trainer: after training.
+        folder: of the run.
+        bundle: the data it was trained on.
+        step_seconds: the time of each step taken by this process.
+
+    Returns:
+        The contents of result.json.
+    """
+    memory = peak_memory(trainer.args.device)
+    config, model = trainer.config, trainer.lm
+    model.config.use_cache = True  # the Trainer turned it off for training
+    with whole_folder(folder.model) as target:
+        model.save_pretrained(target)
+        bundle.tokenizer.save_pretrained(target)
+    train, validation = _curve(trainer, "loss"), _curve(trainer, "eval_loss")
+    plot_losses(folder.plot, train, validation, f"{config.preset} on {config.data.source}")
+    tokens = config.batch_size * config.data.block_size * len(step_seconds)
+    result = {
+        "format": "nested_learning.result",
+        "version": 1,
+        "config": to_dict(config),
+        "versions": versions(),
+        "hardware": hardware(trainer.args.device, trainer.args.world_size),
+        "seed": config.seed,
+        "data": bundle.summary,
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "tokens_per_second": tokens / sum(step_seconds) if step_seconds else None,
+        "step_seconds": {
+            "median": median(step_seconds) if step_seconds else None,
+            "measured": len(step_seconds),
+        },
+        "peak_memory": memory,
+        "validation": {
+            "blocks": len(trainer.eval_dataset),  # type: ignore[arg-type]
+            "before": _score(validation[0], bundle),
+            "after": _score(validation[-1], bundle),
+        },
+        "losses": {"train": train, "validation": validation},
+        "sample": _sample(model, bundle, config.sample_tokens, config.seed),
+        "files": {
+            "model": str(folder.model),
+            "result": str(folder.result),
+            "plot": str(folder.plot),
+            "tensorboard": str(folder.tensorboard),
+        },
+    }
+    write_json(folder.result, result)
+    return result
+
+
+def _curve(trainer: HopeTrainer, key: str) -> Curve:
+    return [(int(entry["step"]), entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def _score(point: tuple[int, float], bundle: DataBundle) -> dict[str, float]:
+    step, nats = point
+    bits = bits_per_byte(nats, bundle.bytes_per_token)
+    return {"step": step, "nats_per_token": nats, "bits_per_byte": bits}
+
+
+def _sample(model: PreTrainedModel, bundle: DataBundle, length: int, seed: int) -> dict[str, str] | None:
+    """Text sampled from the trained model after the first tokens of the validation text."""
+    if length == 0:
+        return None
+    prompt = bundle.validation[0]["input_ids"][None, :PROMPT_TOKENS].to(model.device)
+    set_seed(seed)
+    model.eval()
+    ids = model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=0.8,
+        pad_token_id=bundle.tokenizer.pad_token_id,
+    )[0]
+    tokenizer = bundle.tokenizer
+    return {
+        "prompt": str(tokenizer.decode(prompt[0])),
+        "text": str(tokenizer.decode(ids[prompt.shape[1] :])),
+    }

@@ -1,0 +1,147 @@
+"""The folder of a run: what lies in it, and the guards against losing an earlier one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HEADER = "# nested-learning training run\n"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class RunFolder:
+    """Paths of a run and the rules for opening its folder.
+
+    `config.yaml` (with a first line by which the folder is known as a run's), `checkpoints/`,
+    `tensorboard/`, `model/`, `result.json` and `loss.png`. Nothing else in the folder is ever touched.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.model = self.path / "model"
+        self.result = self.path / "result.json"
+        self.plot = self.path / "loss.png"
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run of ours."""
+        try:
+            with open(self.config, encoding="utf-8") as file:
+                return file.readline() == HEADER
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse, before any work is done, a folder that this run must not or cannot write.
+
+        Raises:
+            ValueError: it holds another run or other files, or there is nothing to resume.
+            OSError: it cannot be written.
+        """
+        if resume and overwrite:
+            raise ValueError(
+                "got both --resume and --overwrite; expected one: go on with the run or replace it"
+            )
+        if resume and not self.is_run():
+            raise ValueError(
+                f"nothing to resume: {self.path} holds no run. Leave out --resume to start one there."
+            )
+        if resume and self.result.exists():
+            raise ValueError(
+                f"the run in {self.path} is complete (see {self.result}); nothing is left to resume. "
+                "Start it anew with --overwrite, or choose another --output."
+            )
+        if not (resume or overwrite) and self.is_run():
+            raise ValueError(
+                f"{self.path} already holds a run. Add --resume to go on with it, --overwrite to replace it, "
+                "or choose another --output."
+            )
+        if not self.is_run() and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} is not empty and holds no run of ours, so nothing is written there. "
+                "Choose an empty or a new folder as --output."
+            )
+        self._probe()
+
+    def _probe(self) -> None:
+        """Write and remove a small file in the folder or its nearest parent. OSError says what is wrong."""
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"\0" * 65536)
+        except OSError as error:
+            raise OSError(
+                f"the output folder {self.path} cannot be written: {error.strerror or error} ({place}). "
+                "Choose another --output or make room."
+            ) from error
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise OSError if the file system has less than `nbytes` bytes free."""
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < nbytes:
+            raise OSError(
+                f"the run needs about {nbytes / 2**20:,.0f} MiB for checkpoints and the model, but {place} "
+                f"has {free / 2**20:,.0f} MiB free. Make room, choose another --output or lower "
+                "--keep_checkpoints."
+            )
+
+    def start(self, config_yaml: str) -> None:
+        """Make the folder ready for a new run: an earlier run's files go, the configuration is written."""
+        if self.is_run():
+            for folder in (self.checkpoints, self.tensorboard, self.model):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (self.result, self.plot):
+                file.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, HEADER + config_yaml)
+
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint with the most steps, or None."""
+        found = self.checkpoints.glob("checkpoint-*") if self.checkpoints.is_dir() else []
+        numbered = [(int(m[1]), path) for path in found if (m := CHECKPOINT.fullmatch(path.name))]
+        return max(numbered)[1] if numbered else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all. ValueError for NaN and infinity, which JSON cannot say."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it takes the name `path` at the end, or goes if that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

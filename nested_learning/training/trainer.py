@@ -1,0 +1,198 @@
+"""The transformers Trainer with this project's optimizer, schedule, order of data and failure rules."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from nested_learning.training.config import TrainConfig
+from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.run_folder import RunFolder
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is NaN or infinite; the step was not taken."""
+
+    def __init__(self, quantity: str, value: float, step: int) -> None:
+        super().__init__(f"the {quantity} of step {step} is {value}; the step was not taken")
+        self.step = step
+
+
+def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
+    """(sequences per process and forward pass, accumulation steps) that make up the global batch.
+
+    Raises:
+        ValueError: the processes or the micro-batches do not divide the batch.
+    """
+    if config.batch_size % num_processes:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by the {num_processes} processes of this run. "
+            "It counts the sequences of one optimizer step over all processes: choose a multiple."
+        )
+    per_process = config.batch_size // num_processes
+    micro = config.micro_batch_size or per_process
+    if per_process % micro:
+        raise ValueError(
+            f"micro_batch_size {micro} does not divide the {per_process} sequences that each of "
+            f"{num_processes} process(es) gets of a batch of {config.batch_size}. Choose a divisor."
+        )
+    return micro, per_process // micro
+
+
+def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -> TrainingArguments:
+    """TrainingArguments of a run whose number of steps is fixed.
+
+    Args:
+        config: the run, after `TrainConfig.with_steps`.
+        folder: where its checkpoints go.
+        eval_batch: validation sequences per forward pass, over all processes.
+    """
+    assert config.steps is not None
+    args = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=config.steps,
+        max_grad_norm=config.optim.max_grad_norm,
+        bf16=config.precision == "bf16",
+        activation_checkpointing=config.gradient_checkpointing,
+        train_sampling_strategy="sequential",  # the dataset is in the order to be trained on
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the trainer stops at the first such loss
+        include_num_input_tokens_seen="all",
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        eval_on_start=True,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_every or config.steps,
+        save_total_limit=config.keep_checkpoints,
+        seed=config.seed,
+        disable_tqdm=True,  # `train` adds its own bar
+        report_to="none",  # TensorBoard is a callback of ours, so that its folder is the run's
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs of one process would multiply the batch: use torchrun
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = split_batch(config, args.world_size)
+    args.per_device_eval_batch_size = max(1, eval_batch // args.world_size)
+    return args
+
+
+class HopeTrainer(Trainer):
+    """Trainer of causal language models on packed blocks; see `train` for a whole run.
+
+    A step whose loss or gradient norm is not finite raises NonFiniteError before the parameters change.
+    Checkpoints appear under their name only when they are complete.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+    ) -> None:
+        # The tokenizer is not given to the Trainer as its processing class: that would copy its special
+        # tokens, the end of text among them, into the model's configuration.
+        super().__init__(model, args, default_data_collator, train_dataset, eval_dataset)
+        self.lm = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.checkpoints = Path(str(args.output_dir))
+        self._save_to: str | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.lm, self.config.optim)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.create_optimizer()
+            self.lr_scheduler = build_schedule(optimizer, self.config.optim, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # The mean over processes, so that all of them stop, or none.
+        self._require_finite("loss", self.accelerator.reduce(loss, "mean"))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._require_finite("gradient norm", torch.as_tensor(norm))
+        return norm
+
+    def _require_finite(self, quantity: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise NonFiniteError(quantity, float(value), self.state.global_step + 1)
+
+    def save_now(self) -> Path:
+        """Write a checkpoint of the last completed step and return its folder."""
+        self._save_checkpoint(self.lm, trial=None)
+        return self.checkpoints / f"checkpoint-{self.state.global_step}"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _damage_named(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._save_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer does, but into a hidden folder that is renamed at the end."""
+        name = f"checkpoint-{self.state.global_step}"
+        final = self.checkpoints / name
+        self._save_to = str(final.with_name(".partial"))
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.tokenizer.save_pretrained(Path(self._save_to) / name)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(Path(self._save_to) / name, final)
+                rotate_checkpoints(str(self.checkpoints), self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._save_to, ignore_errors=True)
+            self._save_to = None
+
+
+@contextmanager
+def _damage_named(checkpoint: str | None) -> Iterator[None]:
+    """Whatever loading raises for a damaged file, as a ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # safetensors, torch and zipfile each have their own
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged or of another model ({type(error).__name__}: {error}). "
+            "Remove that folder to resume from the one before it."
+        ) from error
