@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,13 +101,12 @@ def by_hash(documents: Iterable[Document]) -> list[Document]:
 
 
 def _limit(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
-    if max_bytes is None:
-        return list(documents)
-    kept, left = [], max_bytes
+    """The documents with text in them, up to `max_bytes`; the last one is cut."""
+    kept, left = [], math.inf if max_bytes is None else max_bytes
     for name, text in documents:
         content = text.encode()
         if len(content) > left:
-            text = _decode_start(content[:left])
+            text = _decode_start(content[: int(left)])
         if text:
             kept.append(Document(name, text))
         left -= len(content)

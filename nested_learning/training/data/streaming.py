@@ -134,7 +134,7 @@ class StreamedDataset(IterableDataset[Sample]):
                     f"this state was taken with {name} {state.get(name)}, the dataset has "
                     f"{getattr(self, name)}; resume with the settings of the first run"
                 )
-        self._begin = dict(state)
+        self._begin = self._now = dict(state)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
