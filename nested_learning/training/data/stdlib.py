@@ -14,18 +14,10 @@ from pathlib import Path
 
 TOPICS = "pydoc_data/topics.py"
 
-# Tests, bundled third parties, and tables or generated code that read like neither English nor code.
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "idlelib",
-    "turtledemo",
-    "encodings",
-    "pydoc_data",
-    "_bundled",
-}
-_SKIPPED_FOLDERS |= {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+_NO_LIBRARY_TEXT = ("test", "tests", "idle_test", "idlelib", "turtledemo", "__pycache__")
+_NOT_PYTHONS_OWN = ("site-packages", "dist-packages", "lib-dynload", "_bundled")
+_TABLES = ("encodings", "pydoc_data")  # the topics of pydoc_data are read by themselves
+_SKIPPED_FOLDERS = {*_NO_LIBRARY_TEXT, *_NOT_PYTHONS_OWN, *_TABLES}
 # Differ from one machine to the next.
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-", "sitecustomize", "usercustomize")
 

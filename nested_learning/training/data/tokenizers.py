@@ -8,8 +8,9 @@ builds both, and every text survives encoding and decoding unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ FIRST_MERGE_ID = 258  # 256 bytes, END_OF_TEXT, PAD
 # into groups of at most three digits; every character belongs to exactly one piece.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PIECE_CHARS = 1 << 20
+_PIECES_AT_ONCE = 64  # encoded in parallel
 
 
 @cache
@@ -147,20 +149,26 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -
         for text in texts:
             parts += [np.frombuffer(text.encode(), np.uint8).astype(dtype), end]
     else:
-        for text in texts:
-            pieces = _encode_pieces(tokenizer, _split_long(text))
-            parts += [np.array(piece, dtype) for piece in pieces] + [end]
+        pieces = chain.from_iterable(_mark_last(_split_long(text)) for text in texts)
+        for batch in iter(lambda: list(islice(pieces, _PIECES_AT_ONCE)), []):
+            for ids, (_, last) in zip(_encode(tokenizer, [piece for piece, _ in batch]), batch, strict=True):
+                parts += [np.array(ids, dtype), end] if last else [np.array(ids, dtype)]
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
-def _encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Sequence[str]) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerFast, pieces: list[str]) -> list[list[int]]:
     return tokenizer(
-        list(pieces),
+        pieces,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         verbose=False,
     )["input_ids"]
+
+
+def _mark_last(pieces: list[str]) -> Iterator[tuple[str, bool]]:
+    for number, piece in enumerate(pieces, start=1):
+        yield piece, number == len(pieces)
 
 
 def _split_long(text: str) -> list[str]:
