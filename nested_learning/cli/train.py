@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
+
 from nested_learning.cli.output import print_json, print_table, say
+from nested_learning.cli.parsing import DATA_ALIASES, hide_group_flags, new_parser, parse
 from nested_learning.training.config import TrainConfig
-from nested_learning.training.config_file import build_parser, expand_aliases, parse_flags
+from nested_learning.training.config_file import (
+    OPEN_FIELDS,
+    instantiate,
+    load_config,
+    refuse_changes,
+)
 from nested_learning.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nested_learning.training.run import Outcome
 
-DESCRIPTION = """Train a causal language model on text.
+ALIASES = {**DATA_ALIASES, "--lr": "--optim.lr"}
+DESCRIPTION = """\
+Train a causal language model on text.
 
-The model comes from a preset, changed by `--model.KEY VALUE`; every setting can stand in a YAML file too
-(--config), with flags taking precedence. The run's folder then holds model/ (for from_pretrained),
-result.json, loss.png, config.yaml, checkpoints/ and tensorboard/. Interrupted by Ctrl-C or SIGTERM, a run
-saves a checkpoint first; --resume goes on with it.
+The model comes from a preset, changed by `--model.KEY VALUE`; every setting can stand in a YAML file
+too (--config), flags go before it. Short flags: --data, --tokenizer, --block_size, --lr.
+
+The folder --output then holds model/ (for from_pretrained), result.json, loss.png, config.yaml,
+checkpoints/ and tensorboard/. Interrupted by Ctrl-C or SIGTERM, a run saves a checkpoint and --resume
+goes on with it. Several processes: torchrun --nproc_per_node 2 -m nested_learning train ...
 
 examples:
   nested-learning train --max_minutes 3 --output runs/first
-  nested-learning train --preset transformer-tiny --data book.txt --steps 500 --lr 3e-3 --output runs/book
+  nested-learning train --preset transformer-tiny --data book.txt --steps 500 --lr 1e-2 --output runs/book
   nested-learning train --output runs/book --resume
+
+exit codes: 0 done, 1 the loss became NaN or infinite, 2 bad input, 130 and 143 interrupted
 """
 
 
 def run(argv: list[str]) -> int:
     """Parse, train, print. Returns the exit code."""
-    argv = expand_aliases(argv)
-    config, values = _parse(argv)
+    config, values = parse_train(argv)
     from nested_learning.training.run import TrainingDiverged, train
 
     try:
@@ -46,52 +59,52 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> tuple[TrainConfig, Any]:
-    parser = build_parser("nested-learning train", DESCRIPTION)
+def parse_train(argv: list[str]) -> tuple[TrainConfig, Namespace]:
+    """(the configuration, all values) of the command line; with --resume the configuration of the run."""
+    parser = new_parser("train", "", DESCRIPTION)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as JSON, alone on stdout"
-    )
-    config, values = parse_flags(parser, argv)
-    if values.resume and not values.overwrite and values.config is None:
-        folder = RunFolder(config.output)
-        if folder.is_run():  # the run's own settings are the defaults of a resumed run
-            config, values = parse_flags(parser, ["--config", str(folder.config), *argv])
-    return config, values
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
+    parser.add_class_arguments(TrainConfig, None)
+    hide_group_flags(parser, ALIASES)
+    values = parse(parser, argv, aliases=ALIASES, open_groups=OPEN_FIELDS)
+    folder = RunFolder(values.output)
+    if not (values.resume and folder.is_run()):
+        return instantiate(parser, values), values
+    saved = load_config(folder.config)
+    given = parse(parser, argv, aliases=ALIASES, open_groups=OPEN_FIELDS, defaults=False)
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    refuse_changes(saved, {key: value for key, value in given.as_dict().items() if key in fields})
+    saved.output = values.output
+    return saved, values
 
 
 def _interrupted(outcome: Outcome) -> int:
     assert outcome.signal is not None
-    output = shlex.quote(str(outcome.folder.path))
-    say(f"interrupted; checkpoint saved in {outcome.checkpoint}")
-    say(f"go on with: nested-learning train --output {output} --resume")
+    say(f"interrupted; a checkpoint is saved in {outcome.checkpoint}")
+    say(f"go on with: nested-learning train --output {shlex.quote(str(outcome.folder.path))} --resume")
     return 128 + outcome.signal
 
 
 def _print(result: dict[str, Any]) -> None:
     before, after = result["validation"]["before"], result["validation"]["after"]
-    memory = result["peak_memory"]
+    speed = result["tokens_per_second"]
     rows = [
-        ("validation before, bits per byte", f"{before['bits_per_byte']:.3f}"),
-        ("validation after, bits per byte", f"{after['bits_per_byte']:.3f}"),
-        ("validation after, nats per token", f"{after['nats_per_token']:.3f}"),
-        ("steps", f"{result['steps']:,}"),
-        ("tokens", f"{result['tokens']:,}"),
-        ("tokens per second", f"{result['tokens_per_second']:,.0f}" if result["tokens_per_second"] else "-"),
+        ("validation before (bits per byte)", f"{before['bits_per_byte']:.3f}"),
+        ("validation after (bits per byte)", f"{after['bits_per_byte']:.3f}"),
+        ("validation after (nats per token)", f"{after['nats_per_token']:.3f}"),
+        ("optimizer steps", f"{result['steps']:,}"),
+        ("training tokens", f"{result['tokens']:,}"),
+        ("tokens per second", "-" if speed is None else f"{speed:,.0f}"),
         ("parameters", f"{result['parameters']:,}"),
-        ("peak memory, MiB", f"{memory['bytes'] / 2**20:,.0f}"),
+        ("peak memory (MiB)", f"{result['peak_memory']['bytes'] / 2**20:,.0f}"),
     ]
-    config = result["config"]
+    config, files = result["config"], result["files"]
     print_table(f"{config['preset']} on {config['data']['source']}", ("", "value"), rows)
     if result["sample"]:
-        print(f"\nsample (the first {len(result['sample']['prompt'])} characters are the prompt):")
-        print(result["sample"]["prompt"] + result["sample"]["text"])
-    files = result["files"]
+        print("\nsample, after a prompt from the validation text (before the mark |):")
+        print(f"{result['sample']['prompt']}|{result['sample']['text']}")
     print(f"\nmodel   {files['model']}\nresult  {files['result']}\nplot    {files['plot']}")
-    print(f"\ngenerate more:\n  {_generate_command(Path(files['model']))}")
-
-
-def _generate_command(model: Path) -> str:
-    return f"nested-learning generate {shlex.quote(str(model))} --prompt 'The '"
+    print(f"\ngenerate more:\n  nested-learning generate {shlex.quote(files['model'])} --prompt 'The '")

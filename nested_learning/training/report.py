@@ -78,6 +78,11 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 def peak_rss() -> int:
     """Peak resident set of this process in bytes; 0 where the system does not tell (Windows)."""
+    try:  # Linux: `ru_maxrss` would begin with the parent's peak, this one with the program's own start
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from nested_learning.models.hope.modeling_hope import HopeForCausalLM
-from nested_learning.models.presets import preset
+from nested_learning.models import preset
 from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
-from nested_learning.training.config_file import differences, dump_config, load_config
+from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
+from nested_learning.training.models import model_config, new_model
 from nested_learning.training.results import write_results
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, split_batch, trainer_arguments
@@ -87,18 +87,6 @@ def train(
     return _run(config, folder, model, bundle, folder.last_checkpoint() if resume else None, progress)
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The untrained model of a run, with as many ids as its tokenizer has. ValueError for unknown keys."""
-    if "vocab_size" in config.model:
-        raise ValueError(
-            f"model.vocab_size is {config.model['vocab_size']}, but the tokenizer decides it "
-            f"({len(tokenizer)}). Leave it out, or choose another --tokenizer."
-        )
-    model_config = preset(config.preset, **{**config.model, "vocab_size": len(tokenizer)})
-    set_seed(config.seed)
-    return HopeForCausalLM(model_config)
-
-
 def seeded_data(config: TrainConfig) -> DataBundle:
     """The data of a run of fixed length; their order depends on `data.seed` + `seed`."""
     assert config.steps is not None
@@ -111,28 +99,29 @@ def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     saved = load_config(folder.config)
     assert saved.steps is not None
     given = config.with_steps(saved.steps) if config.steps in (None, saved.steps) else config
-    changed = differences(saved, given)
-    if changed:
-        listed = ", ".join(f"{key} (run: {old!r}, now: {new!r})" for key, (old, new) in changed.items())
-        raise ValueError(
-            f"a resumed run keeps its configuration, but these differ: {listed}. "
-            "Leave them out, or start a new run in another --output."
-        )
+    refuse_changes(saved, to_dict(given))
     return dataclasses.replace(saved, output=config.output)
 
 
 def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedModel, DataBundle, TrainConfig]:
     """Model on its device, data, and the configuration with the number of steps fixed."""
-    split_batch(config, process.num_processes)  # refuses what does not divide before anything is read
+    # What can be refused without reading the text is refused first.
+    split_batch(config, process.num_processes)
+    preset(config.preset, **config.model)
     if config.max_minutes is None:
         config = config.with_steps(config.steps or DEFAULT_STEPS)
         bundle = seeded_data(config)
-        return build_model(config, bundle.tokenizer).to(process.device), bundle, config
+        return _model(config, bundle, process), bundle, config
     bundle = seeded_data(config.with_steps(1))  # for the tokenizer and the size of an evaluation
-    model = build_model(config, bundle.tokenizer).to(process.device)
+    model = _model(config, bundle, process)
     [steps] = broadcast_object_list([_fitting_steps(config, model, bundle, process.num_processes)])
     config = config.with_steps(steps)  # of process 0: all must run equally many
     return model, seeded_data(config), config
+
+
+def _model(config: TrainConfig, bundle: DataBundle, process: PartialState) -> PreTrainedModel:
+    model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
+    return model.to(process.device)
 
 
 def _fitting_steps(config: TrainConfig, model: PreTrainedModel, bundle: DataBundle, processes: int) -> int:

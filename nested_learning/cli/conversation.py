@@ -1,0 +1,123 @@
+"""A saved model, its tokenizer, and a conversation with it that outlives the process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from nested_learning.models import HopeCache, HopeForCausalLM
+from nested_learning.training.data import load_tokenizer
+from nested_learning.training.models import any_config, saved_folder
+
+PENDING = "pending_ids"  # metadata key: ids that belong to the text but were not fed to the model yet
+
+
+def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
+    """The Hope model in a folder, ready to generate, and its tokenizer. Nothing is downloaded.
+
+    Raises:
+        ValueError: no model there, a damaged one, one of another kind, or a tokenizer of another model.
+    """
+    folder = saved_folder(path)
+    config = any_config(str(folder))
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} ids, the model {config.vocab_size}: "
+            "it belongs to another model"
+        )
+    disable_progress_bar()  # of loading the weights
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, json and torch each have their own
+        raise ValueError(f"the model in {folder} is damaged ({type(error).__name__}: {error})") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"the weights in {folder} lack {', '.join(sorted(report['missing_keys']))}")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+class Conversation:
+    """What a model has read and written so far: its cache, and the last token, which it has not read yet."""
+
+    def __init__(
+        self, model: HopeForCausalLM, tokenizer: PreTrainedTokenizerFast, cache: HopeCache, pending: list[int]
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.pending = pending
+
+    @classmethod
+    def open(
+        cls, model: HopeForCausalLM, tokenizer: PreTrainedTokenizerFast, path: str | None
+    ) -> Conversation:
+        """A new conversation, or the one in a file.
+
+        Raises:
+            ValueError: the file is damaged or of another model.
+            FileNotFoundError: there is no such file.
+        """
+        if path is None:
+            return cls(model, tokenizer, HopeCache(model.config), [])
+        cache = HopeCache.load(path, model, device=model.device)
+        with safe_open(path, framework="pt") as file:
+            pending = json.loads((file.metadata() or {}).get(PENDING, "[]"))
+        return cls(model, tokenizer, cache, pending)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the text so far."""
+        read = 0 if self.cache.tokens_seen is None else int(self.cache.tokens_seen[0])
+        return read + len(self.pending)
+
+    def generate(self, prompt: str, **options: Any) -> list[int]:
+        """Ids of the continuation after the text so far and the prompt.
+
+        Args:
+            prompt: new text; an empty one at the start of a conversation stands for a new document.
+            options: of transformers' `generate`.
+        """
+        new = self.tokenizer.encode(prompt, add_special_tokens=False)
+        ids = [*self.pending, *new]
+        if not ids:
+            ids = [self.tokenizer.eos_token_id]
+        inputs = torch.tensor([ids], device=self.model.device)
+        output = self.model.generate(
+            inputs,
+            past_key_values=self.cache,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        written = output[0, len(ids) :].tolist()
+        self.pending = written[-1:]
+        return written
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to one safetensors file, which `HopeCache.load` reads as well.
+
+        Raises:
+            OSError: the file cannot be written; an earlier one of that name is left as it was.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.state")
+        try:
+            self.cache.save(temporary)
+            with safe_open(temporary, framework="pt") as file:
+                metadata = {**file.metadata(), PENDING: json.dumps(self.pending)}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""`nested-learning generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from nested_learning.cli.output import human_bytes, print_json, say
+from nested_learning.cli.parsing import new_parser, parse
+from nested_learning.training.config import require
+
+DESCRIPTION = """\
+Continue a prompt with a saved model, printed as it comes.
+
+MODEL is a folder written by save_pretrained, or the --output folder of a completed run. --save_state
+writes what the model remembers to one file; --load_state goes on from there, now or later: the text read
+so far is neither needed nor read again.
+
+examples:
+  nested-learning generate runs/first --prompt 'def main(' --max_new_tokens 300
+  nested-learning generate runs/first --prompt 'Once' --save_state talk.safetensors
+  nested-learning generate runs/first --load_state talk.safetensors --prompt ' upon a time'
+"""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """What to generate.
+
+    Args:
+        prompt: text to continue; may be empty
+        max_new_tokens: tokens to generate
+        temperature: divides the logits; below 1 the text is safer, above 1 wilder; 0 always takes the
+            likeliest token
+        top_k: sample among the k likeliest tokens only; 0 for all
+        top_p: sample among the likeliest tokens that together have this probability
+        seed: of the sampling
+        save_state: file to write the state to after generating
+        load_state: file to read the state from before the prompt
+    """
+
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    save_state: str | None = None
+    load_state: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or a whole number above 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
+
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+
+def run(argv: list[str]) -> int:
+    """Parse, generate, print. Returns the exit code."""
+    parser = new_parser("generate", "MODEL ", DESCRIPTION)
+    parser.add_argument("model", type=str, help="folder of a saved model or of a completed run")
+    parser.add_argument("--json", action="store_true", help="print text and timings as JSON, alone on stdout")
+    parser.add_class_arguments(GenerateConfig, None)
+    values = parse(parser, argv)
+    fields = GenerateConfig.__dataclass_fields__
+    config = GenerateConfig(**{name: values[name] for name in fields})
+    result = generate(values.model, config, stream=not values.json)
+    if values.json:
+        print_json(result)
+    else:
+        say(
+            f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second; the state holds "
+            f"{result['tokens_seen']:,} tokens in {human_bytes(result['state_bytes'])}"
+        )
+        if config.save_state:
+            say(f"state saved in {config.save_state}")
+    return 0
+
+
+def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict[str, Any]:
+    """Generate after the prompt, or after the loaded state and the prompt.
+
+    Args:
+        model_folder: see `load_model`.
+        config: what to generate.
+        stream: print prompt and text to stdout as they come.
+
+    Raises:
+        ValueError: a folder or state file that is missing, damaged or of another model.
+        OSError: the state file cannot be written.
+    """
+    from accelerate.utils import set_seed
+    from transformers import TextStreamer
+
+    from nested_learning.cli.conversation import Conversation, load_model
+
+    model, tokenizer = load_model(model_folder)
+    conversation = Conversation.open(model, tokenizer, config.load_state)
+    streamer = None
+    if stream:
+        sys.stdout.write(config.prompt)
+        sys.stdout.flush()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    set_seed(config.seed)
+    start = time.perf_counter()
+    new_ids = conversation.generate(
+        config.prompt, max_new_tokens=config.max_new_tokens, streamer=streamer, **config.sampling()
+    )
+    seconds = time.perf_counter() - start
+    if config.save_state:
+        conversation.save(config.save_state)
+    return {
+        "prompt": config.prompt,
+        "text": tokenizer.decode(new_ids, skip_special_tokens=True),
+        "new_tokens": len(new_ids),
+        "seconds": seconds,
+        "tokens_per_second": len(new_ids) / seconds,
+        "tokens_seen": conversation.tokens_seen,
+        "state_bytes": conversation.cache.nbytes(),
+        "state_file": config.save_state,
+    }

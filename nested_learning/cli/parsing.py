@@ -1,0 +1,91 @@
+"""Command lines to typed values: what the commands share on top of jsonargparse."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from nested_learning.training.config_file import check_keys, nearest, read_yaml
+
+# Short flags for the dotted ones that everybody types.
+DATA_ALIASES = {
+    "--data": "--data.source",
+    "--tokenizer": "--data.tokenizer",
+    "--block_size": "--data.block_size",
+}
+
+
+class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions."""
+
+
+def new_parser(command: str, positional: str, description: str) -> ArgumentParser:
+    """A parser that raises instead of exiting and takes no abbreviations."""
+    return ArgumentParser(
+        prog=f"nested-learning {command}",
+        usage=f"nested-learning {command} {positional}[options]".replace("  ", " "),
+        description=description,
+        formatter_class=_Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    parser: ArgumentParser,
+    argv: Sequence[str],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    open_groups: Sequence[str] = (),
+    defaults: bool = True,
+) -> Namespace:
+    """The values of a command line.
+
+    Args:
+        parser: of the command.
+        argv: the arguments; dashes and underscores inside a flag are the same.
+        aliases: short flags and what they stand for.
+        open_groups: groups below which any key is let through, to be checked by whom it is for.
+        defaults: include the values of flags that were not given.
+
+    Raises:
+        ValueError: an unknown flag, with the nearest known one, or a value of the wrong type.
+    """
+    aliases = aliases or {}
+    argv = [_normal(item, aliases) for item in argv]
+    known = {option for action in parser._actions for option in action.option_strings}
+    for item in argv:
+        flag = item.partition("=")[0]
+        if item.startswith("--") and flag not in known and flag[2:].split(".")[0] not in open_groups:
+            hint = nearest(flag, [*known, *aliases])
+            raise ValueError(f"unknown option {flag!r}.{hint} `{parser.prog} --help` lists all of them.")
+    for before, after in pairwise([*argv, ""]):
+        if before == "--config" or before.startswith("--config="):
+            path = before.partition("=")[2] or after
+            check_keys(read_yaml(path), path)
+    try:
+        return parser.parse_args(argv, defaults=defaults)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def hide_group_flags(parser: ArgumentParser, aliases: Mapping[str, str]) -> None:
+    """Say in the help what the flag of a whole group is: an alias, or a YAML file of that group."""
+    for action in parser._actions:
+        for option in action.option_strings:
+            if option in aliases:
+                action.help = f"short for {aliases[option]}"
+                action.metavar = aliases[option].rpartition(".")[2].upper()
+            elif action.metavar == "CONFIG" and action.dest != "config":
+                action.help = "the keys of this group as a YAML file or a JSON object"
+
+
+def _normal(item: str, aliases: Mapping[str, str]) -> str:
+    if not item.startswith("--"):
+        return item
+    flag, equals, value = item.partition("=")
+    flag = "--" + flag[2:].replace("-", "_")
+    return aliases.get(flag, flag) + equals + value

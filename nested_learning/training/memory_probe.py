@@ -1,0 +1,46 @@
+"""The memory of a training step, measured where nothing else has allocated any: in a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from nested_learning.models import HopeConfig, HopeForCausalLM
+from nested_learning.training.config import OptimConfig
+from nested_learning.training.optim import build_optimizer
+from nested_learning.training.report import peak_rss
+
+STEPS = 2  # the second one has AdamW's moments too
+
+
+def step_memory(config: dict[str, Any], shape: tuple[int, int], device: str) -> int:
+    """Bytes that a model, its gradients, AdamW and a training step's activations need at most.
+
+    On a GPU the peak of allocated tensors. On a CPU the growth of the process's peak resident set from
+    just before the model is built: what the operating system sees, allocator and libraries included.
+
+    Args:
+        config: `HopeConfig.to_dict()` of the model.
+        shape: (sequences, tokens) of the batch.
+        device: to train on.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_measure, config, shape, device).result()
+
+
+def _measure(config: dict[str, Any], shape: tuple[int, int], device: str) -> int:
+    before = peak_rss()
+    model = HopeForCausalLM(HopeConfig.from_dict(config)).to(device).train()  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, OptimConfig())
+    for _ in range(STEPS):
+        ids = torch.randint(model.config.vocab_size, shape, device=device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_rss() - before
