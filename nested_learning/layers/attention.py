@@ -88,8 +88,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, mask: Tensor | None = None
@@ -145,8 +145,12 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate(self.q_norm(query), positions, self.rope_theta)
-        key = rotate(self.k_norm(key), positions, self.rope_theta)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Under autocast the projections are bfloat16 but the scales float32: normalise in float32.
+            query = self.q_norm(query.to(self.q_norm.weight.dtype))
+            key = self.k_norm(key.to(self.k_norm.weight.dtype))
+        query = rotate(query, positions, self.rope_theta)
+        key = rotate(key, positions, self.rope_theta)
         return query.to(value.dtype), key.to(value.dtype), value
 
     def _allowed(self, positions: Tensor, key_positions: Tensor) -> Tensor:

@@ -181,14 +181,17 @@ class HopeCache:
         tensors = {"tokens_seen": self.tokens_seen}
         if self.prefix_hash is not None:
             tensors["prefix_hash"] = self.prefix_hash
+        index = {}
         for name, state in self.states.items():
-            tensors.update({f"{name}/{field}": tensor for field, tensor in state.to_tensors().items()})
+            fields = state.to_tensors()
+            index[name] = {"class": type(state).__name__, "fields": sorted(fields)}
+            tensors.update({f"{name}/{field}": tensor for field, tensor in fields.items()})
         metadata = {
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.fingerprint,
             "columns": str(self._columns),
-            "states": json.dumps({name: type(state).__name__ for name, state in self.states.items()}),
+            "states": json.dumps(index),
         }
         # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
         _write_atomically(
@@ -238,14 +241,16 @@ class HopeCache:
         cache.tokens_seen = tensors.pop("tokens_seen")
         cache.prefix_hash = tensors.pop("prefix_hash", None)
         batch_size = len(cache.tokens_seen)
-        fields: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(metadata["states"])}
-        for key, tensor in tensors.items():
-            name, _, field = key.partition("/")
+        for name, tensor in tensors.items():
             if tensor.ndim == 0 or len(tensor) != batch_size:
-                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {batch_size} rows")
-            fields[name][field] = tensor
-        for name, class_name in json.loads(metadata["states"]).items():
-            cache.states[name] = State.registry[class_name].from_tensors(fields[name])
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {batch_size} rows")
+        for name, entry in json.loads(metadata["states"]).items():
+            state_class = State.registry[entry["class"]]
+            cache.states[name] = state_class.from_tensors(
+                {field: tensors.pop(f"{name}/{field}") for field in entry["fields"]}
+            )
+        if tensors:
+            raise ValueError(f"unexpected tensors {', '.join(sorted(tensors))}")
         return cache
 
 
@@ -267,6 +272,8 @@ def _read(
         raise FileNotFoundError(f"no cache file at {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # Copies, not views of the mapped file: a later write to it must not reach a running model.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error

@@ -217,9 +217,7 @@ class HopeConfig(PreTrainedConfig):
         for name in options:
             if name not in mixers:
                 used = ", ".join(sorted(set(mixers)))
-                raise ValueError(
-                    f"mixer_options has options for {name!r}, but the model's mixers are: {used}"
-                )
+                raise ValueError(f"mixer_options has options for {name!r}, which no block uses; used: {used}")
         for name in sorted(set(mixers)):
             self._build_on_meta(name)
 

@@ -1,0 +1,156 @@
+"""Attention against a token-by-token oracle, and the invariances of its state."""
+
+import pytest
+import torch
+
+from nested_learning.layers import Attention, SlidingWindowAttention
+
+WIDTH, HEADS = 16, 4
+VARIANTS = {
+    "plain": lambda: Attention(WIDTH, HEADS),
+    "no_qk_norm": lambda: Attention(WIDTH, HEADS, qk_norm=False, rope_theta=100.0),
+    "grouped": lambda: Attention(WIDTH, HEADS, num_kv_heads=2),
+    "window": lambda: SlidingWindowAttention(WIDTH, HEADS, window=3),
+    "window_1": lambda: SlidingWindowAttention(WIDTH, HEADS, window=1, num_kv_heads=1),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def layer(request):
+    torch.manual_seed(0)
+    layer = VARIANTS[request.param]().double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def oracle(layer: Attention, row: torch.Tensor) -> torch.Tensor:
+    """One unpadded sequence [T, D], one token and head at a time, rotation by complex multiplication."""
+    d = layer.head_dim
+    frequencies = torch.tensor([layer.rope_theta ** (-2 * i / d) for i in range(d // 2)], dtype=row.dtype)
+
+    def head(linear, norm, token, index, position):
+        v = (linear.weight @ token)[index * d : (index + 1) * d]
+        v = v if norm is None else norm.weight * v / torch.sqrt((v * v).mean() + 1e-6)
+        turned = torch.complex(v[: d // 2], v[d // 2 :]) * torch.exp(1j * position * frequencies)
+        return torch.cat([turned.real, turned.imag])
+
+    kv_heads = layer.k_proj.out_features // d
+    outputs = []
+    for t in range(len(row)):
+        first = 0 if layer.window is None else max(0, t - layer.window + 1)
+        heads = []
+        for h in range(HEADS):
+            g = h // (HEADS // kv_heads)
+            q = head(layer.q_proj, layer.q_norm, row[t], h, t)
+            keys = [head(layer.k_proj, layer.k_norm, row[s], g, s) for s in range(first, t + 1)]
+            values = torch.stack(
+                [(layer.v_proj.weight @ row[s])[g * d : (g + 1) * d] for s in range(first, t + 1)]
+            )
+            scores = torch.stack([q @ k for k in keys]) / d**0.5
+            heads.append(scores.softmax(0) @ values)
+        outputs.append(layer.out_proj.weight @ torch.cat(heads))
+    return torch.stack(outputs)
+
+
+MASK = torch.tensor(
+    [[1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1, 1, 0]], dtype=torch.bool
+)
+
+
+def test_matches_oracle_row_by_row_with_gradients(layer):
+    x = torch.randn(3, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    y, _ = layer(x, mask=MASK)
+    expected = torch.cat([oracle(layer, x[b][MASK[b]]) for b in range(3)])
+    torch.testing.assert_close(y[MASK], expected, rtol=0, atol=1e-12)
+
+    probe = torch.randn_like(expected)
+    inputs = [x, *layer.parameters()]
+    got = torch.autograd.grad((y[MASK] * probe).sum(), inputs)
+    want = torch.autograd.grad((expected * probe).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_without_mask_is_the_full_mask(layer):
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    full, full_state = layer(x, mask=torch.ones(2, 7, dtype=torch.bool))
+    plain, plain_state = layer(x)
+    torch.testing.assert_close(plain, full, rtol=0, atol=1e-13)
+    torch.testing.assert_close(plain_state.positions, full_state.positions)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 5], [2, 1, 6], [8, 1]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_pieces_equal_whole(layer, pieces, padded):
+    x = torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    mask = MASK if padded else None
+    whole, _ = layer(x, mask=mask)
+    state, parts = None, []
+    for piece, piece_mask in zip(x.split(pieces, 1), MASK.split(pieces, 1), strict=True):
+        y, state = layer(piece, state, piece_mask if padded else None)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+
+
+def test_padding_then_unmasked_tokens_equal_the_row_alone(layer):
+    x = torch.randn(1, 6, WIDTH, dtype=torch.float64)
+    alone, _ = layer(x)
+    padding = torch.randn(1, 4, WIDTH, dtype=torch.float64)
+    prompt = torch.cat([padding, x[:, :3]], 1)
+    mask = torch.tensor([[False] * 4 + [True] * 3])
+    y, state = layer(prompt, mask=mask)
+    rest, _ = layer(x[:, 3:], state)
+    torch.testing.assert_close(torch.cat([y[:, 4:], rest], 1), alone, rtol=0, atol=1e-12)
+
+
+def test_window_bounds_the_state_and_padding_takes_no_room():
+    torch.manual_seed(0)
+    layer = SlidingWindowAttention(WIDTH, HEADS, window=4).double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    _, state = layer(x)
+    sizes = {state.nbytes()}
+    for _ in range(3):  # three calls of nothing but padding for row 0
+        mask = torch.tensor([[False] * 5, [True] * 5])
+        _, state = layer(torch.randn_like(x), state, mask)
+        sizes.add(state.nbytes())
+    assert len(sizes) == 1
+    assert state.positions.tolist() == [[2, 3, 4], [17, 18, 19]]
+    tail = torch.randn(2, 1, WIDTH, dtype=torch.float64)
+    y, _ = layer(tail, state)
+    whole, _ = layer(torch.cat([x, tail], 1))
+    torch.testing.assert_close(y[0], whole[0, -1:], rtol=0, atol=1e-12)
+
+
+def test_fully_padded_row_is_zero_with_finite_gradients(layer):
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[False] * 5, [True] * 5])
+    y, _ = layer(x, mask=mask)
+    assert not y[0].any()
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.isfinite().all()
+    assert not gradient[0].any()
+
+
+def test_low_precision_stays_near_float64(layer):
+    x = torch.randn(2, 8, WIDTH, dtype=torch.float64)
+    expected = layer(x)[0].detach()
+    y, state = layer.bfloat16()(x.bfloat16())
+    assert y.dtype == state.key.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Attention(18, 4), "18 / 4"),
+        (lambda: Attention(12, 4), "even head width"),
+        (lambda: Attention(16, 4, num_kv_heads=3), "num_kv_heads must divide num_heads"),
+        (lambda: Attention(16, 4, rope_theta=0), "rope_theta"),
+        (lambda: SlidingWindowAttention(16, 4, window=0), "window"),
+        (lambda: SlidingWindowAttention(16, 4, window=2.5), "window"),
+    ],
+)
+def test_bad_sizes_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

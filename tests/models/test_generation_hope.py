@@ -1,0 +1,171 @@
+"""`generate` against loops written out, and its use of the cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nested_learning import HopeCache
+from tests.models.small_models import CASES, RECURRENT, VOCAB, small_model
+
+PAD = 30
+
+
+@pytest.fixture
+def model(mixers):
+    """With larger embeddings: an untrained model would otherwise repeat one token whatever it has read."""
+    model = small_model(mixers, pad_token_id=PAD)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, PAD, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+def greedy_loop(model, ids, steps):
+    """Without any cache: the whole sequence again for each token."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def generate(model, ids, **kwargs):
+    kwargs = {"max_new_tokens": 8, "do_sample": False, **kwargs}
+    return model.generate(ids, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}])
+def test_greedy_is_the_argmax_loop(model, ids, options):
+    expected = greedy_loop(model, ids, 8)
+    assert torch.equal(generate(model, ids, **options), expected)
+    assert len({tuple(row) for row in expected[:, 9:].tolist()}) > 1  # depends on what was read
+
+
+def test_left_padded_batch_equals_rows_alone(model, ids):
+    rows = [ids[0], ids[1, :4], ids[2, :7]]
+    batch = torch.stack([F.pad(row, (9 - len(row), 0), value=PAD) for row in rows])
+    mask = (batch != PAD).long()
+    got = generate(model, batch, attention_mask=mask)
+    inferred = generate(model, batch)  # generate finds the padding by its id
+    assert torch.equal(got, inferred)
+    for row, tokens in zip(got, rows, strict=True):
+        assert torch.equal(row[9:], greedy_loop(model, tokens[None], 8)[0, len(tokens) :])
+
+
+def test_beam_search_keeps_the_best_of_all_continuations(model, ids):
+    """With as many beams as there are pairs of tokens, beam search over two steps is exhaustive search."""
+    prompt = ids[:2]
+    got = generate(model, prompt, max_new_tokens=2, num_beams=VOCAB * VOCAB, length_penalty=0.0)
+    for row in range(2):
+        first = model(prompt[row : row + 1]).logits[:, -1].log_softmax(-1)[0]
+        extended = torch.cat([prompt[row].expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], 1)
+        second = model(extended).logits[:, -1].log_softmax(-1)
+        best = int((first[:, None] + second).argmax())
+        assert got[row, 9:].tolist() == [best // VOCAB, best % VOCAB]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_beams_with_and_without_cache_agree(model, ids, padded):
+    if padded:
+        ids = torch.cat([torch.full((3, 2), PAD), ids], 1)
+    options = {"num_beams": 4, "num_return_sequences": 2}
+    mask = (ids != PAD).long()
+    with_cache = generate(model, ids, attention_mask=mask, **options)
+    without = generate(model, ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(with_cache, without)
+
+
+def test_sampling_follows_the_seed_and_the_distribution(model, ids):
+    torch.manual_seed(0)
+    options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2000, "max_new_tokens": 1}
+    samples = generate(model, ids[:1], **options)[:, -1]
+    frequencies = torch.bincount(samples, minlength=VOCAB) / 2000
+    expected = model(ids[:1]).logits[0, -1].detach().softmax(-1)
+    assert float((frequencies - expected).abs().sum()) < 0.2
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, ids[:1], **options)[:, -1], samples)
+
+
+@pytest.mark.parametrize("way", ["new_tokens", "full_ids", "full_ids_with_mask", "new_tokens_with_full_mask"])
+@pytest.mark.parametrize("seen", [3, 7])  # more new tokens than seen ones, and fewer
+def test_continuing_from_a_cache(model, ids, way, seen):
+    expected = greedy_loop(model, ids, 8)[:, 9:]
+    cache = model(ids[:, :seen]).past_key_values
+    inputs = ids[:, seen:] if "new" in way else ids
+    options = {"attention_mask": torch.ones_like(ids)} if "mask" in way else {}
+    got = generate(model, inputs, past_key_values=cache, **options)
+    assert torch.equal(got[:, -8:], expected)
+    assert got.shape[1] == inputs.shape[1] + 8
+    assert cache.tokens_seen.tolist() == [9 + 7] * 3  # the last token is returned, not read
+
+
+def test_continuing_a_padded_batch_from_a_cache(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    prompt = ids.masked_fill(mask == 0, PAD)
+    expected = generate(model, prompt, attention_mask=mask)[:, 9:]
+    for inputs, given in ((prompt, mask), (prompt[:, 5:], mask), (prompt[:, 5:], mask[:, 5:])):
+        cache = model(prompt[:, :5], attention_mask=mask[:, :5]).past_key_values
+        got = generate(model, inputs, attention_mask=given, past_key_values=cache)
+        assert torch.equal(got[:, -8:], expected)
+
+
+def test_generating_on_after_generating(model, ids):
+    once = generate(model, ids, max_new_tokens=8)
+    first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
+    cache = first.past_key_values
+    assert isinstance(cache, HopeCache)
+    branch = cache.clone()
+    assert torch.equal(generate(model, first.sequences, max_new_tokens=3, past_key_values=cache), once)
+    last = generate(model, first.sequences[:, -1:], max_new_tokens=3, past_key_values=branch)
+    assert torch.equal(last[:, 1:], once[:, -3:])
+
+
+def test_beams_and_samples_from_a_cache_leave_it_alone(model, ids):
+    cache = model(ids[:, :6]).past_key_values
+    expected = generate(model, ids, num_beams=3)
+    assert torch.equal(generate(model, ids, num_beams=3, past_key_values=cache), expected)
+    assert (cache.batch_size, cache.get_seq_length()) == (3, 6)
+
+
+def test_generation_from_embeddings(model, ids):
+    embeds = model.get_input_embeddings()(ids)
+    got = model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False)
+    assert torch.equal(got, greedy_loop(model, ids, 8)[:, 9:])
+
+
+def test_end_of_text_stops_a_row(model, ids):
+    free = generate(model, ids)
+    eos = int(free[0, 11])
+    got = generate(model, ids, eos_token_id=eos)
+    for row, whole in zip(got[:, 9:].tolist(), free[:, 9:].tolist(), strict=True):
+        end = whole.index(eos) + 1 if eos in whole else len(whole)
+        assert row[:end] == whole[:end]
+        assert all(token == PAD for token in row[end:])
+
+
+@pytest.mark.parametrize("case", [*RECURRENT, "hybrid", "sliding_window_attention"])
+def test_state_stays_the_same_size(case, ids):
+    model = small_model(CASES[case])
+    sizes = {model(ids.repeat(1, n)).past_key_values.nbytes() for n in (1, 3, 7)}
+    cache = model(ids).past_key_values
+    generate(model, ids, past_key_values=cache, max_new_tokens=20)
+    assert sizes == {cache.nbytes()}
+
+
+def test_what_needs_a_rollback_is_refused(model, ids):
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, ids[:1], prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, ids[:1], assistant_model=small_model(["attention"]))
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        model(ids).past_key_values.crop(2)
+    with pytest.raises(ValueError, match="cache_implementation='static' does not apply"):
+        generate(model, ids, cache_implementation="static")
+    with pytest.raises(ValueError, match="must be a HopeCache"):
+        generate(model, ids, past_key_values=[1])
+    with pytest.raises(ValueError, match="atention_mask"):
+        generate(model, ids, atention_mask=torch.ones_like(ids))

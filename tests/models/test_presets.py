@@ -1,0 +1,49 @@
+"""Presets: sizes, equal budgets, overrides."""
+
+import pytest
+import torch
+
+from nested_learning import PRESETS, HopeForCausalLM, preset
+
+
+def count(config) -> int:
+    with torch.device("meta"):
+        return HopeForCausalLM(config).num_parameters()
+
+
+def test_tiny_presets_have_equal_parameter_counts():
+    counts = {name: count(preset(name)) for name in ("hope-tiny", "hope-attention-tiny", "transformer-tiny")}
+    assert 0.95e6 < counts["hope-tiny"] < 1.15e6
+    for name, parameters in counts.items():
+        assert abs(parameters / counts["hope-tiny"] - 1) < 0.02, (name, counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), [("hope-340m", 340e6), ("hope-760m", 760e6), ("hope-1.3b", 1.3e9)]
+)
+def test_paper_sizes(name, total):
+    config = preset(name)
+    assert abs(count(config) / total - 1) < 0.05
+    assert config.hidden_size // config.num_heads == 64
+    assert config.vocab_size == 32_000
+
+
+def test_tiny_preset_is_for_bytes():
+    config = preset("hope-tiny")
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (258, 257, None)
+    assert config.mixer_options == {"self_modifying_titans": {"chunk_size": 32}}
+    assert [level["chunk_size"] for level in config.cms_levels] == [512, 2048]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_overrides(name):
+    config = preset(name, num_hidden_layers=2, hidden_size=64, num_heads=2)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_heads) == (2, 64, 2)
+    assert preset(name).num_hidden_layers != 2  # presets do not share state
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'hope-tiny'"):
+        preset("hope-tinny")
+    with pytest.raises(ValueError, match="Did you mean 'hidden_size'"):
+        preset("hope-tiny", hiden_size=3)
