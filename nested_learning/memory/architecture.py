@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from nested_learning.ops import mlp_memory
+from nested_learning.ops.norm import clip_norm
 
 if TYPE_CHECKING:
     from nested_learning.memory.description import MatrixRule
@@ -27,16 +28,16 @@ class Write(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The anchor weights' answers to keys, kept for the gradient."""
+    """The anchor weights' answers to inputs, kept for the gradient."""
 
-    y: Tensor  # [..., C, d] M(k)
+    answer: Tensor  # [..., C, d] W1 n(silu(W2 x)), what M adds to x
     hidden: mlp_memory.Hidden
 
     def halves(self) -> tuple[Evaluation, Evaluation]:
         """The first and the second half of the tokens."""
-        y, hidden = self.y.chunk(2, dim=-2), [part.chunk(2, dim=-2) for part in self.hidden]
+        answer, hidden = self.answer.chunk(2, dim=-2), [part.chunk(2, dim=-2) for part in self.hidden]
         first, second = (mlp_memory.Hidden(*(part[i] for part in hidden)) for i in (0, 1))
-        return Evaluation(y[0], first), Evaluation(y[1], second)
+        return Evaluation(answer[0], first), Evaluation(answer[1], second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +70,30 @@ class ResidualMLP:
         return x + linear("W1", mlp_memory.hidden(linear("W2", x)).unit)
 
     def evaluate(self, x: Tensor, weights: Mapping[str, Tensor]) -> Evaluation:
-        """M(x) at the anchor, with what `writes` needs."""
+        """The answer to x at the anchor, with what `writes` needs."""
         hidden = mlp_memory.hidden(x @ weights["W2"].mT)
-        return Evaluation(x + hidden.unit @ weights["W1"].mT, hidden)
+        return Evaluation(hidden.unit @ weights["W1"].mT, hidden)
 
     def writes(
         self,
-        key: Tensor,
-        target: Tensor,
+        key: Tensor,  # [..., C, d]
+        residual: Tensor,  # [..., C, d] target − key, what W1 is to answer
         at_key: Evaluation,
         weights: Mapping[str, Tensor],
         rule: Mapping[str, MatrixRule],
     ) -> dict[str, Write]:
-        """The writes of one inner step towards M(key) = target, gradients taken at the anchor `weights`."""
-        gradient = {"l2": at_key.y - target, "dot": key - target}  # at W1's output
-        g1 = gradient[rule["W1"].objective]
-        g2 = mlp_memory.hidden_gradient(at_key.hidden, gradient[rule["W2"].objective], weights["W1"])
+        """The writes of one inner step towards M(key) = key + residual, gradients taken at the anchor."""
+        objectives = {matrix_rule.objective for matrix_rule in rule.values()}
+        down = {"dot": residual}  # minus the gradient at the output
+        if "l2" in objectives:
+            down["l2"] = residual - at_key.answer
+        d1, d2 = down[rule["W1"].objective], down[rule["W2"].objective]
+        d2 = mlp_memory.hidden_gradient(at_key.hidden, d2, weights["W1"])
         return {
-            "W1": Write(at_key.hidden.unit, -_clipped(g1, rule["W1"]), at_key.y - key),
-            "W2": Write(key, -_clipped(g2, rule["W2"]), at_key.hidden.z),
+            "W1": Write(at_key.hidden.unit, _clipped(d1, rule["W1"]), at_key.answer),
+            "W2": Write(key, _clipped(d2, rule["W2"]), at_key.hidden.z),
         }
 
 
-def _clipped(gradient: Tensor, rule: MatrixRule) -> Tensor:
-    return gradient if rule.clip is None else mlp_memory.clip_norm(gradient, rule.clip)
+def _clipped(direction: Tensor, rule: MatrixRule) -> Tensor:
+    return direction if rule.clip is None else clip_norm(direction, rule.clip)

@@ -95,15 +95,12 @@ def generate_signals(
     """k, v, q and the gates of one step: outputs of the generating memories, or static projections."""
     vectors, logits = dict(inputs.paths), inputs.gates
     if system.generated:
-        x = torch.stack([inputs.paths[PATH_OF[name]] for name in system.generated], dim=1)
-        weights = {name: W[:, : len(system.generated)] for name, W in anchor.items()}
-        generated = system.architecture.read(x, lambda name, x: x @ weights[name].mT)  # [B, n, H, C, d]
-        index = {name: i for i, name in enumerate(system.generated)}
+        generated = dict(zip(system.generated, _generate(system, anchor, inputs.paths), strict=True))
         for name in ("k", "v", "q"):
-            if name in index:
-                vectors[name] = unit(generated[:, index[name]])
+            if name in generated:
+                vectors[name] = unit(generated[name])
         if readouts is not None:
-            sources = [generated[:, index[SOURCE_OF_GATE[gate]]] for gate in system.gates]
+            sources = [generated[SOURCE_OF_GATE[gate]] for gate in system.gates]
             per_gate = [(s * w.unsqueeze(1)).sum(-1) for s, w in zip(sources, readouts.weight, strict=True)]
             logits = torch.stack(per_gate) + readouts.bias[:, None, :, None]
     assert logits is not None  # either generated or static, by construction of the layer
@@ -123,6 +120,18 @@ def generate_signals(
     )
 
 
+def _generate(
+    system: MemorySystem, anchor: Mapping[str, Tensor], paths: Mapping[str, Tensor]
+) -> Sequence[Tensor]:
+    """The generating memories' outputs, each [B, H, C, d].
+
+    The memory that is read out runs along and its answer is dropped: leaving it out would cut the stacked
+    weights, and copying those costs more than the product.
+    """
+    x = torch.stack([paths[PATH_OF[name]] for name in (*system.generated, "q")], dim=1)
+    return system.architecture.read(x, lambda name, x: x @ anchor[name].mT).unbind(1)[:-1]
+
+
 def step(
     system: MemorySystem,
     initial: Mapping[str, Tensor],
@@ -138,8 +147,8 @@ def step(
     """
     anchor, current, momentum = weights
     signals = generate_signals(system, anchor, inputs, readouts)
-    key, target, at_key = _keys_and_targets(system, anchor, signals)
-    writes = system.architecture.writes(key, target, at_key, anchor, system.rule)
+    key, residual, at_key = _keys_and_residuals(system, anchor, signals)
+    writes = system.architecture.writes(key, residual, at_key, anchor, system.rule)
 
     eta, log_alpha = signals.eta.unsqueeze(1), signals.log_alpha.unsqueeze(1)  # [B, 1, H, C]
     log_mu = None if signals.log_mu is None else signals.log_mu.unsqueeze(1)
@@ -169,7 +178,7 @@ def step(
     y = _read(system, anchor, chunks, signals.q)
     surprise = None
     if want_surprise:
-        error = (at_key.y - target)[:, -1].detach()  # [B, H, C, d] of the memory that is read out
+        error = (at_key.answer - residual)[:, -1].detach()  # [B, H, C, d] of the memory that is read out
         surprise = error.square().sum((1, 3)).sqrt()
     final = {name: chunk.final() for name, chunk in chunks.items()}
     return StepOutputs(
@@ -180,16 +189,16 @@ def step(
     )
 
 
-def _keys_and_targets(
+def _keys_and_residuals(
     system: MemorySystem, anchor: Weights, signals: Signals
 ) -> tuple[Tensor, Tensor, Evaluation]:
-    """k [B, 1, H, C, d], v̂ and M(k) of all memories, from one pass of the anchors over [v; k]."""
+    """k [B, 1, H, C, d], v̂ − k and the answers to k of all memories, from one pass over [v; k]."""
     key, value = signals.k.unsqueeze(1), signals.v.unsqueeze(1)
     if not system.self_targets:
-        return key, value, system.architecture.evaluate(key, anchor)
+        return key, value - key, system.architecture.evaluate(key, anchor)
     both = system.architecture.evaluate(torch.cat([value, key], dim=-2), anchor)
     at_value, at_key = both.halves()
-    return key, unit(at_value.y), at_key
+    return key, unit(value + at_value.answer) - key, at_key
 
 
 def _read(system: MemorySystem, anchor: Weights, chunks: Mapping[str, Chunk], q: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import copy
 import torch
 from torch import Tensor
 
+from nested_learning.ops.delta_rule.triangular import solve_unit_lower
+
 # exp(-80) is zero beside 1 in float64 too; the bound keeps differences of cumulative sums finite when a
 # decay underflows to log 0 = -inf.
 _LOG_FLOOR = -80.0
@@ -77,9 +79,8 @@ class Chunk:
         W_init: Tensor | None = None,
         Wx: Tensor | None = None,
     ) -> None:
-        self.x, self.a, self.S, self.W_init = x, a, S, W_init
+        self.W, self.x, self.a, self.S, self.W_init = W, x, a, S, W_init
         self.alpha, self.mu = alpha, mu
-        self.V = W if W_init is None else W - W_init  # decays to zero
         self.P: Tensor  # [..., C, C] with momentum: sum_r Gamma_tr w_r M_rs, what W_t holds of the write at s
         self.c: Tensor  # [..., C] with momentum: the same for S0
         if self.mu is not None:
@@ -88,18 +89,21 @@ class Chunk:
             self.c = (gated @ self.mu.since_start.unsqueeze(-1)).squeeze(-1)
         elif write is not None:
             self.a = a = a * write.unsqueeze(-1)
-        self.B = None if erase is None else self._erased(erase, W, Wx)
+        self.B = None if erase is None else self._erased(erase, Wx)
 
-    def _erased(self, erase: Tensor, W: Tensor, Wx: Tensor | None) -> Tensor:
+    def _erased(self, erase: Tensor, Wx: Tensor | None) -> Tensor:
         """B_t = -erase_t W_{t-1} x_t [..., C, d_out]; without momentum the write is merged in, B_t + a_t."""
         x, alpha = self.x, self.alpha
-        rate = erase.unsqueeze(-1)
+        rate = erase.unsqueeze(-1)  # [..., C, 1]
         gram = x @ x.mT  # [..., C, C]
-        if self.W_init is None:
-            held = alpha.before_start.unsqueeze(-1) * (x @ W.mT if Wx is None else Wx)
-        else:
-            held = alpha.before_start.unsqueeze(-1) * (x @ self.V.mT) + x @ self.W_init.mT
-        system = rate * (gram * alpha.before)  # strictly lower; the solve takes the unit diagonal as given
+        if Wx is None:
+            Wx = x @ self.W.mT
+        left = alpha.before_start.unsqueeze(-1)  # of W when the token arrives
+        # strictly lower triangular, as alpha.before is
+        system = gram * (rate * alpha.before)
+        if self.mu is None and self.W_init is None:
+            return solve_unit_lower(system, torch.addcmul(self.a, rate * left, Wx, value=-1))
+        held = left * Wx if self.W_init is None else torch.lerp(x @ self.W_init.mT, Wx, left)
         if self.mu is None:
             right = self.a - rate * held
         else:
@@ -108,10 +112,7 @@ class Chunk:
                 c_before = torch.nn.functional.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
                 held = held + c_before * (x @ self.S.mT)
             right = -rate * held
-        batch = torch.broadcast_shapes(system.shape[:-2], right.shape[:-2])
-        system = system.expand(batch + system.shape[-2:])
-        right = right.expand(batch + right.shape[-2:])
-        return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        return solve_unit_lower(system, right)
 
     def select_last(self, dim: int) -> Chunk:
         """The chunk of the last index along `dim` (counted in x, a and W alike, so negative), size 1 kept.
@@ -119,7 +120,7 @@ class Chunk:
         Reads only: `final` needs the whole.
         """
         part = copy.copy(self)
-        for name in ("x", "a", "S", "V", "B", "W_init"):
+        for name in ("W", "x", "a", "S", "B", "W_init"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dim() >= -dim:
                 setattr(part, name, tensor.narrow(dim, tensor.shape[dim] - 1, 1))
@@ -128,9 +129,9 @@ class Chunk:
     def read(self, q: Tensor) -> Tensor:
         """o_t = W_t q_t, after the write of token t. q [..., C, d_in] -> [..., C, d_out]."""
         scores = q @ self.x.mT  # [..., C, C]
-        out = self.alpha.since_start.unsqueeze(-1) * (q @ self.V.mT)
-        if self.W_init is not None:
-            out = out + q @ self.W_init.mT
+        left = self.alpha.since_start.unsqueeze(-1)
+        out = q @ self.W.mT
+        out = left * out if self.W_init is None else torch.lerp(q @ self.W_init.mT, out, left)
         if self.mu is None:
             return out + (scores * self.alpha.between) @ (self.a if self.B is None else self.B)
         out = out + (scores * self.P) @ self.a
@@ -143,20 +144,26 @@ class Chunk:
     def final(self) -> tuple[Tensor, Tensor | None]:
         """(W_C, S_C) after the last token; S_C is None without momentum."""
         last = self.alpha.between[..., -1, :].unsqueeze(-1)  # Gamma_Cs [..., C, 1]
-        V = self.alpha.since_start[..., -1, None, None] * self.V
-        S = None
+        left = self.alpha.since_start[..., -1, None, None]
+        W = left * self.W if self.W_init is None else torch.lerp(self.W_init, self.W, left)
         if self.mu is None:
             written = last * (self.a if self.B is None else self.B)
-        else:
-            written = self.P[..., -1, :].unsqueeze(-1) * self.a
-            if self.B is not None:
-                written = written + last * self.B
-            S = (self.mu.between[..., -1, :].unsqueeze(-1) * self.a).mT @ self.x
-            if self.S is not None:
-                V = V + self.c[..., -1, None, None] * self.S
-                S = S + self.mu.since_start[..., -1, None, None] * self.S
-        V = V + written.mT @ self.x
-        return V if self.W_init is None else V + self.W_init, S
+            return _add_product(W, written.mT, self.x), None
+        written = self.P[..., -1, :].unsqueeze(-1) * self.a
+        if self.B is not None:
+            written = written + last * self.B
+        S = (self.mu.between[..., -1, :].unsqueeze(-1) * self.a).mT @ self.x
+        if self.S is not None:
+            W = W + self.c[..., -1, None, None] * self.S
+            S = S + self.mu.since_start[..., -1, None, None] * self.S
+        return _add_product(W, written.mT, self.x), S
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left @ right, the sum taken inside the product; leading dims broadcast."""
+    batch = torch.broadcast_shapes(base.shape[:-2], left.shape[:-2], right.shape[:-2])
+    flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (base, left, right)]
+    return torch.baddbmm(*flat).view(batch + base.shape[-2:])
 
 
 def chunked(
