@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from nested_learning.cli.output import human_bytes, print_json, print_table, say
@@ -58,13 +57,27 @@ def run(argv: list[str]) -> int:
     )
     if len(config.models) < 2:
         raise ValueError(f"got one model, {config.models[0]!r}; expected two or more to compare")
-    from tqdm import tqdm
-
     total = config.steps * len(config.lrs) * len(config.seeds)
-    with tqdm(total=total, unit="step", disable=values.quiet, file=sys.stderr) as bar:
-        result = compare(config, on_step=bar.update)
+    result = compare(config) if values.quiet else compare(config, on_step=_Bar(total))
     print_json(result) if values.json else _print(result)
     return 0
+
+
+class _Bar:
+    """A progress bar on stderr that appears with the first step, so not above a message of bad input."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.bar: Any = None
+
+    def __call__(self) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, unit="step")
+        self.bar.update()
+        if self.bar.n == self.total:
+            self.bar.close()
 
 
 COLUMNS = (

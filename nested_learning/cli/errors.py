@@ -14,6 +14,8 @@ def bad_input(error: Exception) -> str | None:
     """
     from safetensors import SafetensorError
 
+    if isinstance(error, BrokenPipeError):
+        return None
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, SafetensorError):

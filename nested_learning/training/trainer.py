@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -68,6 +70,7 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
         output_dir=str(folder.checkpoints),
         max_steps=config.steps,
         max_grad_norm=config.optim.max_grad_norm,
+        use_cpu=PartialState().device.type == "cpu",  # said outright, or bf16 is refused there
         bf16=config.precision == "bf16",
         activation_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="sequential",  # the dataset is in the order to be trained on
@@ -157,7 +160,14 @@ class HopeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _damage_named(resume_from_checkpoint):
+            TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint has all parameters but those that share another's memory, and no others."""
+        missing = set(load_result.missing_keys) - set(self.lm.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(f"missing {sorted(missing)}, unexpected {sorted(load_result.unexpected_keys)}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_named(checkpoint):

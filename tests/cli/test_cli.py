@@ -1,0 +1,314 @@
+"""The commands as a user meets them: exit codes, messages, JSON alone on stdout."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import nested_learning
+from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, preset
+from nested_learning.cli.anatomy import parts, state_bytes
+from nested_learning.cli.main import COMMANDS, main
+from nested_learning.cli.output import human_bytes, print_table
+from nested_learning.training.run_folder import RunFolder
+
+MODEL = [
+    "--model.hidden_size=32",
+    "--model.num_hidden_layers=1",
+    "--model.num_heads=2",
+    "--model.cms_levels=[{'chunk_size': 16}]",
+]
+DATA = ["--block-size", "16", "--data.max_validation_blocks", "8"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("a rose is a rose is a rose, and a daisy is a daisy.\n" * 200)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_folder(text, tmp_path_factory):
+    """A trained tiny Hope."""
+    output = str(tmp_path_factory.mktemp("runs") / "hope")
+    options = ["--data", text, "--steps", "10", "--batch_size", "4", "--lr", "1e-2", "--quiet"]
+    chunks = "--model.mixer_options={'self_modifying_titans': {'chunk_size': 8}}"
+    assert main(["train", *options, *MODEL, chunks, *DATA, "--output", output]) == 0
+    return output
+
+
+def json_of(capsys, *argv):
+    """The JSON that a command prints; it is all of stdout."""
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *argv):
+    """The message of a command that is refused as bad input."""
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    return err
+
+
+# Help and mistakes -----------------------------------------------------------------------------------
+
+
+def test_help_of_everything(capsys):
+    assert main([]) == main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as exit_info:
+            main([name, "--help"])
+        assert exit_info.value.code == 0
+        assert f"nested-learning {name}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == nested_learning.__version__
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
+        (["train", "--preset", "hope-tinny"], "unknown preset 'hope-tinny'. Did you mean 'hope-tiny'?"),
+        (["train", "--optim.lrr", "1"], "unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        (["train", "--weight_decay", "1"], "Did you mean '--optim.weight_decay'?"),
+        (
+            ["train", "--model.num_head", "2"],
+            "key of HopeConfig: 'num_head'. Did you mean 'num_heads'",
+        ),
+        (["train", "--model.hidden_size", "30"], "must be divisible by num_heads"),
+        (["train", "--model.vocab_size", "30"], "the tokenizer decides it"),
+        (["train", "--lr", "fast"], "optim.lr"),
+        (["train", "--steps", "0"], "steps is 0"),
+        (["train", "--steps", "5", "--optim.warmup_steps", "5"], "fewer than the 5 steps"),
+        (["train", "--data", "/no/such/text"], "unknown data source '/no/such/text'"),
+        (["train", "--config", "/no/such.yaml"], "No such file or directory: /no/such.yaml"),
+        (["train", "--batch_size", "4", "--micro_batch_size", "3"], "Choose a divisor"),
+        (["train", "--resume"], "nothing to resume"),
+        (["generate"], "model"),
+        (["generate", "/no/model"], "'/no/model' is not a folder"),
+        (["generate", "x", "--temperature=-1"], "temperature is -1.0"),
+        (["generate", "x", "--max_new_token", "3"], "Did you mean '--max_new_tokens'?"),
+        (["info", "hope-1.4b"], "Did you mean 'hope-1.3b'?"),
+        (["info", "hope-tiny", "--tokens", "0"], "--tokens is [0]"),
+        (["compare", "hope-tiny"], "expected two or more"),
+        (["compare", "hope-tiny", "hope-tiny"], "all different"),
+        (["compare", "hope-tiny", "nope.yaml"], "nope.yaml"),
+        (["compare", "hope-tiny", "transformer-tiny", "--optim.lr", "1"], "unknown option '--optim.lr'"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("nested_learning.cli.info.info", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info", "hope-tiny"])
+
+
+def test_yaml_and_flags_make_one_configuration(text, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"preset: transformer-tiny\nsteps: 3\nbatch_size: 2\ndata: {{source: {text}}}\n")
+    output = str(tmp_path / "run")
+    flags = ["--config", str(path), "--output", output, "--quiet", "--steps", "2", "--sample_tokens", "0"]
+    config = json_of(capsys, "train", *flags, *MODEL, *DATA)["config"]
+    assert (config["preset"], config["steps"], config["batch_size"]) == ("transformer-tiny", 2, 2)
+    assert config["model"]["cms_levels"] == [{"chunk_size": 16}]
+    assert "already holds a run" in refused(capsys, "train", *flags, *MODEL, *DATA)
+    path.write_text("optim: {weigth_decay: 1}\n")
+    assert "Did you mean 'optim.weight_decay'?" in refused(capsys, "train", "--config", str(path))
+
+
+# train -----------------------------------------------------------------------------------------------
+
+
+def test_train_prints_what_the_file_says(run_folder, capsys, text, tmp_path):
+    saved = json.loads(RunFolder(run_folder).result.read_text())
+    argv = ["--data", text, "--steps", "3", "--batch_size", "4", *MODEL, *DATA, "--quiet"]
+    assert main(["train", *argv, "--output", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    for value in (result["validation"]["before"], result["validation"]["after"]):
+        assert f"{value['bits_per_byte']:.3f}" in shown
+    assert result["files"]["model"] in shown
+    assert f"nested-learning generate {result['files']['model']}" in shown
+    assert result["sample"]["text"] in shown
+    assert saved["validation"]["after"]["bits_per_byte"] < saved["validation"]["before"]["bits_per_byte"]
+
+
+def test_diverged_training_is_exit_code_1(text, tmp_path, capsys):
+    argv = ["--data", text, "--steps", "6", "--lr", "1e30", "--optim.max_grad_norm", "0", *MODEL, *DATA]
+    rest = ["--optim.warmup_steps", "0", "--quiet", "--batch_size", "2", "--output", str(tmp_path / "run")]
+    assert main(["train", *argv, *rest]) == 1
+    assert "of step" in capsys.readouterr().err
+
+
+def test_sigterm_saves_and_resume_goes_on(text, tmp_path, capsys):
+    """A real process, a real signal, then the losses of a run that was never interrupted."""
+    steps = ["--data", text, "--steps", "400", "--batch_size", "2", "--sample_tokens", "0", *MODEL, *DATA]
+    shared = [*steps, "--preset", "transformer-tiny", "--quiet", "--eval_every", "200"]
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "nested_learning", "train", *shared, "--output", str(output)]
+    process = subprocess.Popen([*command, "--save_every", "20"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/checkpoint-*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"nested-learning train --output {output} --resume" in message
+    assert not (output / "result.json").exists()
+
+    resumed = json_of(capsys, "train", "--output", str(output), "--resume", "--quiet")
+    whole = json_of(capsys, "train", *shared, "--output", str(tmp_path / "whole"))
+    assert resumed["losses"]["train"] == whole["losses"]["train"]
+    assert resumed["step_seconds"]["measured"] < 400
+
+
+# generate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["a rose", ""])
+def test_saved_state_goes_on_as_if_never_stopped(run_folder, capsys, tmp_path, prompt):
+    state = str(tmp_path / "talk.safetensors")
+    greedy = ["generate", run_folder, "--temperature", "0", "--max_new_tokens"]
+    save, load = ["--save-state", state], ["--load-state", state]
+    whole = json_of(capsys, *greedy, "40", "--prompt", prompt)
+    first = json_of(capsys, *greedy, "13", "--prompt", prompt, *save)
+    rest = json_of(capsys, *greedy, "27", *load, *save)
+    assert first["text"] + rest["text"] == whole["text"]
+    assert rest["tokens_seen"] == whole["tokens_seen"]
+    assert rest["state_bytes"] == whole["state_bytes"] == first["state_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
+
+
+def test_a_later_prompt_is_read_after_the_whole_text(run_folder, capsys, tmp_path):
+    state = str(tmp_path / "talk.safetensors")
+    greedy = ["generate", run_folder, "--temperature", "0", "--max_new_tokens", "9", "--prompt"]
+    first = json_of(capsys, *greedy, "a rose", "--save-state", state)
+    later = json_of(capsys, *greedy, " a daisy", "--load-state", state)
+    whole = json_of(capsys, *greedy, "a rose" + first["text"] + " a daisy")
+    assert later["text"] == whole["text"]
+
+
+def test_sampling_follows_the_seed_and_streams(run_folder, capsys):
+    argv = ["generate", run_folder, "--prompt", "a ", "--max_new_tokens", "30", "--temperature", "1.5"]
+    one, again, other = (json_of(capsys, *argv, "--seed", seed)["text"] for seed in "001")
+    assert one == again != other
+    assert main([*argv, "--seed", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("a " + one.rstrip("\n")[:20])
+    assert "tokens" in err
+
+
+def test_foreign_and_damaged_files_are_refused(run_folder, capsys, tmp_path):
+    state = tmp_path / "talk.safetensors"
+    json_of(capsys, "generate", run_folder, "--max_new_tokens", "3", "--save-state", str(state))
+    other = HopeForCausalLM(HopeConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1, num_heads=2))
+    other.save_pretrained(tmp_path / "other")
+    assert "tokenizer" in refused(capsys, "generate", str(tmp_path / "other"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((RunFolder(run_folder).model / name).read_bytes())
+    load = ["--load-state", str(state)]
+    assert "another configuration" in refused(capsys, "generate", str(tmp_path / "other"), *load)
+    state.write_bytes(state.read_bytes()[:500])
+    assert "truncated" in refused(capsys, "generate", run_folder, *load)
+    weights = tmp_path / "other" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged" in refused(capsys, "generate", str(tmp_path / "other"))
+    assert "no cache file" in refused(capsys, "generate", run_folder, "--load-state", str(tmp_path / "no"))
+    full = ["--save-state", "/proc/nothing/state", "--max_new_tokens", "2", "--json"]
+    assert "/proc/nothing" in refused(capsys, "generate", run_folder, *full)
+
+
+# info ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        preset("hope-tiny", num_hidden_layers=2),
+        preset("hope-tiny", num_hidden_layers=2, mixer=["attention", "self_modifying_titans"]),
+        preset("transformer-tiny", mixer_options={"attention": {"num_kv_heads": 2}}),
+    ],
+)
+def test_info_measures_what_a_real_model_holds(config):
+    model = HopeForCausalLM(config).eval()
+    assert sum(part.parameters for part in parts(config)) == model.num_parameters()
+    expected = state_bytes(config, [1, 5, 40])
+    for tokens, nbytes in expected.items():
+        cache = HopeCache(config)
+        with torch.no_grad():
+            model(torch.zeros(3, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert cache.nbytes() == 3 * nbytes
+
+
+def test_info_of_presets_yaml_and_runs(run_folder, capsys):
+    big = json_of(capsys, "info", "hope-1.3b", "--batch", "1", "4", "--tokens", "64", "128")
+    assert big["parameters"] == pytest.approx(1.3e9, rel=0.05)
+    assert sum(part["parameters"] for part in big["parts"]) == big["parameters"]
+    assert {part["part"] for part in big["parts"]} >= {"CMS level 1 (chunk 512)", "CMS level 2 (chunk 2048)"}
+    sizes = {(entry["batch"], entry["tokens"]): entry["bytes"] for entry in big["state"]}
+    assert sizes[4, 64] == 4 * sizes[1, 64] == 4 * sizes[1, 128]
+    saved = json.loads(RunFolder(run_folder).result.read_text())
+    of_run, of_yaml = (
+        json_of(capsys, "info", str(name)) for name in (run_folder, RunFolder(run_folder).config)
+    )
+    assert of_run["parameters"] == of_yaml["parameters"] == saved["parameters"]
+    assert of_run["state"] == of_yaml["state"]
+
+
+# compare ---------------------------------------------------------------------------------------------
+
+
+def test_compare_prints_json_and_a_table(text, capsys):
+    argv = ["compare", "hope-tiny", "transformer-tiny", "--data", text, "--steps", "2", "--batch_size", "2"]
+    argv += ["--validation_batches", "1", "--quiet", "--no-memory", "--lr", "3e-3", "1e-2", "--seeds", "0"]
+    result = json_of(capsys, *argv, "--block_size", "8")
+    assert result["config"]["optim"]["schedule"] == "linear"
+    assert result["config"]["lrs"] == [3e-3, 1e-2]
+    hope, transformer = result["models"]
+    assert (hope["model"], transformer["model"]) == ("hope-tiny", "transformer-tiny")
+    speed = hope["relative_speed"] * transformer["tokens_per_second"]
+    assert speed == pytest.approx(hope["tokens_per_second"])
+    assert hope["bits_per_byte"] > hope["nats_per_token"] > 0  # a token is about a byte
+    assert main([*argv, "--block_size", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["model", "parameters", "best", "lr"]
+    assert lines[2].split()[:2] == ["hope-tiny", f"{hope['parameters']:,}"]
+
+
+# Output ----------------------------------------------------------------------------------------------
+
+
+def test_plain_table_lines_up(capsys):
+    print_table("title", ("name", "n"), [("a", 1), ("long name", 1000)])
+    assert capsys.readouterr().out == "title\nname          n\na             1\nlong name  1000\n"
+
+
+def test_human_bytes():
+    assert [human_bytes(n) for n in (0, 1023, 1024, 3 << 20, 5 << 40)] == [
+        "0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5120.0 GiB",
+    ]  # fmt: skip
+
+
+def test_a_closed_pipe_is_no_error(run_folder):
+    command = f"{sys.executable} -m nested_learning info {run_folder} --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
