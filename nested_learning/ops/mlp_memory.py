@@ -55,7 +55,7 @@ class _ThroughHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(u: Tensor, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
-        return torch.ops.aten.silu_backward(_across(u, g) * f, z)
+        return _through_silu(_across(u, g) * f, z)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -66,7 +66,7 @@ class _ThroughHidden(torch.autograd.Function):
         u, z, f, g = ctx.saved_tensors
         along = (u * g).sum(-1, keepdim=True)
         across = torch.addcmul(g, u, along, value=-1)
-        at_h = torch.ops.aten.silu_backward(g_r, z)
+        at_h = _through_silu(g_r, z)
         g_f = (at_h * across).sum(-1, keepdim=True)
         at_h = at_h * f
         along_h = (u * at_h).sum(-1, keepdim=True)
@@ -78,6 +78,14 @@ class _ThroughHidden(torch.autograd.Function):
 def _across(u: Tensor, g: Tensor) -> Tensor:
     """g − u ⟨u, g⟩, the part of g across the unit vector u."""
     return torch.addcmul(g, u, (u * g).sum(-1, keepdim=True), value=-1)
+
+
+def _through_silu(g: Tensor, z: Tensor) -> Tensor:
+    """g silu′(z): PyTorch's own kernel, which cannot be differentiated again, where that is not asked for."""
+    if torch.is_grad_enabled():
+        s = torch.sigmoid(z)
+        return g * s * (1 + z * (1 - s))
+    return torch.ops.aten.silu_backward(g, z)
 
 
 def _silu_second(z: Tensor) -> Tensor:
