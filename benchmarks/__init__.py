@@ -1,0 +1,1 @@
+"""Measurements, one command each: `python -m benchmarks.NAME`. Results go into docs/log.md."""
