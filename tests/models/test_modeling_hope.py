@@ -273,6 +273,8 @@ def test_bad_input_is_refused(ids):
         model(ids[:1], past_key_values=other)
     with pytest.raises(ValueError, match="must be a HopeCache, got tuple"):
         model(ids, past_key_values=())
+    with pytest.raises(ValueError, match="no tokens"):
+        model(ids[:, :0])
     with pytest.raises(TypeError, match="atention_mask"):
         model(ids, atention_mask=torch.ones(3, 13))
 

@@ -33,7 +33,7 @@ class HopeCache:
     `reset`) work in place, all others return a new cache.
 
     Args:
-        config: of the model, or its fingerprint.
+        config: of the model.
 
     Attributes:
         states: by name, such as "layers.0.mixer"; every tensor has the batch as first dimension.
@@ -46,8 +46,8 @@ class HopeCache:
     is_croppable = False
     _is_user_defined = False
 
-    def __init__(self, config: HopeConfig | str) -> None:
-        self.fingerprint = config if isinstance(config, str) else config.fingerprint()
+    def __init__(self, config: HopeConfig) -> None:
+        self.config = config
         self.states: dict[str, State] = {}
         self.tokens_seen: Tensor | None = None
         self.prefix_hash: Tensor | None = None
@@ -93,7 +93,7 @@ class HopeCache:
             or input_ids.shape[1] <= self._columns
         ):
             return False
-        prefix = HopeCache(self.fingerprint)._hash(input_ids[:, : self._columns])
+        prefix = HopeCache(self.config)._hash(input_ids[:, : self._columns])
         assert prefix is not None
         return bool((prefix.to(self.prefix_hash.device) == self.prefix_hash).all())
 
@@ -111,7 +111,7 @@ class HopeCache:
 
     def map(self, fn: Any) -> HopeCache:
         """A new cache with `fn` applied to each state's tensors, `tokens_seen` and `prefix_hash`."""
-        new = HopeCache(self.fingerprint)
+        new = HopeCache(self.config)
         new.states = {name: state.map(fn) for name, state in self.states.items()}
         new.tokens_seen = None if self.tokens_seen is None else fn(self.tokens_seen)
         new.prefix_hash = None if self.prefix_hash is None else fn(self.prefix_hash)
@@ -154,7 +154,7 @@ class HopeCache:
 
     def reset(self) -> None:
         """Empty the cache."""
-        self._become(HopeCache(self.fingerprint))
+        self._become(HopeCache(self.config))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a memory cannot take back what it has learned."""
@@ -189,7 +189,7 @@ class HopeCache:
         metadata = {
             "format": FORMAT,
             "version": VERSION,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.config.fingerprint(),
             "columns": str(self._columns),
             "states": json.dumps(index),
         }
@@ -228,15 +228,15 @@ class HopeCache:
                 "load it with the model that wrote it"
             )
         try:
-            return cls._from_tensors(config.fingerprint(), tensors, metadata)
+            return cls._from_tensors(config, tensors, metadata)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     @classmethod
     def _from_tensors(
-        cls, fingerprint: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+        cls, config: HopeConfig, tensors: dict[str, Tensor], metadata: dict[str, str]
     ) -> HopeCache:
-        cache = cls(fingerprint)
+        cache = cls(config)
         cache._columns = int(metadata["columns"])
         cache.tokens_seen = tensors.pop("tokens_seen")
         cache.prefix_hash = tensors.pop("prefix_hash", None)

@@ -174,6 +174,8 @@ class HopeModel(HopePreTrainedModel):
                 for the device), a mask or a cache that does not fit.
         """
         x = self._embed(input_ids, inputs_embeds)
+        if x.shape[1] == 0:
+            raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
         mask = _columns_of_this_call(attention_mask, x)
         cache = self._cache_for(past_key_values, use_cache, x)
         if output_hidden_states is None:
