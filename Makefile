@@ -19,7 +19,8 @@ $(STAMP): requirements.lock pyproject.toml
 setup: $(STAMP)  ## create .venv with the pinned packages
 
 demo: $(STAMP)  ## train Hope on real text for about three minutes and generate from it
-	@$(BIN)/nested-learning train --preset hope-tiny --data stdlib --max_minutes 3 --output runs/demo --overwrite
+	@$(BIN)/nested-learning train --preset hope-tiny --data stdlib --lr 1e-2 --batch_size 8 --max_minutes 3 \
+		--data.max_validation_blocks 64 --sample_tokens 400 --output runs/demo --overwrite
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

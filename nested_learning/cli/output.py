@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+NAME = "nested-learning"
 
 
 def print_json(value: Any) -> None:
@@ -32,6 +37,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for line in [list(columns), *cells]:
         padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         print("  ".join(padded).rstrip())
+
+
+def program() -> str:
+    """How the user can call this program again: its name, or its path where the name is not found."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("nested_learning", "__main__.py"):
+        return "python -m nested_learning"
+    return shlex.quote(str(called)) if called.name == NAME and not shutil.which(NAME) else NAME
 
 
 def say(message: str = "") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from nested_learning.cli.output import print_json, print_table, say
+from nested_learning.cli.output import print_json, print_table, program, say
 from nested_learning.cli.parsing import DATA_ALIASES, hide_group_flags, new_parser, parse
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.config_file import (
@@ -45,6 +45,8 @@ exit codes: 0 done, 1 the loss became NaN or infinite, 2 bad input, 130 and 143 
 def run(argv: list[str]) -> int:
     """Parse, train, print. Returns the exit code."""
     config, values = parse_train(argv)
+    from accelerate import PartialState
+
     from nested_learning.training.run import TrainingDiverged, train
 
     try:
@@ -52,6 +54,7 @@ def run(argv: list[str]) -> int:
     except TrainingDiverged as error:
         say(f"error: {error}")
         return 1
+    PartialState().destroy_process_group()  # of torchrun; nothing to do for a single process
     if outcome.signal is not None:
         return _interrupted(outcome)
     if outcome.result is not None:  # only the first of several processes has it
@@ -84,7 +87,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Namespace]:
 def _interrupted(outcome: Outcome) -> int:
     assert outcome.signal is not None
     say(f"interrupted; a checkpoint is saved in {outcome.checkpoint}")
-    say(f"go on with: nested-learning train --output {shlex.quote(str(outcome.folder.path))} --resume")
+    say(f"go on with: {program()} train --output {shlex.quote(str(outcome.folder.path))} --resume")
     return 128 + outcome.signal
 
 
@@ -107,4 +110,4 @@ def _print(result: dict[str, Any]) -> None:
         print("\nsample, after a prompt from the validation text (before the mark |):")
         print(f"{result['sample']['prompt']}|{result['sample']['text']}")
     print(f"\nmodel   {files['model']}\nresult  {files['result']}\nplot    {files['plot']}")
-    print(f"\ngenerate more:\n  nested-learning generate {shlex.quote(files['model'])} --prompt 'The '")
+    print(f"\ngenerate more:\n  {program()} generate {shlex.quote(files['model'])} --prompt 'The '")

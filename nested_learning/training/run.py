@@ -127,7 +127,7 @@ def _model(config: TrainConfig, bundle: DataBundle, process: PartialState) -> Pr
 def _fitting_steps(config: TrainConfig, model: PreTrainedModel, bundle: DataBundle, processes: int) -> int:
     assert config.max_minutes is not None
     micro, accumulation = split_batch(config, processes)
-    step, forward = timing.measure(model, config, micro)
+    step, forward = timing.measure(model, config, micro, timing.MEASURED * 60 * config.max_minutes)
     evaluation = forward * math.ceil(len(bundle.validation) / (micro * processes))
     return timing.steps_within(
         config.max_minutes, step * accumulation, evaluation, config.eval_every, DEFAULT_EVALS
@@ -173,7 +173,7 @@ def _run(
     except NonFiniteError as error:
         kept = trainer.save_now()
         raise TrainingDiverged(
-            f"{error}. The state before it is kept in {kept}. Try a lower --lr, a longer "
+            f"{error}. The last state with finite values is kept in {kept}. Try a lower --lr, a longer "
             "--optim.warmup_steps or --precision fp32 in a new run."
         ) from error
     result = None

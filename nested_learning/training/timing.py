@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
 from nested_learning.training.config import TrainConfig
 
+MEASURED = 0.04  # of the time limit, for measuring
 MARGIN = 0.95  # the optimizer, checkpoints and logging take a few percent more than what is measured
 
 
-def measure(model: PreTrainedModel, config: TrainConfig, micro: int) -> tuple[float, float]:
+def measure(model: PreTrainedModel, config: TrainConfig, micro: int, budget: float) -> tuple[float, float]:
     """(seconds of forward and backward, seconds of an evaluating forward) of `micro` random sequences.
+
+    Takes about `budget` seconds, so that a moment in which the machine is busy does not decide.
 
     Leaves the parameters, their gradients and the random state as they were.
     """
@@ -38,24 +42,24 @@ def measure(model: PreTrainedModel, config: TrainConfig, micro: int) -> tuple[fl
 
         was_training = model.training
         model.train()
-        step = _seconds(train_step, device)
+        step = _seconds(train_step, device, budget)
         model.eval()
-        evaluation = _seconds(evaluate, device)
+        evaluation = _seconds(evaluate, device, budget / 3)
         model.train(was_training)
     model.zero_grad(set_to_none=True)
     return step, evaluation
 
 
-def _seconds(work: Callable[[], None], device: torch.device, repeats: int = 3) -> float:
-    """The median time of a call after one to warm up."""
-    times = []
-    for _ in range(1 + repeats):
+def _seconds(work: Callable[[], None], device: torch.device, budget: float) -> float:
+    """The median time of a call, after one to warm up: of three calls, or of as many as `budget` s allow."""
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < budget:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+    return median(times[1:])
 
 
 def steps_within(

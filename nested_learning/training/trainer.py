@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,10 +30,10 @@ from nested_learning.training.run_folder import RunFolder
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient of a step is NaN or infinite; the step was not taken."""
+    """A loss or a gradient is NaN or infinite; the step that it belongs to was not taken."""
 
     def __init__(self, quantity: str, value: float, step: int) -> None:
-        super().__init__(f"the {quantity} of step {step} is {value}; the step was not taken")
+        super().__init__(f"the {quantity} step {step} is {value}")
         self.step = step
 
 
@@ -89,6 +90,7 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
         save_total_limit=config.keep_checkpoints,
         seed=config.seed,
         disable_tqdm=True,  # `train` adds its own bar
+        ddp_find_unused_parameters=False,  # every parameter takes part in every step
         report_to="none",  # TensorBoard is a callback of ours, so that its folder is the run's
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs of one process would multiply the batch: use torchrun
@@ -149,9 +151,16 @@ class HopeTrainer(Trainer):
         self._require_finite("gradient norm", torch.as_tensor(norm))
         return norm
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        loss = metrics["eval_loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteError("validation loss after", loss, self.state.global_step)
+        return metrics
+
     def _require_finite(self, quantity: str, value: Tensor) -> None:
         if not torch.isfinite(value):
-            raise NonFiniteError(quantity, float(value), self.state.global_step + 1)
+            raise NonFiniteError(f"{quantity} of", float(value), self.state.global_step + 1)
 
     def save_now(self) -> Path:
         """Write a checkpoint of the last completed step and return its folder."""

@@ -172,7 +172,7 @@ def test_sigterm_saves_and_resume_goes_on(text, tmp_path, capsys):
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert f"nested-learning train --output {output} --resume" in message
+    assert f"python -m nested_learning train --output {output} --resume" in message
     assert not (output / "result.json").exists()
 
     resumed = json_of(capsys, "train", "--output", str(output), "--resume", "--quiet")
