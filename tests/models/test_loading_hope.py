@@ -173,3 +173,26 @@ def test_trainer_accumulation_gives_the_gradient_of_one_batch(tmp_path, ids):
         weights.append(model.state_dict())
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_text_generation_pipeline_with_the_byte_tokenizer(tmp_path):
+    """A saved folder is all that transformers needs; padding in a batch changes nothing."""
+    from transformers import pipeline
+
+    from nested_learning.training.data import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    model = small_model(
+        ["titans", "attention"], vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_tensors": True}
+    prompts = ["To be, or not", "Hi"]
+    alone = [generate(prompt, **options)[0]["generated_token_ids"] for prompt in prompts]
+    batch = generate(prompts, batch_size=2, **options)
+    for prompt, one, (row,) in zip(prompts, alone, batch, strict=True):
+        expected = model.generate(torch.tensor([list(prompt.encode())]), max_new_tokens=6, do_sample=False)[0]
+        assert one == expected.tolist()
+        assert row["generated_token_ids"][-6:] == one[-6:]
