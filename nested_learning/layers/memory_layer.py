@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -130,7 +131,7 @@ class MemoryLayer(nn.Module):
         if not self.gates_generated:
             # [B, T, gates, H]
             logits = torch.stack([self._gate(name)(x) for name in self.system.gates], dim=2).to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             y, surprise, state = self._remember(paths.to(dtype), logits, state, mask, return_surprise)
             y = F.rms_norm(y, (self.head_dim,), self.out_norm.weight.to(dtype), self.out_norm.eps)
         y = self.out_proj(y.flatten(2).to(gate.dtype) * gate)
@@ -305,6 +306,13 @@ class MemoryLayer(nn.Module):
         after = window[:, 1:] if mask is None else torch.where(mask.unsqueeze(-1), window[:, 1:], tail)
         weight = self.conv.weight.to(paths.dtype).squeeze(1).T  # [K, 3D]
         return (window * weight).sum(1, keepdim=True), after
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Full precision inside an autocast region; devices without autocast (meta) need nothing."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _over_channels(index: Tensor, like: Tensor) -> Tensor:

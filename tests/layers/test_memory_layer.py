@@ -86,6 +86,16 @@ def test_states_stay_float32_under_bfloat16(cls, options, how):
     assert (y.float() - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize(("cls", "options"), LAYERS)
+def test_the_meta_device_gives_the_same_shapes(cls, options):
+    """Sizes of states and outputs without memory or arithmetic."""
+    layer, x = make(cls, options)
+    y, state = layer(x)
+    y_meta, state_meta = layer.to("meta")(x.to("meta"))
+    assert y_meta.shape == y.shape
+    assert [t.shape for t in state_meta.tensors()] == [t.shape for t in state.tensors()]
+
+
 def test_a_surprising_token_is_a_surprise():
     """A key whose value is what the memory has learned surprises less than one whose value changed."""
     torch.manual_seed(0)
