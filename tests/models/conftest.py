@@ -6,10 +6,6 @@ import torch
 from nested_learning import HopeForCausalLM
 from tests.models.small_models import CASES, VOCAB, small_model
 
-# The tensors are tiny: a second thread costs ten times what it brings, more on a busy machine.
-torch.set_num_threads(1)
-
-
 @pytest.fixture(params=CASES)
 def mixers(request) -> list[str]:
     return CASES[request.param]
