@@ -6,6 +6,7 @@ import torch
 from nested_learning import HopeForCausalLM
 from tests.models.small_models import CASES, VOCAB, small_model
 
+
 @pytest.fixture(params=CASES)
 def mixers(request) -> list[str]:
     return CASES[request.param]
