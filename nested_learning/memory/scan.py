@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning.memory import fused
 from nested_learning.memory.architecture import Evaluation
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.state import State
@@ -269,6 +270,64 @@ def scan(
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
+    whole = 0 if want_surprise else _whole_chunks(system, weights, inputs, boundary)
+    if not whole:
+        return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)
+    assert readouts is not None  # fused.supports systems whose gates are generated
+    first, rest = _cut(inputs, whole)
+    y, current = fused.run(system, initial, weights, first, readouts, _reference(system, initial))
+    weights = RunningWeights(current, current, None)
+    if rest is None:
+        return y, None, weights
+    y_rest, _, weights = _scan_steps(
+        system, initial, weights, rest, readouts, lambda column: boundary(whole + column), False
+    )
+    return torch.cat([y, y_rest], dim=2), None, weights
+
+
+def _whole_chunks(
+    system: MemorySystem, weights: RunningWeights, inputs: StepInputs, boundary: Boundary
+) -> int:
+    """Leading columns that `fused.run` takes: chunks at whose ends all memories move to their weights."""
+    if not fused.supports(system, weights, inputs):
+        return 0
+    columns, T = 0, inputs.paths["k"].shape[2]
+    while columns + system.step <= T and boundary(columns + system.step) is True:
+        columns += system.step
+    return columns
+
+
+def _reference(system: MemorySystem, initial: Mapping[str, Tensor]) -> fused.Reference:
+    """What `fused.run` computes, by the generic step."""
+
+    def reference(
+        W1: Tensor, W2: Tensor, W2_init: Tensor, k: Tensor, v: Tensor, q: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        start = {"W1": W1, "W2": W2}
+        y, _, after = _scan_steps(
+            system,
+            {**initial, "W2": W2_init},
+            RunningWeights(start, start, None),
+            StepInputs({"k": k, "v": v, "q": q}, None, None),
+            Readouts(weight, bias),
+            lambda _: True,
+            want_surprise=False,
+        )
+        return y, after.current["W1"], after.current["W2"]
+
+    return reference
+
+
+def _scan_steps(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    boundary: Boundary,
+    want_surprise: bool,
+) -> tuple[Tensor, Tensor | None, RunningWeights]:
+    """`scan` by the generic step."""
     column = 0
     y, surprise = [], []
     for piece in _split(inputs, system.step):
@@ -280,6 +339,15 @@ def scan(
         surprise.append(out.surprise)
     joined = torch.cat([s for s in surprise if s is not None], dim=1) if want_surprise else None
     return torch.cat(y, dim=2), joined, weights
+
+
+def _cut(inputs: StepInputs, columns: int) -> tuple[StepInputs, StepInputs | None]:
+    """The inputs of the first `columns` tokens and of the others; static gates and masks do not occur."""
+    if columns == inputs.paths["k"].shape[2]:
+        return inputs, None
+    parts = {name: x.tensor_split([columns], dim=2) for name, x in inputs.paths.items()}
+    first, rest = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
+    return StepInputs(first, None, None), StepInputs(rest, None, None)
 
 
 def _split(inputs: StepInputs, size: int) -> Sequence[StepInputs]:
