@@ -1,0 +1,292 @@
+"""What every optimizer here shares: groups, checks, closures, skipped steps, checkpoints.
+
+A subclass states its hyperparameters (`defaults` and the `bounds` of each) and one method,
+`_directions`, that turns a group's gradients into directions u; the base applies
+
+    W ← (1 − lr · weight_decay) W − lr · u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nested_learning.layers.registry import unknown
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+
+# what torch, its schedulers and users keep in a group besides hyperparameters
+FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "swa_lr"}
+
+
+class Bound(NamedTuple):
+    """Accepted range of a number: low ≤ x ≤ high, without the end that is `open`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    integer: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        kind = "whole number" if self.integer else "number"
+        sign = ">" if self.open_low else ">="
+        upto = "" if self.high == math.inf else f" and {'<' if self.open_high else '<='} {self.high:g}"
+        expected = f"a finite {kind} {sign} {self.low:g}{upto}"
+        right_type = not isinstance(value, bool) and isinstance(value, int if self.integer else (int, float))
+        if (
+            not right_type
+            or not math.isfinite(value)
+            or not self.low <= value <= self.high
+            or (self.open_low and value == self.low)
+            or (self.open_high and value == self.high)
+        ):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+NON_NEGATIVE = Bound()
+POSITIVE = Bound(open_low=True)
+FRACTION = Bound(high=1.0)
+DECAY = Bound(high=1.0, open_high=True)
+COUNT = Bound(low=1, integer=True)
+COMMON_BOUNDS = {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE}
+
+
+def work_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of states and arithmetic: float32 for half-precision parameters, else the parameter's."""
+    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """The (out, in) view that the matrix rules use: (n,) is one row (1, n); (out, a, b, …) is flattened."""
+    return t.reshape(1, -1) if t.ndim < 2 else t.flatten(1)
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a state (nested dicts, tuples and lists)."""
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, Tensor))
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no element is NaN or infinite: the one host synchronisation of a step."""
+    if not tensors:
+        return True
+    home = tensors[0].device
+    norms = torch.stack([n.to(home, torch.float32) for n in torch._foreach_norm(tensors)])
+    if bool(norms.isfinite().all()):
+        return True
+    return all(bool(t.isfinite().all()) for t in tensors)  # the norm may have overflowed: look again
+
+
+class BaseOptimizer(Optimizer):
+    """Base class; see the module's docstring.
+
+    Every optimizer of this package takes parameter groups, `step(closure)`, learning-rate schedulers and
+    GradScaler as torch's do; `add_param_group` works at any time. Parameters may be float64, float32,
+    bfloat16 or float16; states are float32 for the last two. Parameters without a gradient are left alone.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer.
+        defaults: hyperparameters of a group that does not name them.
+        error_if_nonfinite: raise FloatingPointError when a gradient has a NaN or infinite element. By
+            default such a step changes nothing, neither weights nor state, and `skipped_steps` counts it.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, a group has an unknown key, a parameter is
+            complex or integer, a gradient is sparse or complex, or a state_dict does not fit.
+    """
+
+    bounds: ClassVar[dict[str, Bound]] = {}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    flags: ClassVar[tuple[str, ...]] = ()
+    parameter_shaped: ClassVar[tuple[str, ...]] = ()  # state entries that have their parameter's shape
+
+    def __init__(self, params: Params, defaults: dict[str, Any], error_if_nonfinite: bool = False) -> None:
+        self.error_if_nonfinite = error_if_nonfinite
+        self.skipped_steps = 0
+        super().__init__(params, defaults)
+
+    # -- groups
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, with hyperparameters of their own or the optimizer's defaults."""
+        if isinstance(param_group, dict):
+            for key in param_group:
+                if key not in self.defaults and key not in FOREIGN_KEYS:
+                    raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self.defaults)
+            self._check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{type(self).__name__} trains real floating-point parameters, got one of {p.dtype} with "
+                    f"shape {tuple(p.shape)}. Store a complex parameter as its real and imaginary parts."
+                )
+
+    def _check_hyperparameters(self, group: Group) -> None:
+        for name, bound in {**COMMON_BOUNDS, **self.bounds}.items():
+            values = group[name] if isinstance(group[name], (tuple, list)) else [group[name]]
+            for value in values:
+                bound.check(name, value)
+        for name, accepted in self.choices.items():
+            if group[name] not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {group[name]!r}")
+        for name in ("maximize", *self.flags):
+            if not isinstance(group[name], bool):
+                raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+
+    # -- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of all parameters that have a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._gradients_are_usable():
+            self._apply()
+        return loss
+
+    def _apply(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                directions = self._directions(group, params, self._gradients(group, params))
+                self._move(group, params, directions)
+
+    def _gradients_are_usable(self) -> bool:
+        """Refuse sparse and complex gradients; count, or raise for, non-finite ones."""
+        grads = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{type(self).__name__} needs dense gradients, got a sparse one for a parameter of "
+                        f"shape {tuple(p.shape)}. Use nn.Embedding(..., sparse=False), or SparseAdam for it."
+                    )
+                grads.append(p.grad)
+        if all_finite(grads):
+            return True
+        if self.error_if_nonfinite:
+            raise FloatingPointError(self._nonfinite_message())
+        self.skipped_steps += 1
+        return False
+
+    def _nonfinite_message(self) -> str:
+        where = [
+            f"parameter {i} of group {g}, shape {tuple(p.shape)}"
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+        return (
+            f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
+            "changed. Lower the learning rate, clip the gradients, or pass error_if_nonfinite=False to skip."
+        )
+
+    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
+        grads = [p.grad.to(work_dtype(p)) for p in params if p.grad is not None]
+        return list(torch._foreach_neg(grads)) if group["maximize"] else grads
+
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """The directions u, in the parameters' shapes; updates `self.state`. `grads` are not to be changed."""
+        raise NotImplementedError
+
+    def _move(self, group: Group, params: list[Tensor], directions: list[Tensor]) -> None:
+        """W ← (1 − lr·wd) W − lr·u, for all parameters of one device and dtype at once."""
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        half = [p.dtype != u.dtype for p, u in zip(params, directions, strict=True)]
+        if any(half):  # round once: W and the step meet in float32
+            for p, u in zip(params, directions, strict=True):
+                p.copy_(p.to(u.dtype).add_(u, alpha=-group["lr"]))
+        else:
+            torch._foreach_add_(params, directions, alpha=-group["lr"])
+
+    # -- checkpoints
+
+    def state_bytes(self) -> int:
+        """Bytes of all tensors that the optimizer holds between steps."""
+        return sum(tensor_bytes(state) for state in self.state.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with the optimizer's name, its parameters' shapes and `skipped_steps`."""
+        header = {
+            "name": type(self).__name__,
+            "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
+            "skipped_steps": self.skipped_steps,
+        }
+        return {**super().state_dict(), "optimizer": header}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, bit by bit as the saved optimizer would have.
+
+        Raises:
+            ValueError: it was saved by another optimizer, or for parameters of other shapes. Nothing is
+                loaded then.
+        """
+        self._check_state_dict(state_dict)
+        super().load_state_dict(state_dict)
+        self._restore_dtypes(state_dict)
+        self.skipped_steps = state_dict.get("optimizer", {}).get("skipped_steps", 0)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        mine = type(self).__name__
+        missing = {"state", "param_groups"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
+        name = state_dict.get("optimizer", {}).get("name", mine)
+        groups = state_dict["param_groups"]
+        lacking = sorted({key for group in groups for key in self.defaults if key not in group})
+        if name != mine or lacking:
+            why = f"its groups lack {', '.join(lacking)}" if name == mine else f"it was saved by {name}"
+            raise ValueError(
+                f"this state_dict does not belong to {mine}: {why}. Build that optimizer to load it."
+            )
+        sizes, own_sizes = [[len(g["params"]) for g in gs] for gs in (groups, self.param_groups)]
+        if sizes != own_sizes:
+            raise ValueError(
+                f"the state_dict has groups of {sizes} parameters, this optimizer of {own_sizes}. Build it "
+                "with the same groups, those added later included, before loading."
+            )
+        self._check_shapes(state_dict)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        shapes = state_dict.get("optimizer", {}).get("shapes")
+        for g, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+            for i, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                found = [list(shapes[g][i])] if shapes else []
+                state = state_dict["state"].get(key, {})
+                found += [list(state[name].shape) for name in self.parameter_shaped if name in state]
+                wrong = next((shape for shape in found if shape != list(p.shape)), None)
+                if wrong is not None:
+                    raise ValueError(
+                        f"the state_dict is for another model: parameter {i} of group {g} has shape "
+                        f"{tuple(p.shape)}, the saved one {tuple(wrong)}"
+                    )
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16)."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for i, p in zip(ids, params, strict=True):
+            if i in state_dict["state"]:
+                state[p] = torch.utils._pytree.tree_map(
+                    lambda v, p=p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v,
+                    state_dict["state"][i],
+                )
+        self.state = state

@@ -1,0 +1,243 @@
+"""The classics as associative memories: (init, update, read) on one tensor, pure and differentiable.
+
+A memory of gradients holds a state. `update` writes a gradient g into it, `read` gives the direction u of
+the step W ← W − lr · u. Nothing is changed in place, so gradients flow from a read back to every gradient
+that was written: an optimizer's step can be an inner step of something larger.
+
+Equation numbers are those of "Nested Learning" (arXiv 2512.24695). Its sums (eq 101-111) have neither
+averages nor bias correction; `adam_optimum` and `adagrad_optimum` are those closed forms. The memories
+below are what torch.optim computes, which replaces the sums by averages and corrects them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nested_learning.optimizers.base import DECAY, FRACTION, NON_NEGATIVE, BaseOptimizer, Group, Params
+
+
+class GradientMemory(Protocol):
+    """What `MemoryOptimizer` and the optimizers' fallbacks ask of a memory form."""
+
+    def init(self, like: Tensor) -> Any:
+        """The empty state for a parameter like `like`: a NamedTuple of tensors of its dtype and device."""
+
+    def update(self, state: Any, grad: Tensor) -> Any:
+        """The state after writing `grad`."""
+
+    def read(self, state: Any) -> Tensor:
+        """The direction u."""
+
+
+class GDState(NamedTuple):
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class GDMemory:
+    """Gradient descent, eq 1: the memory holds the last gradient only. State: the gradient, 1×."""
+
+    def init(self, like: Tensor) -> GDState:
+        return GDState(torch.zeros_like(like))
+
+    def update(self, state: GDState, grad: Tensor) -> GDState:
+        return GDState(grad)
+
+    def read(self, state: GDState) -> Tensor:
+        return state.grad
+
+
+class MomentumState(NamedTuple):
+    momentum: Tensor
+
+
+@dataclass(frozen=True)
+class MomentumMemory:
+    """Momentum, eq 33: a value-less memory with the dot-product objective, m ← α m + g, u = m.
+
+    Equal to torch.optim.SGD(momentum=α). State: m, 1×.
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        FRACTION.check("momentum", self.momentum)
+
+    def init(self, like: Tensor) -> MomentumState:
+        return MomentumState(torch.zeros_like(like))
+
+    def update(self, state: MomentumState, grad: Tensor) -> MomentumState:
+        return MomentumState(self.momentum * state.momentum + grad)
+
+    def read(self, state: MomentumState) -> Tensor:
+        return state.momentum
+
+
+class AdamState(NamedTuple):
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class AdamMemory:
+    """Adam, eq 101-105: element by element the best linear map from gradients to √(Σg²).
+
+    m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², u = m̂/(√v̂ + ε), both corrected for their start at zero.
+    Equal to torch.optim.Adam. State: m and v, 2×, and the number of writes (0-D).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for beta in self.betas:
+            DECAY.check("betas", beta)
+        NON_NEGATIVE.check("eps", self.eps)
+
+    def init(self, like: Tensor) -> AdamState:
+        return AdamState(torch.zeros_like(like), torch.zeros_like(like), like.new_zeros(()))
+
+    def update(self, state: AdamState, grad: Tensor) -> AdamState:
+        beta1, beta2 = self.betas
+        mean = beta1 * state.mean + (1 - beta1) * grad
+        return AdamState(mean, beta2 * state.square + (1 - beta2) * grad * grad, state.step + 1)
+
+    def read(self, state: AdamState) -> Tensor:
+        mean, square = (
+            average / _one_minus_power(beta, state.step)
+            for average, beta in zip((state.mean, state.square), self.betas, strict=True)
+        )
+        return mean / (_sqrt(square) + self.eps)
+
+
+def _one_minus_power(beta: float, step: Tensor) -> Tensor:
+    """1 − βᵗ without the cancellation that float32 would suffer at β near 1."""
+    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+
+
+class AdaGradState(NamedTuple):
+    grad: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class AdaGradMemory:
+    """AdaGrad, eq 106-111 with a diagonal H: H ← H + g², u = g/(√H + ε).
+
+    Equal to torch.optim.Adagrad. State: the last gradient and H, 2×.
+    """
+
+    initial: float = 0.0
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        NON_NEGATIVE.check("initial", self.initial)
+        NON_NEGATIVE.check("eps", self.eps)
+
+    def init(self, like: Tensor) -> AdaGradState:
+        return AdaGradState(torch.zeros_like(like), torch.full_like(like, self.initial))
+
+    def update(self, state: AdaGradState, grad: Tensor) -> AdaGradState:
+        return AdaGradState(grad, state.total + grad * grad)
+
+    def read(self, state: AdaGradState) -> Tensor:
+        return state.grad / (_sqrt(state.total) + self.eps)
+
+
+def _sqrt(square: Tensor) -> Tensor:
+    """√ with the derivative 0 at 0 instead of NaN (an element whose gradients were all zero)."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+
+
+def adam_optimum(grads: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
+    """Eq 101-103: argmin over m of Σᵢ‖m ⊙ gᵢ − P‖² + λ‖m‖², which is (H + λ)⁻¹ ⊙ Σgᵢ ⊙ P, H = Σgᵢ².
+
+    P = H gives the sum of gradients, that is momentum (eq 104); P = √H gives Σg/√H (eq 105).
+
+    Args:
+        grads: g, [N, ...].
+        target: P, [...].
+        ridge: λ.
+    """
+    return grads.sum(0) * target / (grads.square().sum(0) + ridge)
+
+
+def adagrad_optimum(grads: Tensor, ridge: float = 0.0) -> Tensor:
+    """Eq 106-111: H^(−1/2) M̃ with H = Σ gᵢgᵢᵀ and M̃ = Σgᵢ, each coordinate knowing all others.
+
+    The argmin over m of Σᵢ (gᵢᵀm)² − 2⟨m, P gᵢ⟩ + λ‖m‖² is (H + λ)⁻¹ P M̃, with P = (H + λ)^(1/2) here.
+    With a diagonal H it is the objective of eq 101, up to a constant.
+
+    Args:
+        grads: g, [N, n].
+        ridge: λ > 0 where H has no full rank.
+    """
+    H = grads.T @ grads + ridge * torch.eye(grads.shape[-1], dtype=grads.dtype, device=grads.device)
+    values, vectors = torch.linalg.eigh(H)
+    return vectors @ ((vectors.T @ grads.sum(0)) / values.sqrt())
+
+
+class MemoryOptimizer(BaseOptimizer):
+    """Any gradient memory as an optimizer: state ← update(state, g), W ← (1 − lr·wd)W − lr·read(state).
+
+    Acts element by element, on parameters of every shape. State: that of the memory.
+
+    Args:
+        params: parameters or groups.
+        memory: the memory, for all groups: `AdamMemory()`, or any object with init, update and read.
+        lr: learning rate.
+        weight_decay: decoupled, times lr.
+        maximize: ascend instead of descend.
+        error_if_nonfinite: see `BaseOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        memory: GradientMemory,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        self.memory = memory
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, error_if_nonfinite)
+
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        pairs = zip(params, grads, strict=True)
+        return [memory_direction(self.memory, self.state[p], g) for p, g in pairs]
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        fields = set(self.memory.init(torch.zeros(()))._fields)
+        for state in state_dict["state"].values():
+            if set(state) != fields:
+                raise ValueError(
+                    f"this state_dict is of another memory: it holds {', '.join(sorted(state))}, "
+                    f"{type(self.memory).__name__} holds {', '.join(sorted(fields))}"
+                )
+
+
+def memory_direction(memory: GradientMemory, stored: dict[str, Any], grad: Tensor) -> Tensor:
+    """Write `grad` into the memory whose state is the dict `stored`, and read the direction."""
+    state = memory.init(grad) if not stored else type(memory.init(grad.new_empty(())))(**stored)
+    state = memory.update(state, grad)
+    stored.update(state._asdict())
+    return memory.read(state)
+
+
+MEMORIES: dict[str, Callable[[], GradientMemory]] = {
+    "gd": GDMemory,
+    "momentum": MomentumMemory,
+    "adam": AdamMemory,
+    "adagrad": AdaGradMemory,
+}
