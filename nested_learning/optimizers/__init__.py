@@ -10,14 +10,18 @@ from nested_learning.optimizers.memory_forms import (
     adagrad_optimum,
     adam_optimum,
 )
+from nested_learning.optimizers.momentum import DeltaMomentum, FeatureMomentum, PreconditionedMomentum
 
 __all__ = [
     "AdaGradMemory",
     "AdamMemory",
+    "DeltaMomentum",
+    "FeatureMomentum",
     "GDMemory",
     "GradientMemory",
     "MemoryOptimizer",
     "MomentumMemory",
+    "PreconditionedMomentum",
     "adagrad_optimum",
     "adam_optimum",
 ]

@@ -147,7 +147,7 @@ class BaseOptimizer(Optimizer):
     # -- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -202,7 +202,7 @@ class BaseOptimizer(Optimizer):
         return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """The directions u, in the parameters' shapes; updates `self.state`. `grads` are not to be changed."""
+        """The directions u, in the parameters' shapes; updates `self.state`, leaves `grads` alone."""
         raise NotImplementedError
 
     def _move(self, group: Group, params: list[Tensor], directions: list[Tensor]) -> None:

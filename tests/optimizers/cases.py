@@ -15,4 +15,19 @@ CASES: dict[str, Build] = {
     "momentum": lambda params, **k: no.MemoryOptimizer(params, no.MomentumMemory(), **{"lr": 0.02, **k}),
     "adam": lambda params, **k: no.MemoryOptimizer(params, no.AdamMemory(), **{"lr": 0.05, **k}),
     "adagrad": lambda params, **k: no.MemoryOptimizer(params, no.AdaGradMemory(), **{"lr": 0.5, **k}),
+    "preconditioned": lambda params, **k: no.PreconditionedMomentum(params, **{"lr": 0.02, **k}),
+    "preconditioned-diagonal": lambda params, **k: no.PreconditionedMomentum(
+        params, **{"lr": 0.02, "preconditioner": "diagonal", **k}
+    ),
+    "preconditioned-learned": lambda params, **k: no.PreconditionedMomentum(
+        params, **{"lr": 0.02, "preconditioner": "learned", **k}
+    ),
+    "delta": lambda params, **k: no.DeltaMomentum(params, **{"lr": 0.1, **k}),
+    "delta-paper": lambda params, **k: no.DeltaMomentum(
+        params, **{"lr": 0.05, "scale": "paper", "beta": 0.01, **k}
+    ),
+    "feature": lambda params, **k: no.FeatureMomentum(params, **{"lr": 0.01, **k}),
+    "feature-paper": lambda params, **k: no.FeatureMomentum(
+        params, **{"lr": 0.01, "scale": "paper", "coefficients": (1.0, 0.0, 0.05), **k}
+    ),
 }

@@ -296,7 +296,7 @@ def test_a_foreign_state_dict_is_refused_and_nothing_is_loaded(build):
         "does not belong to|another": adam.state_dict(),
         "saved by Other": {**optimizer.state_dict(), "optimizer": {"name": "Other"}},
         "missing": {"state": {}},
-        "another model": build_and_save(build, [nn.Parameter(torch.ones(p.shape + (2,))) for p in params]),
+        "another model": build_and_save(build, [nn.Parameter(torch.ones((*p.shape, 2))) for p in params]),
         "same groups": build_and_save(build, params[:2]),
     }
     for message, saved in foreign.items():
