@@ -1,5 +1,6 @@
 """Optimizers as associative memories of gradients: torch.optim classes and pure functions."""
 
+from nested_learning.optimizers.matrix import M3, OrthogonalMomentum
 from nested_learning.optimizers.memory_forms import (
     AdaGradMemory,
     AdamMemory,
@@ -13,6 +14,7 @@ from nested_learning.optimizers.memory_forms import (
 from nested_learning.optimizers.momentum import DeltaMomentum, FeatureMomentum, PreconditionedMomentum
 
 __all__ = [
+    "M3",
     "AdaGradMemory",
     "AdamMemory",
     "DeltaMomentum",
@@ -21,6 +23,7 @@ __all__ = [
     "GradientMemory",
     "MemoryOptimizer",
     "MomentumMemory",
+    "OrthogonalMomentum",
     "PreconditionedMomentum",
     "adagrad_optimum",
     "adam_optimum",

