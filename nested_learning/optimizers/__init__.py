@@ -1,5 +1,6 @@
 """Optimizers as associative memories of gradients: torch.optim classes and pure functions."""
 
+from nested_learning.optimizers.deep_momentum import DeepMomentumGD
 from nested_learning.optimizers.matrix import M3, OrthogonalMomentum
 from nested_learning.optimizers.memory_forms import (
     AdaGradMemory,
@@ -12,17 +13,20 @@ from nested_learning.optimizers.memory_forms import (
     adam_optimum,
 )
 from nested_learning.optimizers.momentum import DeltaMomentum, FeatureMomentum, PreconditionedMomentum
+from nested_learning.optimizers.multi_frequency import MultiFrequency
 
 __all__ = [
     "M3",
     "AdaGradMemory",
     "AdamMemory",
+    "DeepMomentumGD",
     "DeltaMomentum",
     "FeatureMomentum",
     "GDMemory",
     "GradientMemory",
     "MemoryOptimizer",
     "MomentumMemory",
+    "MultiFrequency",
     "OrthogonalMomentum",
     "PreconditionedMomentum",
     "adagrad_optimum",

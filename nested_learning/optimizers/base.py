@@ -222,10 +222,14 @@ class BaseOptimizer(Optimizer):
         """Bytes of all tensors that the optimizer holds between steps."""
         return sum(tensor_bytes(state) for state in self.state.values())
 
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with the optimizer's name, its parameters' shapes and `skipped_steps`."""
         header = {
-            "name": type(self).__name__,
+            "name": self._name,
             "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
             "skipped_steps": self.skipped_steps,
         }
@@ -244,7 +248,7 @@ class BaseOptimizer(Optimizer):
         self.skipped_steps = state_dict.get("optimizer", {}).get("skipped_steps", 0)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        mine = type(self).__name__
+        mine = self._name
         missing = {"state", "param_groups"} - state_dict.keys()
         if missing:
             raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")

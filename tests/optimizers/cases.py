@@ -10,6 +10,12 @@ from nested_learning import optimizers as no
 
 Build = Callable[..., Optimizer]
 
+
+def multi_frequency(params, error_if_nonfinite=False, **options):
+    inner = lambda groups: no.MemoryOptimizer(groups, no.AdamMemory(), **{"lr": 0.05, **options})  # noqa: E731
+    return no.MultiFrequency(params, inner, error_if_nonfinite=error_if_nonfinite)
+
+
 CASES: dict[str, Build] = {
     "gd": lambda params, **k: no.MemoryOptimizer(params, no.GDMemory(), **{"lr": 0.05, **k}),
     "momentum": lambda params, **k: no.MemoryOptimizer(params, no.MomentumMemory(), **{"lr": 0.02, **k}),
@@ -36,4 +42,12 @@ CASES: dict[str, Build] = {
     ),
     "m3": lambda params, **k: no.M3(params, **{"lr": 0.1, "frequency": 3, **k}),
     "m3-paper": lambda params, **k: no.M3(params, **{"lr": 0.3, "frequency": 3, "paper_exact": True, **k}),
+    "dmgd": lambda params, **k: no.DeepMomentumGD(params, **{"lr": 0.05, **k}),
+    "dmgd-l2": lambda params, **k: no.DeepMomentumGD(
+        params, **{"lr": 0.05, "objective": "l2", "shared_memory": False, **k}
+    ),
+    "dmgd-surrogate": lambda params, **k: no.DeepMomentumGD(
+        params, **{"lr": 0.05, "objective": "surrogate", "depth": 3, "rank": 2, "hidden_size": 4, **k}
+    ),
+    "multi-frequency": multi_frequency,
 }

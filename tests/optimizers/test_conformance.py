@@ -275,6 +275,7 @@ def test_a_misspelt_option_of_a_group_is_refused(build):
 
 
 @every
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_sparse_and_complex_are_refused(build):
     p = nn.Parameter(torch.ones(3, 2))
     optimizer = build([p])

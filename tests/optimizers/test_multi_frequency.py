@@ -1,0 +1,129 @@
+"""A group of period K equals the inner optimizer on the reduced gradients of K steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nested_learning.optimizers import AdamMemory, DeltaMomentum, MemoryOptimizer, MultiFrequency
+
+INNERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1),
+    "delta": lambda groups: DeltaMomentum(groups, lr=0.1),
+    "memory": lambda groups: MemoryOptimizer(groups, AdamMemory(), lr=0.1),
+}
+inners = pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS.keys())
+
+
+def grads(steps, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(steps, 3, 4, generator=g, dtype=torch.float64)
+
+
+def weight(dtype=torch.float64):
+    return nn.Parameter(torch.ones(3, 4, dtype=dtype))
+
+
+def feed(optimizer, pairs, steps):
+    for step in steps:
+        for p, g in pairs:
+            p.grad = g[step].to(p.dtype)
+        optimizer.step()
+
+
+@inners
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_three_periods_equal_three_loops_over_blocks(inner, reduction):
+    params, gradients = [weight() for _ in range(3)], [grads(12, i) for i in range(3)]
+    periods = (1, 2, 5)
+    groups = [{"params": [p], "period": k} for p, k in zip(params, periods, strict=True)]
+    feed(
+        MultiFrequency(groups, inner, reduction=reduction),
+        list(zip(params, gradients, strict=True)),
+        range(12),
+    )
+    for p, g, k in zip(params, gradients, periods, strict=True):
+        alone = weight()
+        optimizer = inner([alone])
+        for block in range(12 // k):
+            total = g[block * k : (block + 1) * k].sum(0)
+            alone.grad = total / k if reduction == "mean" else total
+            optimizer.step()
+        torch.testing.assert_close(p, alone, rtol=0, atol=1e-12)
+
+
+@inners
+def test_between_its_steps_a_group_does_not_move(inner):
+    p, g = weight(), grads(6, 0)
+    optimizer = MultiFrequency([p], inner, period=3)
+    moved = []
+    for step in range(6):
+        before = p.detach().clone()
+        feed(optimizer, [(p, g)], [step])
+        moved.append(not torch.equal(p, before))
+        assert torch.equal(p.grad, g[step])
+    assert moved == [False, False, True, False, False, True]
+
+
+@inners
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_checkpoint_in_the_middle_of_a_block_continues_bit_by_bit(inner, dtype):
+    fast, slow, g = weight(dtype), weight(dtype), grads(10, 0)
+    optimizer = MultiFrequency([{"params": [fast]}, {"params": [slow], "period": 4}], inner)
+    feed(optimizer, [(fast, g), (slow, g)], range(6))
+    fast2, slow2 = (nn.Parameter(p.detach().clone()) for p in (fast, slow))
+    other = MultiFrequency([{"params": [fast2]}, {"params": [slow2], "period": 4}], inner)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    feed(optimizer, [(fast, g), (slow, g)], range(6, 10))
+    feed(other, [(fast2, g), (slow2, g)], range(6, 10))
+    assert torch.equal(fast, fast2)
+    assert torch.equal(slow, slow2)
+    assert other.param_groups is other.inner.param_groups
+
+
+def test_a_schedule_reaches_the_inner_optimizer_also_after_loading():
+    p = weight()
+    optimizer = MultiFrequency([p], INNERS["sgd"])
+    optimizer.load_state_dict(optimizer.state_dict())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    feed(optimizer, [(p, grads(1, 0))], [0])
+    schedule.step()
+    assert optimizer.inner.param_groups[0]["lr"] == 0.05
+
+
+def test_a_nonfinite_gradient_counts_for_no_group():
+    p, g = weight(), grads(5, 0)
+    clean = weight()
+    broken = torch.cat([g[:1], torch.full((1, 3, 4), float("nan")).double(), g[1:]])
+    optimizer = MultiFrequency([p], INNERS["sgd"], period=5)
+    feed(optimizer, [(p, broken)], range(6))
+    feed(MultiFrequency([clean], INNERS["sgd"], period=5), [(clean, g)], range(5))
+    assert torch.equal(p, clean)
+    assert optimizer.skipped_steps == 1
+
+
+def test_a_group_added_later_starts_its_own_count():
+    first, later, g = weight(), weight(), grads(6, 0)
+    optimizer = MultiFrequency([first], INNERS["sgd"], period=4)
+    feed(optimizer, [(first, g)], range(2))
+    optimizer.add_param_group({"params": [later], "period": 3, "lr": 0.2})
+    feed(optimizer, [(first, g), (later, g)], range(2, 5))
+    torch.testing.assert_close(later.detach(), 1 - 0.2 * g[2:5].sum(0), rtol=0, atol=1e-12)
+
+
+def test_errors():
+    p = weight()
+    with pytest.raises(ValueError, match="period must be a finite whole number >= 1, got 0"):
+        MultiFrequency([p], INNERS["sgd"], period=0)
+    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
+        MultiFrequency([p], INNERS["sgd"], reduction="max")
+    with pytest.raises(ValueError, match="made list"):
+        MultiFrequency([p], list)
+    with pytest.raises(ValueError, match=r"load it into `\.inner`"):
+        MultiFrequency([p], INNERS["sgd"]).load_state_dict(INNERS["sgd"]([p]).state_dict())
+    with pytest.raises(ValueError, match=r"saved by MultiFrequency\(SGD, 'sum'\)"):
+        MultiFrequency([p], INNERS["adamw"]).load_state_dict(MultiFrequency([p], INNERS["sgd"]).state_dict())
