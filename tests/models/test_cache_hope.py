@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nested_learning import HopeCache
+from nested_learning.models.hope.cache_hope import _checksum
 from tests.models.small_models import small_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -119,49 +120,127 @@ def test_file_carries_version_fingerprint_and_classes(model, cache, tmp_path):
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "nested_learning.hope_cache"
-    assert metadata["version"] == "1"
+    assert metadata["version"] == "2"
     assert metadata["fingerprint"] == model.config.fingerprint()
     classes = {name: entry["class"] for name, entry in json.loads(metadata["states"]).items()}
     assert classes == {name: type(state).__name__ for name, state in cache.states.items()}
     assert os.listdir(tmp_path) == ["state.safetensors"]
 
 
-def test_foreign_and_damaged_files_are_refused(tmp_path, ids):
-    model = small_model(["attention"])
+@pytest.fixture
+def saved(tmp_path, ids):
+    """A cache file of an attention model: its path, tensors and metadata."""
+    model = small_model(["attention", "self_modifying_titans"])
     path = tmp_path / "state.safetensors"
     model(ids).past_key_values.save(path)
-    good, tensors = path.read_bytes(), {name: t.clone() for name, t in load_file(path).items()}
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        return model, path, load_file(path), file.metadata()
 
-    def refused(message, **changes):
-        with pytest.raises(ValueError, match=message):
-            HopeCache.load(path, changes.get("model", model))
 
-    refused("another configuration", model=small_model(["attention", "attention"]))
-    refused("another configuration", model=small_model(["sliding_window_attention"]).config)
-    path.write_bytes(good[: len(good) // 2])
-    refused("truncated, corrupt")
-    path.write_bytes(b"")
-    refused("truncated, corrupt")
-    path.write_bytes(b"\x00" * 4096)
-    refused("truncated, corrupt")
+def refused(path, model, message):
+    with pytest.raises(ValueError, match=message):
+        HopeCache.load(path, model)
+
+
+def test_foreign_files_are_refused(saved):
+    model, path, tensors, metadata = saved
+    refused(path, small_model(["attention", "attention"]), "another configuration")
+    refused(path, small_model(["sliding_window_attention"]).config, "another configuration")
     save_file(tensors, path)
-    refused("not a saved HopeCache")
-    save_file(tensors, path, {**metadata, "version": "2"})
-    refused("cache format version '2', this package reads '1'")
-    save_file(tensors, path, {**metadata, "states": "{"})
-    refused("is damaged")
-    save_file(tensors, path, {**metadata, "states": metadata["states"].replace("AttentionState", "Nothing")})
-    refused("is damaged.*Nothing")
-    save_file({k: t for k, t in tensors.items() if "key" not in k}, path, metadata)
-    refused("is damaged.*key")
-    save_file({**tensors, "layers.0.mixer/extra": torch.zeros(3)}, path, metadata)
-    refused("is damaged.*extra")
-    save_file({**tensors, "layers.0.mixer/key": tensors["layers.0.mixer/key"][:2].clone()}, path, metadata)
-    refused("is damaged.*expected 3 rows")
+    refused(path, model, "not a saved HopeCache")
+    save_file(tensors, path, {**metadata, "version": "1"})
+    refused(path, model, "cache format version '1', this package reads '2'")
     with pytest.raises(FileNotFoundError, match="no cache file"):
-        HopeCache.load(tmp_path / "nothing", model)
+        HopeCache.load(path.with_name("nothing"), model)
+
+
+def test_broken_files_are_refused(saved):
+    model, path, *_ = saved
+    good = path.read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"\x00" * 4096):
+        path.write_bytes(bad)
+        refused(path, model, "truncated, corrupt")
+
+
+KEY = "layers.0.mixer/key"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, _: tensors[KEY].fill_(torch.nan),
+        lambda tensors, _: tensors["layers.1.mixer/position"].add_(1),
+        lambda tensors, _: tensors.update({KEY: tensors[KEY][..., :4].contiguous()}),
+        lambda tensors, _: tensors.update({KEY: tensors[KEY].float()}),
+        lambda _, metadata: metadata.update(columns="12"),
+        lambda _, metadata: metadata.pop("sha256"),
+    ],
+)
+def test_changed_content_is_refused(saved, change):
+    model, path, tensors, metadata = saved
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    refused(path, model, "is damaged.*(checksum|sha256)")
+
+
+def without(index: str, name: str, field: str | None = None) -> str:
+    """The list of states in a file's metadata without one state, or without one field of it."""
+    states = json.loads(index)
+    if field is None:
+        del states[name]
+    else:
+        states[name]["fields"].remove(field)
+    return json.dumps(states)
+
+
+@pytest.mark.parametrize(
+    ("states", "dropped", "added", "message"),
+    [
+        (lambda _: "{", "", {}, "is damaged"),
+        (lambda _: "[]", "", {}, "is damaged"),
+        (lambda _: "7", "", {}, "is damaged"),
+        (lambda index: index.replace("AttentionState", "Nothing"), "", {}, "is damaged.*Nothing"),
+        (lambda index: index.replace('"fields"', '"fjelds"'), "", {}, "is damaged.*fields"),
+        (lambda index: index, "key", {}, "is damaged.*key' is missing"),
+        (lambda index: without(index, "layers.1.mixer"), "layers.1", {}, "the model needs.*layers.1"),
+        (lambda index: without(index, "layers.0.mixer", "key"), KEY, {}, "lacks key"),
+        (
+            lambda index: without(index, "layers.1.mixer", "position"),
+            "1.mixer/position",
+            {},
+            "lacks position",
+        ),
+        (lambda index: index, "tokens_seen", {}, "is damaged.*tokens_seen' is missing"),
+        (lambda index: index, "", {"layers.0.mixer/extra": torch.zeros(3)}, "unexpected tensors.*extra"),
+        (lambda index: index, KEY, {KEY: torch.zeros(2, 1, 13, 8)}, "is damaged.*expected 3 rows"),
+    ],
+)
+def test_files_with_the_wrong_parts_are_refused(saved, states, dropped, added, message):
+    """Even where the checksum is right."""
+    model, path, tensors, metadata = saved
+    metadata["states"] = states(metadata["states"])
+    tensors = {name: t for name, t in tensors.items() if not dropped or dropped not in name} | added
+    metadata["sha256"] = _checksum(tensors, metadata)
+    save_file(tensors, path, metadata)
+    refused(path, model, message)
+
+
+def test_metadata_of_others_does_not_matter(saved, ids):
+    model, path, tensors, metadata = saved
+    save_file(tensors, path, {**metadata, "pending_ids": "[3]"})
+    assert HopeCache.load(path, model).get_seq_length() == ids.shape[1]
+
+
+def test_bytes_shared_between_fields_count_once(ids):
+    model = small_model(["self_modifying_titans"])
+    sizes = {}
+    for length in (8, 9):  # chunks of 4 and 8: after 8 tokens every anchor is the current weight
+        cache = model(ids[:, :length]).past_key_values
+        (state,) = cache.states.values()
+        sizes[length] = cache.nbytes()
+    weights = sum(t.numel() * t.element_size() for t in state.current.values())
+    assert sizes[9] - sizes[8] == weights
+    assert cache.to("meta").nbytes() == sizes[9]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, ids, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +15,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nested_learning.memory.state import State
+from nested_learning.memory.state import State, TensorFn
 
 if TYPE_CHECKING:
     from nested_learning.models.hope.configuration_hope import HopeConfig
 
 FORMAT = "nested_learning.hope_cache"
-VERSION = "1"
+VERSION = "2"
 
 # Multiplier of the running hash of the token ids (odd, from splitmix64, as a signed 64-bit number).
 _HASH_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(State):
+    """What a cache itself knows of each row, so that it moves and reorders as the layers' states do."""
+
+    tokens_seen: Tensor
+    prefix_hash: Tensor | None
 
 
 class HopeCache:
@@ -67,8 +78,14 @@ class HopeCache:
         return self._columns
 
     def nbytes(self) -> int:
-        """Bytes held by the layers' states."""
-        return sum(state.nbytes() for state in self.states.values())
+        """Bytes of the layers' states; a tensor that several fields share counts once."""
+        # By storage, not by address: tensors that were made to be measured only have no address.
+        held = {
+            (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t.numel() * t.element_size()
+            for state in self.states.values()
+            for t in state.tensors()
+        }
+        return sum(held.values())
 
     def advance(
         self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
@@ -109,30 +126,36 @@ class HopeCache:
 
     # New caches ---------------------------------------------------------------------------------------
 
-    def map(self, fn: Any) -> HopeCache:
+    def map(self, fn: TensorFn) -> HopeCache:
         """A new cache with `fn` applied to each state's tensors, `tokens_seen` and `prefix_hash`."""
+        return self._with(lambda state: state.map(fn))
+
+    def _with(self, change: Callable[[State], State]) -> HopeCache:
+        """A new cache with `change` applied to each layer's state and to the counts per row."""
         new = HopeCache(self.config)
-        new.states = {name: state.map(fn) for name, state in self.states.items()}
-        new.tokens_seen = None if self.tokens_seen is None else fn(self.tokens_seen)
-        new.prefix_hash = None if self.prefix_hash is None else fn(self.prefix_hash)
+        new.states = {name: change(state) for name, state in self.states.items()}
         new._columns = self._columns
+        if self.tokens_seen is not None:
+            rows = change(_Rows(self.tokens_seen, self.prefix_hash))
+            assert isinstance(rows, _Rows)
+            new.tokens_seen, new.prefix_hash = rows.tokens_seen, rows.prefix_hash
         return new
 
     def clone(self) -> HopeCache:
         """A cache that goes its own way from here."""
-        return self.map(lambda tensor: tensor)
+        return self._with(lambda state: state)
 
     def detach(self) -> HopeCache:
         """The same values, cut from the autograd graph."""
-        return self.map(Tensor.detach)
+        return self._with(State.detach)
 
     def to(self, device: torch.device | str) -> HopeCache:
         """On another device; dtypes stay."""
-        return self.map(lambda tensor: tensor.to(device))
+        return self._with(lambda state: state.to(device))
 
     def select_rows(self, index: Tensor) -> HopeCache:
         """Rows `index` [B'] (int64), in that order; a row may be taken any number of times."""
-        return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        return self._with(lambda state: state.select_rows(index))
 
     # In place, under the names that transformers' generate calls ---------------------------------------
 
@@ -150,7 +173,7 @@ class HopeCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in succession."""
-        self._become(self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0)))
+        self._become(self._with(lambda state: state.repeat_rows(repeats)))
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -186,6 +209,8 @@ class HopeCache:
             fields = state.to_tensors()
             index[name] = {"class": type(state).__name__, "fields": sorted(fields)}
             tensors.update({f"{name}/{field}": tensor for field, tensor in fields.items()})
+        # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -193,16 +218,19 @@ class HopeCache:
             "columns": str(self._columns),
             "states": json.dumps(index),
         }
-        # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
-        _write_atomically(
-            Path(path), {k: t.detach().contiguous().clone() for k, t in tensors.items()}, metadata
-        )
+        metadata["sha256"] = _checksum(tensors, metadata)
+        _write_atomically(Path(path), tensors, metadata)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], config_or_model: Any, device: torch.device | str = "cpu"
     ) -> HopeCache:
         """Read a cache that `save` wrote.
+
+        What is checked: that the file is whole (a checksum over its tensors and what they stand for), and
+        that the model has the configuration of the one that wrote it (`HopeConfig.fingerprint`). The weights
+        are not compared: with a model of the same configuration that was trained otherwise, a cache loads and
+        means nothing. Metadata that others added to the file is left alone.
 
         Args:
             path: of the file.
@@ -211,7 +239,8 @@ class HopeCache:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged, of another format version or of another model.
+            ValueError: if the file is damaged, of another format version or of a model with another
+                configuration.
         """
         config: HopeConfig = getattr(config_or_model, "config", config_or_model)
         tensors, metadata = _read(path, device)
@@ -228,9 +257,12 @@ class HopeCache:
                 "load it with the model that wrote it"
             )
         try:
+            if metadata["sha256"] != _checksum(tensors, metadata):
+                raise ValueError("its content does not have the checksum that was saved with it")
             return cls._from_tensors(config, tensors, metadata)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged: {what}") from error
 
     @classmethod
     def _from_tensors(
@@ -244,14 +276,34 @@ class HopeCache:
         for name, tensor in tensors.items():
             if tensor.ndim == 0 or len(tensor) != batch_size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {batch_size} rows")
-        for name, entry in json.loads(metadata["states"]).items():
-            state_class = State.registry[entry["class"]]
-            cache.states[name] = state_class.from_tensors(
-                {field: tensors.pop(f"{name}/{field}") for field in entry["fields"]}
-            )
+        index = json.loads(metadata["states"])
+        if set(index) != set(config.state_names):
+            raise ValueError(f"it has states {sorted(index)}, the model needs {sorted(config.state_names)}")
+        for name, entry in index.items():
+            fields = {field: tensors.pop(f"{name}/{field}") for field in entry["fields"]}
+            cache.states[name] = _complete(State.registry[entry["class"]].from_tensors(fields), name)
         if tensors:
             raise ValueError(f"unexpected tensors {', '.join(sorted(tensors))}")
         return cache
+
+
+def _complete(state: State, name: str) -> State:
+    """`state`, unless a field is absent that its class does not declare optional."""
+    for field in dataclasses.fields(state):  # type: ignore[arg-type]
+        if getattr(state, field.name) is None and "None" not in str(field.type):
+            raise ValueError(f"state {name} ({type(state).__name__}) lacks {field.name}")
+    return state
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 (hex) over the tensors, contiguous, with their names, shapes and dtypes, and the metadata."""
+    digest = hashlib.sha256()
+    described = [(name, str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())]
+    fields = [metadata[name] for name in ("fingerprint", "columns", "states")]
+    digest.update(json.dumps([described, fields]).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -121,6 +121,11 @@ class HopeConfig(PreTrainedConfig):
             return [self.mixer] * self.num_hidden_layers
         return list(self.mixer)
 
+    @property
+    def state_names(self) -> list[str]:
+        """Names of the states that a `HopeCache` of this model holds, one per mixer."""
+        return [f"layers.{index}.mixer" for index in range(self.num_hidden_layers)]
+
     def options_of(self, mixer: str) -> dict[str, Any]:
         """The options given for a mixer."""
         return dict((self.mixer_options or {}).get(mixer, {}))
