@@ -55,7 +55,7 @@ class MemoryLayer(nn.Module):
                 f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}; "
                 "each head needs the same whole width"
             )
-        if not isinstance(conv_size, int) or conv_size < 0:
+        if not isinstance(conv_size, int) or isinstance(conv_size, bool) or conv_size < 0:
             raise ValueError(f"conv_size must be 0 (no convolution) or a positive integer, got {conv_size!r}")
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
         self.system, self.conv_size = system, conv_size
@@ -140,8 +140,11 @@ class MemoryLayer(nn.Module):
         return y, state
 
     def initial_weights(self, batch_size: int, dtype: torch.dtype) -> Weights:
-        """The meta-learned initial memories for each row of a batch, per matrix [B, N, H, out, in]."""
-        return {name: W.to(dtype).expand(batch_size, *W.shape) for name, W in self.initial.items()}
+        """The meta-learned initial memories for each row of a batch, per matrix [B, N, H, out, in].
+
+        Copies, not views: they become a state, which the next optimizer step must not reach.
+        """
+        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in self.initial.items()}
 
     def _gate(self, name: str) -> nn.Linear:
         gate = self.gates[name]
@@ -156,22 +159,30 @@ class MemoryLayer(nn.Module):
                 f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
                 f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
             )
-        if state is None:
-            return
-        if state.position.shape[0] != x.shape[0]:
-            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {x.shape[0]}")
-        for name, W in self.initial.items():
-            got = tuple(state.current[name].shape[1:]) if name in state.current else None
-            if got != W.shape:
-                raise ValueError(
-                    f"state.current[{name!r}] is {got} per row, this layer's is {tuple(W.shape)}: the state "
-                    "belongs to another layer"
-                )
-        if (state.momentum is None) == self.system.momentum:
+        if state is not None:
+            self._check_state(state, x.shape[0])
+
+    def _check_state(self, state: MemoryState, rows: int) -> None:
+        if not isinstance(state, MemoryState):
             raise ValueError(
-                f"state.momentum is {'absent' if state.momentum is None else 'present'} but the layer has "
-                f"momentum={self.system.momentum}: the state belongs to another layer"
+                f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"
             )
+        if state.position.shape[0] != rows:
+            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {rows}")
+        memories = {name: tuple(W.shape) for name, W in self.initial.items()}
+        expected: dict[str, object] = {
+            "anchor": memories,
+            "current": memories,
+            "momentum": memories if self.system.momentum else None,
+            "conv_tail": (self.conv_size - 1, len(PATHS) * self.hidden_size) if self.conv_size else None,
+        }
+        for name, wanted in expected.items():
+            got = _shapes_per_row(getattr(state, name))
+            if got != wanted:
+                raise ValueError(
+                    f"state.{name} has shapes {got} per row, this layer's {wanted}: the state belongs to a "
+                    "layer with other options"
+                )
 
     def _remember(
         self,
@@ -227,8 +238,8 @@ class MemoryLayer(nn.Module):
         """One token for each row, wherever its row stands inside its chunk: a step of length one."""
         real = torch.ones_like(state.position) if mask is None else mask[:, 0].long()
         end = state.position + real
-        lengths = torch.tensor(self.system.chunk_sizes, device=paths.device)
-        moved = (end.unsqueeze(1) % lengths == 0) & (real == 1).unsqueeze(1)  # [B, N]
+        completes = torch.stack([end % size == 0 for size in self.system.chunk_sizes], dim=1)
+        moved = completes & (real == 1).unsqueeze(1)  # [B, N]
         y, surprise, after = scan(
             self.system,
             self._retained(paths.dtype),
@@ -249,6 +260,7 @@ class MemoryLayer(nn.Module):
         if state is None:
             weights = self.initial_weights(batch_size, dtype)
             return RunningWeights(weights, weights, None)
+        state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)  # from a session in another
         return RunningWeights(state.anchor, state.current, state.momentum)
 
     def _retained(self, dtype: torch.dtype) -> Weights:
@@ -302,7 +314,8 @@ class MemoryLayer(nn.Module):
         if self.conv is None:
             return paths, None
         assert tail is not None  # a layer with a convolution always returns one
-        window = torch.cat([tail.to(paths.dtype), paths], dim=1)  # [B, K, 3D]
+        tail = tail.to(paths.dtype)
+        window = torch.cat([tail, paths], dim=1)  # [B, K, 3D]
         after = window[:, 1:] if mask is None else torch.where(mask.unsqueeze(-1), window[:, 1:], tail)
         weight = self.conv.weight.to(paths.dtype).squeeze(1).T  # [K, 3D]
         return (window * weight).sum(1, keepdim=True), after
@@ -313,6 +326,13 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _shapes_per_row(value: Tensor | Weights | None) -> object:
+    """The shapes of a state's field without its batch dimension."""
+    if isinstance(value, dict):
+        return {name: tuple(tensor.shape[1:]) for name, tensor in value.items()}
+    return None if value is None else tuple(value.shape[1:])
 
 
 def _over_channels(index: Tensor, like: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer, unknown
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import RULES, MatrixRule, MemorySystem, Read
+from nested_learning.memory.description import RULES, MemorySystem, Read, Rule
 
 
-def _rule(name: str) -> dict[str, MatrixRule]:
+def _rule(name: str) -> Rule:
     if name not in RULES:
         raise unknown("rule", name, RULES)
-    return RULES[name]
+    return dict(RULES[name])  # a copy: editing one layer's rule must not edit the table
 
 
 def stable_eta_max(rule: str, chunk_size: int) -> float:
@@ -37,10 +37,10 @@ class SelfModifyingTitans(MemoryLayer):
         expansion: hidden width of a memory as a multiple of d.
         rule: "dgd" (spec section 3, the stable form), "dgd_literal" (as printed) or "gd" (no erase).
         momentum: pass writes through a momentum with data-dependent decay.
-        momentum_scaled: a write enters the momentum scaled by 1 − μ; False is the printed form.
         read: "token" reads the weights after each token's write, "chunk" the anchor (eq 90).
         adaptive_q: queries come from a memory too, instead of a static projection.
         conv_size: width of the causal convolution in front of the memories, 0 for none.
+        momentum_scaled: a write enters the momentum scaled by 1 − μ; False is the printed form.
         eta_max: upper bound of the inner learning rate; None for the rule's stable bound.
 
     Raises:
@@ -57,10 +57,10 @@ class SelfModifyingTitans(MemoryLayer):
         expansion: float = 1.0,
         rule: str = "dgd",
         momentum: bool = False,
-        momentum_scaled: bool = True,
         read: Read = "token",
         adaptive_q: bool = False,
         conv_size: int = 4,
+        momentum_scaled: bool = True,
         eta_max: float | None = None,
     ) -> None:
         projection_chunk_size = chunk_size if projection_chunk_size is None else projection_chunk_size
@@ -100,9 +100,9 @@ class Titans(MemoryLayer):
         expansion: float = 1.0,
         momentum: bool = True,
         read: Read = "token",
+        conv_size: int = 4,
         rule: str = "gd",
         momentum_scaled: bool = True,
-        conv_size: int = 4,
         eta_max: float | None = None,
     ) -> None:
         system = MemorySystem(

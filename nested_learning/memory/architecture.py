@@ -24,7 +24,7 @@ class Write(NamedTuple):
 
     x: Tensor  # [..., C, d_in] its input
     direction: Tensor  # [..., C, d_out] minus the gradient at its output
-    answer: Tensor | None  # [..., C, d_out] W x at the anchor, where the forward pass has it
+    answer: Tensor  # [..., C, d_out] W x at the anchor, from the forward pass
 
 
 class Evaluation(NamedTuple):

@@ -5,6 +5,7 @@ A sequence layer is one `MemorySystem`. A new model is a new value of it, not a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,12 +39,12 @@ class MatrixRule:
 # erasing W2's answer to k erases the feature itself, and as W2 fades to zero the gradient of the hidden
 # normalisation grows without bound (spec section 3, measured).
 _W2_STABLE = MatrixRule(objective="l2", erase=False, retain="initial", clip=1.0)
-RULES: dict[str, dict[str, MatrixRule]] = {
+# As printed, eq 88: L2 objective, erase and zero retention on both matrices.
+_LITERAL = MatrixRule(objective="l2", erase=True, retain="zero")
+Rule = Mapping[str, MatrixRule]  # per weight matrix
+RULES: dict[str, Rule] = {
     "dgd": {"W1": MatrixRule(objective="dot", erase=True, retain="zero"), "W2": _W2_STABLE},
-    "dgd_literal": {  # as printed, eq 88: L2 objective, erase and zero retention on both matrices
-        "W1": MatrixRule(objective="l2", erase=True, retain="zero"),
-        "W2": MatrixRule(objective="l2", erase=True, retain="zero"),
-    },
+    "dgd_literal": {"W1": _LITERAL, "W2": _LITERAL},
     "gd": {"W1": MatrixRule(objective="l2", erase=False, retain="zero"), "W2": _W2_STABLE},
 }
 
@@ -67,7 +68,7 @@ class MemorySystem:
     """
 
     architecture: ResidualMLP = field(default_factory=ResidualMLP)
-    rule: dict[str, MatrixRule]
+    rule: Rule
     generated: tuple[str, ...]
     self_targets: bool
     momentum: bool
@@ -91,8 +92,21 @@ class MemorySystem:
             )
         if self.read not in ("token", "chunk"):
             raise ValueError(f"read must be 'token' or 'chunk', got {self.read!r}")
-        if not self.eta_max > 0:
-            raise ValueError(f"eta_max must be positive, got {self.eta_max!r}")
+        if not 0 < self.eta_max <= 1:
+            raise ValueError(
+                f"eta_max must lie in (0, 1], got {self.eta_max!r}: an erase rate above 1 overshoots"
+            )
+        for name in ("momentum", "momentum_scaled", "self_targets"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_generated()
+
+    def _check_generated(self) -> None:
+        given = set(self.generated)
+        if len(given) != len(self.generated) or not given <= set(GENERATORS):
+            raise ValueError(f"generated must be distinct names among {GENERATORS}, got {self.generated}")
+        if len(given & {"eta", "alpha"}) == 1:
+            raise ValueError(f"eta and alpha are generated both or neither, got {self.generated}")
 
     @property
     def memories(self) -> tuple[str, ...]:

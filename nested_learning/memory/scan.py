@@ -217,11 +217,10 @@ Boundary = Callable[[int], "bool | Tensor"]
 
 def common_boundaries(system: MemorySystem, device: torch.device) -> Boundary:
     """Boundaries where every row's first token stands in column 0 and none is padded: known to Python."""
-    lengths = torch.tensor(system.chunk_sizes, device=device)
 
     def moved(column: int) -> bool | Tensor:
         here = [column % size == 0 for size in system.chunk_sizes]
-        return all(here) if len(set(here)) == 1 else (column % lengths == 0).unsqueeze(0)
+        return all(here) if len(set(here)) == 1 else _mask(here, device).unsqueeze(0)
 
     return moved
 
@@ -232,15 +231,20 @@ def row_boundaries(system: MemorySystem, offset: Tensor, end: Tensor) -> Boundar
     Only boundaries that lie among a row's tokens count for it: an earlier one was taken in an earlier
     call, a later one has not come yet.
     """
-    lengths = torch.tensor(system.chunk_sizes, device=end.device)
 
     def moved(column: int) -> bool | Tensor:
-        if all(column % size for size in system.chunk_sizes):
+        here = [column % size == 0 for size in system.chunk_sizes]
+        if not any(here):
             return False
         passed = (offset < column) & (end >= column)  # [B]
-        return (column % lengths == 0) & passed.unsqueeze(1)
+        return passed.unsqueeze(1) & _mask(here, end.device)
 
     return moved
+
+
+def _mask(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """Flags as a tensor, filled on the device: copying them there would wait for it."""
+    return torch.cat([torch.full((1,), flag, dtype=torch.bool, device=device) for flag in flags])
 
 
 def _move(moved: bool | Tensor, current: Weights, anchor: Weights) -> Weights:

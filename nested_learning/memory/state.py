@@ -47,8 +47,9 @@ class State:
         return [leaf for leaf in pytree.tree_leaves(self) if isinstance(leaf, Tensor)]
 
     def nbytes(self) -> int:
-        """Bytes held by the state's tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        """Bytes held by the state's tensors; memory shared between fields counts once."""
+        held = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in self.tensors()}
+        return sum(held.values())
 
     def detach(self: S) -> S:
         """The same values, cut from the autograd graph."""

@@ -31,11 +31,6 @@ def hidden(z: Tensor) -> Hidden:
     return Hidden(unit, z, inverse_norm)
 
 
-def read(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
-    """M(x). x [..., T, d], W1 [..., d, e], W2 [..., e, d] -> [..., T, d]."""
-    return x + hidden(x @ W2.mT).unit @ W1.mT
-
-
 def hidden_gradient(at: Hidden, g_out: Tensor, W1: Tensor) -> Tensor:
     """∂L/∂z [..., T, e] from g_out = ∂L/∂M [..., T, d]: back through W1, n and silu.
 

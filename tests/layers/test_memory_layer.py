@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -67,6 +69,29 @@ def test_forward_writes_no_parameter_and_no_given_state(cls, options):
 
 
 @pytest.mark.parametrize(("cls", "options"), LAYERS)
+def test_a_state_does_not_follow_the_optimizer(cls, options):
+    """Before the first boundary the anchors are the initial memories: as values, not as views of them."""
+    layer, x = make(cls, options)
+    with torch.no_grad():
+        _, state = layer(x[:, :3])
+        before = [t.clone() for t in state.tensors()]
+        for parameter in layer.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(("cls", "options"), LAYERS)
+def test_a_state_moves_between_precisions(cls, options):
+    layer, x = make(cls, options, torch.float32)
+    _, state = layer(x[:, :6])
+    expected, _ = layer(x[:, 6:], state)
+    for piece in (x[:, 6:], x[:, 6:7]):
+        y, after = layer.double()(piece.double(), state)
+        assert y.dtype == after.current["W1"].dtype == torch.float64
+        torch.testing.assert_close(y, expected[:, : piece.shape[1]].double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("cls", "options"), LAYERS)
 @pytest.mark.parametrize("how", ["module in bfloat16", "autocast"])
 def test_states_stay_float32_under_bfloat16(cls, options, how):
     layer, x = make(cls, options, torch.float32)
@@ -120,7 +145,9 @@ def test_a_surprising_token_is_a_surprise():
         (lambda: SelfModifyingTitans(8, 2, read="tokens"), "read must be 'token' or 'chunk'"),  # type: ignore[arg-type]
         (lambda: SelfModifyingTitans(8, 2, expansion=0.01), "leaves no hidden unit"),
         (lambda: Titans(8, 2, conv_size=-1), "conv_size must be 0"),
-        (lambda: Titans(8, 2, eta_max=0.0), "eta_max must be positive"),
+        (lambda: Titans(8, 2, eta_max=0.0), r"eta_max must lie in \(0, 1\]"),
+        (lambda: Titans(8, 2, eta_max=50.0), "an erase rate above 1 overshoots"),
+        (lambda: Titans(8, 2, momentum="no"), "momentum must be True or False"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_construction(build, message):
@@ -139,11 +166,19 @@ def test_bad_calls():
         (lambda: layer(x, mask=torch.ones(2, 3)), "mask must be bool"),
         (lambda: layer(x, mask=torch.ones(2, 4, dtype=torch.bool)), "mask must be bool"),
         (lambda: layer(x[:1], state), "state holds 2 rows, x has 1"),
-        (lambda: other(x, state), "belongs to another layer"),
-        (lambda: Titans(8, 2, chunk_size=4, momentum=False)(x, state), "momentum is present"),
+        (lambda: other(x, state), "state.anchor has shapes .* belongs to a layer with other options"),
+        (lambda: Titans(8, 2, chunk_size=4, momentum=False)(x, state), "state.momentum has shapes"),
+        (lambda: Titans(8, 2, chunk_size=4, conv_size=0)(x, state), "state.conv_tail has shapes"),
+        (lambda: layer(x, x), "state must be a MemoryState, got Tensor"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_layers_can_be_copied_and_do_not_share_their_rules():
+    layer = copy.deepcopy(Titans(8, 2))
+    layer.system.rule.clear()  # type: ignore[attr-defined]
+    assert Titans(8, 2).system.rule["W1"].objective == "l2"
 
 
 def test_default_rates_are_stable_without_erase():

@@ -172,12 +172,15 @@ def test_no_momentum_is_returned_without_decay_and_no_output_without_queries():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"S0": torch.zeros(2, 3)}, "S0 is given without log_mu"),
-        ({"x": torch.zeros(4, 5)}, r"x \(4, 5\)"),
-        ({"a": torch.zeros(3, 2)}, r"a \(3, 2\)"),
-        ({"q": torch.zeros(5, 3)}, r"q must end in \(4, 3\)"),
+        ({"x": torch.zeros(4, 5)}, r"x must end in \[4, 3\], got \[4, 5\]"),
+        ({"a": torch.zeros(3, 2)}, r"a must end in \[4, 2\], got \[3, 2\]"),
+        ({"q": torch.zeros(5, 3)}, r"q must end in \[4, 3\]"),
         ({"x": torch.zeros(0, 3)}, "no tokens"),
+        ({"log_alpha": torch.zeros(1)}, r"log_alpha must end in \[4\], got \[1\]"),
+        ({"erase": torch.zeros(5)}, r"erase must end in \[4\]"),
+        ({"W_init": torch.zeros(3, 2)}, r"W_init must end in \[2, 3\]"),
     ],
 )
 def test_bad_arguments(change, message):

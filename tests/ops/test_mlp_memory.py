@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nested_learning.memory import ResidualMLP
 from nested_learning.ops import mlp_memory
 from nested_learning.ops.norm import clip_norm, unit
 
@@ -21,7 +22,10 @@ def test_read_is_the_equation(memory):
     k, _, W1, W2 = memory
     h = torch.nn.functional.silu(k @ W2.mT)
     expected = k + (h / (h.square().sum(-1, keepdim=True) + 0.1**2).sqrt()) @ W1.mT
-    torch.testing.assert_close(mlp_memory.read(k, W1, W2), expected)
+    weights = {"W1": W1, "W2": W2}
+    memory = ResidualMLP()
+    torch.testing.assert_close(memory.read(k, lambda name, x: x @ weights[name].mT), expected)
+    torch.testing.assert_close(k + memory.evaluate(k, weights).answer, expected)
 
 
 def test_hidden_gradient_equals_autograd(memory):

@@ -7,6 +7,8 @@ Gamma_ts = gamma_t / gamma_s for s <= t, and likewise for mu. `log_*` arguments 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,16 +33,27 @@ class Decay:
     """
 
     def __init__(self, log_decay: Tensor) -> None:
-        log_decay = log_decay.clamp_min(_LOG_FLOOR)
-        total = log_decay.cumsum(-1)  # [..., C]
-        before = total - log_decay
+        self._log = log_decay.clamp_min(_LOG_FLOOR)
+        self._total = self._log.cumsum(-1)  # [..., C]
         C = log_decay.shape[-1]
-        causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
-        inverse = total.unsqueeze(-2)
-        self.since_start = total.exp()
-        self.before_start = before.exp()
-        self.between = _masked_exp(total.unsqueeze(-1) - inverse, causal)
-        self.before = _masked_exp(before.unsqueeze(-1) - inverse, causal.tril(-1))
+        self._causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
+
+    @cached_property
+    def since_start(self) -> Tensor:
+        return self._total.exp()
+
+    @cached_property
+    def before_start(self) -> Tensor:
+        return (self._total - self._log).exp()
+
+    @cached_property
+    def between(self) -> Tensor:
+        return _masked_exp(self._total.unsqueeze(-1) - self._total.unsqueeze(-2), self._causal)
+
+    @cached_property
+    def before(self) -> Tensor:
+        difference = (self._total - self._log).unsqueeze(-1) - self._total.unsqueeze(-2)
+        return _masked_exp(difference, self._causal.tril(-1))
 
 
 def _masked_exp(difference: Tensor, keep: Tensor) -> Tensor:
@@ -203,7 +216,21 @@ def chunked(
     Raises:
         ValueError: for a chunk_size below 1, an empty sequence, shapes that do not fit, or S0 without log_mu.
     """
-    _check(W0, x, a, q, S0, log_mu, chunk_size)
+    _check(
+        {
+            "W0": W0,
+            "x": x,
+            "a": a,
+            "log_alpha": log_alpha,
+            "erase": erase,
+            "q": q,
+            "S0": S0,
+            "log_mu": log_mu,
+            "write": write,
+            "W_init": W_init,
+        },
+        chunk_size,
+    )
     W, S, outputs = W0, S0, []
     for start in range(0, x.shape[-2], chunk_size):
         now = slice(start, start + chunk_size)
@@ -224,27 +251,28 @@ def chunked(
     return torch.cat(outputs, dim=-2) if q is not None else None, W, S
 
 
-def _check(
-    W0: Tensor,
-    x: Tensor,
-    a: Tensor,
-    q: Tensor | None,
-    S0: Tensor | None,
-    log_mu: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    T = x.shape[-2]
+def _check(arguments: Mapping[str, Tensor | None], chunk_size: object) -> None:
+    """ValueError unless the arguments of `chunked` fit together."""
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+    W0, x = arguments["W0"], arguments["x"]
+    assert W0 is not None and x is not None  # noqa: PT018
+    T, (d_out, d_in) = x.shape[-2], W0.shape[-2:]
     if T < 1:
         raise ValueError(f"x has no tokens: shape {tuple(x.shape)}, expected [..., T, d_in] with T >= 1")
-    d_out, d_in = W0.shape[-2:]
-    if x.shape[-1] != d_in or a.shape[-1] != d_out or a.shape[-2] != T:
-        raise ValueError(
-            f"W0 {tuple(W0.shape)} maps {d_in} to {d_out}: expected x [..., T, {d_in}] and a "
-            f"[..., T, {d_out}] of one length, got x {tuple(x.shape)} and a {tuple(a.shape)}"
-        )
-    if q is not None and q.shape[-2:] != x.shape[-2:]:
-        raise ValueError(f"q must end in {tuple(x.shape[-2:])} like x, got {tuple(q.shape)}")
-    if S0 is not None and log_mu is None:
+    endings: dict[str, tuple[int, ...]] = {
+        "x": (T, d_in),
+        "a": (T, d_out),
+        "q": (T, d_in),
+        **dict.fromkeys(("log_alpha", "erase", "log_mu", "write"), (T,)),
+        **dict.fromkeys(("S0", "W_init"), (d_out, d_in)),
+    }
+    for name, ending in endings.items():
+        tensor = arguments[name]
+        if tensor is not None and tensor.shape[-len(ending) :] != ending:
+            raise ValueError(
+                f"{name} must end in {list(ending)}, got {list(tensor.shape)}: W0 {list(W0.shape)} maps "
+                f"{d_in} to {d_out}, and x {list(x.shape)} has {T} tokens"
+            )
+    if arguments["S0"] is not None and arguments["log_mu"] is None:
         raise ValueError("S0 is given without log_mu: a momentum needs its decay; pass log_mu or drop S0")

@@ -44,6 +44,8 @@ def naive(
     W_init: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """The recurrence as a loop over tokens. Arguments and results as in `chunked`."""
+    if S0 is not None and log_mu is None:
+        raise ValueError("S0 is given without log_mu: a momentum needs its decay; pass log_mu or drop S0")
     W, S, outputs = W0, S0, []
     for t in range(x.shape[-2]):
         W, S = step(
