@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from nested_learning.layers.mlp import MLPBlock, Weights
+from nested_learning.layers.mlp import ACTIVATIONS, MLPBlock, Weights
 from nested_learning.layers.registry import unknown
 from nested_learning.memory.state import State
 
@@ -43,8 +44,22 @@ class CMSLevel:
                 raise ValueError(f"{name} of a CMS level must be a positive integer, got {value!r}")
         if self.expansion is not None and self.intermediate_size is not None:
             raise ValueError("a CMS level takes expansion or intermediate_size, not both")
-        if self.expansion is not None and not self.expansion > 0:
-            raise ValueError(f"expansion of a CMS level must be positive, got {self.expansion!r}")
+        if self.expansion is not None:
+            _check_expansion("expansion of a CMS level", self.expansion)
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise unknown("activation of a CMS level:", str(self.activation), ACTIVATIONS)
+
+    def width(self, hidden_size: int, share: float) -> int:
+        """Hidden width of the block; `share` · hidden_size unless the level says otherwise."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        expansion = share if self.expansion is None else self.expansion
+        if round(expansion * hidden_size) < 1:
+            raise ValueError(
+                f"an expansion of {expansion:g} leaves the CMS level with chunk_size {self.chunk_size} no "
+                f"hidden unit at hidden_size {hidden_size}; give it at least {1 / hidden_size:g}"
+            )
+        return round(expansion * hidden_size)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | CMSLevel) -> CMSLevel:
@@ -60,6 +75,12 @@ class CMSLevel:
         if "chunk_size" not in options:
             raise ValueError(f"a CMS level needs a chunk_size, got {dict(options)!r}")
         return cls(**options)
+
+
+def _check_expansion(what: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{what} must be a positive number, got {value!r}")
 
 
 def parse_levels(levels: Iterable[Mapping[str, Any] | CMSLevel]) -> list[CMSLevel]:
@@ -114,7 +135,7 @@ class ContinuumMemorySystem(nn.Module):
 
     Raises:
         ValueError: for unknown keys, a variant or update rule that does not exist yet, chunk sizes that are
-            not positive or of which one does not divide the next.
+            not positive or of which one does not divide the next, widths below one unit.
     """
 
     def __init__(
@@ -129,13 +150,16 @@ class ContinuumMemorySystem(nn.Module):
     ) -> None:
         super().__init__()
         check_supported(variant, update)
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", str(activation), ACTIVATIONS)
+        _check_expansion("expansion", expansion)
         self.levels = parse_levels(levels)
         self.variant, self.update = variant, update
         share = expansion / len(self.levels)
         self.blocks = nn.ModuleList(
             MLPBlock(
                 hidden_size,
-                level.intermediate_size or round((level.expansion or share) * hidden_size),
+                level.width(hidden_size, share),
                 level.activation or activation,
                 norm_eps,
             )

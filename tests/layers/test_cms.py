@@ -172,7 +172,12 @@ def test_more_levels_do_not_add_matrix_parameters(count):
         ([{"chunk_sise": 4}], "Did you mean 'chunk_size'"),
         ([{"chunk_size": 6}, {"chunk_size": 9}], "6 does not divide 9"),
         ([{"chunk_size": 8}, {"chunk_size": 4}], "8 does not divide 4"),
-        ([{"chunk_size": 4, "expansion": -1.0}], "expansion of a CMS level must be positive"),
+        ([{"chunk_size": 4, "expansion": -1.0}], "a CMS level must be a positive number, got -1"),
+        (
+            [{"chunk_size": 4, "expansion": "1"}],
+            "expansion of a CMS level must be a positive number, got '1'",
+        ),
+        ([{"chunk_size": 4, "expansion": 0.01}], "no hidden unit at hidden_size 8"),
         ([{"chunk_size": 4, "expansion": 1.0, "intermediate_size": 8}], "not both"),
         ([{"chunk_size": 4, "intermediate_size": 0}], "intermediate_size of a CMS level"),
         ([{"chunk_size": 4, "activation": "relu"}], "Did you mean 'relu2'"),

@@ -1,11 +1,13 @@
 """HopeConfig: round trips, and what it refuses."""
 
+import copy
 import json
 
 import pytest
 from transformers import AutoConfig
 
 from nested_learning import HopeConfig, HopeForCausalLM
+from nested_learning.layers import CMSLevel
 from tests.models.small_models import small_config, small_model
 
 
@@ -85,6 +87,16 @@ def test_what_every_transformers_config_accepts_still_works():
         ({"cms_levels": [{"chunk_size": 6}, {"chunk_size": 9}]}, "6 does not divide 9"),
         ({"cms_levels": [{"chunk_size": 6, "activation": "relu"}]}, "Did you mean 'relu2'"),
         ({"cms_levels": []}, "at least one level"),
+        ({"cms_levels": [{"chunk_size": 6, "expansion": "2"}]}, "must be a positive number, got '2'"),
+        (
+            {"cms_levels": [{"chunk_size": 6, "expansion": float("nan")}]},
+            "must be a positive number, got nan",
+        ),
+        ({"cms_levels": [{"chunk_size": 6, "expansion": 1e-3}]}, "no hidden unit at hidden_size 256"),
+        ({"cms_levels": [{"chunk_size": 6, "activation": 3}]}, "unknown activation of a CMS level: '3'"),
+        ({"cms_levels": 512}, "CMS levels are a list"),
+        ({"cms_expansion": 1e-3}, "no hidden unit at hidden_size 256"),
+        ({"cms_expansion": float("inf")}, "cms_expansion must be a positive number, got inf"),
         ({"cms_variant": "nested"}, "not available in this version"),
         ({"cms_update": "lm"}, "not available in this version"),
         ({"cms_activation": "swigl"}, "Did you mean 'swiglu'"),
@@ -104,7 +116,31 @@ def test_a_field_set_to_nonsense_later_is_refused_by_the_model():
 
 def test_fingerprint_follows_what_shapes_states():
     config = small_config(["attention", "attention"])
+    titans = {"self_modifying_titans": {"chunk_size": 32}}
+    memories = HopeConfig(mixer_options=titans)
+    for options in (
+        {"chunk_size": 32.0},
+        {"chunk_size": 32, "projection_chunk_size": 32},
+        {"chunk_size": 32, "projection_chunk_size": None, "expansion": 1, "momentum": False},
+    ):
+        spelled = copy.deepcopy(memories)  # the config itself would refuse 32.0
+        spelled.mixer_options = {"self_modifying_titans": options}
+        assert spelled.fingerprint() == memories.fingerprint()
+    for options in ({"chunk_size": 64}, {"chunk_size": 32, "projection_chunk_size": 64}):
+        assert HopeConfig(mixer_options={"self_modifying_titans": options}).fingerprint() != (
+            memories.fingerprint()
+        )
     same = [
+        small_config(["attention", "attention"], vocab_size=99, tie_word_embeddings=False),
+        small_config(["attention", "attention"], cms_expansion=2, norm_eps=1e-6),
+        small_config(
+            ["attention", "attention"],
+            cms_levels=[CMSLevel(chunk_size=2), {"chunk_size": 8, "activation": None}],
+        ),
+        small_config(
+            ["attention", "attention"],
+            mixer_options={"attention": {"num_kv_heads": 1, "rope_theta": 10_000}},
+        ),
         small_config(["attention", "attention"], use_cache=False, segment_size=4, initializer_scale=0.1),
         small_config(["attention"], num_hidden_layers=2, mixer="attention"),
         small_config(
@@ -120,3 +156,13 @@ def test_fingerprint_follows_what_shapes_states():
     ]
     assert {c.fingerprint() for c in same} == {config.fingerprint()}
     assert len({c.fingerprint() for c in [config, *other]}) == 1 + len(other)
+    every_head = small_config(["attention"], mixer_options={"attention": {"num_kv_heads": 2}})
+    assert every_head.fingerprint() == small_config(["attention"], mixer_options={}).fingerprint()
+
+
+def test_levels_may_be_objects(tmp_path):
+    levels = [CMSLevel(chunk_size=2, expansion=1.0), {"chunk_size": 8, "activation": "gelu"}]
+    config = small_config(["attention"], cms_levels=levels)
+    assert config.cms_levels == [{"chunk_size": 2, "expansion": 1.0}, levels[1]]
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).cms_levels == config.cms_levels

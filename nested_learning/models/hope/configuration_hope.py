@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from nested_learning.layers.cms import check_supported, parse_levels
-from nested_learning.layers.mlp import ACTIVATIONS
+from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options, unknown
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
@@ -36,20 +36,19 @@ _BASE_KEYS = frozenset(
         "transformers_weights",
     )
 )
-# What a saved state depends on; the rest (initialisation, caching, segments) may differ.
+# What a saved state depends on; the rest (vocabulary, initialisation, caching, segments) may differ.
 _STATE_FIELDS = (
-    "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_heads",
-    "cms_levels",
     "cms_variant",
     "cms_update",
     "cms_activation",
     "cms_expansion",
     "norm_eps",
-    "tie_word_embeddings",
 )
+# Options whose default None stands for the value of another option or field.
+_SAME_AS = {"projection_chunk_size": "chunk_size", "num_kv_heads": "num_heads"}
 
 
 class HopeConfig(PreTrainedConfig):
@@ -64,17 +63,21 @@ class HopeConfig(PreTrainedConfig):
         num_heads: heads of every mixer; must divide `hidden_size`. Also readable as `num_attention_heads`.
         mixer: name of a registered mixer, or a list with one name per block.
         mixer_options: keyword arguments of the mixers, keyed by mixer name.
-        cms_levels: levels of the continuum memory system, fast to slow: dicts with `chunk_size` and, if
-            wanted, `expansion` or `intermediate_size`, and `activation`. Default: chunk sizes 512 and 2048.
+        cms_levels: levels of the continuum memory system, fast to slow: `CMSLevel` objects or dicts of
+            their fields (kept as dicts). Default: chunk sizes 512 and 2048.
         cms_variant, cms_update: see `ContinuumMemorySystem`.
         cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
         cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
-        norm_eps: epsilon of the RMS norms.
-        initializer_scale: a linear layer starts with standard deviation initializer_scale / √fan_in.
+        norm_eps: epsilon of the RMS norms of the blocks, the CMS and the output. The norms inside a mixer
+            have their own: attention's is an option of it, a memory layer's is fixed.
+        initializer_scale: a linear layer starts with standard deviation initializer_scale / √fan_in. Memory
+            layers initialise all that is inside them themselves.
         tie_word_embeddings: the head uses the embedding's weights.
         use_cache: return `past_key_values` when not training.
         segment_size: run all blocks on this many tokens, then on the next ones with the state carried over;
-            None runs a call's tokens at once. Saves memory on long inputs, changes no result.
+            None runs a call's tokens at once. Changes no result. It bounds the activations of a long input
+            without gradients; with gradients all segments' activations are kept all the same, and several
+            short passes take longer than a long one.
         pad_token_id, bos_token_id, eos_token_id: None where there is none.
 
     Raises:
@@ -91,7 +94,7 @@ class HopeConfig(PreTrainedConfig):
     num_heads: int = 4
     mixer: str | list[str] = "self_modifying_titans"
     mixer_options: dict[str, dict[str, Any]] | None = None
-    cms_levels: list[dict[str, Any]] | None = None
+    cms_levels: list[Any] | None = None
     cms_variant: str = "sequential"
     cms_update: str = "none"
     cms_activation: str = "relu2"
@@ -111,6 +114,8 @@ class HopeConfig(PreTrainedConfig):
             self.mixer_options = {}
         if self.cms_levels is None:
             self.cms_levels = [{"chunk_size": 512}, {"chunk_size": 2048}]
+        if isinstance(self.cms_levels, (list, tuple)):
+            self.cms_levels = [_plain(level) for level in self.cms_levels]
         super().__post_init__(**kwargs)
         self.validate()
 
@@ -139,24 +144,35 @@ class HopeConfig(PreTrainedConfig):
         super().validate()  # type: ignore[misc]
         self._check_sizes()
         self._check_mixers()
-        check_supported(self.cms_variant, self.cms_update)
-        if self.cms_activation not in ACTIVATIONS:
-            raise unknown("cms_activation", str(self.cms_activation), ACTIVATIONS)
-        for level in parse_levels(self.cms_levels or []):
-            if level.activation is not None and level.activation not in ACTIVATIONS:
-                raise unknown("activation of a CMS level:", str(level.activation), ACTIVATIONS)
+        with torch.device("meta"):
+            self.build_cms()
+
+    def build_cms(self) -> ContinuumMemorySystem:
+        """The continuum memory system of one block."""
+        return ContinuumMemorySystem(
+            self.hidden_size,
+            self.cms_levels or [],
+            variant=self.cms_variant,
+            update=self.cms_update,
+            activation=self.cms_activation,
+            expansion=self.cms_expansion,
+            norm_eps=self.norm_eps,
+        )
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the fields that decide the shape and meaning of the weights and states.
+        """sha256 (hex) over the fields that decide what a state means: not the weights, not the vocabulary.
 
-        Defaults of mixer options are written out first, so leaving one away or giving it is the same.
+        Only options that differ from their defaults enter, and numbers by value: leaving an option away or
+        giving its default is the same, and so are 1 and 1.0.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in _STATE_FIELDS}
+        fields["cms_levels"] = [
+            {name: value for name, value in _plain(level).items() if value is not None}
+            for level in self.cms_levels or []
+        ]
         fields["mixers"] = self.layer_mixers
-        fields["mixer_options"] = {
-            name: self._resolved_options(name) for name in sorted(set(self.layer_mixers))
-        }
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        fields["mixer_options"] = {name: self._unusual_options(name) for name in set(self.layer_mixers)}
+        return hashlib.sha256(json.dumps(_by_value(fields), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -194,7 +210,7 @@ class HopeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name in ("norm_eps", "initializer_scale", "cms_expansion"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -234,8 +250,29 @@ class HopeConfig(PreTrainedConfig):
         except (TypeError, ValueError) as error:
             raise ValueError(f"mixer {name!r} with options {self.options_of(name)}: {error}") from error
 
-    def _resolved_options(self, name: str) -> dict[str, Any]:
+    def _unusual_options(self, name: str) -> dict[str, Any]:
+        """The options of a mixer that differ from its defaults."""
         parameters = inspect.signature(MIXERS[name]).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        defaults.pop("num_heads", None)
-        return {**defaults, **self.options_of(name)}
+        given = self.options_of(name)
+        resolved = {**defaults, "num_heads": self.num_heads, **given}
+        for option, other in _SAME_AS.items():
+            if option in given and given[option] == resolved.get(other):
+                given[option] = None
+        return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+
+
+def _plain(level: Any) -> Any:
+    """A `CMSLevel` as the dict that config.json holds; anything else unchanged."""
+    if not isinstance(level, CMSLevel):
+        return level
+    return {name: value for name, value in dataclasses.asdict(level).items() if value is not None}
+
+
+def _by_value(fields: Any) -> Any:
+    """Numbers as floats, so that 1 and 1.0 are written alike."""
+    if isinstance(fields, dict):
+        return {key: _by_value(value) for key, value in fields.items()}
+    if isinstance(fields, (list, tuple)):
+        return [_by_value(value) for value in fields]
+    return float(fields) if isinstance(fields, int) and not isinstance(fields, bool) else fields

@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory.state import State
 from nested_learning.models.hope.cache_hope import HopeCache
@@ -54,15 +53,7 @@ class HopeBlock(GradientCheckpointingLayer):
         name = config.layer_mixers[layer_index]
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
-        self.cms = ContinuumMemorySystem(
-            config.hidden_size,
-            config.cms_levels or [],
-            variant=config.cms_variant,
-            update=config.cms_update,
-            activation=config.cms_activation,
-            expansion=config.cms_expansion,
-            norm_eps=config.norm_eps,
-        )
+        self.cms = config.build_cms()
 
     def forward(
         self,
