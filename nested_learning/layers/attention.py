@@ -73,15 +73,19 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if hidden_size % num_heads or (hidden_size // num_heads) % 2:
             raise ValueError(
                 f"attention needs an even head width hidden_size / num_heads, got {hidden_size} / {num_heads}"
             )
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}")
         if not rope_theta > 0:
             raise ValueError(f"rope_theta must be positive, got {rope_theta}")
-        self.head_dim = hidden_size // num_heads
+        self.hidden_size, self.head_dim = hidden_size, hidden_size // num_heads
+        self.num_kv_heads = num_kv_heads
         self.grouped = num_kv_heads != num_heads
         self.rope_theta = rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -98,17 +102,22 @@ class Attention(nn.Module):
 
         Args:
             x: [B, T, D].
-            state: of the tokens before, None at the start.
+            state: of the tokens before, None at the start. One of another dtype (a session saved by the
+                model in another precision) is converted to that of the new keys and values.
             mask: [B, T] bool, True for real tokens; None if all are.
 
         Returns:
             y [B, T, D], zero at padded positions, and the state with the new tokens in it.
+
+        Raises:
+            ValueError: when x, mask or state do not fit.
         """
+        self._check(x, state, mask)
         positions = self._positions(x, state, mask)
         query, key, value = self._project(x, positions)
         if state is not None:
-            key = torch.cat([state.key, key], dim=2)
-            value = torch.cat([state.value, value], dim=2)
+            key = torch.cat([state.key.to(key.dtype), key], dim=2)
+            value = torch.cat([state.value.to(value.dtype), value], dim=2)
             key_positions = torch.cat([state.positions, positions], dim=1)
         else:
             key_positions = positions
@@ -127,6 +136,27 @@ class Attention(nn.Module):
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return y, self._remember(AttentionState(key, value, key_positions), padded=mask is not None)
+
+    def _check(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:
+            raise ValueError(f"x must be [B, T >= 1, {self.hidden_size}], got {tuple(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
+                f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
+            )
+        if state is None:
+            return
+        if not isinstance(state, AttentionState):
+            raise ValueError(f"state must be an AttentionState, got {type(state).__name__}")
+        length = state.key.shape[2] if state.key.dim() == 4 else -1
+        expected = (x.shape[0], self.num_kv_heads, length, self.head_dim)
+        got = tuple(state.key.shape), tuple(state.value.shape), tuple(state.positions.shape)
+        if got != (expected, expected, (x.shape[0], length)):
+            raise ValueError(
+                f"state has key, value and positions of shapes {got}; this layer and input need "
+                f"[{x.shape[0]}, {self.num_kv_heads}, S, {self.head_dim}] twice and [{x.shape[0]}, S]"
+            )
 
     def _positions(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> Tensor:
         """Position [B, T] of each token among its row's real tokens, −1 for padding."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nested_learning.layers import Attention, SlidingWindowAttention
+from nested_learning.layers.attention import AttentionState
 
 WIDTH, HEADS = 16, 4
 VARIANTS = {
@@ -146,6 +147,9 @@ def test_low_precision_stays_near_float64(layer):
         (lambda: Attention(18, 4), "18 / 4"),
         (lambda: Attention(12, 4), "even head width"),
         (lambda: Attention(16, 4, num_kv_heads=3), "num_kv_heads must divide num_heads"),
+        (lambda: Attention(16, 0), "num_heads must be a positive integer, got 0"),
+        (lambda: Attention(16, -4), "num_heads must be a positive integer, got -4"),
+        (lambda: Attention(16, 4, num_kv_heads=2.0), "num_kv_heads must be a positive integer, got 2.0"),
         (lambda: Attention(16, 4, rope_theta=0), "rope_theta"),
         (lambda: SlidingWindowAttention(16, 4, window=0), "window"),
         (lambda: SlidingWindowAttention(16, 4, window=2.5), "window"),
@@ -154,3 +158,36 @@ def test_low_precision_stays_near_float64(layer):
 def test_bad_sizes_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_bad_inputs_are_refused(layer):
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    _, state = layer(x)
+    grouped = Attention(WIDTH, HEADS // 2).double()(x)[1]
+    cut = AttentionState(state.key[:, :, :1], state.value, state.positions)
+    for arguments, message in (
+        ((x[0],), r"x must be \[B, T >= 1, 16\], got \(3, 16\)"),
+        ((x[..., :8],), r"got \(2, 3, 8\)"),
+        ((x[:, :0],), r"got \(2, 0, 16\)"),
+        ((x, None, torch.ones(2, 3)), r"mask must be bool \(2, 3\).*got torch.float32"),
+        ((x, None, torch.ones(2, 4, dtype=torch.bool)), r"got torch.bool \(2, 4\)"),
+        ((x[:1], state), r"state has.*need \[1, "),
+        ((x, grouped), "state has.*need"),
+        ((x, (state.key, state.value)), "must be an AttentionState, got tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*arguments)
+    if layer.window != 1 and cut.key.shape != state.key.shape:
+        with pytest.raises(ValueError, match="state has key, value and positions"):
+            layer(x, cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_state_of_another_dtype_is_converted(layer, dtype):
+    x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
+    whole = layer(x)[0].detach()
+    _, state = layer.float()(x[:, :4].float())
+    y, after = layer.to(dtype)(x[:, 4:].to(dtype), state)
+    assert y.dtype == after.key.dtype == after.value.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(y.double(), whole[:, 4:], rtol=0, atol=tolerance * float(whole.abs().max()))

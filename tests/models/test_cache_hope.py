@@ -115,6 +115,19 @@ def test_saved_and_loaded_it_goes_on_identically(model, ids, tmp_path, dtype):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_session_goes_on_in_another_precision(model, mixers, ids, tmp_path, dtype):
+    exact = model(ids).logits[:, 6:]
+    model = model.float()
+    model(ids[:, :6]).past_key_values.save(tmp_path / "state.safetensors")
+    model = model.to(dtype)
+    cache = HopeCache.load(tmp_path / "state.safetensors", model)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids[:, 6:].split([1, 5, 1], dim=1)]
+    assert {piece.dtype for piece in pieces} == {dtype}
+    error = (torch.cat(pieces, 1).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < (0.1 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_file_carries_version_fingerprint_and_classes(model, cache, tmp_path):
     cache.save(tmp_path / "state.safetensors")
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
