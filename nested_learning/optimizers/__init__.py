@@ -1,6 +1,7 @@
 """Optimizers as associative memories of gradients: torch.optim classes and pure functions."""
 
 from nested_learning.optimizers.deep_momentum import DeepMomentumGD
+from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.matrix import M3, OrthogonalMomentum
 from nested_learning.optimizers.memory_forms import (
     AdaGradMemory,
@@ -20,6 +21,7 @@ __all__ = [
     "AdaGradMemory",
     "AdamMemory",
     "DeepMomentumGD",
+    "DeltaGD",
     "DeltaMomentum",
     "FeatureMomentum",
     "GDMemory",

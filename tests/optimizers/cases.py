@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
 from torch.optim import Optimizer
 
 from nested_learning import optimizers as no
@@ -14,6 +15,14 @@ Build = Callable[..., Optimizer]
 def multi_frequency(params, error_if_nonfinite=False, **options):
     inner = lambda groups: no.MemoryOptimizer(groups, no.AdamMemory(), **{"lr": 0.05, **options})  # noqa: E731
     return no.MultiFrequency(params, inner, error_if_nonfinite=error_if_nonfinite)
+
+
+def delta_gd(params, **options):
+    """On gradients set by hand, without inputs: the rule of the other parameters."""
+    optimizer = no.DeltaGD(params, **{"lr": 0.02, "inner": "momentum", **options})
+    layer = nn.Linear(1, 1)
+    layer.weight = next(p for p in optimizer.param_groups[0]["params"] if p.ndim > 1)
+    return optimizer.attach(layer)
 
 
 CASES: dict[str, Build] = {
@@ -49,5 +58,6 @@ CASES: dict[str, Build] = {
     "dmgd-surrogate": lambda params, **k: no.DeepMomentumGD(
         params, **{"lr": 0.05, "objective": "surrogate", "depth": 3, "rank": 2, "hidden_size": 4, **k}
     ),
+    "delta-gd": delta_gd,
     "multi-frequency": multi_frequency,
 }

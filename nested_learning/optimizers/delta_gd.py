@@ -1,0 +1,206 @@
+"""Delta gradient descent as an optimizer of linear layers, eq 57: forget what W answers, then write."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nested_learning.layers.registry import unknown
+from nested_learning.optimizers.base import NON_NEGATIVE, BaseOptimizer, Bound, Group, Params, work_dtype
+from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+class DeltaGD(BaseOptimizer):
+    """DGD, eq 57, for the weights of linear layers and convolutions, from their inputs x.
+
+    With G the gradient and S = E[x xᵀ] the mean over all inputs (batch, tokens, positions) that gradient
+    came from:
+        W ← (W − lr · G)(I + lr · S)⁻¹, computed as W ← W − lr · (G + W S)(I + lr · S)⁻¹ by Cholesky.
+    This is the implicit form (ours): the printed one, W ← W(I − lr·S) − lr·G, diverges where lr·λ_max(S) > 2.
+    For one input of unit norm it is eq 57 with η′ = lr/(1 + lr).
+
+    It does not minimise the loss L but L + ½E‖Wx‖²: the fixed point is G = −W S. Plain regression ends at
+    half the least-squares solution. Compare it accordingly, and use it where forgetting is wanted.
+
+    Inputs are collected by hooks, when a layer's gradient is computed: evaluation, and forwards without
+    backward, leave no trace; gradients that are accumulated over several backwards are averaged with all
+    their inputs; autocast and GradScaler need nothing special. Under torch.distributed the inputs of all
+    processes count. `zero_grad` and `step` drop what was collected.
+
+        with DeltaGD(model.parameters(), lr=0.1).attach(model) as optimizer:
+            ...  # any training loop; the hooks are gone afterwards, as after optimizer.detach()
+
+    All other parameters (biases, norms, embeddings, grouped, transposed and 3-D convolutions, layers whose
+    forward was not called, as those of nn.MultiheadAttention) are trained by `inner` at
+    lr · inner_lr_scale. A convolution's W is (out, in·kernel), its x a patch.
+    State: none for W between steps, (in·kernel)² elements per layer from backward to step, in float32 or
+    float64; for other parameters that of `inner`. A step costs (in·kernel)³/3 multiplications per layer.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate; any is stable for the quadratic part ½E‖Wx‖².
+        inner: "adam", "gd", "momentum" or "adagrad" (see `memory_forms`), for all other parameters.
+        inner_lr_scale: its learning rate as a multiple of lr.
+        weight_decay: decoupled, times lr.
+        maximize: ascend L instead of descend; the forgetting stays.
+        error_if_nonfinite: see `BaseOptimizer`.
+    """
+
+    bounds: ClassVar[dict[str, Bound]] = {"inner_lr_scale": NON_NEGATIVE}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        inner: str = "adam",
+        inner_lr_scale: float = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        if inner not in MEMORIES:
+            raise unknown("inner optimizer", inner, MEMORIES)
+        self._inner_name, self._memory = inner, MEMORIES[inner]()
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
+        self._trained: set[Tensor] = set()
+        defaults = {
+            "lr": lr,
+            "inner_lr_scale": inner_lr_scale,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, error_if_nonfinite)
+
+    @property
+    def _name(self) -> str:
+        return f"DeltaGD({self._inner_name!r})"
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters; those of layers that are attached already are trained by DGD from now on."""
+        super().add_param_group(param_group)
+        self._trained.update(self.param_groups[-1]["params"])
+
+    # -- hooks
+
+    def attach(self, model: nn.Module) -> DeltaGD:
+        """Collect the inputs of the model's linear layers and convolutions from now on. Returns self.
+
+        Raises:
+            ValueError: a layer is attached already, or no layer's weight is trained by this optimizer.
+        """
+        layers = [m for m in model.modules() if isinstance(m, LAYERS) and getattr(m, "groups", 1) == 1]
+        if any(layer in self._hooks for layer in layers):
+            raise ValueError("the model is attached already: call detach() first, or its inputs count twice")
+        if not any(layer.weight in self._trained for layer in layers):
+            raise ValueError(
+                f"none of the model's {len(layers)} Linear, Conv1d and Conv2d layers has a weight among this "
+                "optimizer's parameters: attach the model whose parameters it was given"
+            )
+        for layer in layers:
+            self._hooks[layer] = layer.register_forward_hook(self._watch, with_kwargs=True)
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks and drop what they collected."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self._moments.clear()
+
+    def __enter__(self) -> DeltaGD:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def _watch(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        weight = layer.weight
+        if output.requires_grad and weight.requires_grad and weight in self._trained:
+            x = (args[0] if args else kwargs["input"]).detach()
+            output.register_hook(lambda _: self._collect(layer, weight, x))
+
+    @torch.no_grad()
+    def _collect(self, layer: nn.Module, weight: Tensor, x: Tensor) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = input_rows(layer, x.to(work_dtype(weight)))
+            total, count = self._moments.get(weight, (None, 0))
+            moment = rows.T @ rows if total is None else total.addmm_(rows.T, rows)
+        self._moments[weight] = (moment, count + len(rows))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients and the inputs they came from."""
+        self._moments.clear()
+        super().zero_grad(set_to_none)
+
+    # -- the step
+
+    def _apply(self) -> None:
+        if not self._hooks:
+            raise ValueError("DeltaGD needs the layers' inputs: call attach(model) before the forward pass")
+        super()._apply()
+
+    def _gradients_are_usable(self) -> bool:
+        usable = super()._gradients_are_usable()
+        if not usable:
+            self._moments.clear()
+        return usable
+
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        directions = []
+        for p, g in zip(params, grads, strict=True):
+            if p in self._moments:
+                directions.append(_delta_direction(p, g, self._mean_moment(p), group["lr"]))
+            else:
+                u = memory_direction(self._memory, self.state[p], g)
+                directions.append(group["inner_lr_scale"] * u)
+        return directions
+
+    def _mean_moment(self, p: Tensor) -> Tensor:
+        """S, over all processes; forgets it."""
+        total, count = self._moments.pop(p)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = torch.full((), count, dtype=torch.float64, device=total.device)
+            dist.all_reduce(total)
+            dist.all_reduce(counts)
+            return total / counts.to(total.dtype)
+        return total / max(count, 1)
+
+
+def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: float) -> Tensor:
+    """(G + W S)(I + lr·S)⁻¹, in g's shape."""
+    W, G = p.detach().to(g.dtype).flatten(1), g.flatten(1)
+    A = S * lr
+    A.diagonal().add_(1)
+    L = torch.linalg.cholesky_ex(A).L  # A ≥ I: it cannot fail, so the check's synchronisation is saved
+    return torch.cholesky_solve((G + W @ S).mT, L).mT.reshape(g.shape)
+
+
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """The vectors [N, in] that the layer's weight, as a matrix (out, in), is multiplied with.
+
+    Args:
+        layer: nn.Linear, nn.Conv1d or nn.Conv2d with groups=1.
+        x: its input: [..., in], or [B, channels, length] or [B, channels, height, width], B optional.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
+    dims = len(layer.kernel_size)
+    x = x.unsqueeze(0) if x.ndim == dims + 1 else x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    sizes = [layer.kernel_size, layer.dilation, layer.stride]
+    if dims == 1:  # a picture of height one
+        x = x.unsqueeze(2)
+        sizes = [(1, *size) for size in sizes]
+    kernel, dilation, stride = sizes
+    patches = F.unfold(x, kernel, dilation, 0, stride)  # [B, in·kernel, positions]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
