@@ -69,6 +69,12 @@ def as_matrix(t: Tensor) -> Tensor:
     return t.reshape(1, -1) if t.ndim < 2 else t.flatten(1)
 
 
+def root_mean_square(g: Tensor) -> Tensor:
+    """√mean(g²), 0-D, without overflow of the squares; 0 for zeros."""
+    largest = g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)
+    return largest * (g / largest).square().mean().sqrt()
+
+
 def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors in a state (nested dicts, tuples and lists)."""
     leaves = torch.utils._pytree.tree_leaves(tree)
@@ -159,7 +165,7 @@ class BaseOptimizer(Optimizer):
 
     def _apply(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if params:
                 directions = self._directions(group, params, self._gradients(group, params))
                 self._move(group, params, directions)

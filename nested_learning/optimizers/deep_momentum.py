@@ -18,6 +18,7 @@ from nested_learning.optimizers.base import (
     Group,
     Params,
     as_matrix,
+    root_mean_square,
     work_dtype,
 )
 from nested_learning.optimizers.row_memory import Objective, Weights
@@ -196,7 +197,7 @@ class DeepMomentumGD(BaseOptimizer):
             )
             state["weights"] = [w.clone() for w in state["initial"]]
         tiny = torch.finfo(matrices[0].dtype).tiny
-        scales = [g.square().mean().sqrt().clamp(min=tiny) for g in matrices]
+        scales = [root_mean_square(g).clamp(min=tiny) for g in matrices]
         rows = torch.cat([g / s for g, s in zip(matrices, scales, strict=True)])
         values = rows if self.value is None else torch.cat(self._values(matrices, scales))
         with torch.enable_grad():

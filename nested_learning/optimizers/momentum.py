@@ -30,6 +30,7 @@ from nested_learning.optimizers.base import (
     Group,
     Params,
     as_matrix,
+    root_mean_square,
     work_dtype,
 )
 
@@ -327,7 +328,7 @@ class FeatureMomentum(_MomentumRule):
     def _features(self, group: Group, g: Tensor) -> Tensor:
         if group["scale"] == "paper":
             return sum((c * g**j for j, c in enumerate(group["coefficients"], 1)), torch.zeros_like(g))
-        r = g.square().mean().sqrt()
+        r = root_mean_square(g)
         size = g.abs() / r.clamp(min=torch.finfo(g.dtype).tiny)
         powers = sum((c * size**j for j, c in enumerate(group["coefficients"], 1)), torch.zeros_like(g))
         return r * g.sign() * powers

@@ -72,6 +72,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
 def test_patches_times_the_weight_are_the_convolution(layer, shape):
     layer = layer.double()
