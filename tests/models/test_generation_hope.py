@@ -102,6 +102,18 @@ def test_continuing_from_a_cache(model, ids, way, seen):
     assert cache.tokens_seen.tolist() == [9 + 7] * 3  # the last token is returned, not read
 
 
+def test_new_text_that_repeats_the_old_one(model, ids):
+    """Taken for all ids so far, unless the mask says that the columns are new ones."""
+    seen = ids[:, :3]
+    again = torch.cat([seen, ids[:, 3:6]], 1)
+    cache = model(seen).past_key_values
+    expected = greedy_loop(model, torch.cat([seen, again], 1), 8)[:, 9:]
+    mask = torch.ones(3, cache.get_seq_length() + again.shape[1], dtype=torch.long)
+    got = generate(model, again, past_key_values=cache.clone(), attention_mask=mask)
+    assert torch.equal(got[:, -8:], expected)
+    assert torch.equal(generate(model, again, past_key_values=cache), greedy_loop(model, again, 8))
+
+
 def test_continuing_a_padded_batch_from_a_cache(model, ids):
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

@@ -1,10 +1,12 @@
 """What a call of the model computes: invariances of the sequence, the batch and the ways to run it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nested_learning import HopeCache, HopeModel
+from nested_learning import HopeCache, HopeConfig, HopeModel
 from tests.models.small_models import CASES, RECURRENT, VOCAB, small_config, small_model
 
 EXACT = {"rtol": 0, "atol": 1e-11}
@@ -145,11 +147,47 @@ def test_loss_is_the_mean_over_labels_that_count(model, ids):
     labels[0, :6] = -100
     labels[2] = -100
     out = model(ids, labels=labels)
+    assert out.loss.dtype == torch.float64
     nll = -out.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     counted = labels[:, 1:] != -100
-    torch.testing.assert_close(out.loss.double(), nll[counted].mean(), rtol=1e-6, atol=0)
-    scaled = model(ids, labels=labels, num_items_in_batch=torch.tensor(100)).loss
-    torch.testing.assert_close(scaled.double(), nll[counted].sum() / 100, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.loss, nll[counted].mean(), **EXACT)
+    for items in (100, torch.tensor(100)):
+        scaled = model(ids, labels=labels, num_items_in_batch=items).loss
+        torch.testing.assert_close(scaled, nll[counted].sum() / 100, **EXACT)
+    assert torch.equal(model(ids, labels=labels.int()).loss, out.loss)
+
+
+def test_loss_is_float32_in_lower_precision(ids):
+    model = small_model(["attention"]).bfloat16()
+    out = model(ids, labels=ids)
+    assert out.loss.dtype == torch.float32
+    nll = -out.logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])
+    torch.testing.assert_close(out.loss, nll.mean())
+
+
+def test_loss_without_labels_that_count_is_zero_with_zero_gradients(model, ids):
+    nothing = torch.full_like(ids, -100)
+    for inputs, labels, items in ((ids, nothing, None), (ids[:, :1], ids[:, :1], None), (ids, nothing, 0)):
+        loss = model(inputs, labels=labels, num_items_in_batch=items).loss
+        assert loss.item() == 0
+        model.zero_grad()
+        loss.backward()
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids[:, :-1], r"\[batch, tokens\] = \[3, 13\].*got \[3, 12\]"),
+        (lambda ids: ids.flatten(), r"got \[39\]"),
+        (lambda ids: ids.double(), "integer token ids, got torch.float64"),
+        (lambda ids: ids + VOCAB, r"labels must lie in 0\.\.30"),
+        (lambda ids: ids.masked_fill(ids == ids[0, 0], -1), "-100 where nothing is to be predicted, got -1"),
+    ],
+)
+def test_bad_labels_are_refused(ids, change, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(["attention"])(ids, labels=change(ids))
 
 
 @pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 3, 12])])
@@ -221,6 +259,49 @@ def test_gradients_flow_through_a_given_cache(model, ids):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def test_cms_weights_per_row(model, ids):
+    """Each row with weights of its own equals that row alone in a model that has them."""
+    blocks = model.model.layers[1].cms.blocks
+    own = [{name: p.detach() for name, p in block.named_parameters()} for block in blocks]
+    rows = [{name: p.expand(3, *p.shape) for name, p in level.items()} for level in own]
+    whole = logits_of(model, ids)
+    for weights in ({1: own}, {1: rows}, {1: [None, rows[1]]}, {}):
+        torch.testing.assert_close(logits_of(model, ids, cms_weights=weights), whole, **EXACT)
+
+    slow = {name: p + 0.1 * torch.randn(3, *p.shape).double() for name, p in own[1].items()}
+    got = logits_of(model, ids, cms_weights={1: [None, slow]})
+    cache = HopeCache(model.config)
+    streamed = [
+        logits_of(model, piece, cms_weights={1: [None, slow]}, past_key_values=cache)
+        for piece in ids.split([5, 8], dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(streamed, 1), got, **EXACT)
+    for row in range(3):
+        changed = copy.deepcopy(model)
+        changed.model.layers[1].cms.blocks[1].load_state_dict({name: p[row] for name, p in slow.items()})
+        torch.testing.assert_close(got[row], logits_of(changed, ids[row : row + 1])[0], **EXACT)
+        assert not torch.allclose(got[row], whole[row])
+    with pytest.raises(ValueError, match=r"keyed by layer index 0\.\.1, got 2"):
+        model(ids, cms_weights={2: own})
+
+
+def test_gradients_reach_cms_weights_through_checkpointing(ids):
+    model = small_model(["attention"], segment_size=5).train()
+    level = {
+        name: p.detach().clone().requires_grad_()
+        for name, p in model.model.layers[0].cms.blocks[0].named_parameters()
+    }
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        loss = model(ids, labels=ids, cms_weights={0: [level, None]}).loss
+        gradients.append(torch.autograd.grad(loss, list(level.values())))
+    assert all(gradient.any() for gradient in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 # Dtypes -----------------------------------------------------------------------------------------------------
 
 
@@ -265,10 +346,12 @@ def test_bad_input_is_refused(ids):
         wrong[1, 2] = bad
         with pytest.raises(ValueError, match=r"token ids must lie in 0\.\.30"):
             model(wrong)
-    with pytest.raises(ValueError, match=r"\[3, 13 or more"):
-        model(ids, attention_mask=torch.ones(3, 5))
-    with pytest.raises(ValueError, match=r"\[3, 13 or more"):
-        model(ids, attention_mask=torch.ones(3, 1, 13, 13))
+    for shape in ((3, 5), (3, 14), (2, 13), (3, 1, 13, 13)):
+        with pytest.raises(ValueError, match=r"attention_mask must be .* \[3, 13\] .*, got"):
+            model(ids, attention_mask=torch.ones(shape))
+    for length in (1, 5, 14, 17):  # thirteen columns seen and three new ones: 3 or 16
+        with pytest.raises(ValueError, match=r"\[3, 3\] or \[3, 16\] .*, got"):
+            model(ids[:, :3], attention_mask=torch.ones(3, length), past_key_values=other)
     with pytest.raises(ValueError, match="holds 3 rows, the input 1"):
         model(ids[:1], past_key_values=other)
     with pytest.raises(ValueError, match="must be a HopeCache, got tuple"):
@@ -277,6 +360,39 @@ def test_bad_input_is_refused(ids):
         model(ids[:, :0])
     with pytest.raises(TypeError, match="atention_mask"):
         model(ids, atention_mask=torch.ones(3, 13))
+
+
+def test_a_cache_of_another_configuration_is_refused(mixers, ids):
+    model = small_model(mixers)
+    for fields in ({"num_heads": 1}, {"cms_levels": [{"chunk_size": 4}]}):
+        other = small_model(
+            mixers,
+            mixer_options={name: {"window": 4} if "window" in name else {} for name in set(mixers)},
+            **fields,
+        )
+        for cache in (other(ids).past_key_values, HopeCache(other.config)):
+            with pytest.raises(ValueError, match="another configuration"):
+                model(ids, past_key_values=cache)
+
+
+def test_an_equal_configuration_is_compared_once(model, mixers, ids, monkeypatch):
+    cache = HopeCache(small_config(mixers, segment_size=5))
+    pieces = [logits_of(model, ids[:, :4], past_key_values=cache)]
+    monkeypatch.setattr(HopeConfig, "fingerprint", lambda _: pytest.fail("hashed for a token"))
+    pieces += [logits_of(model, piece, past_key_values=cache) for piece in ids[:, 4:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), logits_of(model, ids), **EXACT)
+
+
+def test_what_callers_of_any_model_pass(model, ids):
+    nothing = {"output_attentions": False, "position_ids": None, "token_type_ids": None}
+    assert torch.equal(logits_of(model, ids, **nothing), logits_of(model, ids))
+    columns = torch.arange(13).expand(3, 13)
+    for name, value in (("output_attentions", True), ("position_ids", columns), ("token_type_ids", ids)):
+        for module in (model, model.model):
+            with pytest.raises(ValueError, match=name):
+                module(ids, **{name: value})
+    with pytest.raises(ValueError, match="position_ids"):
+        model.generate(ids, position_ids=columns, max_new_tokens=2)
 
 
 def test_a_failed_call_leaves_the_cache_as_it_was(model, ids):

@@ -22,8 +22,14 @@ class HopeGenerationMixin(GenerationMixin):
 
         With `past_key_values` from an earlier call, `inputs` may hold all ids so far and new ones, as in
         transformers, or the new ones alone: which of the two is seen by comparing them with the ids the cache
-        was fed. (`generate` does not feed the last token it returns; it belongs to the new ones.) The given
-        cache is advanced, except where rows are multiplied (beams, num_return_sequences): then a copy is.
+        was fed. (`generate` does not feed the last token it returns; it belongs to the new ones.) So new ids
+        that happen to begin with exactly all the ids seen so far, in every row, are taken for all ids, and
+        what repeats is not read again. Where that can happen, say which columns are meant: with an
+        `attention_mask` over the old and the new columns, such as torch.ones(B, cache.get_seq_length() + T),
+        `inputs` are the new ones.
+
+        The given cache is advanced, except where rows are multiplied (beams, num_return_sequences): then a
+        copy is.
         """
         cache = kwargs.get("past_key_values")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -43,6 +49,9 @@ class HopeGenerationMixin(GenerationMixin):
             pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
             mask = torch.ones_like(input_ids) if pad is None else input_ids.ne(pad).long()
         return torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], dim=1)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: the model counts positions itself. generate makes them for any model that could take them."""
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory.state import State
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
+from nested_learning.models.hope.loss_hope import causal_lm_loss
 
 
 @dataclass
@@ -33,6 +36,10 @@ class HopeCausalLMOutput(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`; `surprise` has one [B, T] per block, None where the mixer has none."""
 
     surprise: tuple[Tensor | None, ...] | None = None
+
+
+# Weights for the CMS blocks of some layers during one call: layer index to one entry per level.
+CMSWeights = Mapping[int, Sequence[Weights | None]]
 
 
 def weight_std(module: nn.Linear | nn.Embedding, config: HopeConfig) -> float:
@@ -62,11 +69,15 @@ class HopeBlock(GradientCheckpointingLayer):
         cms_state: State | None,
         mask: Tensor | None,
         surprise: bool,
+        cms_weights: Sequence[Weights | None] | None = None,
     ) -> tuple[Tensor, State | None, State | None, Tensor | None]:
-        """x [B, T, D] to (y [B, T, D], mixer state, CMS state, surprise [B, T] or None)."""
+        """x [B, T, D] to (y [B, T, D], mixer state, CMS state, surprise [B, T] or None).
+
+        `cms_weights`: per level, weights to use in place of the block's own; see `ContinuumMemorySystem`.
+        """
         options = {"return_surprise": True} if surprise and getattr(self.mixer, "has_surprise", False) else {}
         mixed, mixer_state, *errors = self.mixer(self.mixer_norm(x), mixer_state, mask, **options)
-        x, cms_state = self.cms(x + mixed, cms_state)
+        x, cms_state = self.cms(x + mixed, cms_state, cms_weights)
         return x, mixer_state, cms_state, errors[0] if errors else None
 
 
@@ -148,27 +159,40 @@ class HopeModel(HopePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_surprise: bool = False,
+        cms_weights: CMSWeights | None = None,
+        output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> HopeModelOutput:
         """Run the blocks over new tokens.
 
         Args:
             input_ids: [B, T] int; or `inputs_embeds` [B, T, D] instead.
-            attention_mask: [B, T], or [B, T_total] over all columns so far of which the last T count; nonzero
-                marks a real token. A masked token changes no state and no other token's output.
-            past_key_values: continue from this cache; it is advanced in place and returned.
+            attention_mask: [B, T], or [B, S + T] where the cache has seen S columns, of which the last T
+                count; nonzero marks a real token. A masked token changes no state and no other token's
+                output.
+            past_key_values: continue from this cache, of this model or one with the same configuration; it is
+                advanced in place and returned.
             use_cache: return a cache (default: `config.use_cache`, but not while training).
             output_hidden_states: return the embedding's output and each block's, the last one normalised.
             output_surprise: return the memories' errors ‖M(k) − v̂‖, [B, T] per block.
+            cms_weights: by layer index, weights that take the place of the CMS blocks' own in this call, one
+                entry per level (None: its own), for all rows or with a leading batch dimension; see
+                `ContinuumMemorySystem.forward`. Gradients flow to them.
+            output_attentions, position_ids, token_type_ids: only there because callers of any transformers
+                model pass them; must be False or None. Positions follow from the mask and the state.
 
         Raises:
             ValueError: for ids outside of the vocabulary (checked on the CPU only; elsewhere it would wait
-                for the device), a mask or a cache that does not fit.
+                for the device), a mask, a cache or weights that do not fit, what Hope does not have.
         """
+        self._refuse_unsupported(output_attentions, position_ids, token_type_ids)
+        cms_weights = self._checked_weights(cms_weights)
         x = self._embed(input_ids, inputs_embeds)
         if x.shape[1] == 0:
             raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
-        mask = _columns_of_this_call(attention_mask, x)
         cache = self._cache_for(past_key_values, use_cache, x)
+        mask = _columns_of_this_call(attention_mask, x, 0 if cache is None else cache.get_seq_length())
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
 
@@ -178,7 +202,7 @@ class HopeModel(HopePreTrainedModel):
         pieces = []
         for segment, segment_mask in zip(x.split(size, dim=1), masks, strict=True):
             piece, states = self._run_blocks(
-                segment, states, segment_mask, output_hidden_states, output_surprise
+                segment, states, segment_mask, output_hidden_states, output_surprise, cms_weights
             )
             pieces.append(piece)
         x, hidden, surprise = _join(pieces)
@@ -193,7 +217,13 @@ class HopeModel(HopePreTrainedModel):
         )
 
     def _run_blocks(
-        self, x: Tensor, states: dict[str, State], mask: Tensor | None, keep_hidden: bool, want_surprise: bool
+        self,
+        x: Tensor,
+        states: dict[str, State],
+        mask: Tensor | None,
+        keep_hidden: bool,
+        want_surprise: bool,
+        cms_weights: CMSWeights,
     ) -> tuple[_Piece, dict[str, State]]:
         """All blocks and the final norm on one segment [B, S, D], and the states after it."""
         after: dict[str, State] = {}
@@ -202,7 +232,8 @@ class HopeModel(HopePreTrainedModel):
             if keep_hidden:
                 hidden.append(x)
             names = f"layers.{index}.mixer", f"layers.{index}.cms"
-            x, *new, error = block(x, states.get(names[0]), states.get(names[1]), mask, want_surprise)
+            before = states.get(names[0]), states.get(names[1])
+            x, *new, error = block(x, *before, mask, want_surprise, cms_weights.get(index))
             after.update({name: state for name, state in zip(names, new, strict=True) if state is not None})
             surprise.append(error)
         x = self.norm(x)
@@ -238,7 +269,37 @@ class HopeModel(HopePreTrainedModel):
                 f"past_key_values holds {given.batch_size} rows, the input {x.shape[0]}; "
                 "use cache.select_rows or cache.batch_repeat_interleave"
             )
+        if given.config is not self.config:
+            if given.config.fingerprint() != self.config.fingerprint():
+                raise ValueError(
+                    "past_key_values belongs to a model with another configuration; "
+                    "start a new one with HopeCache(model.config)"
+                )
+            given.config = self.config  # so that the next call need not compare them again
         return given
+
+    def _checked_weights(self, cms_weights: CMSWeights | None) -> CMSWeights:
+        for index in cms_weights or {}:
+            if index not in range(len(self.layers)):
+                raise ValueError(
+                    f"cms_weights is keyed by layer index 0..{len(self.layers) - 1}, got {index!r}"
+                )
+        return cms_weights or {}
+
+    def _refuse_unsupported(
+        self, output_attentions: bool | None, position_ids: Tensor | None, token_type_ids: Tensor | None
+    ) -> None:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "Hope returns no attention weights (memories have none): leave output_attentions at False"
+            )
+        if position_ids is not None:
+            raise ValueError(
+                "Hope counts positions itself, from attention_mask and the state: leave position_ids away. "
+                "Sequences packed into one row are not kept apart; give each a row of its own"
+            )
+        if token_type_ids is not None:
+            raise ValueError("Hope has no token types: leave token_type_ids away")
 
 
 # One segment's normalised output, hidden states and surprises.
@@ -261,15 +322,16 @@ def _join(pieces: list[_Piece]) -> _Piece:
     )
 
 
-def _columns_of_this_call(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """[B, T] bool from a mask over this call's or over all columns so far."""
+def _columns_of_this_call(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
+    """[B, T] bool from a mask over this call's columns or over those seen so far and this call's."""
     if attention_mask is None:
         return None
     batch_size, length, _ = x.shape
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+    shapes = [[batch_size, length]] + ([[batch_size, seen + length]] if seen else [])
+    if list(attention_mask.shape) not in shapes:
         raise ValueError(
-            f"attention_mask must be [batch, tokens] = [{batch_size}, {length} or more (all tokens so far)], "
-            f"got {list(attention_mask.shape)}"
+            f"attention_mask must be [batch, tokens] = {' or '.join(map(str, shapes))} (the new columns, or "
+            f"those in the cache too), got {list(attention_mask.shape)}"
         )
     return attention_mask[:, -length:].bool()
 
@@ -284,6 +346,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         super().__init__(config)
         self.model = HopeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple
@@ -299,11 +362,16 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         output_surprise: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cms_weights: CMSWeights | None = None,
+        output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> HopeCausalLMOutput:
         """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
 
         Args:
-            labels: [B, T], unshifted: label t + 1 is compared with logits t; −100 is not counted.
+            labels: [B, T] int, unshifted: label t + 1 is compared with logits t; −100 is not counted. The
+                loss is float32, float64 for a float64 model; without any label that counts it is 0.
             logits_to_keep: compute logits for the last n positions only (0: all), or for given positions.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels
                 (transformers' Trainer passes it for gradient accumulation).
@@ -319,6 +387,10 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_surprise=output_surprise,
+            cms_weights=cms_weights,
+            output_attentions=output_attentions,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
             return_dict=True,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
