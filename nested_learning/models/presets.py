@@ -1,11 +1,15 @@
-"""Named configurations: functions that return a full `HopeConfig`, keywords override its fields."""
+"""Named configurations: functions that return a full `HopeConfig`, keywords override its fields.
+
+`mixer_options` are merged into the preset's, per mixer.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from nested_learning.layers.registry import unknown
+from nested_learning.layers.registry import MIXERS, unknown
 from nested_learning.models.hope.configuration_hope import HopeConfig
 
 # Byte vocabulary: 256 bytes, end of text, padding.
@@ -15,7 +19,28 @@ BYTE_VOCAB_SIZE, END_OF_TEXT_ID, PAD_ID = 258, 256, 257
 ATTENTION_EXPANSION = 5.8
 
 
-def _tiny(**fields: Any) -> HopeConfig:
+def _config(base: dict[str, Any], chunk_size: int, overrides: dict[str, Any]) -> HopeConfig:
+    """`base` with overrides; mixers that take a chunk size get the preset's unless it is overridden.
+
+    Options are merged per mixer, and only the mixers in use have any.
+    """
+    fields = {**base, **overrides}
+    given = overrides.get("mixer_options")
+    if given is None:
+        given = {}
+    mixers = [fields["mixer"]] if isinstance(fields["mixer"], str) else fields["mixer"]
+    if isinstance(given, dict) and isinstance(mixers, (list, tuple)):  # else HopeConfig says what is wrong
+        chunked = {
+            m for m in mixers if m in MIXERS and "chunk_size" in inspect.signature(MIXERS[m]).parameters
+        }
+        options: dict[str, Any] = {mixer: {"chunk_size": chunk_size} for mixer in sorted(chunked)}
+        for mixer, own in given.items():
+            options[mixer] = {**options.get(mixer, {}), **own} if isinstance(own, dict) else own
+        fields["mixer_options"] = options
+    return HopeConfig(**fields)
+
+
+def _tiny(overrides: dict[str, Any], **fields: Any) -> HopeConfig:
     base: dict[str, Any] = {
         "vocab_size": BYTE_VOCAB_SIZE,
         "pad_token_id": PAD_ID,
@@ -24,24 +49,23 @@ def _tiny(**fields: Any) -> HopeConfig:
         "num_heads": 4,
         "cms_levels": [{"chunk_size": 512}, {"chunk_size": 2048}],
     }
-    return HopeConfig(**{**base, **fields})
+    return _config({**base, **fields}, 32, overrides)
 
 
 def hope_tiny(**overrides: Any) -> HopeConfig:
     """About 1M parameters on bytes: self-modifying Titans with chunks of 32, two CMS levels."""
-    options = {"self_modifying_titans": {"chunk_size": 32}}
-    return _tiny(**{"mixer": "self_modifying_titans", "mixer_options": options, **overrides})
+    return _tiny(overrides, mixer="self_modifying_titans")
 
 
 def hope_attention_tiny(**overrides: Any) -> HopeConfig:
     """hope-tiny with softmax attention as the mixer and wider MLPs, at the same number of parameters."""
-    return _tiny(**{"mixer": "attention", "cms_expansion": ATTENTION_EXPANSION, **overrides})
+    return _tiny(overrides, mixer="attention", cms_expansion=ATTENTION_EXPANSION)
 
 
 def transformer_tiny(**overrides: Any) -> HopeConfig:
     """The Transformer of hope-tiny's size: attention and one MLP per block."""
-    fields = {"mixer": "attention", "cms_levels": [{"chunk_size": 512}], "cms_expansion": ATTENTION_EXPANSION}
-    return _tiny(**{**fields, **overrides})
+    levels = [{"chunk_size": 512}]
+    return _tiny(overrides, mixer="attention", cms_levels=levels, cms_expansion=ATTENTION_EXPANSION)
 
 
 def _paper(hidden_size: int, overrides: dict[str, Any]) -> HopeConfig:
@@ -52,11 +76,10 @@ def _paper(hidden_size: int, overrides: dict[str, Any]) -> HopeConfig:
         "num_hidden_layers": 24,
         "num_heads": hidden_size // 64,
         "mixer": "self_modifying_titans",
-        "mixer_options": {"self_modifying_titans": {"chunk_size": 64}},
         "cms_levels": [{"chunk_size": 512}, {"chunk_size": 2048}],
         "cms_expansion": 3.5,
     }
-    return HopeConfig(**{**base, **overrides})
+    return _config(base, 64, overrides)
 
 
 def hope_340m(**overrides: Any) -> HopeConfig:

@@ -42,6 +42,50 @@ def test_overrides(name):
     assert preset(name).num_hidden_layers != 2  # presets do not share state
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "options"),
+    [
+        (
+            "hope-tiny",
+            {"mixer_options": {"self_modifying_titans": {"momentum": True}}},
+            {"self_modifying_titans": {"chunk_size": 32, "momentum": True}},
+        ),
+        (
+            "hope-tiny",
+            {"mixer_options": {"self_modifying_titans": {"chunk_size": 16}}},
+            {"self_modifying_titans": {"chunk_size": 16}},
+        ),
+        ("hope-tiny", {"mixer": "titans"}, {"titans": {"chunk_size": 32}}),
+        ("hope-tiny", {"mixer": "attention"}, {}),
+        (
+            "hope-tiny",
+            {
+                "mixer": ["sliding_window_attention", "titans"],
+                "num_hidden_layers": 2,
+                "mixer_options": {"sliding_window_attention": {"window": 8}},
+            },
+            {"titans": {"chunk_size": 32}, "sliding_window_attention": {"window": 8}},
+        ),
+        ("transformer-tiny", {}, {}),
+        ("hope-340m", {"mixer": "titans"}, {"titans": {"chunk_size": 64}}),
+    ],
+)
+def test_mixer_options_are_merged_per_mixer(name, overrides, options):
+    assert preset(name, **overrides).mixer_options == options
+
+
+def test_wrong_overrides_reach_the_configurations_own_errors():
+    for overrides, message in (
+        ({"mixer": 3}, "a name or a list of names, got 3"),
+        ({"mixer": "titns"}, "Did you mean 'titans'"),
+        ({"mixer_options": [1]}, "keyed by mixer name"),
+        ({"mixer_options": {"self_modifying_titans": 3}}, "keyed by mixer name"),
+        ({"mixer_options": {"titans": {}}}, "'titans', which no block uses"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preset("hope-tiny", **overrides)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'hope-tiny'"):
         preset("hope-tinny")
