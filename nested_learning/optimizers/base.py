@@ -117,6 +117,7 @@ class BaseOptimizer(Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], error_if_nonfinite: bool = False) -> None:
         self.error_if_nonfinite = error_if_nonfinite
+        self._options = tuple(defaults)  # torch adds keys of its own to `defaults` after a load
         self.skipped_steps = 0
         super().__init__(params, defaults)
 
@@ -126,8 +127,8 @@ class BaseOptimizer(Optimizer):
         """Add parameters, with hyperparameters of their own or the optimizer's defaults."""
         if isinstance(param_group, dict):
             for key in param_group:
-                if key not in self.defaults and key not in FOREIGN_KEYS:
-                    raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self.defaults)
+                if key not in self._options and key not in FOREIGN_KEYS:
+                    raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self._options)
             self._check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
@@ -260,7 +261,7 @@ class BaseOptimizer(Optimizer):
             raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
         name = state_dict.get("optimizer", {}).get("name", mine)
         groups = state_dict["param_groups"]
-        lacking = sorted({key for group in groups for key in self.defaults if key not in group})
+        lacking = sorted({key for group in groups for key in self._options if key not in group})
         if name != mine or lacking:
             why = f"its groups lack {', '.join(lacking)}" if name == mine else f"it was saved by {name}"
             raise ValueError(

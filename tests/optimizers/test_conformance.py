@@ -91,6 +91,19 @@ def test_a_state_survives_torch_save_with_weights_only(build, tmp_path):
 
 
 @every
+def test_loading_twice_and_adding_a_group_after_it(build):
+    params = parameters()
+    optimizer = build(params[:3])
+    run(optimizer, params[:3], 2)
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.add_param_group({"params": params[3:]})
+    run(optimizer, params, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.skipped_steps == 0
+
+
+@every
 def test_loading_copies_the_state(build):
     params, copies = parameters(), parameters()
     optimizer, other = build(params), build(copies)
