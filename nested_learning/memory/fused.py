@@ -7,10 +7,11 @@ boundary on, and gives the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nested_learning.memory.architecture import ResidualMLP
 from nested_learning.memory.description import RULES, MemorySystem
@@ -20,8 +21,8 @@ from nested_learning.memory.fused_chunk import (
     Layout,
     Memories,
     Read,
+    Scratch,
     Written,
-    decays,
     finish,
     generate,
     read,
@@ -33,6 +34,30 @@ if TYPE_CHECKING:
 
 # y, W1, W2 after the last chunk, from W1, W2, W2_init, the paths k, v, q, and the readouts' weight and bias.
 Reference = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class _Inputs(NamedTuple):
+    """The tensors that a run is a function of, in the order that `Reference` takes them."""
+
+    W1: Tensor  # [B, N, H, d, e]
+    W2: Tensor  # [B, N, H, e, d]
+    W2_init: Tensor  # [N, H, e, d]
+    k: Tensor  # [B, H, T, d], and v and q
+    v: Tensor
+    q: Tensor
+    weight: Tensor  # [2, H, d]
+    bias: Tensor  # [2, H]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of one chunk."""
+
+    W1: Tensor  # [N, M, d, e] before the chunk
+    W2: Tensor  # [N, M, e, d]
+    made: Generated
+    kept: Written
+    out: Read
+
 
 _GENERATED = (("k", "v", "eta", "alpha"), ("k", "v", "q", "eta", "alpha"))
 
@@ -73,7 +98,7 @@ def run(
     """
     vectors = sum(name in ("k", "v", "q") for name in system.generated)
     layout = Layout(vectors, len(system.generated) - vectors, system.chunk_size, system.eta_max)
-    tensors = (
+    tensors = _Inputs(
         weights.anchor["W1"],
         weights.anchor["W2"],
         initial["W2"],
@@ -84,7 +109,7 @@ def run(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y, W1, W2 = _Run.apply(layout, reference, *tensors)
     else:
-        y, W1, W2 = _forward(layout, *tensors, keep=None)
+        y, W1, W2 = _forward(layout, _Inputs._make(tensors), None)
     return y, {"W1": W1, "W2": W2}
 
 
@@ -103,115 +128,113 @@ def _per_row(t: Tensor, batch: int) -> Tensor:
     return t.unsqueeze(1).expand(-1, batch, *t.shape[1:]).flatten(1, 2)
 
 
-def _chunk_inputs(
-    layout: Layout, paths: tuple[Tensor, Tensor, Tensor], start: int, readout: Tensor
-) -> ChunkInputs:
-    """Of the chunk that begins at column `start`; paths k, v, q [B, H, T, d]."""
-    k, v, q = (p[:, :, start : start + layout.chunk_size] for p in paths)
-    x = torch.stack([k, v, *([q] if layout.adaptive_q else []), k, k]).flatten(1, 2)
+def _chunk_inputs(layout: Layout, given: _Inputs, columns: slice, readout: Tensor) -> ChunkInputs:
+    k, v, q = (path[:, :, columns] for path in (given.k, given.v, given.q))
+    x = torch.stack([k, v, q, k, k] if layout.adaptive_q else [k, v, k, k]).flatten(1, 2)
     return ChunkInputs(x, None if layout.adaptive_q else q.flatten(0, 1), readout)
 
 
-def _forward(
-    layout: Layout,
-    W1: Tensor,
-    W2: Tensor,
-    W2_init: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    keep: list[Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All chunks forward; what the backward pass needs goes into `keep`."""
-    B, H, T, d = k.shape
-    W = Memories(_memory_first(W1), _memory_first(W2), _per_row(W2_init, B))
-    readout, bias = _per_row(weight, B).unsqueeze(-1), _per_row(bias, B).unsqueeze(-1)
-    y = torch.empty_like(q)
-    for start in range(0, T, layout.chunk_size):
-        inputs = _chunk_inputs(layout, (k, v, q), start, readout)
-        made = generate(layout, W, inputs.x, readout, bias)
-        decay = decays(made.log_alpha)
-        key, value = made.vectors[0], made.vectors[1]
-        query = inputs.q if inputs.q is not None else made.vectors[2]
-        kept, u, a = write(W, key, value, made.eta, decay)
-        out = read(W, query, key, u[-1], a[-1], kept.B[-1], decay)
-        y[:, :, start : start + layout.chunk_size] = (query + out.out).unflatten(0, (B, H))
-        if keep is not None:
-            keep.extend((W.W1, W.W2, *made, *kept, *out))
-        W = finish(W, key, u, a, kept.B, decay)
-    if keep is not None:
-        keep.extend((W.W1, W.W2))
+def _columns(layout: Layout, T: int) -> list[slice]:
+    """The columns of each chunk."""
+    return [slice(start, start + layout.chunk_size) for start in range(0, T, layout.chunk_size)]
+
+
+def _forward(layout: Layout, given: _Inputs, saved: list[_Saved] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All chunks forward; what the backward pass needs goes into `saved`."""
+    B, H, T, _ = given.k.shape
+    W = Memories(_memory_first(given.W1), _memory_first(given.W2), _per_row(given.W2_init, B))
+    readout, bias = (_per_row(t, B).unsqueeze(-1) for t in (given.weight, given.bias))
+    y, ws = torch.empty_like(given.q), Scratch(W.W1)
+    for columns in _columns(layout, T):
+        inputs = _chunk_inputs(layout, given, columns, readout)
+        made = generate(ws, layout, W, inputs.x, readout, bias)
+        k, v = made.vectors[0], made.vectors[1]
+        q = made.vectors[2] if inputs.q is None else inputs.q
+        kept, u, a = write(ws, W, k, v, made.eta, made.decay)
+        out = read(ws, W, q, k, u[-1], a[-1], kept.B[-1], made.decay)
+        y[:, :, columns] = (q + out.out).unflatten(0, (B, H))
+        if saved is not None:
+            saved.append(_Saved(W.W1, W.W2, made, kept, out))
+        W = finish(ws, W, k, u, a, kept.B, made.decay)
     return y, _batch_first(W.W1, B), _batch_first(W.W2, B)
 
 
-_KEPT = tuple(map(len, (("W1", "W2"), Generated._fields, Written._fields, Read._fields)))
+def _backward(
+    layout: Layout, given: _Inputs, after: Memories, saved: list[_Saved], gy: Tensor, gW: Memories
+) -> _Inputs:
+    """All chunks backward, the last first: the gradients to `given`.
+
+    Args:
+        after: the weights after the last chunk.
+        gW: the gradients to them; overwritten.
+    """
+    B, H, T, _ = given.k.shape
+    readout = _per_row(given.weight, B).unsqueeze(-1)
+    g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
+    g_readout, g_bias = torch.zeros_like(readout), torch.zeros_like(readout[..., 0, 0])
+    ws = Scratch(after.W1)
+    for columns, chunk in reversed(list(zip(_columns(layout, T), saved, strict=True))):
+        W = Memories(chunk.W1, chunk.W2, after.W2_init)
+        inputs = _chunk_inputs(layout, given, columns, readout)
+        g = backward_chunk(
+            ws,
+            layout,
+            W,
+            after,
+            inputs,
+            (chunk.made, chunk.kept, chunk.out),
+            gW,
+            gy[:, :, columns].flatten(0, 1),
+        )
+        after = W
+        g_readout += g.readout
+        g_bias += g.logits.sum(-1)
+        per_path = (g.x[0] + g.x[-2] + g.x[-1], g.x[1], g.x[2] if g.q is None else g.q)
+        for g_path, value in zip(g_paths, per_path, strict=True):
+            g_path[:, :, columns] = value.unflatten(0, (B, H))
+    W2_init, weight, bias = (
+        t.unflatten(1, (B, H)).sum(1) for t in (gW.W2_init, g_readout.squeeze(-1), g_bias)
+    )
+    g_k, g_v, g_q = g_paths
+    return _Inputs(_batch_first(gW.W1, B), _batch_first(gW.W2, B), W2_init, g_k, g_v, g_q, weight, bias)
 
 
 class _Run(torch.autograd.Function):
+    """`_forward` and `_backward`; where the backward pass is itself to be differentiated, the reference."""
+
     @staticmethod
     def forward(
         ctx: Any, layout: Layout, reference: Reference, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        keep: list[Tensor] = []
-        outputs = _forward(layout, *tensors, keep=keep)
+        saved: list[_Saved] = []
+        outputs = _forward(layout, _Inputs._make(tensors), saved)
+        leaves, ctx.spec = pytree.tree_flatten(saved)
         ctx.layout, ctx.reference = layout, reference
-        ctx.set_materialize_grads(True)
-        ctx.save_for_backward(*tensors, *keep)
+        ctx.save_for_backward(*tensors, *outputs[1:], *leaves)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, g_W1: Tensor, g_W2: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        tensors, leaves = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(ctx.reference, tensors, (gy, g_W1, g_W2))
-        return None, None, *_backward(ctx.layout, tensors, kept, gy, g_W1, g_W2)
+        given, (W1, W2, *leaves) = _Inputs._make(tensors), leaves
+        W2_init = _per_row(given.W2_init, given.k.shape[0])
+        gW = Memories(_memory_first(g_W1), _memory_first(g_W2), torch.zeros_like(W2_init))
+        after = Memories(_memory_first(W1), _memory_first(W2), W2_init)
+        with torch.autocast(gy.device.type, enabled=False):
+            saved = pytree.tree_unflatten(leaves, ctx.spec)
+            return None, None, *_backward(ctx.layout, given, after, saved, gy, gW)
 
 
 def _differentiable_backward(
     reference: Reference, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """The same gradients from the generic step, as a graph that can be differentiated again."""
     wanted = [t for t in tensors if t.requires_grad]
-    found = torch.autograd.grad(
-        reference(*tensors), wanted, grads, create_graph=True, allow_unused=True, materialize_grads=True
+    found = iter(
+        torch.autograd.grad(
+            reference(*tensors), wanted, grads, create_graph=True, allow_unused=True, materialize_grads=True
+        )
     )
-    by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
-    return tuple(by_id.get(id(t)) for t in tensors)
-
-
-def _backward(
-    layout: Layout,
-    tensors: tuple[Tensor, ...],
-    kept: tuple[Tensor, ...],
-    gy: Tensor,
-    g_W1: Tensor,
-    g_W2: Tensor,
-) -> tuple[Tensor, ...]:
-    """All chunks backward, the last first; gradients in the order of the inputs."""
-    _, _, W2_init, k, v, q, weight, bias = tensors
-    B, H, T, _ = k.shape
-    W2_init = _per_row(W2_init, B)
-    readout = _per_row(weight, B).unsqueeze(-1)
-    gW = Memories(_memory_first(g_W1), _memory_first(g_W2), torch.zeros_like(W2_init))
-    g_paths = [torch.empty_like(p) for p in (k, v, q)]
-    g_weight, g_bias = torch.zeros_like(readout), torch.zeros_like(readout[..., 0, 0])
-    size = sum(_KEPT)
-    after = Memories(*kept[-2:], W2_init)
-    for i in reversed(range(T // layout.chunk_size)):
-        W1, W2, *rest = kept[i * size : (i + 1) * size]
-        W = Memories(W1, W2, W2_init)
-        parts = iter(rest)
-        saved = tuple(kind(*(next(parts) for _ in kind._fields)) for kind in (Generated, Written, Read))
-        columns = slice(i * layout.chunk_size, (i + 1) * layout.chunk_size)
-        inputs = _chunk_inputs(layout, (k, v, q), columns.start, readout)
-        g = backward_chunk(layout, W, after, inputs, saved, gW, gy[:, :, columns].flatten(0, 1))
-        after = W
-        g_weight += g.readout
-        g_bias += g.logits.sum(-1)
-        g_q = g.q if g.q is not None else g.x[2]
-        for path, value in zip(g_paths, (g.x[0] + g.x[-2] + g.x[-1], g.x[1], g_q), strict=True):
-            path[:, :, columns] = value.unflatten(0, (B, H))
-    over_batch = [t.unflatten(1, (B, H)).sum(1) for t in (gW.W2_init, g_weight.squeeze(-1), g_bias)]
-    return _batch_first(gW.W1, B), _batch_first(gW.W2, B), over_batch[0], *g_paths, *over_batch[1:]
+    return [next(found) if t.requires_grad else None for t in tensors]

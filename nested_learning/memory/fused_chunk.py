@@ -15,6 +15,7 @@ their own, and on a CPU these passes over memory are what a chunk costs. Two thi
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nested_learning.ops.delta_rule.chunk import Decay
 from nested_learning.ops.delta_rule.triangular import inverse_unit_lower
 from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
 
-UNIT_FLOOR = 1e-3  # that of ops.norm.unit
 LOG_FLOOR = -80.0  # that of ops.delta_rule.chunk.Decay
 
 
@@ -68,12 +67,18 @@ class Generated(NamedTuple):
 
     z: Tensor  # [G, M, C, e] hidden pre-activations of the G generating memories
     f: Tensor  # [G, M, C, 1] inverse norms of the hidden vectors
-    vectors: Tensor  # [V, M, C, d] k, v and, with adaptive q, q; unit-norm
+    vectors: Tensor  # [V, M, C, d] k, v and, with adaptive q, q; norm at most 1
     f_out: Tensor  # [V, M, C, 1] their inverse norms before
     sigmoids: Tensor  # [2, M, C] of the gates' logits; the retention's is alpha
     eta: Tensor  # [M, C, 1]
-    log_alpha: Tensor  # [M, C]
-    clamped: Tensor  # [M, C] where log_alpha is below the floor of `Decay`
+    since_start: Tensor  # the fields of `Decays`
+    before_start: Tensor
+    between: Tensor
+    clamped: Tensor
+
+    @property
+    def decay(self) -> Decays:
+        return Decays(self.since_start, self.before_start, self.between, self.clamped)
 
 
 class Written(NamedTuple):
@@ -83,7 +88,7 @@ class Written(NamedTuple):
     f_k: Tensor  # [N, M, C, 1]
     z_v: Tensor  # [N, M, C, e] W2 v
     f_v: Tensor  # [N, M, C, 1]
-    target: Tensor  # [N, M, C, d] unit(M(v))
+    target: Tensor  # [N, M, C, d] M(v), its norm at most 1
     f_t: Tensor  # [N, M, C, 1]
     answer: Tensor  # [N, M, C, d] W1 u(k)
     g: Tensor  # [N, M, C, e] W1ᵀ (target − k − answer)
@@ -103,31 +108,82 @@ class Read(NamedTuple):
 
 
 class Decays(NamedTuple):
-    since_start: Tensor  # [M, C, 1]
-    before_start: Tensor  # [M, C, 1]
-    between: Tensor  # [M, C, C]
-    before: Tensor  # [M, C, C]
-    to_end: Tensor  # [M, C, 1] last row of `between`
-    whole: Tensor  # [M, 1, 1] of the whole chunk
+    """Products of the retentions of a chunk, as `ops.delta_rule.chunk.Decay` has them."""
+
+    since_start: Tensor  # [M, C, 1] gamma_t
+    before_start: Tensor  # [M, C, 1] gamma_{t-1}
+    between: Tensor  # [M, C, C] gamma_t / gamma_s for s <= t, else 0
+    clamped: Tensor  # [M, C] where the log of the retention is below the floor, and has no gradient
+
+    @property
+    def before(self) -> Tensor:
+        """[M, C, C] gamma_{t-1} / gamma_s for s < t, else 0."""
+        return F.pad(self.between[:, :-1], (0, 0, 1, 0))
+
+    @property
+    def to_end(self) -> Tensor:
+        """[M, C, 1] gamma_C / gamma_s."""
+        return self.between[:, -1].unsqueeze(-1)
+
+    @property
+    def whole(self) -> Tensor:
+        """[M, 1, 1] gamma_C."""
+        return self.since_start[:, -1:]
 
 
 def decays(log_alpha: Tensor) -> Decays:
     """The products of retentions of a chunk, log_alpha [M, C]."""
-    d = Decay(log_alpha)
-    since_start = d.since_start.unsqueeze(-1)
-    return Decays(
-        since_start,
-        d.before_start.unsqueeze(-1),
-        d.between,
-        d.before,
-        d.between[:, -1].unsqueeze(-1),
-        since_start[:, -1:],
-    )
+    C = log_alpha.shape[-1]
+    total = log_alpha.clamp_min(LOG_FLOOR).cumsum(-1).unsqueeze(-1)
+    future = torch.ones(C, C, dtype=torch.bool, device=log_alpha.device).triu_(1)
+    between = (total - total.mT).masked_fill_(future, float("-inf")).exp_()
+    since_start = total.exp()
+    before_start = F.pad(since_start[:, :-1], (0, 0, 1, 0), value=1.0)
+    return Decays(since_start, before_start, between, log_alpha < LOG_FLOOR)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
+class Scratch:
+    """Buffers by name, made at first use and written over by each chunk in turn.
+
+    Fresh memory costs more than arithmetic on memory that is in a cache.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[Hashable, Tensor] = {}
+
+    def __call__(self, name: Hashable, shape: Sequence[int]) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = self._like.new_empty(shape)
+        return buffer
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b over the two leading dimensions."""
+        return bmm(a, b, out=self(name, (*a.shape[:-1], b.shape[-1])))
+
+    def mul(self, name: Hashable, a: Tensor, b: Tensor) -> Tensor:
+        """a * b, of a's shape."""
+        return torch.mul(a, b, out=self(name, a.shape))
+
+    def repeat(self, name: str, x: Tensor, count: int) -> Tensor:
+        """`count` copies of x along a new first dimension."""
+        return self(name, (count, *x.shape)).copy_(x)
+
+    def rows_dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨a, b⟩ along the last dimension, kept; not a buffer but a new tensor."""
+        return self.mul(a.shape, a, b).sum(-1, keepdim=True)
+
+    def silu(self, name: str, z: Tensor) -> Tensor:
+        return torch.ops.aten.silu.out(z, out=self(name, z.shape))
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b over the two leading dimensions."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    if out is None:
+        out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
@@ -136,9 +192,14 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     return out
 
 
-def rows_dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ along the last dimension, kept."""
-    return (a * b).sum(-1, keepdim=True)
+def unscale_(ws: Scratch, g: Tensor, y: Tensor, f: Tensor) -> Tensor:
+    """The gradient through y = x f(‖x‖): f (g − y ⟨y, g⟩), in g's place."""
+    return g.addcmul_(y, ws.rows_dot(y, g), value=-1).mul_(f)
+
+
+def silu_backward_(g: Tensor, z: Tensor) -> Tensor:
+    """The gradient through silu(z), in g's place."""
+    return torch.ops.aten.silu_backward.grad_input(g, z, grad_input=g)
 
 
 def _inverse_norm(x: Tensor, floor: float) -> Tensor:
@@ -146,28 +207,24 @@ def _inverse_norm(x: Tensor, floor: float) -> Tensor:
     return norm.square_().add_(floor**2).rsqrt_()
 
 
-def _hidden(z: Tensor) -> tuple[Tensor, Tensor]:
+def _hidden(ws: Scratch, name: str, z: Tensor) -> tuple[Tensor, Tensor]:
     """u = n(silu(z)) and the factor f of n."""
-    h = F.silu(z)
+    h = ws.silu(name, z)
     f = _inverse_norm(h, HIDDEN_FLOOR)
     return h.mul_(f), f
 
 
-def _unit_(x: Tensor) -> tuple[Tensor, Tensor]:
-    f = _inverse_norm(x, UNIT_FLOOR)
+def _bounded_(x: Tensor) -> tuple[Tensor, Tensor]:
+    f = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
     return x.mul_(f), f
 
 
-def unscale_(g: Tensor, y: Tensor, f: Tensor) -> Tensor:
-    """The gradient through y = x f(‖x‖): f (g − y ⟨y, g⟩), in g's place."""
-    return g.addcmul_(y, rows_dot(y, g), value=-1).mul_(f)
+def unbound_(ws: Scratch, g: Tensor, y: Tensor, f: Tensor) -> Tensor:
+    """The gradient through y = x / max(‖x‖, 1), in g's place; f = 1 where x was left alone."""
+    return g.addcmul_(y, ws.rows_dot(y, g).mul_(f < 1), value=-1).mul_(f)
 
 
-def silu_backward(g: Tensor, z: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(g, z)
-
-
-def generate(layout: Layout, W: Memories, x: Tensor, readout: Tensor, bias: Tensor) -> Generated:
+def generate(ws: Scratch, layout: Layout, W: Memories, x: Tensor, readout: Tensor, bias: Tensor) -> Generated:
     """The signals of a chunk.
 
     Args:
@@ -178,33 +235,37 @@ def generate(layout: Layout, W: Memories, x: Tensor, readout: Tensor, bias: Tens
     """
     V, G = layout.vectors, layout.generating
     z = bmm(x, W.W2[:G].mT)
-    u, f = _hidden(z)
-    out = torch.baddbmm(x[:V].flatten(0, 1), u[:V].flatten(0, 1), W.W1[:V].flatten(0, 1).mT)
-    vectors, f_out = _unit_(out.view(x[:V].shape))
+    u, f = _hidden(ws, "u generated", z)
+    vectors, f_out = _bounded_(accumulate(x[:V].clone(), u[:V], W.W1[:V].mT))
     logits = bmm(x[V:], readout)
     accumulate(logits, u[V:], bmm(W.W1[V:G].mT, readout))
     logits = logits.squeeze(-1) + bias
     sigmoids = torch.sigmoid(logits)
-    eta, log_alpha = (layout.eta_max * sigmoids[0]).unsqueeze(-1), F.logsigmoid(logits[1])
-    return Generated(z, f, vectors, f_out, sigmoids, eta, log_alpha, log_alpha < LOG_FLOOR)
+    eta = (layout.eta_max * sigmoids[0]).unsqueeze(-1)
+    return Generated(z, f, vectors, f_out, sigmoids, eta, *decays(F.logsigmoid(logits[1])))
 
 
-def write(W: Memories, k: Tensor, v: Tensor, eta: Tensor, decay: Decays) -> tuple[Written, Tensor, Tensor]:
-    """The writes of a chunk: what is kept, then the hidden keys u [N, M, C, e] and the writes of W2, alike."""
+def write(
+    ws: Scratch, W: Memories, k: Tensor, v: Tensor, eta: Tensor, decay: Decays
+) -> tuple[Written, Tensor, Tensor]:
+    """The writes of a chunk: what is kept, the hidden keys u and the writes of W2 [N, M, C, e]."""
     N = W.W1.shape[0]
-    keys, values = k.expand(N, *k.shape).contiguous(), v.expand(N, *v.shape).contiguous()
-    z_k = bmm(keys, W.W2.mT)
-    u, f_k = _hidden(z_k)
+    z_k = bmm(ws.repeat("keys", k, N), W.W2.mT)
+    u, f_k = _hidden(ws, "u", z_k)
+    values = v.repeat(N, 1, 1, 1)
     z_v = bmm(values, W.W2.mT)
-    u_v, f_v = _hidden(z_v)
-    target, f_t = _unit_(accumulate(values, u_v, W.W1.mT))
+    u_v, f_v = _hidden(ws, "u_v", z_v)
+    target, f_t = _bounded_(accumulate(values, u_v, W.W1.mT))
     answer = bmm(u, W.W1.mT)
-    residual = target - k
-    g = bmm(residual - answer, W.W1)
-    along = rows_dot(u, g)
-    gradient = silu_backward(torch.addcmul(g, u, along, value=-1).mul_(f_k), z_k)
+    residual = torch.sub(target, k, out=ws("residual", target.shape))
+    g = bmm(torch.sub(residual, answer, out=ws("error", target.shape)), W.W1)
+    along = ws.rows_dot(u, g)
+    gradient = torch.addcmul(g, u, along, value=-1, out=ws("gradient", g.shape)).mul_(f_k)
+    gradient = silu_backward_(gradient, z_k)
     clip = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
-    system = bmm(u, u.mT).mul_(eta * decay.before)
+    system = ws.bmm("system", u, u.mT)
+    rate = eta * decay.before
+    system.mul_(rate)
     inverse = inverse_unit_lower(system)
     right = residual.addcmul_(decay.before_start, answer, value=-1).mul_(eta)
     B = bmm(inverse, right)
@@ -212,21 +273,23 @@ def write(W: Memories, k: Tensor, v: Tensor, eta: Tensor, decay: Decays) -> tupl
     return kept, u, gradient.mul_(eta * clip)
 
 
-def read(W: Memories, q: Tensor, k: Tensor, u: Tensor, a: Tensor, B: Tensor, decay: Decays) -> Read:
-    """The read-out of the last memory after each token's write: q, k [M, C, d], u, a [M, C, e], B [M, C, d]."""
+def read(
+    ws: Scratch, W: Memories, q: Tensor, k: Tensor, u: Tensor, a: Tensor, B: Tensor, decay: Decays
+) -> Read:
+    """The read-out of the last memory after each token's write, from its u, a [M, C, e] and B [M, C, d]."""
     W1, W2, W2_init = (w[-1] for w in W)
     moved = torch.bmm(q, (W2 - W2_init).mT).mul_(decay.since_start)
     moved.baddbmm_(torch.bmm(q, k.mT).mul_(decay.between), a)
     z = torch.baddbmm(moved, q, W2_init.mT)
-    u_q, f = _hidden(z)
+    u_q, f = _hidden(ws, "u_q", z)
     out = torch.bmm(u_q, W1.mT).mul_(decay.since_start)
     out.baddbmm_(torch.bmm(u_q, u.mT).mul_(decay.between), B)
     return Read(moved, z, f, out)
 
 
-def finish(W: Memories, k: Tensor, u: Tensor, a: Tensor, B: Tensor, decay: Decays) -> Memories:
-    """The weights after the chunk."""
-    W1 = accumulate(W.W1 * decay.whole, B.mT, u * decay.to_end)
-    keys = (k * decay.to_end).expand(a.shape[0], *k.shape).contiguous()
+def finish(ws: Scratch, W: Memories, k: Tensor, u: Tensor, a: Tensor, B: Tensor, decay: Decays) -> Memories:
+    """The weights after the chunk; overwrites u."""
+    W1 = accumulate(W.W1 * decay.whole, B.mT, u.mul_(decay.to_end))
+    keys = ws.repeat("keys", k * decay.to_end, a.shape[0])
     W2 = accumulate(torch.lerp(W.W2_init, W.W2, decay.whole), a.mT, keys)
     return Memories(W1, W2, W.W2_init)

@@ -19,7 +19,7 @@ from nested_learning.memory.architecture import Evaluation
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.state import State
 from nested_learning.ops.delta_rule.chunk import Chunk, Decay
-from nested_learning.ops.norm import unit
+from nested_learning.ops.norm import clip_norm
 
 Weights = dict[str, Tensor]  # matrix name -> [B, N, H, out, in]
 
@@ -93,13 +93,19 @@ class StepOutputs(NamedTuple):
 def generate_signals(
     system: MemorySystem, anchor: Mapping[str, Tensor], inputs: StepInputs, readouts: Readouts | None
 ) -> Signals:
-    """k, v, q and the gates of one step: outputs of the generating memories, or static projections."""
+    """k, v, q and the gates of one step: outputs of the generating memories, or static projections.
+
+    A generated vector, like a generated target, is bounded to norm 1, not normalised to it. A memory that
+    makes its own keys feeds back on itself from chunk to chunk: what it learned moves the key, which moves
+    what it learns. Normalising a short M(x) amplifies that by 1/‖M(x)‖, enough for the outer gradient to grow
+    a hundredfold within a few chunks; scaling down only never amplifies (docs/log.md, 2026-11-23).
+    """
     vectors, logits = dict(inputs.paths), inputs.gates
     if system.generated:
         generated = dict(zip(system.generated, _generate(system, anchor, inputs.paths), strict=True))
         for name in ("k", "v", "q"):
             if name in generated:
-                vectors[name] = unit(generated[name])
+                vectors[name] = clip_norm(generated[name])
         if readouts is not None:
             sources = [generated[SOURCE_OF_GATE[gate]] for gate in system.gates]
             per_gate = [(s * w.unsqueeze(1)).sum(-1) for s, w in zip(sources, readouts.weight, strict=True)]
@@ -199,7 +205,7 @@ def _keys_and_residuals(
         return key, value - key, system.architecture.evaluate(key, anchor)
     both = system.architecture.evaluate(torch.cat([value, key], dim=-2), anchor)
     at_value, at_key = both.halves()
-    return key, unit(value + at_value.answer) - key, at_key
+    return key, clip_norm(value + at_value.answer) - key, at_key
 
 
 def _read(system: MemorySystem, anchor: Weights, chunks: Mapping[str, Chunk], q: Tensor) -> Tensor:

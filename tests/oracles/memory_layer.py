@@ -24,6 +24,11 @@ RULES = ("dgd", "dgd_literal", "gd")
 MakeToken = Callable[..., "Token"]
 
 
+def bounded(u: Tensor) -> Tensor:
+    """u scaled down to a norm of at most 1; never scaled up."""
+    return u / u.norm().clamp_min(1.0)
+
+
 def unit(u: Tensor) -> Tensor:
     """L2 normalisation of keys, values, queries and targets; the floor is 1e-3."""
     return u / torch.sqrt((u * u).sum() + 1e-6)
@@ -164,9 +169,9 @@ def self_modifying_token(
 ) -> Token:
     """Eq 86-88: keys, values, rates and targets are answers of the memories themselves."""
     x_k, x_v, x_q = paths
-    k = unit(memories["k"].anchor(x_k))
-    v = unit(memories["v"].anchor(x_v))
-    q = unit(memories["q"].anchor(x_q)) if "q" in memories else x_q
+    k = bounded(memories["k"].anchor(x_k))
+    v = bounded(memories["v"].anchor(x_v))
+    q = bounded(memories["q"].anchor(x_q)) if "q" in memories else x_q
 
     def gate(name: str, source: str) -> Tensor:
         weight, bias = params[f"gates.{name}.weight"][head], params[f"gates.{name}.bias"][head]
@@ -175,7 +180,7 @@ def self_modifying_token(
     return Token(
         k=k,
         q=q,
-        targets={name: unit(memory.anchor(v)) for name, memory in memories.items()},
+        targets={name: bounded(memory.anchor(v)) for name, memory in memories.items()},
         eta=eta_max * torch.sigmoid(gate("eta", "eta")),
         log_alpha=F.logsigmoid(gate("alpha", "alpha")),
         log_mu=F.logsigmoid(gate("mu", "eta")) if memories["memory"].S1 is not None else None,
