@@ -213,15 +213,15 @@ class BaseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _move(self, group: Group, params: list[Tensor], directions: list[Tensor]) -> None:
-        """W ← (1 − lr·wd) W − lr·u, for all parameters of one device and dtype at once."""
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        half = [p.dtype != u.dtype for p, u in zip(params, directions, strict=True)]
-        if any(half):  # round once: W and the step meet in float32
-            for p, u in zip(params, directions, strict=True):
-                p.copy_(p.to(u.dtype).add_(u, alpha=-group["lr"]))
-        else:
-            torch._foreach_add_(params, directions, alpha=-group["lr"])
+        """W ← (1 − lr·wd) W − lr·u, for all parameters of the group at once."""
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if any(p.dtype != u.dtype for p, u in zip(params, directions, strict=True)):
+            for p, u in zip(params, directions, strict=True):  # decay and step in float32, one rounding
+                p.copy_(p.to(u.dtype).mul_(kept).add_(u, alpha=-group["lr"]))
+            return
+        if kept != 1:
+            torch._foreach_mul_(params, kept)
+        torch._foreach_add_(params, directions, alpha=-group["lr"])
 
     # -- checkpoints
 

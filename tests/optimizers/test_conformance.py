@@ -151,6 +151,19 @@ def test_weight_decay_is_decoupled(build):
 
 
 @every
+def test_a_step_in_half_precision_is_rounded_once(build):
+    """Decay and step of bfloat16 weights happen in float32: bfloat16 alone would lose 1 − 1e-3."""
+    half = parameters(torch.bfloat16)
+    exact = [nn.Parameter(p.detach().float()) for p in half]
+    for params in (half, exact):
+        optimizer = build(params, lr=2e-3, weight_decay=0.5)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert_equal(half, [p.to(torch.bfloat16) for p in exact])
+
+
+@every
 def test_schedulers_set_the_step(build):
     params = parameters()
     optimizer = build(params)
