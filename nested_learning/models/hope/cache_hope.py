@@ -302,7 +302,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     fields = [metadata[name] for name in ("fingerprint", "columns", "states")]
     digest.update(json.dumps([described, fields]).encode())
     for _, tensor in sorted(tensors.items()):
-        digest.update(memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
