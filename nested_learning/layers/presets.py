@@ -28,9 +28,9 @@ class SelfModifyingTitans(MemoryLayer):
     """Self-modifying Titans (arXiv 2512.24695, eq 83-93): memories that generate their own keys, values,
     learning rate, retention and targets, and learn all of them in context.
 
-    Departures from the paper, all for stability over many chunks: generated k, v and targets are scaled down
-    to norm 1 where they exceed it, hidden vectors are normalised, W2 is retained towards its initial value and
-    not erased, its gradient is clipped per token.
+    Departures from the paper, for stability over many chunks: generated k, v and targets are scaled down
+    to norm 1 where they exceed it, hidden vectors are normalised, W2 is retained towards its initial value
+    and not erased, its gradient is clipped per token.
 
     Args:
         hidden_size: D, the width of the input.

@@ -102,7 +102,9 @@ def run(
         weights.anchor["W1"],
         weights.anchor["W2"],
         initial["W2"],
-        *(inputs.paths[name] for name in ("k", "v", "q")),
+        inputs.paths["k"],
+        inputs.paths["v"],
+        inputs.paths["q"],
         readouts.weight,
         readouts.bias,
     )
@@ -215,7 +217,8 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, g_W1: Tensor, g_W2: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, leaves = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        saved_tensors = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
+        tensors, leaves = saved_tensors[:8], saved_tensors[8:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(ctx.reference, tensors, (gy, g_W1, g_W2))
         given, (W1, W2, *leaves) = _Inputs._make(tensors), leaves
