@@ -94,8 +94,11 @@ class Conversation:
         if not ids:
             ids = [self.tokenizer.eos_token_id]
         inputs = torch.tensor([ids], device=self.model.device)
+        # Over all columns so far: these ids are new, even if they begin as the conversation did.
+        mask = inputs.new_ones(1, self.cache.get_seq_length() + len(ids))
         output = self.model.generate(
             inputs,
+            attention_mask=mask,
             past_key_values=self.cache,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,

@@ -8,7 +8,7 @@ each one map over the tree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,6 +17,18 @@ from torch.utils import _pytree as pytree
 
 S = TypeVar("S", bound="State")
 TensorFn = Callable[[Tensor], Tensor]
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, those that are one and the same counted once.
+
+    Told apart by storage, not by address: on the meta device there are no addresses.
+    """
+    held = {
+        (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t.numel() * t.element_size()
+        for t in tensors
+    }
+    return sum(held.values())
 
 
 class State:
@@ -48,8 +60,7 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes held by the state's tensors; memory shared between fields counts once."""
-        held = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in self.tensors()}
-        return sum(held.values())
+        return held_bytes(self.tensors())
 
     def detach(self: S) -> S:
         """The same values, cut from the autograd graph."""

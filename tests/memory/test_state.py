@@ -61,3 +61,10 @@ def test_a_state_is_a_pytree(state):
     assert len(leaves) == len(state.tensors()) == 8
     assert isinstance(pytree.tree_unflatten(leaves, spec), MemoryState)
     assert state.nbytes() == sum(t.numel() * t.element_size() for t in leaves)
+
+
+def test_shared_memory_counts_once_on_any_device(state):
+    shared = dataclasses.replace(state, anchor=state.current)
+    current = sum(t.numel() * t.element_size() for t in state.current.values())
+    assert shared.nbytes() == state.nbytes() - current
+    assert shared.map(lambda t: t.to("meta")).nbytes() == state.nbytes()  # the copies share nothing

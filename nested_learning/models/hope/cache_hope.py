@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nested_learning.memory.state import State, TensorFn
+from nested_learning.memory.state import State, TensorFn, held_bytes
 
 if TYPE_CHECKING:
     from nested_learning.models.hope.configuration_hope import HopeConfig
@@ -79,13 +79,7 @@ class HopeCache:
 
     def nbytes(self) -> int:
         """Bytes of the layers' states; a tensor that several fields share counts once."""
-        # By storage, not by address: tensors that were made to be measured only have no address.
-        held = {
-            (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t.numel() * t.element_size()
-            for state in self.states.values()
-            for t in state.tensors()
-        }
-        return sum(held.values())
+        return held_bytes(t for state in self.states.values() for t in state.tensors())
 
     def advance(
         self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
