@@ -86,15 +86,17 @@ def run(
     weights: RunningWeights,
     inputs: StepInputs,
     readouts: Readouts,
+    want_surprise: bool,
     reference: Reference,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Run over whole chunks.
 
     Args:
         inputs: of T tokens, a multiple of the chunk length.
         reference: the same by the generic step, differentiated where second derivatives are wanted.
 
-    Returns: y [B, H, T, d] and the weights after the last chunk, the anchors of the next.
+    Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the last chunk, the anchors of the
+        next.
     """
     vectors = sum(name in ("k", "v", "q") for name in system.generated)
     layout = Layout(vectors, len(system.generated) - vectors, system.chunk_size, system.eta_max)
@@ -109,10 +111,10 @@ def run(
         readouts.bias,
     )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        y, W1, W2 = _Run.apply(layout, reference, *tensors)
+        y, W1, W2, surprise = _Run.apply(layout, reference, want_surprise, *tensors)
     else:
-        y, W1, W2 = _forward(layout, _Inputs._make(tensors), None)
-    return y, {"W1": W1, "W2": W2}
+        y, W1, W2, surprise = _forward(layout, tensors, want_surprise, None)
+    return y, surprise, {"W1": W1, "W2": W2}
 
 
 def _memory_first(W: Tensor) -> Tensor:
@@ -141,12 +143,15 @@ def _columns(layout: Layout, T: int) -> list[slice]:
     return [slice(start, start + layout.chunk_size) for start in range(0, T, layout.chunk_size)]
 
 
-def _forward(layout: Layout, given: _Inputs, saved: list[_Saved] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All chunks forward; what the backward pass needs goes into `saved`."""
+def _forward(
+    layout: Layout, given: _Inputs, want_surprise: bool, saved: list[_Saved] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All chunks forward: y, W1, W2 and the surprise; what the backward pass needs goes into `saved`."""
     B, H, T, _ = given.k.shape
     W = Memories(_memory_first(given.W1), _memory_first(given.W2), _per_row(given.W2_init, B))
     readout, bias = (_per_row(t, B).unsqueeze(-1) for t in (given.weight, given.bias))
     y, ws = torch.empty_like(given.q), Scratch(W.W1)
+    surprise = y.new_empty(B, T) if want_surprise else None
     for columns in _columns(layout, T):
         inputs = _chunk_inputs(layout, given, columns, readout)
         made = generate(ws, layout, W, inputs.x, readout, bias)
@@ -155,10 +160,13 @@ def _forward(layout: Layout, given: _Inputs, saved: list[_Saved] | None) -> tupl
         kept, u, a = write(ws, W, k, v, made.eta, made.decay)
         out = read(ws, W, q, k, u[-1], a[-1], kept.B[-1], made.decay)
         y[:, :, columns] = (q + out.out).unflatten(0, (B, H))
+        if surprise is not None:
+            error = kept.answer[-1] + k - kept.target[-1]  # of the memory that is read out
+            surprise[:, columns] = error.square().sum(-1).unflatten(0, (B, H)).sum(1).sqrt()
         if saved is not None:
             saved.append(_Saved(W.W1, W.W2, made, kept, out))
         W = finish(ws, W, k, u, a, kept.B, made.decay)
-    return y, _batch_first(W.W1, B), _batch_first(W.W2, B)
+    return y, _batch_first(W.W1, B), _batch_first(W.W2, B), surprise
 
 
 def _backward(
@@ -206,38 +214,44 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Layout, reference: Reference, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, layout: Layout, reference: Reference, want_surprise: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         saved: list[_Saved] = []
-        outputs = _forward(layout, _Inputs._make(tensors), saved)
+        outputs = _forward(layout, _Inputs._make(tensors), want_surprise, saved)
         leaves, ctx.spec = pytree.tree_flatten(saved)
         ctx.layout, ctx.reference = layout, reference
-        ctx.save_for_backward(*tensors, *outputs[1:], *leaves)
+        if outputs[3] is not None:
+            ctx.mark_non_differentiable(outputs[3])
+        ctx.save_for_backward(*tensors, *outputs[1:3], *leaves)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, g_W1: Tensor, g_W2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, gy: Tensor, g_W1: Tensor, g_W2: Tensor, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         saved_tensors = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
         tensors, leaves = saved_tensors[:8], saved_tensors[8:]
         if torch.is_grad_enabled():
-            return None, None, *_differentiable_backward(ctx.reference, tensors, (gy, g_W1, g_W2))
+            return None, None, None, *_differentiable_backward(ctx.reference, tensors, (gy, g_W1, g_W2))
         given, (W1, W2, *leaves) = _Inputs._make(tensors), leaves
         W2_init = _per_row(given.W2_init, given.k.shape[0])
         gW = Memories(_memory_first(g_W1), _memory_first(g_W2), torch.zeros_like(W2_init))
         after = Memories(_memory_first(W1), _memory_first(W2), W2_init)
         with torch.autocast(gy.device.type, enabled=False):
             saved = pytree.tree_unflatten(leaves, ctx.spec)
-            return None, None, *_backward(ctx.layout, given, after, saved, gy, gW)
+            return None, None, None, *_backward(ctx.layout, given, after, saved, gy, gW)
 
 
 def _differentiable_backward(
     reference: Reference, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> list[Tensor | None]:
     """The same gradients from the generic step, as a graph that can be differentiated again."""
-    wanted = [t for t in tensors if t.requires_grad]
+    # Views, as one input may be computed from another: W2 at the start of a sequence is W2_init, expanded.
+    inputs = [t.view_as(t) for t in tensors]
+    wanted = [t for t in inputs if t.requires_grad]
     found = iter(
         torch.autograd.grad(
-            reference(*tensors), wanted, grads, create_graph=True, allow_unused=True, materialize_grads=True
+            reference(*inputs), wanted, grads, create_graph=True, allow_unused=True, materialize_grads=True
         )
     )
     return [next(found) if t.requires_grad else None for t in tensors]

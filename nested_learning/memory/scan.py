@@ -280,19 +280,23 @@ def scan(
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
-    whole = 0 if want_surprise else _whole_chunks(system, weights, inputs, boundary)
+    whole = _whole_chunks(system, weights, inputs, boundary)
     if not whole:
         return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)
     assert readouts is not None  # fused.supports systems whose gates are generated
     first, rest = _cut(inputs, whole)
-    y, current = fused.run(system, initial, weights, first, readouts, _reference(system, initial))
+    y, surprise, current = fused.run(
+        system, initial, weights, first, readouts, want_surprise, _reference(system, initial)
+    )
     weights = RunningWeights(current, current, None)
     if rest is None:
-        return y, None, weights
-    y_rest, _, weights = _scan_steps(
-        system, initial, weights, rest, readouts, lambda column: boundary(whole + column), False
+        return y, surprise, weights
+    y_rest, surprise_rest, weights = _scan_steps(
+        system, initial, weights, rest, readouts, lambda column: boundary(whole + column), want_surprise
     )
-    return torch.cat([y, y_rest], dim=2), None, weights
+    if surprise is not None and surprise_rest is not None:
+        surprise = torch.cat([surprise, surprise_rest], dim=1)
+    return torch.cat([y, y_rest], dim=2), surprise, weights
 
 
 def _whole_chunks(

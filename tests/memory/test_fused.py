@@ -1,0 +1,315 @@
+"""The fused run of whole chunks against the generic step: values, every gradient, second derivatives.
+
+The generic step is checked against an independent oracle in tests/layers; that module's aligned cases go
+through the fused run too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nested_learning.layers import SelfModifyingTitans, Titans
+from nested_learning.memory import fused
+
+TOLERANCE = 1e-12
+
+
+@pytest.fixture
+def fused_runs(monkeypatch):
+    """A list that grows by the number of tokens of each fused run."""
+    runs: list[int] = []
+    run = fused.run
+
+    def spy(system, initial, weights, inputs, *others):
+        runs.append(inputs.paths["k"].shape[2])
+        return run(system, initial, weights, inputs, *others)
+
+    monkeypatch.setattr(fused, "run", spy)
+    return runs
+
+
+@pytest.fixture
+def generic(monkeypatch):
+    """A function that calls another with the fused run switched off."""
+
+    def call(f, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "supports", lambda *_: False)
+            return f(*args, **kwargs)
+
+    return call
+
+
+def build(hidden_size: int = 8, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(hidden_size, **{"num_heads": 2, "chunk_size": 4, **options}).to(dtype)
+    with torch.no_grad():  # larger gates than at the start of training: every term counts
+        for gate in layer.gates.values():
+            gate.weight.normal_()
+    return layer
+
+
+def batch(layer: torch.nn.Module, rows: int, tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, tokens, layer.hidden_size, dtype=dtype, generator=generator).requires_grad_()
+
+
+def outputs(layer: torch.nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
+    y, state = layer(x, **call)
+    return {"y": y, **{f"{name} after": W for name, W in state.current.items()}}
+
+
+def random_like(t: Tensor, seed: int) -> Tensor:
+    return torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def results(layer: torch.nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a random projection of them to x and to every parameter."""
+    out = outputs(layer, x, **call)
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    total = sum((t * random_like(t, 2 + i)).sum() for i, t in enumerate(out.values()))
+    slopes = torch.autograd.grad(total, list(leaves.values()))
+    found = {**out, **{f"gradient of {name}": g for name, g in zip(leaves, slopes, strict=True)}}
+    return {name: t.detach() for name, t in found.items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Relative to the largest entry of each tensor."""
+    assert actual.keys() == expected.keys()
+    for name, reference in expected.items():
+        assert actual[name].shape == reference.shape
+        assert reference.abs().max() > 0, f"{name} is zero: nothing is compared"
+        error = float((actual[name] - reference).detach().abs().max() / reference.abs().max())
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+SHAPES = [
+    # rows, tokens, options: heads, widths and chunks that no implementation detail would favour
+    (3, 12, {}),
+    (2, 13, {"adaptive_q": True}),
+    (2, 8, {"expansion": 2.0}),
+    (2, 9, {"expansion": 0.5, "adaptive_q": True, "chunk_size": 3}),
+    (1, 6, {"num_heads": 1, "chunk_size": 1}),
+    (2, 40, {"chunk_size": 20, "conv_size": 0}),
+    (2, 17, {"chunk_size": 17, "eta_max": 1.0, "adaptive_q": True}),
+    (1, 96, {"hidden_size": 64, "chunk_size": 32}),
+]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "options"), SHAPES)
+def test_equals_the_generic_step(rows, tokens, options, fused_runs, generic):
+    layer = build(**options)
+    x = batch(layer, rows, tokens)
+    expected = generic(results, layer, x)
+    assert not fused_runs
+    actual = results(layer, x)
+    size = layer.system.chunk_size
+    assert fused_runs == [tokens // size * size]
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("bias", [-300.0, -60.0, 30.0])
+@pytest.mark.parametrize("gate", ["eta", "alpha"])
+def test_saturated_gates(gate, bias, generic):
+    """Learning rates of zero, and retentions that underflow, have finite and equal gradients.
+
+    Gradients of gates are differences of sums here, hence exact relative to the largest of them, not each.
+    """
+    layer = build()
+    with torch.no_grad():
+        layer.gates[gate].bias.fill_(bias)
+    x = batch(layer, 2, 12)
+    expected = generic(results, layer, x)
+    actual = results(layer, x)
+    gates = max(float(t.abs().max()) for name, t in expected.items() if "gates" in name)
+    for name, reference in expected.items():
+        scale = gates if "gates" in name else float(reference.abs().max())
+        assert torch.isfinite(actual[name]).all(), name
+        torch.testing.assert_close(actual[name], reference, rtol=0, atol=TOLERANCE * scale, msg=name)
+
+
+def test_float32_is_as_accurate_as_the_generic_step(generic):
+    options = {"hidden_size": 64, "chunk_size": 16}
+    exact = build(**options)
+    x = batch(exact, 2, 64)
+    expected = results(exact, x)
+    layer = build(dtype=torch.float32, **options)
+    layer.load_state_dict({name: p.float() for name, p in exact.state_dict().items()})
+    x = x.detach().float().requires_grad_()
+
+    def worst(found: dict[str, Tensor]) -> float:
+        errors = [(found[name] - t).abs().max() / t.abs().max() for name, t in expected.items()]
+        return float(max(errors))
+
+    assert worst(results(layer, x)) < 2 * worst(generic(results, layer, x)) + 1e-6
+
+
+UNSUPPORTED = [
+    {"momentum": True},
+    {"rule": "dgd_literal"},
+    {"rule": "gd"},
+    {"read": "chunk"},
+    {"projection_chunk_size": 2},
+]
+
+
+@pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
+def test_other_systems_take_the_generic_step(options, fused_runs):
+    layer = build(**options)
+    outputs(layer, batch(layer, 2, 8))
+    assert not fused_runs
+
+
+def test_other_calls_take_the_generic_step(fused_runs):
+    layer = build()
+    x = batch(layer, 2, 8)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    layer(x, mask=mask)
+    layer(x[:, :3])
+    Titans(8, num_heads=2, chunk_size=4, momentum=False, rule="dgd")(x.float())
+    assert not fused_runs
+    _, state = layer(x)
+    assert fused_runs == [8]
+    layer(x[:, :5], state=state)
+    layer(x[:, :1], state=state)
+    assert fused_runs == [8]
+
+
+def test_without_gradients(fused_runs):
+    layer = build()
+    x = batch(layer, 2, 13)
+    with torch.no_grad():
+        actual = outputs(layer, x)
+    assert fused_runs == [12]
+    assert not any(t.requires_grad for t in actual.values())
+    assert_same(actual, {name: t.detach() for name, t in outputs(layer, x).items()}, 0.0)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_surprise(mode, fused_runs, generic):
+    layer = build()
+    x = batch(layer, 2, 13)
+    with mode():
+        expected = generic(layer, x, return_surprise=True)[2]
+        actual = layer(x, return_surprise=True)[2]
+    assert fused_runs == [12]
+    assert not actual.requires_grad
+    assert_same({"surprise": actual}, {"surprise": expected})
+
+
+def test_only_some_inputs_need_gradients(generic):
+    layer = build().requires_grad_(False)
+    layer.initial["W2"].requires_grad_()
+    x = batch(layer, 2, 8).detach()
+
+    def slope() -> dict[str, Tensor]:
+        return {"W2": torch.autograd.grad(layer(x)[0].square().sum(), layer.initial["W2"])[0]}
+
+    assert_same(slope(), generic(slope))
+
+
+@pytest.mark.parametrize("part", ["y", "W1 after", "W2 after"])
+def test_only_some_outputs_are_used(part, generic):
+    layer = build(conv_size=0)
+    x = batch(layer, 2, 8)
+
+    def slopes() -> dict[str, Tensor]:
+        total = outputs(layer, x)[part].square().sum()
+        found = torch.autograd.grad(total, [x, layer.initial["W1"], layer.initial["W2"]])
+        return dict(zip(("x", "W1", "W2"), found, strict=True))
+
+    assert_same(slopes(), generic(slopes))
+
+
+def test_backward_twice_leaves_everything_as_it_was():
+    """The backward pass works in buffers of its own: not in what was saved, nor in what comes in."""
+    layer = build()
+    x = batch(layer, 2, 8)
+    out = list(outputs(layer, x).values())
+    slopes = [random_like(t, 5) for t in out]
+    before = [t.clone() for t in (*out, *slopes)]
+    wanted = [x, *layer.parameters()]
+    first = torch.autograd.grad(out, wanted, slopes, retain_graph=True)
+    second = torch.autograd.grad(out, wanted, slopes)
+    for a, b in zip((*first, *before), (*second, *out, *slopes), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in():
+    """With B = 1 a transposed tensor can be contiguous already, and in-place work would go through it."""
+    layer = build(num_heads=1)
+    x = batch(layer, 1, 8)
+    out = outputs(layer, x)
+    slopes = [random_like(t, 5) for t in out.values()]
+    before = [t.clone() for t in slopes]
+    torch.autograd.grad(list(out.values()), x, slopes)
+    for a, b in zip(slopes, before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_second_derivatives_by_finite_differences(fused_runs):
+    layer = build(hidden_size=4, chunk_size=2, conv_size=0)
+    parameters = dict(layer.named_parameters())
+
+    def run(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+        given = {**parameters, "initial.W1": W1, "initial.W2": W2}
+        return torch.func.functional_call(layer, given, (x,))[0]
+
+    inputs = (batch(layer, 1, 4), *(layer.initial[name].detach().requires_grad_() for name in ("W1", "W2")))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    assert fused_runs
+
+
+def test_second_derivatives_equal_the_generic_ones(fused_runs, generic):
+    layer = build()
+    x = batch(layer, 2, 8)
+    leaves = [x, *layer.parameters()]
+
+    def penalty() -> dict[str, Tensor]:
+        slopes = torch.autograd.grad(layer(x)[0].square().sum(), leaves, create_graph=True)
+        found = torch.autograd.grad(sum(g.square().sum() for g in slopes), leaves)
+        return {str(i): g for i, g in enumerate(found)}
+
+    actual = penalty()
+    assert fused_runs == [8]
+    assert_same(actual, generic(penalty), 1e-10)
+
+
+def test_under_checkpointing(generic):
+    layer = build()
+    x = batch(layer, 2, 8)
+
+    def slope(run) -> dict[str, Tensor]:
+        return {"x": torch.autograd.grad(run(x).square().sum(), x)[0]}
+
+    kept = slope(lambda x: layer(x)[0])
+    assert_same(slope(lambda x: checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)), kept, 0.0)
+
+
+def test_functional_transforms_take_the_generic_step(fused_runs):
+    layer = build()
+    x = batch(layer, 2, 8).detach()
+    slope = torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
+    assert not fused_runs
+    leaf = x.clone().requires_grad_()
+    layer(leaf)[0].square().sum().backward()
+    assert fused_runs == [8]
+    assert_same({"x": slope}, {"x": leaf.grad})
+
+
+def test_backward_inside_autocast():
+    """The memories stay in float32 where the whole step, the backward pass too, is inside autocast."""
+    layer = build(dtype=torch.float32)
+    x = batch(layer, 2, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = layer(x)[0].float().square().sum()
+        outside = torch.autograd.grad(loss, layer.initial["W1"], retain_graph=True)[0]
+        loss.backward()
+    torch.testing.assert_close(layer.initial["W1"].grad, outside)
+    assert layer.initial["W1"].grad.dtype == torch.float32
