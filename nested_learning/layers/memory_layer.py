@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -27,6 +28,8 @@ from nested_learning.ops.packing import RowLayout, row_layout
 PATHS = ("k", "v", "q")
 # Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88.
 _GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0}
+# Tokens after which a memory has decayed to a half at that alpha, about 38.
+SHORTEST_HALF_LIFE = math.log(2) / math.log1p(math.exp(-_GATE_BIAS["alpha"]))
 
 
 class MemoryLayer(nn.Module):
@@ -41,14 +44,24 @@ class MemoryLayer(nn.Module):
         num_heads: H; head width d = D / H.
         system: the memories, their rule and schedule.
         conv_size: width K of the causal depthwise convolution in front of the memories; 0 for none.
+        max_half_life: of what a memory holds at the start of training, in tokens: the heads' half-lives are
+            spread geometrically from `SHORTEST_HALF_LIFE` to this; None gives all heads the shortest.
 
     Raises:
-        ValueError: when hidden_size is not a multiple of num_heads, or conv_size is negative.
+        ValueError: when hidden_size is not a multiple of num_heads, conv_size is negative, or max_half_life
+            is shorter than the shortest.
     """
 
     has_surprise: ClassVar[bool] = True
 
-    def __init__(self, hidden_size: int, num_heads: int, system: MemorySystem, conv_size: int = 4) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        system: MemorySystem,
+        conv_size: int = 4,
+        max_half_life: float | None = None,
+    ) -> None:
         super().__init__()
         if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(
@@ -58,7 +71,12 @@ class MemoryLayer(nn.Module):
         if not isinstance(conv_size, int) or isinstance(conv_size, bool) or conv_size < 0:
             raise ValueError(f"conv_size must be 0 (no convolution) or a positive integer, got {conv_size!r}")
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
-        self.system, self.conv_size = system, conv_size
+        if max_half_life is not None and not SHORTEST_HALF_LIFE <= max_half_life < math.inf:
+            raise ValueError(
+                f"max_half_life must be at least {SHORTEST_HALF_LIFE:.1f} tokens, got {max_half_life!r}; "
+                "leave it at None for the same half-life in all heads"
+            )
+        self.system, self.conv_size, self.max_half_life = system, conv_size, max_half_life
 
         self.in_proj = nn.Linear(hidden_size, len(PATHS) * hidden_size, bias=False)
         channels = len(PATHS) * hidden_size
@@ -91,6 +109,8 @@ class MemoryLayer(nn.Module):
             gate = self._gate(name)
             nn.init.normal_(gate.weight, std=0.02 * scale)
             nn.init.constant_(gate.bias, _GATE_BIAS[name])
+        if self.max_half_life is not None:
+            self._gate("alpha").bias.copy_(_spread_bias(self.num_heads, self.max_half_life))
         nn.init.ones_(self.out_norm.weight)
         self.system.architecture.init_(dict(self.initial.items()))
 
@@ -319,6 +339,14 @@ class MemoryLayer(nn.Module):
         after = window[:, 1:] if mask is None else torch.where(mask.unsqueeze(-1), window[:, 1:], tail)
         weight = self.conv.weight.to(paths.dtype).squeeze(1).T  # [K, 3D]
         return (window * weight).sum(1, keepdim=True), after
+
+
+def _spread_bias(num_heads: int, longest: float) -> Tensor:
+    """Biases b [H] with half-lives of sigmoid(b) from the shortest to `longest`, in equal ratios."""
+    steps = torch.linspace(0, 1, num_heads, dtype=torch.float64)
+    half_lives = SHORTEST_HALF_LIFE * (longest / SHORTEST_HALF_LIFE) ** steps
+    log_alpha = -math.log(2) / half_lives
+    return log_alpha - torch.log(-torch.expm1(log_alpha))  # the logit of alpha
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

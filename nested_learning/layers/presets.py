@@ -46,6 +46,8 @@ class SelfModifyingTitans(MemoryLayer):
         conv_size: width of the causal convolution in front of the memories, 0 for none.
         momentum_scaled: a write enters the momentum scaled by 1 − μ; False is the printed form.
         eta_max: upper bound of the inner learning rate; None for the rule's stable bound.
+        max_half_life: spread the heads' half-lives at the start of training from 38 tokens to this; None for
+            38 tokens in all.
 
     Raises:
         ValueError: for an unknown rule or read, chunk lengths that do not divide each other, widths that
@@ -66,6 +68,7 @@ class SelfModifyingTitans(MemoryLayer):
         conv_size: int = 4,
         momentum_scaled: bool = True,
         eta_max: float | None = None,
+        max_half_life: float | None = None,
     ) -> None:
         projection_chunk_size = chunk_size if projection_chunk_size is None else projection_chunk_size
         system = MemorySystem(
@@ -82,7 +85,7 @@ class SelfModifyingTitans(MemoryLayer):
             if eta_max is None
             else eta_max,
         )
-        super().__init__(hidden_size, num_heads, system, conv_size)
+        super().__init__(hidden_size, num_heads, system, conv_size, max_half_life)
 
 
 @register_mixer("titans")
@@ -108,6 +111,7 @@ class Titans(MemoryLayer):
         rule: str = "gd",
         momentum_scaled: bool = True,
         eta_max: float | None = None,
+        max_half_life: float | None = None,
     ) -> None:
         system = MemorySystem(
             architecture=ResidualMLP(expansion=expansion),
@@ -121,4 +125,4 @@ class Titans(MemoryLayer):
             read=read,
             eta_max=stable_eta_max(rule, chunk_size) if eta_max is None else eta_max,
         )
-        super().__init__(hidden_size, num_heads, system, conv_size)
+        super().__init__(hidden_size, num_heads, system, conv_size, max_half_life)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ def test_a_surprising_token_is_a_surprise():
         (lambda: SelfModifyingTitans(8, 2, read="tokens"), "read must be 'token' or 'chunk'"),  # type: ignore[arg-type]
         (lambda: SelfModifyingTitans(8, 2, expansion=0.01), "leaves no hidden unit"),
         (lambda: Titans(8, 2, conv_size=-1), "conv_size must be 0"),
+        (lambda: Titans(8, 2, max_half_life=3.0), "max_half_life must be at least 38.2 tokens, got 3.0"),
         (lambda: Titans(8, 2, eta_max=0.0), r"eta_max must lie in \(0, 1\]"),
         (lambda: Titans(8, 2, eta_max=50.0), "an erase rate above 1 overshoots"),
         (lambda: Titans(8, 2, momentum="no"), "momentum must be True or False"),  # type: ignore[arg-type]
@@ -173,6 +175,17 @@ def test_bad_calls():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_half_lives_are_spread_over_the_heads():
+    layer = SelfModifyingTitans(8, 4, max_half_life=1000.0)
+    half_lives = -math.log(2) / torch.nn.functional.logsigmoid(layer.gates["alpha"].bias)  # type: ignore[arg-type]
+    ratios = half_lives[1:] / half_lives[:-1]
+    assert half_lives[0].item() == pytest.approx(38.2, abs=0.1)
+    assert half_lives[-1].item() == pytest.approx(1000, rel=1e-3)
+    torch.testing.assert_close(ratios, ratios[:1].expand(3), rtol=1e-3, atol=0)
+    same = SelfModifyingTitans(8, 4)
+    assert torch.equal(same.gates["alpha"].bias, torch.full((4,), 4.0))
 
 
 def test_layers_can_be_copied_and_do_not_share_their_rules():
