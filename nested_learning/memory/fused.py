@@ -149,7 +149,7 @@ def _forward(
     """All chunks forward: y, W1, W2 and the surprise; what the backward pass needs goes into `saved`."""
     B, H, T, _ = given.k.shape
     W = Memories(_memory_first(given.W1), _memory_first(given.W2), _per_row(given.W2_init, B))
-    readout, bias = (_per_row(t, B).unsqueeze(-1) for t in (given.weight, given.bias))
+    readout, bias = _per_row(given.weight, B).unsqueeze(-2), _per_row(given.bias, B).unsqueeze(-1)
     y, ws = torch.empty_like(given.q), Scratch(W.W1)
     surprise = y.new_empty(B, T) if want_surprise else None
     for columns in _columns(layout, T):
@@ -179,7 +179,7 @@ def _backward(
         gW: the gradients to them; overwritten.
     """
     B, H, T, _ = given.k.shape
-    readout = _per_row(given.weight, B).unsqueeze(-1)
+    readout = _per_row(given.weight, B).unsqueeze(-2)
     g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
     g_readout, g_bias = torch.zeros_like(readout), torch.zeros_like(readout[..., 0, 0])
     ws = Scratch(after.W1)
@@ -203,7 +203,7 @@ def _backward(
         for g_path, value in zip(g_paths, per_path, strict=True):
             g_path[:, :, columns] = value.unflatten(0, (B, H))
     W2_init, weight, bias = (
-        t.unflatten(1, (B, H)).sum(1) for t in (gW.W2_init, g_readout.squeeze(-1), g_bias)
+        t.unflatten(1, (B, H)).sum(1) for t in (gW.W2_init, g_readout.squeeze(-2), g_bias)
     )
     g_k, g_v, g_q = g_paths
     return _Inputs(_batch_first(gW.W1, B), _batch_first(gW.W2, B), W2_init, g_k, g_v, g_q, weight, bias)

@@ -28,7 +28,7 @@ class ChunkInputs(NamedTuple):
 
     x: Tensor  # [G, M, C, d] inputs of the generating memories
     q: Tensor | None  # [M, C, d] static queries, None where a memory generates them
-    readout: Tensor  # [2, M, d, 1]
+    readout: Tensor  # [2, M, 1, d]
 
 
 class ChunkGradients(NamedTuple):
@@ -36,7 +36,7 @@ class ChunkGradients(NamedTuple):
 
     x: Tensor  # [G, M, C, d]
     q: Tensor | None  # [M, C, d]
-    readout: Tensor  # [2, M, d, 1]
+    readout: Tensor  # [2, M, 1, d]
     logits: Tensor  # [2, M, C] before the gates' sigmoids
 
 
@@ -180,7 +180,7 @@ def _write_backward(
     residual = torch.sub(kept.target, made.vectors[0], out=ws("residual", kept.target.shape))
     g_right = ws.bmm("g_right", kept.inverse.mT, g.B)
     from_B = ws.rows_dot(g_right, kept.B).sum(0).squeeze(-1)
-    g_gram = ws.bmm("g_gram", g_right, kept.B.mT).mul_(eta * decay.before)
+    g_gram = ws.bmm("g_gram", g_right, kept.B.mT).mul_(decay.erased(ws, eta))
     accumulate(g.u, g_gram, u, alpha=-1)
     accumulate(g.u, g_gram.mT, u, alpha=-1)
     g_residual = g_right.mul_(eta)
@@ -254,13 +254,13 @@ def _generate_backward(
     u = ws.silu("u generated", made.z).mul_(made.f)
     g_x, g_u = ws("g_x", x.shape), ws("g_u generated", u.shape)
     g_x[:V] = unbound_(ws, g_vectors, made.vectors, made.f_out)
-    torch.mul(g_logits, readout.mT, out=g_x[V:])
     bmm(g_x[:V], W.W1[:V], out=g_u[:V])
-    torch.mul(g_logits, bmm(W.W1[V:G].mT, readout).mT, out=g_u[V:])
-    g_folded = bmm(u[V:].mT, g_logits)  # to W1ᵀ w
-    g_readout = accumulate(bmm(x[V:].mT, g_logits), W.W1[V:G], g_folded)
     accumulate(gW.W1[:V], g_x[:V].mT, u[:V])
-    accumulate(gW.W1[V:G], readout, g_folded.mT)
+    torch.mul(g_logits, readout, out=g_x[V:])
+    torch.mul(g_logits, made.folded, out=g_u[V:])
+    g_folded = (u[V:] * g_logits).sum(-2, keepdim=True)
+    g_readout = (x[V:] * g_logits).sum(-2, keepdim=True).add_(ws.rows_dot(W.W1[V:G], g_folded).mT)
+    gW.W1[V:G].addcmul_(readout.mT, g_folded)
     g_z = silu_backward_(unscale_(ws, g_u, u, made.f), made.z)
     accumulate(gW.W2[:G], g_z.mT, x)
     return accumulate(g_x, g_z, W.W2[:G]), g_readout

@@ -69,6 +69,7 @@ class Generated(NamedTuple):
     f: Tensor  # [G, M, C, 1] inverse norms of the hidden vectors
     vectors: Tensor  # [V, M, C, d] k, v and, with adaptive q, q; norm at most 1
     f_out: Tensor  # [V, M, C, 1] their inverse norms before
+    folded: Tensor  # [2, M, 1, e] W1ᵀ w of the gates' memories
     sigmoids: Tensor  # [2, M, C] of the gates' logits; the retention's is alpha
     eta: Tensor  # [M, C, 1]
     since_start: Tensor  # the fields of `Decays`
@@ -115,10 +116,12 @@ class Decays(NamedTuple):
     between: Tensor  # [M, C, C] gamma_t / gamma_s for s <= t, else 0
     clamped: Tensor  # [M, C] where the log of the retention is below the floor, and has no gradient
 
-    @property
-    def before(self) -> Tensor:
-        """[M, C, C] gamma_{t-1} / gamma_s for s < t, else 0."""
-        return F.pad(self.between[:, :-1], (0, 0, 1, 0))
+    def erased(self, ws: Scratch, eta: Tensor) -> Tensor:
+        """[M, C, C] eta_t gamma_{t-1} / gamma_s for s < t, else 0: the part of write s that t erases."""
+        rate = ws("erased", self.between.shape)
+        rate[:, 0].zero_()
+        torch.mul(eta[:, 1:], self.between[:, :-1], out=rate[:, 1:])
+        return rate
 
     @property
     def to_end(self) -> Tensor:
@@ -133,13 +136,11 @@ class Decays(NamedTuple):
 
 def decays(log_alpha: Tensor) -> Decays:
     """The products of retentions of a chunk, log_alpha [M, C]."""
-    C = log_alpha.shape[-1]
-    total = log_alpha.clamp_min(LOG_FLOOR).cumsum(-1).unsqueeze(-1)
-    future = torch.ones(C, C, dtype=torch.bool, device=log_alpha.device).triu_(1)
-    between = (total - total.mT).masked_fill_(future, float("-inf")).exp_()
-    since_start = total.exp()
-    before_start = F.pad(since_start[:, :-1], (0, 0, 1, 0), value=1.0)
-    return Decays(since_start, before_start, between, log_alpha < LOG_FLOOR)
+    log = log_alpha.clamp_min(LOG_FLOOR).unsqueeze(-1)
+    total = log.cumsum(-2)
+    # above the diagonal the exponential may overflow: those entries are set, not multiplied, to zero
+    between = (total - total.mT).exp_().tril_()
+    return Decays(total.exp(), (total - log).exp_(), between, log_alpha < LOG_FLOOR)
 
 
 class Scratch:
@@ -229,7 +230,7 @@ def generate(ws: Scratch, layout: Layout, W: Memories, x: Tensor, readout: Tenso
 
     Args:
         x: [G, M, C, d] input of each generating memory.
-        readout: [2, M, d, 1], bias [2, M, 1]: what reads the gates from their memories' outputs.
+        readout: [2, M, 1, d], bias [2, M, 1]: what reads the gates from their memories' outputs.
 
     A gate needs ⟨w, x + W1 u⟩ alone, which is ⟨w, x⟩ + ⟨W1ᵀ w, u⟩: no product over the tokens.
     """
@@ -237,12 +238,11 @@ def generate(ws: Scratch, layout: Layout, W: Memories, x: Tensor, readout: Tenso
     z = bmm(x, W.W2[:G].mT)
     u, f = _hidden(ws, "u generated", z)
     vectors, f_out = _bounded_(accumulate(x[:V].clone(), u[:V], W.W1[:V].mT))
-    logits = bmm(x[V:], readout)
-    accumulate(logits, u[V:], bmm(W.W1[V:G].mT, readout))
-    logits = logits.squeeze(-1) + bias
+    folded = (W.W1[V:G] * readout.mT).sum(-2, keepdim=True)
+    logits = ws.rows_dot(x[V:], readout).add_(ws.rows_dot(u[V:], folded)).squeeze(-1).add_(bias)
     sigmoids = torch.sigmoid(logits)
     eta = (layout.eta_max * sigmoids[0]).unsqueeze(-1)
-    return Generated(z, f, vectors, f_out, sigmoids, eta, *decays(F.logsigmoid(logits[1])))
+    return Generated(z, f, vectors, f_out, folded, sigmoids, eta, *decays(F.logsigmoid(logits[1])))
 
 
 def write(
@@ -263,10 +263,7 @@ def write(
     gradient = torch.addcmul(g, u, along, value=-1, out=ws("gradient", g.shape)).mul_(f_k)
     gradient = silu_backward_(gradient, z_k)
     clip = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
-    system = ws.bmm("system", u, u.mT)
-    rate = eta * decay.before
-    system.mul_(rate)
-    inverse = inverse_unit_lower(system)
+    inverse = inverse_unit_lower(ws.bmm("system", u, u.mT).mul_(decay.erased(ws, eta)))
     right = residual.addcmul_(decay.before_start, answer, value=-1).mul_(eta)
     B = bmm(inverse, right)
     kept = Written(z_k, f_k, z_v, f_v, target, f_t, answer, g, along, clip, inverse, B)
