@@ -1,7 +1,6 @@
 """The fused run of whole chunks against the generic step: values, every gradient, second derivatives.
 
-The generic step is checked against an independent oracle in tests/layers; that module's aligned cases go
-through the fused run too.
+Both are checked against an independent oracle in tests/layers; here is asserted that its cases reach both.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nested_learning.layers import SelfModifyingTitans, Titans
 from nested_learning.memory import fused
+from tests.layers import test_memory_layer_vs_oracle as oracle
 
 TOLERANCE = 1e-12
 
@@ -111,6 +111,12 @@ def test_equals_the_generic_step(rows, tokens, options, fused_runs, generic):
     size = layer.system.chunk_size
     assert fused_runs == [tokens // size * size]
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}], ids=str)
+def test_equals_the_oracle(options, fused_runs):
+    oracle.compare(oracle.Case(tokens=11, **options))
+    assert fused_runs == [8]
 
 
 @pytest.mark.parametrize("bias", [-300.0, -60.0, 30.0])
