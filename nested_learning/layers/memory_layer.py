@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.scan import (
     MemoryState,
-    Readouts,
     RunningWeights,
-    StepInputs,
     Weights,
     common_boundaries,
     row_boundaries,
     scan,
 )
+from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.ops.conv import causal_conv
 from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import RowLayout, row_layout
 
 PATHS = ("k", "v", "q")
-# Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88.
-_GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0}
+# Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88, width about 1.
+_GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0, "width": 0.5}
 # Tokens after which a memory has decayed to a half at that alpha, about 38.
 SHORTEST_HALF_LIFE = math.log(2) / math.log1p(math.exp(-_GATE_BIAS["alpha"]))
 
@@ -76,6 +75,11 @@ class MemoryLayer(nn.Module):
                 f"max_half_life must be at least {SHORTEST_HALF_LIFE:.1f} tokens, got {max_half_life!r}; "
                 "leave it at None for the same half-life in all heads"
             )
+        if max_half_life is not None and "alpha" not in system.gates:
+            raise ValueError(
+                f"max_half_life={max_half_life} starts a data-dependent retention, but this memory's is "
+                f"{system.retention.decay!r}; leave it at None"
+            )
         self.system, self.conv_size, self.max_half_life = system, conv_size, max_half_life
 
         self.in_proj = nn.Linear(hidden_size, len(PATHS) * hidden_size, bias=False)
@@ -112,7 +116,7 @@ class MemoryLayer(nn.Module):
         if self.max_half_life is not None:
             self._gate("alpha").bias.copy_(_spread_bias(self.num_heads, self.max_half_life))
         nn.init.ones_(self.out_norm.weight)
-        self.system.architecture.init_(dict(self.initial.items()))
+        self.system.architecture.init_(dict(self.initial.items()), self.system.retention)
 
     def extra_repr(self) -> str:
         s = self.system
@@ -148,7 +152,7 @@ class MemoryLayer(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         paths, gate = self.in_proj(x), F.silu(self.gate_proj(x))
         logits = None
-        if not self.gates_generated:
+        if not self.gates_generated and self.system.gates:
             # [B, T, gates, H]
             logits = torch.stack([self._gate(name)(x) for name in self.system.gates], dim=2).to(dtype)
         with _without_autocast(x.device):
@@ -258,8 +262,10 @@ class MemoryLayer(nn.Module):
         """One token for each row, wherever its row stands inside its chunk: a step of length one."""
         real = torch.ones_like(state.position) if mask is None else mask[:, 0].long()
         end = state.position + real
-        completes = torch.stack([end % size == 0 for size in self.system.chunk_sizes], dim=1)
-        moved = completes & (real == 1).unsqueeze(1)  # [B, N]
+        moved: bool | Tensor = True
+        if not self.system.exact:
+            completes = torch.stack([end % size == 0 for size in self.system.chunk_sizes], dim=1)
+            moved = completes & (real == 1).unsqueeze(1)  # [B, N]
         y, surprise, after = scan(
             self.system,
             self._retained(paths.dtype),
@@ -297,9 +303,16 @@ class MemoryLayer(nn.Module):
 
     def _inputs(self, paths: Tensor, logits: Tensor | None, write: Tensor | None) -> StepInputs:
         heads = paths.unflatten(-1, (len(PATHS), self.num_heads, self.head_dim))  # [B, T, 3, H, d]
-        vectors = unit(F.silu(heads)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
+        vectors = self._unit(F.silu(heads)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
         gates = None if logits is None else logits.permute(2, 0, 3, 1)  # [gates, B, H, T]
         return StepInputs(dict(zip(PATHS, vectors.unbind(0), strict=True)), gates, write)
+
+    def _unit(self, heads: Tensor) -> Tensor:
+        """L2-normalise the paths [B, T, 3, H, d] that the system wants of unit norm."""
+        if len(self.system.unit) == len(PATHS):
+            return unit(heads)
+        parts = zip(PATHS, heads.unbind(2), strict=True)
+        return torch.stack([unit(part) if name in self.system.unit else part for name, part in parts], dim=2)
 
     def _layout(self, paths: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
         B, T, _ = paths.shape

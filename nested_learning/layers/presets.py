@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from nested_learning.layers.memory_layer import MemoryLayer
-from nested_learning.layers.registry import register_mixer, unknown
+from nested_learning.layers.registry import register_mixer
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import RULES, MemorySystem, Read, Rule
-
-
-def _rule(name: str) -> Rule:
-    if name not in RULES:
-        raise unknown("rule", name, RULES)
-    return dict(RULES[name])  # a copy: editing one layer's rule must not edit the table
+from nested_learning.memory.description import MemorySystem, Read, RuleName, learning_rule
+from nested_learning.memory.objective import L2
 
 
 def stable_eta_max(rule: str, chunk_size: int) -> float:
@@ -61,7 +56,7 @@ class SelfModifyingTitans(MemoryLayer):
         chunk_size: int = 64,
         projection_chunk_size: int | None = None,
         expansion: float = 1.0,
-        rule: str = "dgd",
+        rule: RuleName = "dgd",
         momentum: bool = False,
         read: Read = "token",
         adaptive_q: bool = False,
@@ -71,9 +66,10 @@ class SelfModifyingTitans(MemoryLayer):
         max_half_life: float | None = None,
     ) -> None:
         projection_chunk_size = chunk_size if projection_chunk_size is None else projection_chunk_size
+        architecture = ResidualMLP(expansion=expansion)
         system = MemorySystem(
-            architecture=ResidualMLP(expansion=expansion),
-            rule=_rule(rule),
+            architecture=architecture,
+            rule=learning_rule(architecture, L2(), rule),
             generated=("k", "v", "q", "eta", "alpha") if adaptive_q else ("k", "v", "eta", "alpha"),
             self_targets=True,
             momentum=momentum,
@@ -108,14 +104,15 @@ class Titans(MemoryLayer):
         momentum: bool = True,
         read: Read = "token",
         conv_size: int = 4,
-        rule: str = "gd",
+        rule: RuleName = "gd",
         momentum_scaled: bool = True,
         eta_max: float | None = None,
         max_half_life: float | None = None,
     ) -> None:
+        architecture = ResidualMLP(expansion=expansion)
         system = MemorySystem(
-            architecture=ResidualMLP(expansion=expansion),
-            rule=_rule(rule),
+            architecture=architecture,
+            rule=learning_rule(architecture, L2(), rule),
             generated=(),
             self_targets=False,
             momentum=momentum,

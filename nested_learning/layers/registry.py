@@ -6,12 +6,13 @@ factory takes the width and the number of heads of the model and the mixer's own
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from nested_learning._errors import unknown
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -26,14 +27,6 @@ def register_mixer(name: str) -> Callable[[Callable[..., nn.Module]], Callable[.
         return factory
 
     return add
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist: what came, the nearest one, all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 
 
 def check_mixer_options(name: str, options: dict[str, Any]) -> None:

@@ -9,12 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nested_learning.memory.architecture import ResidualMLP
+from nested_learning._errors import unknown
+from nested_learning.memory.architecture import Architecture, Matrix, ResidualMLP
+from nested_learning.memory.objective import L2, Dot, Objective, Oja
+from nested_learning.memory.retention import Retention
 
 Read = Literal["token", "chunk"]
+Gradient = Literal["anchor", "token"]
+Rate = Literal["gated", "one"]
+RuleName = Literal["gd", "dgd", "dgd_literal"]
 
 # Signals that a memory may generate (spec section 3); what is not generated is a static projection.
 GENERATORS = ("k", "v", "q", "eta", "alpha")
+RULE_NAMES: tuple[RuleName, ...] = ("gd", "dgd", "dgd_literal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,31 +29,59 @@ class MatrixRule:
     """How one weight matrix of a memory learns.
 
     Attributes:
-        objective: the inner loss whose gradient is written. "dot": −⟨M(k), v̂⟩ on the residual target,
-            with `erase` the exact delta rule; "l2": ½‖M(k) − v̂‖².
+        objective: the inner loss whose gradient is written.
         erase: subtract the answer to the current input first: DGD (eq 57) rather than gradient descent.
         retain: what the retention α pulls the weights towards.
         clip: largest norm of a token's gradient, None for no limit.
     """
 
-    objective: Literal["dot", "l2"]
+    objective: Objective
     erase: bool
     retain: Literal["zero", "initial"]
     clip: float | None = None
 
 
-# W1 is the output matrix, W2 the input matrix of the residual MLP. Why the default treats them apart:
-# erasing W2's answer to k erases the feature itself, and as W2 fades to zero the gradient of the hidden
-# normalisation grows without bound (spec section 3, measured).
-_W2_STABLE = MatrixRule(objective="l2", erase=False, retain="initial", clip=1.0)
-# As printed, eq 88: L2 objective, erase and zero retention on both matrices.
-_LITERAL = MatrixRule(objective="l2", erase=True, retain="zero")
 Rule = Mapping[str, MatrixRule]  # per weight matrix
-RULES: dict[str, Rule] = {
-    "dgd": {"W1": MatrixRule(objective="dot", erase=True, retain="zero"), "W2": _W2_STABLE},
-    "dgd_literal": {"W1": _LITERAL, "W2": _LITERAL},
-    "gd": {"W1": MatrixRule(objective="l2", erase=False, retain="zero"), "W2": _W2_STABLE},
-}
+
+
+def learning_rule(
+    architecture: Architecture, objective: Objective, rule: RuleName, retention: Retention | None = None
+) -> Rule:
+    """How each matrix of a memory learns (spec section 3, "The rule inside the MLP").
+
+    Args:
+        rule: "gd" gradient descent; "dgd" the delta rule on the output matrix, which erases what it answers
+            and writes the target, and gradient descent on the others; "dgd_literal" as printed (eq 88), L2
+            objective, erase and zero retention on every matrix.
+
+    Raises:
+        ValueError: for a rule that does not exist, or that does not go with the objective.
+    """
+    if rule not in RULE_NAMES:
+        raise unknown("rule", rule, RULE_NAMES)
+    if rule != "gd" and not isinstance(objective, Dot | L2):
+        raise ValueError(
+            f"rule={rule!r} with objective={objective.name!r}: DGD erases the answer to the key and writes "
+            "the target, so its pull is that of an L2 objective already; use objective='l2' or 'dot', or "
+            "rule='gd'"
+        )
+    if rule == "dgd_literal":
+        literal = MatrixRule(objective=objective, erase=True, retain="zero")
+        return dict.fromkeys(architecture.shapes(1), literal)
+    # Why the hidden matrices are treated apart: erasing W2's answer to k erases the feature itself, and as W2
+    # fades to zero the gradient of the hidden normalisation grows without bound (measured).
+    hidden = MatrixRule(objective=objective, erase=False, retain="initial", clip=1.0)
+    linear = retention is None or retention.form == "linear"
+    output = (
+        MatrixRule(objective=Dot(), erase=True, retain="zero")
+        if rule == "dgd"
+        # A non-linear map of weights that fade is no memory: W / ‖W‖² grows as W fades.
+        else MatrixRule(objective=objective, erase=False, retain="zero" if linear else "initial")
+    )
+    if not linear or getattr(architecture, "norm", "hidden") == "output":
+        # the input of the output matrix is not unit-norm there, nor is its gradient bounded
+        output = MatrixRule(objective=output.objective, erase=output.erase, retain=output.retain, clip=1.0)
+    return {name: output if name == architecture.output else hidden for name in architecture.shapes(1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +90,63 @@ class MemorySystem:
 
     Attributes:
         architecture: the map that each memory is.
-        rule: per weight matrix, how it learns.
+        rule: per weight matrix, how it learns; `learning_rule` makes it.
+        retention: how the weights fade.
+        gradient: where an inner step takes its gradient: at the "anchor", the weights of the last chunk
+            boundary, or at every "token", exactly, which a matrix memory with a dot, L2 or Oja objective has
+            in closed form.
+        rate: the inner learning rate η_t: "gated" data-dependent in (0, eta_max), or "one".
         generated: the signals that memories of their own generate, a subset of `GENERATORS`; the other
             signals are static projections of the input.
         self_targets: every memory generates its own target v̂ = M(v) (eq 87); else the target is v.
         momentum: whether writes pass through a momentum with data-dependent decay μ_t.
         momentum_scaled: scale a write by 1 − μ_t as it enters the momentum.
+        unit: the input paths, among "k", "v", "q", that are L2-normalised.
         chunk_size: tokens between the boundaries of the memory that is read out.
         projection_chunk_size: the same for the generating memories.
         read: "token" reads the weights after each token's write, "chunk" the anchor (eq 90 literally).
         eta_max: upper bound of the inner learning rate η_t.
+
+    Raises:
+        ValueError: for parts that make no sense together, with the reason.
     """
 
-    architecture: ResidualMLP = field(default_factory=ResidualMLP)
+    architecture: Architecture = field(default_factory=ResidualMLP)
     rule: Rule
-    generated: tuple[str, ...]
-    self_targets: bool
-    momentum: bool
-    momentum_scaled: bool
+    retention: Retention = field(default_factory=Retention)
+    gradient: Gradient = "anchor"
+    rate: Rate = "gated"
+    generated: tuple[str, ...] = ()
+    self_targets: bool = False
+    momentum: bool = False
+    momentum_scaled: bool = True
+    unit: tuple[str, ...] = ("k", "v", "q")
     chunk_size: int
-    projection_chunk_size: int
-    read: Read
-    eta_max: float
+    projection_chunk_size: int | None = None
+    read: Read = "token"
+    eta_max: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.projection_chunk_size is None:
+            object.__setattr__(self, "projection_chunk_size", self.chunk_size)
         for name in ("chunk_size", "projection_chunk_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        small, large = sorted((self.chunk_size, self.projection_chunk_size))
+        small, large = sorted((self.chunk_size, self._projection_chunk))
         if large % small:
             raise ValueError(
                 f"one chunk length must divide the other, got chunk_size={self.chunk_size} and "
                 f"projection_chunk_size={self.projection_chunk_size}; {large // small * small} and {small} "
                 "would do"
             )
-        if self.read not in ("token", "chunk"):
-            raise ValueError(f"read must be 'token' or 'chunk', got {self.read!r}")
+        for name, choices in (
+            ("read", ("token", "chunk")),
+            ("gradient", ("anchor", "token")),
+            ("rate", ("gated", "one")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not 0 < self.eta_max <= 1:
             raise ValueError(
                 f"eta_max must lie in (0, 1], got {self.eta_max!r}: an erase rate above 1 overshoots"
@@ -99,7 +154,16 @@ class MemorySystem:
         for name in ("momentum", "momentum_scaled", "self_targets"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not set(self.unit) <= {"k", "v", "q"}:
+            raise ValueError(f"unit must name paths among k, v and q, got {self.unit}")
+        if set(self.rule) != set(self.architecture.shapes(1)):
+            raise ValueError(
+                f"rule has matrices {sorted(self.rule)}, the {self.architecture.name} memory has "
+                f"{sorted(self.architecture.shapes(1))}"
+            )
         self._check_generated()
+        self._check_retention()
+        self._check_token_gradient()
 
     def _check_generated(self) -> None:
         given = set(self.generated)
@@ -107,6 +171,77 @@ class MemorySystem:
             raise ValueError(f"generated must be distinct names among {GENERATORS}, got {self.generated}")
         if len(given & {"eta", "alpha"}) == 1:
             raise ValueError(f"eta and alpha are generated both or neither, got {self.generated}")
+        if "eta" in given and (self.rate != "gated" or self.retention.decay != "gated"):
+            raise ValueError(
+                "eta and alpha are generated by memories, so the rate and the decay must be 'gated', got "
+                f"rate={self.rate!r} and decay={self.retention.decay!r}"
+            )
+
+    def _check_retention(self) -> None:
+        form = self.retention.form
+        if form == "linear":
+            return
+        if any(rule.erase for rule in self.rule.values()):
+            raise ValueError(
+                f"retention {form!r} with an erase: the erase subtracts what the weights answer, but it is "
+                "another quantity that accumulates; use rule='gd'"
+            )
+        if form == "kl" and self.read == "token":
+            raise ValueError(
+                "retention 'kl' cannot be read at every token: each read would need the softmax of a weight "
+                "matrix of its own; use read='chunk'"
+            )
+
+    def _check_token_gradient(self) -> None:
+        objective = self.rule[self.architecture.output].objective
+        if self.gradient == "anchor":
+            if isinstance(objective, Oja):
+                raise ValueError(
+                    "Oja's objective is here with gradient='token' only: it has its exact form there"
+                )
+            return
+        if not isinstance(self.architecture, Matrix) or not isinstance(objective, Dot | L2 | Oja):
+            raise ValueError(
+                "gradient='token' needs a matrix memory with a dot, L2 or Oja objective, whose gradients at "
+                f"every token have a closed form, got {self.architecture.name!r} with {objective.name!r}; "
+                "use gradient='anchor'"
+            )
+        pulls = not isinstance(objective, Dot)
+        if pulls and any(rule.erase for rule in self.rule.values()):
+            raise ValueError(
+                f"DGD with {objective.name!r} gradients at every token would erase twice; use rule='gd', "
+                "which is the delta rule here"
+            )
+        if pulls and self.momentum:
+            raise ValueError(
+                f"momentum of {objective.name!r} gradients at every token has no chunk-parallel form: each "
+                "gradient depends on all earlier momenta; use gradient='anchor', or momentum=False"
+            )
+        if self.generated or self.self_targets or self.read == "chunk" or self.retention.form != "linear":
+            raise ValueError(
+                "gradient='token' goes with static projections, read='token' and linear retention: it has no "
+                "anchor that could generate signals or be read; use gradient='anchor'"
+            )
+
+    @property
+    def _projection_chunk(self) -> int:
+        assert self.projection_chunk_size is not None  # __post_init__
+        return self.projection_chunk_size
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the output matrix."""
+        return self.rule[self.architecture.output].objective
+
+    @property
+    def exact(self) -> bool:
+        """Whether chunks are only a way of computing: no anchor enters the result."""
+        return self.gradient == "token"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the engine runs on Mᵀ, with the value as its input and the key as its target."""
+        return isinstance(self.objective, Oja)
 
     @property
     def memories(self) -> tuple[str, ...]:
@@ -116,7 +251,7 @@ class MemorySystem:
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
         """Chunk length of each memory, in the order of `memories`."""
-        return (self.projection_chunk_size,) * len(self.generated) + (self.chunk_size,)
+        return (self._projection_chunk,) * len(self.generated) + (self.chunk_size,)
 
     @property
     def step(self) -> int:
@@ -125,10 +260,16 @@ class MemorySystem:
 
     @property
     def period(self) -> int:
-        """Tokens after which all boundaries fall together again."""
-        return max(self.chunk_sizes)
+        """Tokens after which all boundaries fall together again; 1 where boundaries mean nothing."""
+        return 1 if self.exact else max(self.chunk_sizes)
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """The scalar signals per head and token: learning rate, retention and momentum decay."""
-        return ("eta", "alpha", "mu") if self.momentum else ("eta", "alpha")
+        """The scalar signals per head and token: rate, retention, momentum decay, width of the objective."""
+        here = {
+            "eta": self.rate == "gated",
+            "alpha": self.retention.decay == "gated",
+            "mu": self.momentum,
+            "width": any(rule.objective.has_width for rule in self.rule.values()),
+        }
+        return tuple(name for name, present in here.items() if present)

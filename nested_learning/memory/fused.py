@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import RULES, MemorySystem
+from nested_learning.memory.description import MemorySystem, learning_rule
 from nested_learning.memory.fused_backward import ChunkInputs, backward_chunk
 from nested_learning.memory.fused_chunk import (
     Generated,
@@ -28,9 +28,12 @@ from nested_learning.memory.fused_chunk import (
     read,
     write,
 )
+from nested_learning.memory.objective import L2
+from nested_learning.memory.retention import Retention
 
 if TYPE_CHECKING:
-    from nested_learning.memory.scan import Readouts, RunningWeights, StepInputs
+    from nested_learning.memory.scan import RunningWeights
+    from nested_learning.memory.signals import Readouts, StepInputs
 
 # y, W1, W2 after the last chunk, from W1, W2, W2_init, the paths k, v, q, and the readouts' weight and bias.
 Reference = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -62,11 +65,16 @@ class _Saved(NamedTuple):
 _GENERATED = (("k", "v", "eta", "alpha"), ("k", "v", "q", "eta", "alpha"))
 
 
+_RULE = learning_rule(ResidualMLP(), L2(), "dgd")
+
+
 def supports(system: MemorySystem, weights: RunningWeights, inputs: StepInputs) -> bool:
     """Whether `run` covers this system, at a boundary of all its memories and without padding."""
     return (
-        type(system.architecture) is ResidualMLP
-        and system.rule == RULES["dgd"]
+        isinstance(system.architecture, ResidualMLP)
+        and system.architecture == ResidualMLP(expansion=system.architecture.expansion)
+        and system.rule == _RULE
+        and system.retention == Retention()
         and system.generated in _GENERATED
         and system.self_targets
         and not system.momentum

@@ -11,22 +11,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.memory import fused
-from nested_learning.memory.architecture import Evaluation
-from nested_learning.memory.description import MemorySystem
+from nested_learning.memory.architecture import Down, Trace
+from nested_learning.memory.description import MatrixRule, MemorySystem
+from nested_learning.memory.objective import AtKey, Dot
+from nested_learning.memory.signals import Readouts, Signals, StepInputs, generate_signals
 from nested_learning.memory.state import State
 from nested_learning.ops.delta_rule.chunk import Chunk, Decay
 from nested_learning.ops.norm import clip_norm
 
 Weights = dict[str, Tensor]  # matrix name -> [B, N, H, out, in]
-
-# The input path that each generating memory reads (spec section 3, "Paths").
-PATH_OF = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
-# The generating memory whose output each gate is read from.
-SOURCE_OF_GATE = {"eta": "eta", "alpha": "alpha", "mu": "eta"}
 
 
 @dataclass(frozen=True)
@@ -49,32 +45,6 @@ class MemoryState(State):
     conv_tail: Tensor | None = None
 
 
-class Signals(NamedTuple):
-    """What drives the writes and reads of one step; [B, H, C, d] or [B, H, C]."""
-
-    k: Tensor
-    v: Tensor
-    q: Tensor
-    eta: Tensor
-    log_alpha: Tensor
-    log_mu: Tensor | None
-
-
-class Readouts(NamedTuple):
-    """Vectors that turn a generating memory's output into a gate: [gates, H, d] and [gates, H]."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class StepInputs(NamedTuple):
-    """The inputs of one step."""
-
-    paths: Mapping[str, Tensor]  # "k", "v", "q": [B, H, C, d], unit-norm
-    gates: Tensor | None  # [gates, B, H, C] logits where gates are static projections
-    write: Tensor | None  # [B, C] True = real token; None: all are
-
-
 class RunningWeights(NamedTuple):
     """The weights of all memories while they run."""
 
@@ -90,55 +60,6 @@ class StepOutputs(NamedTuple):
     momentum: Weights | None
 
 
-def generate_signals(
-    system: MemorySystem, anchor: Mapping[str, Tensor], inputs: StepInputs, readouts: Readouts | None
-) -> Signals:
-    """k, v, q and the gates of one step: outputs of the generating memories, or static projections.
-
-    A generated vector, like a generated target, is bounded to norm 1, not normalised to it. A memory that
-    makes its own keys feeds back on itself from chunk to chunk: what it learned moves the key, which moves
-    what it learns. Normalising a short M(x) amplifies that by 1/‖M(x)‖, enough for the outer gradient to grow
-    a hundredfold within a few chunks; scaling down only never amplifies (docs/log.md, 2026-11-23).
-    """
-    vectors, logits = dict(inputs.paths), inputs.gates
-    if system.generated:
-        generated = dict(zip(system.generated, _generate(system, anchor, inputs.paths), strict=True))
-        for name in ("k", "v", "q"):
-            if name in generated:
-                vectors[name] = clip_norm(generated[name])
-        if readouts is not None:
-            sources = [generated[SOURCE_OF_GATE[gate]] for gate in system.gates]
-            per_gate = [(s * w.unsqueeze(1)).sum(-1) for s, w in zip(sources, readouts.weight, strict=True)]
-            logits = torch.stack(per_gate) + readouts.bias[:, None, :, None]
-    assert logits is not None  # either generated or static, by construction of the layer
-    eta = system.eta_max * torch.sigmoid(logits[0])
-    log_decays = F.logsigmoid(logits[1:])  # in log space from end to end: log(sigmoid) underflows to -inf
-    if inputs.write is not None:
-        # a padded token neither erases, nor writes, nor decays anything
-        real = inputs.write.unsqueeze(1).to(eta.dtype)
-        eta, log_decays = eta * real, log_decays * real
-    return Signals(
-        vectors["k"],
-        vectors["v"],
-        vectors["q"],
-        eta,
-        log_decays[0],
-        log_decays[1] if system.momentum else None,
-    )
-
-
-def _generate(
-    system: MemorySystem, anchor: Mapping[str, Tensor], paths: Mapping[str, Tensor]
-) -> Sequence[Tensor]:
-    """The generating memories' outputs, each [B, H, C, d].
-
-    The memory that is read out runs along and its answer is dropped: leaving it out would cut the stacked
-    weights, and copying those costs more than the product.
-    """
-    x = torch.stack([paths[PATH_OF[name]] for name in (*system.generated, "q")], dim=1)
-    return system.architecture.read(x, lambda name, x: x @ anchor[name].mT).unbind(1)[:-1]
-
-
 def step(
     system: MemorySystem,
     initial: Mapping[str, Tensor],
@@ -150,12 +71,13 @@ def step(
     """C tokens that lie within one chunk of every memory.
 
     Signals, targets and gradients come from `anchor`; the weights move on from `current` token by token,
-    exactly, by the delta-rule recurrence (spec section 4).
+    exactly, by the delta-rule recurrence (spec section 4). Where the retention is not linear, both hold what
+    accumulates, and the weights are the retention's map of the anchor.
     """
     anchor, current, momentum = weights
-    signals = generate_signals(system, anchor, inputs, readouts)
-    key, residual, at_key = _keys_and_residuals(system, anchor, signals)
-    writes = system.architecture.writes(key, residual, at_key, anchor, system.rule)
+    fixed = {name: system.retention.weights(A) for name, A in anchor.items()}
+    signals = generate_signals(system, fixed, inputs, readouts)
+    writes, error = _token_writes(system, signals) if system.exact else _writes(system, fixed, signals)
 
     eta, log_alpha = signals.eta.unsqueeze(1), signals.log_alpha.unsqueeze(1)  # [B, 1, H, C]
     log_mu = None if signals.log_mu is None else signals.log_mu.unsqueeze(1)
@@ -167,26 +89,29 @@ def step(
         write = inputs.write[:, None, None, :].to(eta.dtype)  # [B, 1, 1, C]
     decay = Decay(log_alpha)
     momentum_decay = None if log_mu is None else Decay(log_mu)
+    at_anchor = current is anchor and system.retention.form == "linear"
     chunks = {
         name: Chunk(
             current[name],
             w.x,
             rate.unsqueeze(-1) * w.direction,
             decay,
-            erase=eta if system.rule[name].erase else None,
+            erase=_erase_rate(system, system.rule[name], eta, log_alpha),
             S=None if momentum is None else momentum[name],
             mu=momentum_decay,
             write=write,
             W_init=initial[name] if system.rule[name].retain == "initial" else None,
-            Wx=w.answer if current is anchor else None,
+            Wx=w.answer if at_anchor else None,
         )
         for name, w in writes.items()
     }
-    y = _read(system, anchor, chunks, signals.q)
+    y = _read(system, anchor, fixed, chunks, signals.q)
     surprise = None
     if want_surprise:
-        error = (at_key.answer - residual)[:, -1].detach()  # [B, H, C, d] of the memory that is read out
-        surprise = error.square().sum((1, 3)).sqrt()
+        if error is None:  # that of the weights as the token meets them
+            (chunk,) = chunks.values()
+            error = chunk.answer_before() - (signals.k if system.transposed else signals.v).unsqueeze(1)
+        surprise = error[:, -1].detach().square().sum((1, 3)).sqrt()  # of the memory that is read out
     final = {name: chunk.final() for name, chunk in chunks.items()}
     return StepOutputs(
         y,
@@ -196,24 +121,80 @@ def step(
     )
 
 
-def _keys_and_residuals(
-    system: MemorySystem, anchor: Weights, signals: Signals
-) -> tuple[Tensor, Tensor, Evaluation]:
-    """k [B, 1, H, C, d], v̂ − k and the answers to k of all memories, from one pass over [v; k]."""
+def _erase_rate(system: MemorySystem, rule: MatrixRule, eta: Tensor, log_alpha: Tensor) -> Tensor | None:
+    """What the write takes off the answer to its key [B, 1, H, C].
+
+    A gradient taken at every token, M(k) − v at the decayed weights, has its −M(k) here: α_t η_t.
+    """
+    if system.exact and not isinstance(rule.objective, Dot):
+        return eta * log_alpha.exp()
+    return eta if rule.erase else None
+
+
+class _Write(NamedTuple):
+    """What one matrix is to learn at each token of a chunk, before the learning rate."""
+
+    x: Tensor  # [B, N or 1, H, C, d_in] its input
+    direction: Tensor  # [B, N, H, C, d_out] minus the gradient at its output
+    answer: Tensor | None  # [B, N, H, C, d_out] W x at the anchor, from the forward pass
+
+
+def _token_writes(system: MemorySystem, signals: Signals) -> tuple[dict[str, _Write], None]:
+    """The writes of a matrix memory whose gradients are taken at every token."""
+    x, target = (signals.v, signals.k) if system.transposed else (signals.k, signals.v)
+    return {system.architecture.output: _Write(x.unsqueeze(1), target.unsqueeze(1), None)}, None
+
+
+def _writes(system: MemorySystem, weights: Weights, signals: Signals) -> tuple[dict[str, _Write], Tensor]:
+    """The writes of one inner step at the anchor `weights`, and the error M(k) − v̂ [B, N, H, C, d]."""
+    architecture, rule = system.architecture, system.rule
+    key, value, trace = _targets(system, weights, signals)
+    width = None if signals.width is None else signals.width.unsqueeze(1)
+    at = AtKey(value, value - key if architecture.skip else value, trace.answer, width)
+    output = rule[architecture.output].objective
+    hidden = next((r.objective for name, r in rule.items() if name != architecture.output), output)
+    down = output.direction(at)
+    below = down if hidden == output else hidden.direction(at)
+    directions = architecture.directions(trace, Down(down, below), weights)
+    writes = {
+        name: _Write(trace.inputs[name], _clipped(d, rule[name].clip), trace.outputs[name])
+        for name, d in directions.items()
+    }
+    return writes, at.error
+
+
+def _clipped(direction: Tensor, limit: float | None) -> Tensor:
+    return direction if limit is None else clip_norm(direction, limit)
+
+
+def _targets(system: MemorySystem, weights: Weights, signals: Signals) -> tuple[Tensor, Tensor, Trace]:
+    """k [B, 1, H, C, d], v̂ and the forward pass at k of all memories, from one pass over [v; k]."""
     key, value = signals.k.unsqueeze(1), signals.v.unsqueeze(1)
+    architecture = system.architecture
     if not system.self_targets:
-        return key, value - key, system.architecture.evaluate(key, anchor)
-    both = system.architecture.evaluate(torch.cat([value, key], dim=-2), anchor)
-    at_value, at_key = both.halves()
-    return key, clip_norm(value + at_value.answer) - key, at_key
+        return key, value, architecture.evaluate(key, weights)
+    at_value, at_key = architecture.evaluate(torch.cat([value, key], dim=-2), weights).halves()
+    target = value + at_value.answer if architecture.skip else at_value.answer
+    return key, clip_norm(target), at_key
 
 
-def _read(system: MemorySystem, anchor: Weights, chunks: Mapping[str, Chunk], q: Tensor) -> Tensor:
+def _read(
+    system: MemorySystem, anchor: Weights, fixed: Weights, chunks: Mapping[str, Chunk], q: Tensor
+) -> Tensor:
     """y of the memory that is read out [B, H, C, d]: at each token's own weights, or at the anchor."""
     if system.read == "chunk":
-        return system.architecture.read(q, lambda name, x: x @ anchor[name][:, -1].mT)
+        return system.architecture.read(q, lambda name, x: x @ fixed[name][:, -1].mT)
     last = {name: chunk.select_last(dim=-4) for name, chunk in chunks.items()}
-    return system.architecture.read(q.unsqueeze(1), lambda name, x: last[name].read(x)).squeeze(1)
+    q = q.unsqueeze(1)
+    if system.transposed:
+        return last[system.architecture.output].read_transposed(q).squeeze(1)
+    if system.retention.form == "lq":
+        # what accumulates is read token by token, its norm is that of the anchor
+        scale = {name: system.retention.scale(A[:, -1:]) for name, A in anchor.items()}
+        read = system.architecture.read(q, lambda name, x: scale[name] * last[name].read(x))
+    else:
+        read = system.architecture.read(q, lambda name, x: last[name].read(x))
+    return read.squeeze(1)
 
 
 # Which memories' anchors move to the current weights after the tokens up to a column: all, none, or
@@ -225,7 +206,7 @@ def common_boundaries(system: MemorySystem, device: torch.device) -> Boundary:
     """Boundaries where every row's first token stands in column 0 and none is padded: known to Python."""
 
     def moved(column: int) -> bool | Tensor:
-        here = [column % size == 0 for size in system.chunk_sizes]
+        here = [system.exact or column % size == 0 for size in system.chunk_sizes]
         return all(here) if len(set(here)) == 1 else _mask(here, device).unsqueeze(0)
 
     return moved
@@ -239,6 +220,8 @@ def row_boundaries(system: MemorySystem, offset: Tensor, end: Tensor) -> Boundar
     """
 
     def moved(column: int) -> bool | Tensor:
+        if system.exact:
+            return True
         here = [column % size == 0 for size in system.chunk_sizes]
         if not any(here):
             return False

@@ -1,12 +1,13 @@
-"""The residual two-layer memory M(x) = x + W1 n(silu(W2 x)): forward pass and its gradient by hand.
+"""Pieces of the residual MLP memory M(x) = x + W1 n(σ(W2 x)): forward, and the inner gradient by hand.
 
 n(h) = h / sqrt(‖h‖² + floor²) makes the input of W1 unit-norm, as DGD requires, and the floor keeps its
-gradient finite where the hidden vector fades (spec section 3).
+gradient finite where the hidden vector fades (spec section 3). Every gradient is made of operations that can
+be differentiated again: the outer gradient flows through the inner one.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,39 @@ from torch import Tensor
 from nested_learning.ops.norm import scale_rows
 
 HIDDEN_FLOOR = 0.1
+# Of the layer norm at the output of MIRAS' memories, whose gradient grows as the inverse of the spread.
+OUTPUT_FLOOR = 0.1
+Activation = Literal["silu", "gelu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 class Hidden(NamedTuple):
-    """The hidden layer at one input and what its gradient needs."""
+    """A hidden layer at one input and what its gradient needs."""
 
-    unit: Tensor  # [..., e] n(silu(z)), the input of W1
-    z: Tensor  # [..., e] pre-activation, W2 x
-    inverse_norm: Tensor  # [..., 1] 1 / sqrt(‖silu(z)‖² + floor²)
+    unit: Tensor  # [..., e] n(σ(z)), the input of the next matrix
+    z: Tensor  # [..., e] pre-activation
+    inverse_norm: Tensor  # [..., 1] 1 / sqrt(‖σ(z)‖² + floor²)
 
 
-def hidden(z: Tensor) -> Hidden:
-    """The hidden layer from its pre-activation z = W2 x [..., e]."""
-    unit, inverse_norm = scale_rows(F.silu(z), HIDDEN_FLOOR**2, 0.0)
+def hidden(z: Tensor, activation: Activation = "silu") -> Hidden:
+    """The hidden layer from its pre-activation z [..., e]."""
+    unit, inverse_norm = normalise(activate(z, activation))
     return Hidden(unit, z, inverse_norm)
+
+
+def normalise(h: Tensor) -> tuple[Tensor, Tensor]:
+    """n(h) [..., e] and 1 / sqrt(‖h‖² + floor²) [..., 1]."""
+    return scale_rows(h, HIDDEN_FLOOR**2, 0.0)
+
+
+def activate(z: Tensor, activation: Activation) -> Tensor:
+    """σ(z)."""
+    return F.silu(z) if activation == "silu" else F.gelu(z)
+
+
+def output_norm(z: Tensor) -> Tensor:
+    """LN(z) = (z − mean) / sqrt(variance + floor²) along the last dimension, without weights."""
+    return F.layer_norm(z, z.shape[-1:], eps=OUTPUT_FLOOR**2)
 
 
 def hidden_gradient(at: Hidden, g_out: Tensor, W1: Tensor) -> Tensor:
@@ -36,7 +56,34 @@ def hidden_gradient(at: Hidden, g_out: Tensor, W1: Tensor) -> Tensor:
 
     With u = n(h): ∂L/∂h = (g − u ⟨u, g⟩) / sqrt(‖h‖² + floor²), where g = W1ᵀ g_out.
     """
-    return _ThroughHidden.apply(*at, g_out @ W1)
+    return through_hidden(at, g_out @ W1)
+
+
+def through_hidden(at: Hidden, g: Tensor, activation: Activation = "silu") -> Tensor:
+    """∂L/∂z [..., e] from g = ∂L/∂n(σ(z)) [..., e]."""
+    if activation == "silu":
+        return _ThroughHidden.apply(*at, g)
+    return through_activation(through_norm(g, at.unit, at.inverse_norm), at.z, activation)
+
+
+def through_norm(g: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
+    """∂L/∂h [..., e] from g = ∂L/∂n(h), where unit = n(h)."""
+    return _across(unit, g) * inverse_norm
+
+
+def through_activation(g: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """g σ′(z)."""
+    if activation == "silu":
+        return g * torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
+    below = 0.5 * (1 + torch.erf(z * 0.5**0.5))  # Φ(z)
+    return g * (below + z * torch.exp(-0.5 * z.square()) * (2 * torch.pi) ** -0.5)
+
+
+def through_output_norm(g: Tensor, z: Tensor) -> Tensor:
+    """∂L/∂z [..., d] from g = ∂L/∂LN(z): (g − mean(g) − y mean(g y)) / sqrt(variance + floor²), y = LN(z)."""
+    inverse = (z.var(-1, correction=0, keepdim=True) + OUTPUT_FLOOR**2).rsqrt()
+    y = (z - z.mean(-1, keepdim=True)) * inverse
+    return (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True)) * inverse
 
 
 class _ThroughHidden(torch.autograd.Function):

@@ -116,15 +116,8 @@ class Chunk:
         system = gram * (rate * alpha.before)
         if self.mu is None and self.W_init is None:
             return solve_unit_lower(system, torch.addcmul(self.a, rate * left, Wx, value=-1))
-        held = left * Wx if self.W_init is None else torch.lerp(x @ self.W_init.mT, Wx, left)
-        if self.mu is None:
-            right = self.a - rate * held
-        else:
-            held = held + (gram * _shift_rows(self.P)) @ self.a
-            if self.S is not None:
-                c_before = torch.nn.functional.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
-                held = held + c_before * (x @ self.S.mT)
-            right = -rate * held
+        held = self._held(gram, Wx)
+        right = self.a - rate * held if self.mu is None else -rate * held
         return solve_unit_lower(system, right)
 
     def select_last(self, dim: int) -> Chunk:
@@ -153,6 +146,36 @@ class Chunk:
         if self.B is not None:
             out = out + (scores * self.alpha.between) @ self.B
         return out
+
+    def read_transposed(self, q: Tensor) -> Tensor:
+        """o_t = W_tᵀ q_t, after the write of token t; q [..., C, d_out] -> [..., C, d_in].
+
+        Only without momentum and with retention to zero.
+        """
+        assert self.mu is None and self.W_init is None  # noqa: PT018
+        written = self.a if self.B is None else self.B
+        left = self.alpha.since_start.unsqueeze(-1)
+        return left * (q @ self.W) + ((q @ written.mT) * self.alpha.between) @ self.x
+
+    def answer_before(self) -> Tensor:
+        """W_{t-1} x_t [..., C, d_out]: what the weights answer as token t arrives."""
+        gram = self.x @ self.x.mT
+        held = self._held(gram, self.x @ self.W.mT)
+        if self.mu is None:
+            return held + (gram * self.alpha.before) @ (self.a if self.B is None else self.B)
+        return held if self.B is None else held + (gram * self.alpha.before) @ self.B
+
+    def _held(self, gram: Tensor, Wx: Tensor) -> Tensor:
+        """What of W_{t-1} x_t does not depend on the erases within the chunk, nor on plain writes."""
+        x, left = self.x, self.alpha.before_start.unsqueeze(-1)  # of W when the token arrives
+        held = left * Wx if self.W_init is None else torch.lerp(x @ self.W_init.mT, Wx, left)
+        if self.mu is None:
+            return held
+        held = held + (gram * _shift_rows(self.P)) @ self.a
+        if self.S is not None:
+            c_before = torch.nn.functional.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
+            held = held + c_before * (x @ self.S.mT)
+        return held
 
     def final(self) -> tuple[Tensor, Tensor | None]:
         """(W_C, S_C) after the last token; S_C is None without momentum."""

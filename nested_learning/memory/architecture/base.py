@@ -1,0 +1,97 @@
+"""What an architecture has to say: its matrices, its forward pass, and the gradients of one inner step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nested_learning.memory.retention import Retention
+
+# How a matrix of the memory acts on an input: linear(name, x) is x Wᵀ for fixed weights, or a read of
+# weights that move from token to token.
+Linear = Callable[[str, Tensor], Tensor]
+Weights = Mapping[str, Tensor]
+
+
+class Trace(NamedTuple):
+    """One forward pass, kept for the gradient. Tensors are [..., C, width]."""
+
+    answer: Tensor  # what the weights add to the skip connection, or all of M(x) without one
+    inputs: dict[str, Tensor]  # per matrix W its input x
+    outputs: dict[str, Tensor]  # and W x
+    kept: dict[str, Tensor]  # what else the architecture's gradient needs
+
+    def halves(self) -> tuple[Trace, Trace]:
+        """The first and the second half of the tokens."""
+        leaves, spec = pytree.tree_flatten(self)
+        parts = [leaf.chunk(2, dim=-2) for leaf in leaves]
+        first, second = (pytree.tree_unflatten([part[i] for part in parts], spec) for i in (0, 1))
+        return first, second
+
+
+class Down(NamedTuple):
+    """Minus the gradient at the memory's output [..., C, d], for the two kinds of matrices."""
+
+    output: Tensor  # for the output matrix itself
+    hidden: Tensor  # to be carried back to the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Base of the architectures: the map that a memory is, one per head of width d."""
+
+    name: ClassVar[str]
+    skip: ClassVar[bool]  # whether M(x) = x + answer
+    output: ClassVar[str]  # the matrix at the output
+
+    def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of each weight matrix."""
+        raise NotImplementedError
+
+    def init_(self, weights: Weights, retention: Retention) -> None:
+        """Fill the initial memories in place."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, linear: Linear) -> Trace:
+        """The forward pass, with the matrices acting through `linear`."""
+        raise NotImplementedError
+
+    def directions(self, trace: Trace, down: Down, weights: Weights) -> dict[str, Tensor]:
+        """Minus the gradient at each matrix's output, by hand, differentiable in everything."""
+        raise NotImplementedError
+
+    def read(self, x: Tensor, linear: Linear) -> Tensor:
+        """M(x)."""
+        answer = self.run(x, linear).answer
+        return x + answer if self.skip else answer
+
+    def evaluate(self, x: Tensor, weights: Weights) -> Trace:
+        """The forward pass with fixed weights."""
+        return self.run(x, lambda name, x: x @ weights[name].mT)
+
+
+def hidden_width(expansion: float, head_dim: int) -> int:
+    """The width of a hidden layer that is `expansion` times as wide as a head."""
+    width = round(expansion * head_dim) if 0 < expansion < float("inf") else 0
+    if width < 1:
+        raise ValueError(
+            f"expansion={expansion} leaves no hidden unit at head width {head_dim}; "
+            f"it must be at least {1 / head_dim:g}"
+        )
+    return width
+
+
+def init_output_(W: Tensor, retention: Retention) -> None:
+    """N(0, 0.5²/e): the output matrix, whose inputs are unit-norm, starts by changing little."""
+    retention.init_(W, 0.5 * W.shape[-1] ** -0.5)
+
+
+@torch.no_grad()
+def init_hidden_(W: Tensor, retention: Retention) -> None:
+    """N(0, 1): inputs are unit-norm, so the pre-activations are of order 1."""
+    retention.init_(W, 1.0)

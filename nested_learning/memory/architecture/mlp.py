@@ -1,0 +1,141 @@
+"""MLP memories with a skip connection: M(x) = x + W1 (hidden layers of x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nested_learning.memory.architecture.base import (
+    Architecture,
+    Down,
+    Linear,
+    Trace,
+    Weights,
+    hidden_width,
+    init_hidden_,
+    init_output_,
+)
+from nested_learning.memory.retention import Retention
+from nested_learning.ops import mlp_memory
+
+LARGEST_DEPTH = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualMLP(Architecture):
+    """M(x) = x + W1 n(σ(W2 x)) (eq 89/91 with a normalised hidden vector), one per head.
+
+    Matrices are numbered from the output: depth 1 is x + W1 x, depth 3 x + W1 n(σ(W2 n(σ(W3 x)))).
+
+    Attributes:
+        depth: number of matrices, 1 to 4.
+        expansion: width of the hidden layers as a multiple of the head width d.
+        activation: σ, "silu" or "gelu".
+        norm: "hidden" normalises the input of every matrix after a hidden layer (ours: what DGD requires);
+            "output" is MIRAS' M(x) = x + LN(W1 σ(W2 x)).
+    """
+
+    name: ClassVar[str] = "mlp"
+    skip: ClassVar[bool] = True
+    output: ClassVar[str] = "W1"
+    depth: int = 2
+    expansion: float = 1.0
+    activation: mlp_memory.Activation = "silu"
+    norm: Literal["hidden", "output"] = "hidden"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.depth, int) or not 1 <= self.depth <= LARGEST_DEPTH:
+            raise ValueError(f"depth must be 1 to {LARGEST_DEPTH} matrices, got {self.depth!r}")
+        if self.activation not in mlp_memory.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {mlp_memory.ACTIVATIONS}, got {self.activation!r}")
+        if self.norm not in ("hidden", "output"):
+            raise ValueError(f"norm must be 'hidden' or 'output', got {self.norm!r}")
+
+    @property
+    def hidden(self) -> list[str]:
+        """The matrices before the output, from the input on."""
+        return [f"W{i}" for i in range(self.depth, 1, -1)]
+
+    def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
+        widths = [head_dim, *[hidden_width(self.expansion, head_dim)] * (self.depth - 1), head_dim]
+        return {f"W{i + 1}": (widths[i], widths[i + 1]) for i in range(self.depth)}
+
+    def init_(self, weights: Weights, retention: Retention) -> None:
+        for name in self.hidden:
+            init_hidden_(weights[name], retention)
+        init_output_(weights["W1"], retention)
+
+    def run(self, x: Tensor, linear: Linear) -> Trace:
+        inputs, outputs, kept = {}, {}, {}
+        for name in self.hidden:
+            inputs[name], outputs[name] = x, linear(name, x)
+            if self.norm == "hidden":
+                x, _, kept[name] = mlp_memory.hidden(outputs[name], self.activation)
+            else:
+                x = mlp_memory.activate(outputs[name], self.activation)
+        inputs["W1"], outputs["W1"] = x, linear("W1", x)
+        answer = outputs["W1"]
+        if self.norm == "output":
+            answer = mlp_memory.output_norm(answer)
+        return Trace(answer, inputs, outputs, kept)
+
+    def directions(self, trace: Trace, down: Down, weights: Weights) -> dict[str, Tensor]:
+        output, g = down
+        if self.norm == "output":
+            same, z = output is g, trace.outputs["W1"]
+            output = mlp_memory.through_output_norm(output, z)
+            g = output if same else mlp_memory.through_output_norm(g, z)
+        found, above = {"W1": output}, "W1"
+        for name in reversed(self.hidden):
+            g = g @ weights[above]
+            z = trace.outputs[name]
+            if self.norm == "hidden":
+                at = mlp_memory.Hidden(trace.inputs[above], z, trace.kept[name])
+                g = mlp_memory.through_hidden(at, g, self.activation)
+            else:
+                g = mlp_memory.through_activation(g, z, self.activation)
+            found[name], above = g, name
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGLU(Architecture):
+    """M(x) = x + W1 n(silu(W2 x) ⊙ W3 x): a gated hidden layer, normalised like that of `ResidualMLP`.
+
+    Attributes:
+        expansion: width of the hidden layer as a multiple of the head width d.
+    """
+
+    name: ClassVar[str] = "swiglu"
+    skip: ClassVar[bool] = True
+    output: ClassVar[str] = "W1"
+    expansion: float = 1.0
+
+    def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
+        width = hidden_width(self.expansion, head_dim)
+        return {"W1": (head_dim, width), "W2": (width, head_dim), "W3": (width, head_dim)}
+
+    def init_(self, weights: Weights, retention: Retention) -> None:
+        init_output_(weights["W1"], retention)
+        for name in ("W2", "W3"):
+            init_hidden_(weights[name], retention)
+
+    def run(self, x: Tensor, linear: Linear) -> Trace:
+        gate, up = linear("W2", x), linear("W3", x)
+        u, inverse_norm = mlp_memory.normalise(F.silu(gate) * up)
+        answer = linear("W1", u)
+        outputs = {"W1": answer, "W2": gate, "W3": up}
+        return Trace(answer, {"W1": u, "W2": x, "W3": x}, outputs, {"inverse_norm": inverse_norm})
+
+    def directions(self, trace: Trace, down: Down, weights: Weights) -> dict[str, Tensor]:
+        gate, up = trace.outputs["W2"], trace.outputs["W3"]
+        g = down.hidden @ weights["W1"]
+        g = mlp_memory.through_norm(g, trace.inputs["W1"], trace.kept["inverse_norm"])
+        return {
+            "W1": down.output,
+            "W2": mlp_memory.through_activation(g * up, gate, "silu"),
+            "W3": g * F.silu(gate),
+        }

@@ -1,0 +1,111 @@
+"""Objectives of a memory: what an inner step minimises, as the direction that it writes.
+
+e = M(k) − v̂ is the error at the key. `direction` is minus the gradient at the memory's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AtKey(NamedTuple):
+    """What an objective sees of each token; [..., C, d] unless noted."""
+
+    value: Tensor  # v̂, the target
+    residual: Tensor  # what the weights are to answer: v̂ − k of a memory with a skip connection, else v̂
+    answer: Tensor  # what they answer
+    width: Tensor | None  # [..., C] delta_t of Huber's objective
+
+    @property
+    def error(self) -> Tensor:
+        return self.answer - self.residual
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of the objectives."""
+
+    name: ClassVar[str]
+    has_width: ClassVar[bool] = False  # a data-dependent width per token
+
+    def direction(self, at: AtKey) -> Tensor:
+        """Minus the gradient at the memory's output [..., C, d]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dot(Objective):
+    """−⟨M(k), v̂⟩, the Hebbian objective; its gradient does not see what is stored.
+
+    Attributes:
+        of_residual: take what a skip connection leaves to be learned, −⟨M(k) − k, v̂ − k⟩: with an erase
+            this is the exact delta rule, whose fixed point is M(k) = v̂ (ours).
+    """
+
+    name: ClassVar[str] = "dot"
+    of_residual: bool = True
+
+    def direction(self, at: AtKey) -> Tensor:
+        return at.residual if self.of_residual else at.value
+
+
+@dataclass(frozen=True)
+class L2(Objective):
+    """½‖e‖² (spec section 3; the ½ is ours)."""
+
+    name: ClassVar[str] = "l2"
+
+    def direction(self, at: AtKey) -> Tensor:
+        return at.residual - at.answer
+
+
+@dataclass(frozen=True)
+class Lp(Objective):
+    """‖e‖_p^p (MIRAS, arXiv 2504.13173): gradient p sign(e) ⊙ |e|^(p−1), with the smooth sign tanh(10 e) and
+    |e| = √(e² + 10⁻⁶)."""
+
+    name: ClassVar[str] = "lp"
+    p: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.p < float("inf"):
+            raise ValueError(f"p must be a number of at least 1, got {self.p!r}: below 1 nothing is convex")
+
+    def direction(self, at: AtKey) -> Tensor:
+        e = at.error
+        return -self.p * torch.tanh(10 * e) * (e.square() + 1e-6) ** ((self.p - 1) / 2)
+
+
+@dataclass(frozen=True)
+class Huber(Objective):
+    """½‖e‖² within a data-dependent width δ_t, linear outside it (MIRAS' Yaad): gradient e where ‖e‖ ≤ δ_t,
+    else δ_t e/‖e‖."""
+
+    name: ClassVar[str] = "huber"
+    has_width: ClassVar[bool] = True
+
+    def direction(self, at: AtKey) -> Tensor:
+        assert at.width is not None  # a gate of its own, by construction of the layer
+        e, width = at.error, at.width.unsqueeze(-1)
+        norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+        return -e * (width / torch.maximum(norm, width))
+
+
+@dataclass(frozen=True)
+class Oja(Objective):
+    """Oja's rule (eq 66-67), M ← αM + η v (k − Mᵀv)ᵀ: the memory learns to give the key back from the value.
+
+    The engine runs on Mᵀ with the value as its input and the key as its target, and reads it transposed.
+    """
+
+    name: ClassVar[str] = "oja"
+
+    def direction(self, at: AtKey) -> Tensor:
+        return at.residual - at.answer
+
+
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Dot, L2, Lp, Huber, Oja)}
