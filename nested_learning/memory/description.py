@@ -67,7 +67,7 @@ def learning_rule(
         )
     if rule == "dgd_literal":
         literal = MatrixRule(objective=objective, erase=True, retain="zero")
-        return dict.fromkeys(architecture.shapes(1), literal)
+        return dict.fromkeys(architecture.matrices, literal)
     # Why the hidden matrices are treated apart: erasing W2's answer to k erases the feature itself, and as W2
     # fades to zero the gradient of the hidden normalisation grows without bound (measured).
     hidden = MatrixRule(objective=objective, erase=False, retain="initial", clip=1.0)
@@ -81,7 +81,7 @@ def learning_rule(
     if not linear or getattr(architecture, "norm", "hidden") == "output":
         # the input of the output matrix is not unit-norm there, nor is its gradient bounded
         output = MatrixRule(objective=output.objective, erase=output.erase, retain=output.retain, clip=1.0)
-    return {name: output if name == architecture.output else hidden for name in architecture.shapes(1)}
+    return {name: output if name == architecture.output else hidden for name in architecture.matrices}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +156,10 @@ class MemorySystem:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not set(self.unit) <= {"k", "v", "q"}:
             raise ValueError(f"unit must name paths among k, v and q, got {self.unit}")
-        if set(self.rule) != set(self.architecture.shapes(1)):
+        if set(self.rule) != set(self.architecture.matrices):
             raise ValueError(
                 f"rule has matrices {sorted(self.rule)}, the {self.architecture.name} memory has "
-                f"{sorted(self.architecture.shapes(1))}"
+                f"{sorted(self.architecture.matrices)}"
             )
         self._check_generated()
         self._check_retention()

@@ -49,6 +49,11 @@ class Architecture:
     skip: ClassVar[bool]  # whether M(x) = x + answer
     output: ClassVar[str]  # the matrix at the output
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the weight matrices."""
+        raise NotImplementedError
+
     def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
         """(out, in) of each weight matrix."""
         raise NotImplementedError

@@ -19,6 +19,10 @@ class Matrix(Architecture):
     skip: ClassVar[bool] = False
     output: ClassVar[str] = "W"
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return ("W",)
+
     def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
         return {"W": (head_dim, head_dim)}
 

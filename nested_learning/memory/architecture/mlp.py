@@ -59,9 +59,13 @@ class ResidualMLP(Architecture):
         """The matrices before the output, from the input on."""
         return [f"W{i}" for i in range(self.depth, 1, -1)]
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return tuple(f"W{i + 1}" for i in range(self.depth))
+
     def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
         widths = [head_dim, *[hidden_width(self.expansion, head_dim)] * (self.depth - 1), head_dim]
-        return {f"W{i + 1}": (widths[i], widths[i + 1]) for i in range(self.depth)}
+        return {name: (widths[i], widths[i + 1]) for i, name in enumerate(self.matrices)}
 
     def init_(self, weights: Weights, retention: Retention) -> None:
         for name in self.hidden:
@@ -113,6 +117,10 @@ class SwiGLU(Architecture):
     skip: ClassVar[bool] = True
     output: ClassVar[str] = "W1"
     expansion: float = 1.0
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return ("W1", "W2", "W3")
 
     def shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
         width = hidden_width(self.expansion, head_dim)
