@@ -1,9 +1,10 @@
 """Does training stay finite and calm: `python -m benchmarks.stability [--plot FILE] [--json FILE]`.
 
 Trains hope-tiny (or a variant of it) and records, at every step, the loss and the norm of the outer gradient
-before clipping. Two questions (both also asked by tests/test_stability.py):
+before clipping. Three questions (all also asked by tests/test_stability.py):
 
 - `length`: at T = 4,096 (128 chunks of 32) the gradient passes through 128 writes of every memory;
+- `table`: the same for every memory of the table, 300 steps, chunk 64, in a model of 2 layers and width 64;
 - `rates`: 2,000 steps of 1,024 tokens at learning rates 1e-3, 3e-3 and 1e-2, with memories of expansion 4,
   and with momentum.
 """
@@ -21,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nested_learning import HopeForCausalLM
+from nested_learning.layers import MIXERS, ComposedMemory, MemoryLayer
 from nested_learning.models.presets import preset
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data import DataConfig, build_data
@@ -40,7 +42,9 @@ class Run:
     steps: int
     length: int
     batch_size: int
-    options: dict[str, Any] = field(default_factory=dict)  # of the mixer, beside those of hope-tiny
+    mixer: str = "self_modifying_titans"
+    options: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 32})  # of the mixer
+    shape: dict[str, int] = field(default_factory=dict)  # of the model, where not that of hope-tiny
     seed: int = 0
     source: str = "stdlib"
     horizon: int | None = None
@@ -63,20 +67,49 @@ class Trace:
 LENGTH = [Run(name="T 4096, lr 5e-3", lr=5e-3, steps=80, length=4096, batch_size=1, horizon=200)]
 RATES = [
     *(Run(name=f"lr {lr:g}", lr=lr, steps=2000, length=256, batch_size=4) for lr in (1e-3, 3e-3, 1e-2)),
-    Run(name="expansion 4", lr=1e-2, steps=2000, length=256, batch_size=4, options={"expansion": 4.0}),
-    Run(name="momentum", lr=1e-2, steps=2000, length=256, batch_size=4, options={"momentum": True}),
+    Run(
+        name="expansion 4",
+        lr=1e-2,
+        steps=2000,
+        length=256,
+        batch_size=4,
+        options={"chunk_size": 32, "expansion": 4.0},
+    ),
+    Run(
+        name="momentum",
+        lr=1e-2,
+        steps=2000,
+        length=256,
+        batch_size=4,
+        options={"chunk_size": 32, "momentum": True},
+    ),
+]
+TABLE = [
+    Run(
+        name=mixer,
+        lr=5e-3,
+        steps=300,
+        length=4096,
+        batch_size=1,
+        mixer=mixer,
+        options={"chunk_size": 64},
+        shape={"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2},
+    )
+    for mixer, factory in sorted(MIXERS.items())
+    if isinstance(factory, type) and issubclass(factory, MemoryLayer) and factory is not ComposedMemory
 ]
 
 
 def train(run: Run, progress: bool = False) -> Trace:
     """Train and record; stops at the first value that is not finite."""
     torch.manual_seed(run.seed)
-    options = {"self_modifying_titans": {"chunk_size": 32, **run.options}}
-    model = HopeForCausalLM(preset("hope-tiny", mixer_options=options)).train()
-    config = OptimConfig(lr=run.lr, schedule="linear")
+    options = {run.mixer: run.options}
+    config = preset("hope-tiny", mixer=run.mixer, mixer_options=options, **run.shape)
+    model = HopeForCausalLM(config).train()
+    optim = OptimConfig(lr=run.lr, schedule="linear")
     steps = run.horizon or run.steps
-    optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config, steps)
+    optimizer = build_optimizer(model, optim)
+    schedule = build_schedule(optimizer, optim, steps)
     data = build_data(
         DataConfig(source=run.source, block_size=run.length, seed=run.seed), run.steps * run.batch_size
     )
@@ -84,7 +117,7 @@ def train(run: Run, progress: bool = False) -> Trace:
     for step, batch in enumerate(DataLoader(data.train, batch_size=run.batch_size)):
         loss = model(**batch).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
         trace.losses.append(loss.item())
         trace.gradient_norms.append(norm.item())
         if trace.first_bad_step is not None:
@@ -137,12 +170,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("question", choices=["length", "rates", "all"], nargs="?", default="all")
+    parser.add_argument("question", choices=["length", "table", "rates", "all"], nargs="?", default="all")
     parser.add_argument("--only", help="run only the runs whose name contains this")
     parser.add_argument("--plot", type=Path, help="write a PNG of losses and gradient norms")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    runs = {"length": LENGTH, "rates": RATES, "all": LENGTH + RATES}[arguments.question]
+    runs = {"length": LENGTH, "table": TABLE, "rates": RATES, "all": LENGTH + TABLE + RATES}[
+        arguments.question
+    ]
     runs = [run for run in runs if not arguments.only or arguments.only in run.name]
     traces = {run.name: train(run, progress=True) for run in runs}
     result = {

@@ -1,21 +1,11 @@
-"""Rows of the table: memory layers by name, each a `MemorySystem` and nothing else."""
+"""Titans and self-modifying Titans: rows of the table, each a `MemorySystem` and nothing else."""
 
 from __future__ import annotations
 
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer
-from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import MemorySystem, Read, RuleName, learning_rule
-from nested_learning.memory.objective import L2
-
-
-def stable_eta_max(rule: str, chunk_size: int) -> float:
-    """Default bound of the inner learning rate.
-
-    A rule that erases is contracting at any rate below 1. Without erase, gradients taken at the chunk's
-    anchor add up, and η·λ_max(Σ x xᵀ) < 2 must hold over a chunk: 4 / chunk_size (spec section 3).
-    """
-    return min(0.5, 4 / chunk_size) if rule == "gd" else 0.5
+from nested_learning.memory.compose import compose
+from nested_learning.memory.description import Read, RuleName
 
 
 @register_mixer("self_modifying_titans")
@@ -65,11 +55,9 @@ class SelfModifyingTitans(MemoryLayer):
         eta_max: float | None = None,
         max_half_life: float | None = None,
     ) -> None:
-        projection_chunk_size = chunk_size if projection_chunk_size is None else projection_chunk_size
-        architecture = ResidualMLP(expansion=expansion)
-        system = MemorySystem(
-            architecture=architecture,
-            rule=learning_rule(architecture, L2(), rule),
+        system = compose(
+            expansion=expansion,
+            rule=rule,
             generated=("k", "v", "q", "eta", "alpha") if adaptive_q else ("k", "v", "eta", "alpha"),
             self_targets=True,
             momentum=momentum,
@@ -77,9 +65,7 @@ class SelfModifyingTitans(MemoryLayer):
             chunk_size=chunk_size,
             projection_chunk_size=projection_chunk_size,
             read=read,
-            eta_max=stable_eta_max(rule, max(chunk_size, projection_chunk_size))
-            if eta_max is None
-            else eta_max,
+            eta_max=eta_max,
         )
         super().__init__(hidden_size, num_heads, system, conv_size, max_half_life)
 
@@ -109,17 +95,13 @@ class Titans(MemoryLayer):
         eta_max: float | None = None,
         max_half_life: float | None = None,
     ) -> None:
-        architecture = ResidualMLP(expansion=expansion)
-        system = MemorySystem(
-            architecture=architecture,
-            rule=learning_rule(architecture, L2(), rule),
-            generated=(),
-            self_targets=False,
+        system = compose(
+            expansion=expansion,
+            rule=rule,
             momentum=momentum,
             momentum_scaled=momentum_scaled,
             chunk_size=chunk_size,
-            projection_chunk_size=chunk_size,
             read=read,
-            eta_max=stable_eta_max(rule, chunk_size) if eta_max is None else eta_max,
+            eta_max=eta_max,
         )
         super().__init__(hidden_size, num_heads, system, conv_size, max_half_life)

@@ -1,6 +1,7 @@
 """What an associative memory is: architecture, objective, rule, retention as data; its state; the scan."""
 
 from nested_learning.memory.architecture import ARCHITECTURES, Architecture, Matrix, ResidualMLP, SwiGLU
+from nested_learning.memory.compose import compose
 from nested_learning.memory.description import MatrixRule, MemorySystem, learning_rule
 from nested_learning.memory.objective import L2, OBJECTIVES, Dot, Huber, Lp, Objective, Oja
 from nested_learning.memory.retention import Retention
@@ -25,5 +26,6 @@ __all__ = [
     "Retention",
     "State",
     "SwiGLU",
+    "compose",
     "learning_rule",
 ]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from nested_learning._errors import unknown
 from nested_learning.memory.architecture import Architecture, Matrix, ResidualMLP
-from nested_learning.memory.objective import L2, Dot, Objective, Oja
+from nested_learning.memory.objective import L2, Dot, Lp, Objective, Oja
 from nested_learning.memory.retention import Retention
 
 Read = Literal["token", "chunk"]
@@ -78,8 +78,8 @@ def learning_rule(
         # A non-linear map of weights that fade is no memory: W / ‖W‖² grows as W fades.
         else MatrixRule(objective=objective, erase=False, retain="zero" if linear else "initial")
     )
-    if not linear or getattr(architecture, "norm", "hidden") == "output":
-        # the input of the output matrix is not unit-norm there, nor is its gradient bounded
+    if not linear or isinstance(objective, Lp) or getattr(architecture, "norm", "hidden") == "output":
+        # neither the gradient nor the input of the output matrix is bounded there
         output = MatrixRule(objective=output.objective, erase=output.erase, retain=output.retain, clip=1.0)
     return {name: output if name == architecture.output else hidden for name in architecture.matrices}
 

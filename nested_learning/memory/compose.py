@@ -1,0 +1,155 @@
+"""A `MemorySystem` from plain names and numbers, as a configuration file holds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nested_learning._errors import unknown
+from nested_learning.memory.architecture import ARCHITECTURES, Architecture
+from nested_learning.memory.description import (
+    Gradient,
+    MemorySystem,
+    Rate,
+    Read,
+    RuleName,
+    learning_rule,
+)
+from nested_learning.memory.objective import OBJECTIVES, Dot, Lp, Objective
+from nested_learning.memory.retention import Decay, Form, Retention
+
+
+def compose(
+    *,
+    architecture: str = "mlp",
+    depth: int | None = None,
+    expansion: float | None = None,
+    activation: str | None = None,
+    norm: str | None = None,
+    objective: str = "l2",
+    p: float | None = None,
+    rule: RuleName = "gd",
+    decay: Decay = "gated",
+    form: Form = "linear",
+    q: float | None = None,
+    gradient: Gradient = "anchor",
+    rate: Rate = "gated",
+    generated: Sequence[str] = (),
+    self_targets: bool = False,
+    momentum: bool = False,
+    momentum_scaled: bool = True,
+    unit: Sequence[str] = ("k", "v", "q"),
+    chunk_size: int = 64,
+    projection_chunk_size: int | None = None,
+    read: Read = "token",
+    eta_max: float | None = None,
+) -> MemorySystem:
+    """The system with these parts.
+
+    Args:
+        architecture: "matrix", "mlp" or "swiglu"; `depth`, `activation` and `norm` belong to "mlp",
+            `expansion` to "mlp" and "swiglu"; None for their defaults.
+        objective: "dot", "l2", "lp" (with `p`), "huber" or "oja". "dot" is taken literally, −⟨M(k), v̂⟩, under
+            gradient descent, and on what the skip connection leaves to be learned under DGD.
+        rule: "gd", "dgd" or "dgd_literal", see `learning_rule`.
+        decay, form, q: see `Retention`; `q` belongs to form="lq".
+        eta_max: upper bound of the inner learning rate; None for a bound at which the rule is stable.
+        The others: see `MemorySystem`.
+
+    Raises:
+        ValueError: for a name that does not exist, an option that belongs to another part, or parts that make
+            no sense together.
+    """
+    parts = {"depth": depth, "expansion": expansion, "activation": activation, "norm": norm}
+    built = _architecture(architecture, {name: value for name, value in parts.items() if value is not None})
+    aim = _objective(objective, p, rule)
+    retention = _retention(decay, form, q)
+    if eta_max is None:
+        sizes = [size for size in (chunk_size, projection_chunk_size) if isinstance(size, int)]
+        eta_max = stable_eta_max(aim, rule, gradient, max(sizes, default=1))
+    elif rate == "one":
+        raise ValueError(
+            f"eta_max={eta_max} bounds a gated rate, but rate='one' has none; leave one of them out"
+        )
+    if projection_chunk_size is not None and not generated:
+        raise ValueError(
+            f"projection_chunk_size={projection_chunk_size} is that of memories that generate signals, but "
+            "generated is empty; leave it out"
+        )
+    return MemorySystem(
+        architecture=built,
+        rule=learning_rule(built, aim, rule, retention),
+        retention=retention,
+        gradient=gradient,
+        rate=rate,
+        generated=tuple(generated),
+        self_targets=self_targets,
+        momentum=momentum,
+        momentum_scaled=momentum_scaled,
+        unit=tuple(unit),
+        chunk_size=chunk_size,
+        projection_chunk_size=projection_chunk_size,
+        read=read,
+        eta_max=eta_max,
+    )
+
+
+def compose_parts(parts: Mapping[str, Any]) -> MemorySystem:
+    """`compose(**parts)`, with a ValueError that names the nearest part for a name that does not exist."""
+    accepted = inspect.signature(compose).parameters
+    for name in parts:
+        if name not in accepted:
+            raise unknown("part of a memory", name, accepted)
+    return compose(**parts)
+
+
+def stable_eta_max(objective: Objective, rule: RuleName, gradient: Gradient, chunk_size: int) -> float:
+    """Default bound of the inner learning rate.
+
+    A rule that erases is contracting at any rate below 1, and so is a gradient taken at every token. Without
+    erase, gradients taken at the chunk's anchor add up, and η·λ_max(Σ x xᵀ) < 2 must hold over a chunk:
+    4 / chunk_size (spec section 3), less where the objective is steeper than ½‖e‖².
+    """
+    if gradient == "token":
+        return 1.0
+    if rule != "gd":
+        return 0.5
+    steepness = max(1.0, objective.p * (objective.p - 1)) if isinstance(objective, Lp) else 1.0
+    return min(0.5, 4 / max(chunk_size, 1)) / steepness
+
+
+def _architecture(name: str, options: dict[str, Any]) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise unknown("architecture", name, ARCHITECTURES)
+    cls = ARCHITECTURES[name]
+    accepted = cls.__dataclass_fields__
+    for option, value in options.items():
+        if option not in accepted:
+            raise ValueError(
+                f"{option}={value!r} is no option of the {name!r} memory, which takes "
+                f"{', '.join(accepted) or 'none'}; leave it out"
+            )
+    return cls(**options)
+
+
+def _objective(name: str, p: float | None, rule: RuleName) -> Objective:
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    if p is not None and name != "lp":
+        raise ValueError(
+            f"p={p} is the exponent of objective='lp', but the objective is {name!r}; leave it out"
+        )
+    if name == "lp":
+        return Lp() if p is None else Lp(p)
+    if name == "dot":
+        return Dot(of_residual=rule != "gd")
+    return OBJECTIVES[name]()
+
+
+def _retention(decay: Decay, form: Form, q: float | None) -> Retention:
+    if q is None:
+        return Retention(decay=decay, form=form)
+    if form != "lq":
+        raise ValueError(f"q={q} is the exponent of form='lq', but the form is {form!r}; leave it out")
+    return Retention(decay=decay, form=form, q=q)
