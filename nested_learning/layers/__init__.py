@@ -2,20 +2,49 @@
 
 from nested_learning.layers.attention import Attention, SlidingWindowAttention
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
+from nested_learning.layers.composed import ComposedMemory
+from nested_learning.layers.drop_in import carry_states, replace_linears
+from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
+from nested_learning.layers.matrix_memories import (
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    OjaNet,
+    RetNet,
+    TTTLinear,
+)
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.mlp import MLPBlock
+from nested_learning.layers.mlp_memories import DLA, TTTMLP, Memora, Moneta, Yaad
 from nested_learning.layers.presets import SelfModifyingTitans, Titans
 from nested_learning.layers.registry import MIXERS, register_mixer
+from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
 
 __all__ = [
+    "DLA",
     "MIXERS",
+    "TTTMLP",
     "Attention",
     "CMSLevel",
+    "ComposedMemory",
     "ContinuumMemorySystem",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LinearAttention",
+    "LowRankSelfModifyingMLP",
     "MLPBlock",
+    "Memora",
     "MemoryLayer",
+    "Moneta",
+    "OjaNet",
+    "RetNet",
+    "SelfModifyingLinear",
     "SelfModifyingTitans",
     "SlidingWindowAttention",
+    "TTTLinear",
     "Titans",
+    "Yaad",
+    "carry_states",
     "register_mixer",
+    "replace_linears",
 ]

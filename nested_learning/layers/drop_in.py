@@ -1,0 +1,184 @@
+"""Self-modifying linear layers in the place of an existing network's own, by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+from nested_learning.layers.registry import unknown
+from nested_learning.layers.self_modifying_linear import (
+    Mode,
+    SelfModifyingLinear,
+    SelfModifyingLinearState,
+)
+
+
+class CarriedStates:
+    """The states of a network's drop-in layers while `carry_states` is active.
+
+    Attributes:
+        states: by module name, the state after the last call of each layer that has been called.
+        mask: bool [B, T], True = real token, of the calls that follow; None: all are real. Assign to it
+            where calls in one `with` block differ.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[DropInLinear, str],
+        states: Mapping[str, SelfModifyingLinearState],
+        mask: Tensor | None,
+    ) -> None:
+        self._names, self.states, self.mask = names, dict(states), mask
+
+    def call(self, layer: DropInLinear, x: Tensor) -> Tensor:
+        """Apply `layer` from its state so far, and keep the state after; a layer not of the network starts
+        from none."""
+        name = self._names.get(layer)
+        if name is None:
+            return layer.apply_to(x, None, None)[0]
+        y, self.states[name] = layer.apply_to(x, self.states.get(name), self.mask)
+        return y
+
+
+# Scoped to the `with` block and to its thread or task: the modules themselves hold no state.
+_carried: ContextVar[CarriedStates | None] = ContextVar("carried_states", default=None)
+
+
+class DropInLinear(SelfModifyingLinear):
+    """A `SelfModifyingLinear` that is called as the nn.Linear it replaces, y = layer(x).
+
+    Each call starts from W_0, so rows are read as whole sequences; inside `carry_states`, from the state
+    after the layer's previous call. A checkpoint of the nn.Linear fits: weight and bias keep their names.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, T, in_features] or [B, in_features] -> [..., out_features]."""
+        carried = _carried.get()
+        return self.apply_to(x, None, None)[0] if carried is None else carried.call(self, x)
+
+    def apply_to(
+        self, x: Tensor, state: SelfModifyingLinearState | None, mask: Tensor | None
+    ) -> tuple[Tensor, SelfModifyingLinearState]:
+        """`SelfModifyingLinear.forward`, with the state as a value."""
+        return super().forward(x, state, mask)
+
+
+@contextmanager
+def carry_states(
+    model: nn.Module,
+    states: Mapping[str, SelfModifyingLinearState] | None = None,
+    mask: Tensor | None = None,
+) -> Iterator[CarriedStates]:
+    """Carry the states of a network's drop-in layers from call to call within a `with` block.
+
+        with carry_states(model) as carried:
+            model(first)
+        with carry_states(model, carried.states) as carried:  # later: goes on where the first call ended
+            model(second)
+
+    Not together with activation checkpointing: its second forward pass would start from other states. That of
+    transformers is refused; do not use `torch.utils.checkpoint` around these layers either.
+
+    Args:
+        model: in which `replace_linears` has put drop-in layers.
+        states: by module name, where to start, as `carried.states` of an earlier block; a layer that is not
+            in it starts from W_0. The mapping is copied, never written to.
+        mask: bool [B, T], True = real token; None: all tokens are real.
+
+    Raises:
+        ValueError: for a model without drop-in layers, or that checkpoints activations, or a state of a layer
+            that it does not have.
+    """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, DropInLinear)}
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no drop-in layers; call replace_linears(model, ...)")
+    if any(
+        getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()
+    ):
+        raise ValueError(
+            f"{type(model).__name__} checkpoints its activations, which would run the layers twice from "
+            "different states; call model.gradient_checkpointing_disable(), or train without carrying states"
+        )
+    for name in states or {}:
+        if name not in names.values():
+            raise unknown("drop-in layer", name, names.values())
+    carried = CarriedStates(names, states or {}, mask)
+    token = _carried.set(carried)
+    try:
+        yield carried
+    finally:
+        _carried.reset(token)
+
+
+def replace_linears(
+    model: nn.Module,
+    names: str | Iterable[str],
+    *,
+    mode: Mode = "normalised",
+    chunk_size: int = 64,
+    value_rank: int = 8,
+    eta_max: float | None = None,
+) -> list[str]:
+    """Replace nn.Linear modules of `model` by self-modifying ones, in place.
+
+    The network's outputs stay exactly what they were until it is trained (see `SelfModifyingLinear`). The
+    weights and biases remain the same Parameter objects, so that ties between modules and an optimizer's
+    references hold; what the layers add is new, and an optimizer built earlier does not know it.
+
+    Args:
+        model: any network that calls its linear layers as y = layer(x) on [B, T, D] or [B, D].
+        names: module names as of `model.named_modules()`, or patterns of them: "*.down_proj",
+            "model.layers.[01].*".
+        mode, chunk_size, value_rank, eta_max: as of `SelfModifyingLinear`.
+
+    Returns: the names of the replaced modules.
+
+    Raises:
+        ValueError: for a name or pattern that no nn.Linear has; the model is then unchanged. Subclasses of
+            nn.Linear do not count: what they do differently would be lost.
+    """
+    # Every name of a module that occurs more than once is replaced, by one and the same layer.
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and type(m) is nn.Linear}
+    chosen: dict[str, nn.Linear] = {}
+    for pattern in [names] if isinstance(names, str) else names:
+        matched = {name: linears[name] for name in fnmatch.filter(linears, pattern)}
+        if not matched:
+            raise _no_such_linear(model, pattern, list(linears))
+        chosen |= matched
+    layers = {
+        linear: _drop_in(linear, mode, chunk_size, value_rank, eta_max)
+        for linear in dict.fromkeys(chosen.values())
+    }
+    for name, linear in linears.items():
+        if linear in layers:
+            model.set_submodule(name, layers[linear])
+    return [name for name, linear in linears.items() if linear in layers]
+
+
+def _drop_in(
+    linear: nn.Linear, mode: Mode, chunk_size: int, value_rank: int, eta_max: float | None
+) -> DropInLinear:
+    """A drop-in layer around the very weight and bias of `linear`."""
+    layer = DropInLinear(
+        linear.in_features, linear.out_features, False, chunk_size, mode, value_rank, eta_max
+    )
+    layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
+    layer.weight = linear.weight
+    layer.bias = linear.bias
+    return layer.train(linear.training)
+
+
+def _no_such_linear(model: nn.Module, pattern: str, known: list[str]) -> ValueError:
+    """What came, what it is if it is a module of another kind, and the nearest name or pattern."""
+    if pattern in dict(model.named_modules()):
+        kind = type(model.get_submodule(pattern)).__name__
+        return ValueError(f"{pattern!r} is a {kind}; only modules of the class nn.Linear itself are replaced")
+    endings = {"*." + name.rpartition(".")[2] for name in known if "." in name}
+    near = difflib.get_close_matches(pattern, [*known, *sorted(endings)], n=1, cutoff=0.0)
+    hint = f"did you mean {near[0]!r}?" if near else "the model has none"
+    return ValueError(f"no nn.Linear of {type(model).__name__} is named {pattern!r}; {hint}")

@@ -1,0 +1,65 @@
+"""Checks shared by layers that take a sequence [B, T, D] or one token per row [B, D]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nested_learning.memory.state import State
+
+
+def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x as [B, T, width] and mask as [B, T]; padded tokens become zero vectors.
+
+    Args:
+        x: [B, T, width], or [B, width]: one token per row.
+        mask: bool of x's shape without its last dimension, True = real token; None: all are real.
+        weight: a parameter of the layer, whose device and dtype x must have (any floating dtype inside an
+            autocast region).
+
+    Raises:
+        ValueError: where shape, dtype or device do not fit.
+    """
+    if x.dim() not in (2, 3) or x.shape[-1] != width or not x.shape[-2]:
+        raise ValueError(
+            f"x must be [B, T >= 1, {width}], or [B, {width}] for one token per row; got {tuple(x.shape)}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the layer on {weight.device}; move one with .to(device)")
+    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
+        raise ValueError(f"x must be {weight.dtype} as the layer's weights are, got {x.dtype}")
+    if mask is not None:
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool or mask.device != x.device:
+            raise ValueError(
+                f"mask must be bool {tuple(x.shape[:-1])} (True = real token) on {x.device}, got "
+                f"{mask.dtype} {tuple(mask.shape)} on {mask.device}; an integer attention mask becomes "
+                "one by mask.bool()"
+            )
+        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    if x.dim() == 2:
+        return x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
+    return x, mask
+
+
+def check_state(state: State, kind: type[State], x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless `state` is a `kind` on x's device whose tensors have these shapes, batch first."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state must be a {kind.__name__}, got {type(state).__name__}: it is another layer's"
+        )
+    for name, shape in shapes.items():
+        tensor = getattr(state, name)
+        if tuple(tensor.shape) != shape or tensor.device != x.device:
+            raise ValueError(
+                f"state.{name} must be {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}: "
+                "the state belongs to another batch or to a layer of other sizes"
+            )
+
+
+def check_count(name: str, value: object) -> None:
+    """ValueError unless `value` is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
