@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from nested_learning.memory import check
+
+MEMORIES = ("k", "v", "memory")
+
+
+def finite() -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
+    signals = {"k": torch.ones(2, 4, 8, 3), "eta": torch.ones(2, 4, 8), "log_mu": None}
+    weights = {"W1": torch.ones(2, 3, 4, 5, 5), "momentum W1": None, "W2": torch.ones(2, 3, 4, 5, 5)}
+    return signals, weights
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_the_switch(monkeypatch, value, expected):
+    monkeypatch.setenv(check.VARIABLE, value)
+    assert check.enabled() is expected
+    monkeypatch.delenv(check.VARIABLE)
+    assert check.enabled() is False
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):
+    monkeypatch.setenv(check.VARIABLE, "maybe")
+    with pytest.raises(ValueError, match=r"NESTED_LEARNING_CHECK must be 1 .* got 'maybe'"):
+        check.enabled()
+
+
+def test_finite_values_pass():
+    check.check_step(MEMORIES, 0, *finite())
+    check.check_input(x=torch.zeros(2, 3), state=None, mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_the_first_memory_chunk_and_row_are_named():
+    signals, weights = finite()
+    weights["W2"][1, 1, 0, 2, 2] = float("inf")
+    weights["W2"][1, 2] = float("nan")  # of a later memory
+    with (
+        check.layer_name("model.layers.3"),
+        check.layer_name("mixer"),
+        pytest.raises(FloatingPointError) as caught,
+    ):
+        check.check_step(MEMORIES, 17, signals, weights)
+    assert str(caught.value) == (
+        "layer 'model.layers.3.mixer' has infinity in W2 of memory 'v', chunk 17: "
+        "1 of 200 entries, the first in row 1 of the batch"
+    )
+
+
+def test_signals_come_before_weights_and_both_kinds_are_told():
+    signals, weights = finite()
+    signals["eta"][0, 1, 2], signals["eta"][1, 0, 0] = float("nan"), float("-inf")
+    weights["W1"].fill_(float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"a layer has NaN and infinity in eta of chunk 2: 2 of 64 entries.*row 0"
+    ):
+        check.check_step(MEMORIES, 2, signals, weights)
+
+
+def test_inputs_are_named():
+    with (
+        check.layer_name("first"),
+        pytest.raises(FloatingPointError, match="'first' has NaN in its input x: 1 of 6"),
+    ):
+        check.check_input(x=torch.tensor([[0.0, 1.0, 2.0], [3.0, float("nan"), 5.0]]))
+
+
+def test_names_end_with_their_block_and_do_not_reach_other_threads():
+    seen: list[str] = []
+
+    def fail() -> None:
+        try:
+            check.check_input(x=torch.full((1,), float("nan")))
+        except FloatingPointError as error:
+            seen.append(str(error))
+
+    with check.layer_name("here"):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    fail()
+    assert [message.split(" has ")[0] for message in seen] == ["a layer", "a layer"]
+
+
+def test_weights_need_the_memory_axis():
+    signals, weights = finite()
+    weights["W1"] = torch.ones(2, 5, 5)
+    with pytest.raises(ValueError, match=r"W1 must be \[B, 3, ...\].*k/v/memory, got \(2, 5, 5\)"):
+        check.check_step(MEMORIES, 0, signals, weights)
