@@ -1,0 +1,123 @@
+"""How much memory learning takes, stated before it is needed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nested_learning.continual.context import Context
+from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.reader import Reader
+from nested_learning.continual.writing import LevelWriter
+
+# tensors of a slot's size that a rule keeps
+RULE_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2, "m3": 4}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, for one row unless said otherwise.
+
+    Attributes:
+        parameters: of the base model.
+        learned_parameters: those that some level has a delta on.
+        base: the base model; shared by all learners and rows.
+        effective_weights: W_base + Σ Δ, one set per base model; shared by all learners and rows.
+        deltas: of all levels, once written.
+        sums: gradients of the unfinished chunks of all levels but the fastest.
+        rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
+        gradients: of one segment, while it is read; shared.
+        context: keys and values of a full window; 0 where the configuration does not say the head's size.
+        activations: kept for the backward pass of one segment, and its logits; an estimate, shared.
+        rows: how many rows there are.
+        total: everything, for all rows.
+    """
+
+    parameters: int
+    learned_parameters: int
+    base: int
+    effective_weights: int
+    deltas: int
+    sums: int
+    rules: int
+    gradients: int
+    context: int
+    activations: int
+    rows: int
+    total: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def budget(reader: Reader, rows: int) -> Budget:
+    """The budget of a learner with that many rows."""
+    model, writers = reader.model, reader.writers
+    parameters = list(model.parameters())
+    full = {t.name: t for w in writers for t in w.full_targets}
+    learned = {t.name: t for w in writers for t in w.targets}
+    base = sum(p.numel() * p.element_size() for p in parameters)
+    effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
+    deltas = [_delta_bytes(writer) for writer in writers]
+    factors = sum(size for writer, size in zip(writers, deltas, strict=True) if writer.level.rank is not None)
+    per_row = {
+        "deltas": sum(deltas),
+        "sums": sum(size for writer, size in zip(writers[1:], deltas[1:], strict=True) if writer.learns),
+        "rules": sum(
+            size * (RULE_TENSORS[w.level.rule] if isinstance(w.level.rule, str) else 1)
+            for w, size in zip(writers, deltas, strict=True)
+        ),
+        "context": _context_bytes(model, reader.plan.window),
+    }
+    shared = {
+        "base": base,
+        "effective_weights": effective,
+        "gradients": effective + factors,
+        "activations": _activation_bytes(reader),
+    }
+    return Budget(
+        parameters=sum(p.numel() for p in parameters),
+        learned_parameters=sum(t.weight.numel() for t in learned.values()),
+        rows=rows,
+        total=sum(shared.values()) + rows * sum(per_row.values()),
+        **shared,
+        **per_row,
+    )
+
+
+def _delta_bytes(writer: LevelWriter) -> int:
+    total = 0
+    for target in writer.targets:
+        size = memory_dtype(target.weight).itemsize
+        rank = writer.level.rank
+        total += size * (target.weight.numel() if rank is None else rank * sum(target.features))
+    return total
+
+
+def _context_bytes(model: Any, window: int) -> int:
+    config = model.config
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kept_heads * head_dim * window * model.dtype.itemsize
+
+
+def _activation_bytes(reader: Reader) -> int:
+    """What autograd keeps for a segment, counted by running the model once on a short one."""
+    tokens, short = reader.plan.segments.longest, min(8, reader.plan.window)
+    device = reader.model.device
+    ids = torch.zeros(short + 1, dtype=torch.long, device=device)
+    kept: dict[tuple[int, torch.Size], int] = {}
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage()._cdata, t.shape] = t.numel() * t.element_size()
+        return t
+
+    parameters = {p.untyped_storage()._cdata for p in reader.model.parameters()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        reader.losses(ids, Context())
+    return sum(size for (storage, _), size in kept.items() if storage not in parameters) * tokens // short

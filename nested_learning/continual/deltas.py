@@ -1,0 +1,116 @@
+"""What a level holds for one row: its delta, the sums of its unfinished chunk, the state of its rule.
+
+A slot is one learned matrix: the name of a weight for a full delta, and `NAME:down`, `NAME:up` for the two
+factors of a low-rank one (Δ = up · down, [out, in] = [out, r] [r, in]; `down` starts with orthonormal rows,
+so that a step on `up` is the full step projected on r directions; `up` starts at zero). A slot without an
+entry in `deltas` has never been written: its delta is zero and takes no memory.
+
+Tensors are written in place only while this object alone has them; `share` hands out a copy of the object
+that has the same tensors, and whoever writes next copies them first. So a snapshot costs nothing until
+then, and the base weights are never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual.context import Context
+from nested_learning.continual.rules import RuleState
+
+DOWN, UP = ":down", ":up"
+_versions = itertools.count(1)
+
+Slots = dict[str, Tensor]
+
+
+@dataclass
+class LevelState:
+    """State of one level in one row.
+
+    Attributes:
+        deltas: by slot, float32 (float64 under a float64 model).
+        sums: gradients of the chunk so far, by slot, likewise.
+        rule: state of the inner rule.
+        loss, pairs: sum of the next-token losses of the chunk so far, and of how many pairs.
+        history: mean losses of the chunks before, for `gate_quantile`.
+    """
+
+    deltas: Slots = field(default_factory=dict)
+    sums: Slots = field(default_factory=dict)
+    rule: RuleState = field(default_factory=dict)
+    loss: float = 0.0
+    pairs: int = 0
+    history: list[float] = field(default_factory=list)
+    shared: bool = False
+
+    def share(self) -> LevelState:
+        """A second object with the same values; neither sees what the other does later."""
+        self.shared = True
+        return dataclasses.replace(
+            self,
+            deltas=dict(self.deltas),
+            sums=dict(self.sums),
+            rule=dict(self.rule),
+            history=list(self.history),
+        )
+
+    def own(self) -> None:
+        """Make sure that deltas and sums may be written in place."""
+        if self.shared:
+            self.deltas = {slot: t.clone() for slot, t in self.deltas.items()}
+            self.sums = {slot: t.clone() for slot, t in self.sums.items()}
+            self.shared = False
+
+    def tensors(self) -> Iterable[Tensor]:
+        yield from self.deltas.values()
+        yield from self.sums.values()
+        for stored in self.rule.values():
+            yield from stored.values()
+
+
+@dataclass
+class Row:
+    """Everything one row (a user, a stream of text) remembers.
+
+    Attributes:
+        levels: fast to slow.
+        position: tokens observed so far.
+        tokens: ids [n] of the present window, the unread last one included.
+        start: index in `tokens` of the first token of the present segment.
+        context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
+        version: changes whenever a delta does, and is never used for two contents.
+    """
+
+    levels: list[LevelState]
+    position: int
+    tokens: Tensor
+    start: int = 0
+    context: Context = field(default_factory=Context)
+    version: int = field(default_factory=lambda: next(_versions))
+
+    @classmethod
+    def new(cls, num_levels: int, device: torch.device) -> Row:
+        return cls(
+            [LevelState() for _ in range(num_levels)], 0, torch.empty(0, dtype=torch.long, device=device)
+        )
+
+    def share(self) -> Row:
+        """A copy that goes its own way; see `LevelState.share`."""
+        return dataclasses.replace(self, levels=[level.share() for level in self.levels])
+
+    def reader(self) -> Row:
+        """A row with these deltas that has read nothing."""
+        return dataclasses.replace(self, position=0, tokens=self.tokens[:0], start=0, context=Context())
+
+    def changed(self) -> None:
+        self.version = next(_versions)
+
+    def clear_context(self) -> None:
+        """Forget the attention context; what was learned and the place within the chunks stay."""
+        self.tokens, self.start, self.context = self.tokens[:0], 0, Context()

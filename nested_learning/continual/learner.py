@@ -1,0 +1,242 @@
+"""A pretrained model that keeps learning from what it reads."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual.budget import Budget, budget
+from nested_learning.continual.context import evaluating
+from nested_learning.continual.deltas import Row
+from nested_learning.continual.inputs import Batch, TextOrIds, read_batch
+from nested_learning.continual.level import Level
+from nested_learning.continual.memory import Memory
+from nested_learning.continual.reader import Reader
+from nested_learning.continual.writing import Write, learn_from
+
+
+class Learner:
+    """A base model with levels of deltas on its weights; made by `stack_levels`.
+
+    Text is read in chunks. A chunk is scored before it is learned from, and what it teaches is written to
+    deltas, never to the base model: any number of learners may share one. Reading goes on where it
+    stopped: a text may come in any pieces.
+
+    A batch has one row of memory per sequence. The first text fixes the number of rows; one row may be
+    addressed by `row=`.
+
+    Attributes:
+        model: the base model, in its original class.
+        tokenizer: for text; None if only ids come.
+        levels: fast to slow.
+        memory: what was learned: save, load, reset, diff, snapshot.
+        writes: what happened at the boundaries that the last `observe` passed.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, reader: Reader) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
+        self.memory = Memory(model, reader.writers, reader.plan)
+        self.writes: list[Write] = []
+        self._reader = reader
+
+    def __repr__(self) -> str:
+        return f"Learner({type(self.model).__name__}, {self.memory!r})"
+
+    # Learning ------------------------------------------------------------------------------------------
+
+    def observe(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
+        """Read, score, and learn at every boundary that is passed.
+
+        Args:
+            text_or_ids: a text or ids [T] for one row; a list of texts or of ids, or ids [B, T], for B rows.
+            row: the row that one sequence is for, where there are several.
+
+        Returns:
+            surprise, the next-token loss of each token in nats, given all before it in the window: float32
+            (float64 under a float64 model) [T] for one sequence, [B, T] for ids [B, T], a list for a list.
+            The first token of a text has NaN: nothing predicts it.
+
+        Raises:
+            ValueError: no tokens, ids outside the vocabulary, or another number of rows than before.
+
+        Warns:
+            RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
+        """
+        batch = self._batch(text_or_ids)
+        if batch.kind != "one":
+            self.memory.set_rows(len(batch.rows))
+        self.writes = []
+        surprises = [self._observe_row(index, ids) for index, ids in self._assign(batch, row)]
+        return batch.restore(surprises)
+
+    def _observe_row(self, index: int, ids: Tensor) -> Tensor:
+        row, segments = self.memory.rows[index], self._reader.plan.segments
+        surprises = []
+        while len(ids):
+            left = segments.end(row.position) - row.position
+            piece, ids = ids[:left], ids[left:]
+            if len(piece) < left:
+                surprises.append(self._reader.score(row, piece))
+                continue
+            losses, segment = self._reader.read_segment(row, piece)
+            surprises.append(losses)
+            writes = learn_from(self._reader.writers, row, segment, index)
+            self.writes += writes
+            if not segment.is_finite:
+                row.clear_context()  # its keys and values may be NaN as well
+            self._report_dropped(writes)
+        return torch.cat(surprises)
+
+    def _report_dropped(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            if write.outcome == "dropped":
+                warnings.warn(
+                    f"level {write.level} learned nothing from the chunk that ends at token {write.position} "
+                    f"of row {write.row}: its loss is {write.loss}, its gradient norm {write.gradient_norm}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+    @contextmanager
+    def adaptation_scope(self) -> Iterator[Learner]:
+        """Whatever is learned inside is undone on leaving, bit for bit, also after an exception.
+
+        The place within the chunks and the attention context are restored as well. Scopes may be nested.
+        """
+        before = self.memory.snapshot()
+        try:
+            yield self
+        finally:
+            self.memory.restore(before)
+
+    # Using what was learned ------------------------------------------------------------------------------
+
+    @contextmanager
+    def active(self, row: int = 0) -> Iterator[Any]:
+        """Inside the scope the base model itself runs with a row's deltas: for anything that takes a model.
+
+        What is learned inside the scope shows in the next one. Other threads that use the same base model
+        through learners wait.
+
+        Yields:
+            the model.
+        """
+        with self._reader.workspace.installed(self._reader.writers, self.memory.rows[row]):
+            yield self.model
+
+    def score(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
+        """Next-token losses as `observe` returns them, of a text of its own; nothing is learned.
+
+        With one row of memory, any number of sequences is scored by it; with several rows each sequence
+        belongs to a row, as in `observe`.
+        """
+        batch = self._batch(text_or_ids)
+        if len(self.memory.rows) == 1 and row is None:
+            pairs = [(0, ids) for ids in batch.rows]
+        else:
+            pairs = self._assign(batch, row)
+        return batch.restore([self._score_row(self.memory.rows[i].reader(), ids) for i, ids in pairs])
+
+    def _score_row(self, row: Row, ids: Tensor) -> Tensor:
+        segments = self._reader.plan.segments
+        losses = []
+        while len(ids):
+            left = segments.end(row.position) - row.position
+            losses.append(self._reader.score(row, ids[:left]))
+            ids = ids[left:]
+            row.start = len(row.tokens)  # the next segment may need a new window
+        return torch.cat(losses)
+
+    def perplexity(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
+        """exp of the mean next-token loss of a text of its own; never learns.
+
+        Returns:
+            a float for one sequence, a list of floats for several.
+
+        Raises:
+            ValueError: as `observe`, or a sequence of a single token, which has nothing to predict.
+        """
+        batch = self._batch(text_or_ids)
+        if any(len(ids) < 2 for ids in batch.rows):
+            raise ValueError("perplexity needs at least two tokens: the first one predicts the second")
+        losses = self.score(batch.rows[0] if batch.kind == "one" else batch.rows, row=row)
+        means = [
+            math.exp(float(row_losses[1:].mean()))
+            for row_losses in ([losses] if batch.kind == "one" else losses)
+        ]
+        return means[0] if batch.kind == "one" else means
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, *, row: int = 0) -> Tensor:
+        """Logits [B, T, V] of ids [B, T] with a row's deltas: the base model's own, bit for bit, where
+        nothing was learned."""
+        with evaluating(self.model), self.active(row):
+            return self.model(input_ids=ids.to(self.model.device)).logits
+
+    def generate(self, prompt: str | Tensor, *, learn: bool = False, row: int = 0, **options: Any) -> Any:
+        """Continue a prompt with what a row has learned; transformers' `generate`.
+
+        Args:
+            prompt: a text, or ids [T] or [B, T]. It stands for itself: it is not read as a continuation of
+                what was observed.
+            learn: observe prompt and continuation afterwards (one sequence only).
+            row: whose deltas.
+            options: of transformers' `generate`, such as max_new_tokens.
+
+        Returns:
+            for a text the continuation as text, without special tokens; for ids [B, T] what transformers
+            returns; for ids [T] its only row.
+        """
+        batch = self._batch(prompt)
+        if batch.kind == "list":
+            raise ValueError(
+                "expected one text, ids [T] or ids [B, T]; generate from several texts one by one"
+            )
+        if learn and len(batch.rows) > 1:
+            raise ValueError(
+                f"learn=True takes one sequence, got {len(batch.rows)}: which one should row {row} learn?"
+            )
+        ids = torch.stack(batch.rows)
+        options.setdefault("attention_mask", torch.ones_like(ids))
+        with evaluating(self.model), self.active(row) as model:
+            output = model.generate(ids, **options)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if learn:
+            self.observe(sequences[0], row=row)
+        if isinstance(prompt, str):
+            return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        return output if batch.kind == "matrix" or output is not sequences else sequences[0]
+
+    def info(self) -> Budget:
+        """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
+        return budget(self._reader, len(self.memory.rows))
+
+    # Rows ------------------------------------------------------------------------------------------------
+
+    def _batch(self, text_or_ids: TextOrIds) -> Batch:
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        return read_batch(text_or_ids, self.tokenizer, vocab_size, self.model.device)
+
+    def _assign(self, batch: Batch, row: int | None) -> list[tuple[int, Tensor]]:
+        """(row of the memory, ids) of each sequence."""
+        rows = len(self.memory.rows)
+        if row is not None:
+            if not 0 <= row < rows:
+                raise ValueError(f"row must be from 0 to {rows - 1}, got {row}")
+            if len(batch.rows) != 1:
+                raise ValueError(f"row={row} takes one sequence, got {len(batch.rows)}")
+            return [(row, batch.rows[0])]
+        if len(batch.rows) != rows:
+            raise ValueError(
+                f"got {len(batch.rows)} sequence(s) for {rows} rows of memory; give one for each, "
+                "or name a `row`"
+            )
+        return list(enumerate(batch.rows))

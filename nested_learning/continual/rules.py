@@ -1,0 +1,103 @@
+"""Inner rules: from the clipped gradient of a chunk to the direction of a level's write.
+
+A rule's state is a value, one dict of tensors per slot (a slot is one matrix of a delta). The memory forms
+and M3 are those of `nested_learning.optimizers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nested_learning._errors import unknown
+from nested_learning.optimizers import M3
+from nested_learning.optimizers.memory_forms import (
+    AdamMemory,
+    GradientMemory,
+    MomentumMemory,
+    memory_direction,
+)
+
+RuleState = dict[str, dict[str, Tensor]]
+
+
+class Step(NamedTuple):
+    """`factor` · `directions[slot]` is what lr multiplies; the factor spares a pass over the tensors."""
+
+    state: RuleState
+    directions: dict[str, Tensor]
+    factor: float
+
+
+class Rule(Protocol):
+    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+        """One write with the gradients `scale` · `grads`; nothing that is given changes."""
+
+
+class PlainGradient:
+    """Gradient descent: the direction is the gradient. No state."""
+
+    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+        return Step({}, grads, scale)
+
+
+class FormRule:
+    """A memory form of `optimizers.memory_forms`, element by element."""
+
+    def __init__(self, memory: GradientMemory) -> None:
+        self.memory = memory
+
+    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+        new = {slot: dict(state.get(slot, {})) for slot in grads}
+        directions = {slot: memory_direction(self.memory, new[slot], g * scale) for slot, g in grads.items()}
+        return Step(new, directions, 1.0)
+
+
+class M3Rule:
+    """`optimizers.M3` with its defaults: fast and slow momentum, both orthogonalised (Algorithm 1).
+
+    The optimizer's step at learning rate 1 from zero weights is the negative direction.
+    """
+
+    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+        weights = {slot: torch.zeros_like(g) for slot, g in grads.items()}
+        optimizer = M3(list(weights.values()), lr=1.0)
+        for slot, weight in weights.items():
+            weight.grad = grads[slot] * scale
+            stored: dict[str, Any] = {key: t.clone() for key, t in state.get(slot, {}).items()}
+            if stored:
+                stored["step"] = int(stored["step"])
+            optimizer.state[weight] = stored
+        optimizer.step()
+        new = {
+            slot: {key: torch.as_tensor(value) for key, value in optimizer.state[weight].items()}
+            for slot, weight in weights.items()
+        }
+        return Step(new, weights, -1.0)
+
+
+_NAMED: dict[str, Rule] = {
+    "sgd": PlainGradient(),
+    "momentum": FormRule(MomentumMemory()),
+    "adam": FormRule(AdamMemory()),
+    "m3": M3Rule(),
+}
+
+
+def resolve_rule(rule: str | GradientMemory) -> Rule:
+    """The rule of a name or of a memory form.
+
+    Raises:
+        ValueError: an unknown name, or an object without init, update and read.
+    """
+    if isinstance(rule, str):
+        if rule not in _NAMED:
+            raise unknown("rule", rule, _NAMED)
+        return _NAMED[rule]
+    if not all(callable(getattr(rule, method, None)) for method in ("init", "update", "read")):
+        raise ValueError(
+            f"rule must be one of {', '.join(_NAMED)} or an object with init, update and read, got {rule!r}"
+        )
+    return FormRule(rule)

@@ -1,0 +1,117 @@
+"""`stack_levels`: a pretrained model turned into a continual learner (section 7.3 of arXiv 2512.24695)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from nested_learning.continual.find import check_weights, find_targets
+from nested_learning.continual.learner import Learner
+from nested_learning.continual.level import Level, Segments, check_levels
+from nested_learning.continual.reader import Reader, ReadingPlan
+from nested_learning.continual.writing import LevelWriter
+
+DEFAULT_WINDOW = 2048
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+def stack_levels(
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    levels: Sequence[Level],
+    modules: Sequence[str] | None = None,
+    segment: int | None = None,
+    window: int | None = None,
+    overlap: int | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Learner:
+    """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
+
+    The model stays as it is: its class, its parameters, its generate. With learning rates of 0 the learner
+    computes exactly what the model computes.
+
+    Args:
+        model: any transformers causal language model whose layers all have attention, in any precision.
+            Deltas are float32 (float64 under float64).
+        tokenizer: for text; None if only ids come.
+        levels: fast to slow, chunk sizes increasing. Each has its own layers; where they overlap, W is
+            W_base plus all their deltas.
+        modules: names (or ends of names) of the linear modules to learn; default: the MLPs.
+        segment: most tokens of one forward and backward pass. Default: the fastest chunk, or half of the
+            model's positions where that is longer. A chunk of several segments sums their gradients; none
+            flows from one segment into another.
+        window: positions of the attention context, the segment included. Default: 2,048 or four
+            segments, whichever is more, at most the model's positions.
+        overlap: tokens that are read again, without gradient, when a new window begins. Default: an eighth
+            of the window.
+        gradient_checkpointing: keep only the inputs of the layers, and run them twice.
+        seed: of the initial factors of low-rank deltas.
+
+    Raises:
+        ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
+            increase, layers out of range, a rank too large, or a window that does not fit.
+    """
+    levels = check_levels(levels)
+    _check_model(model)
+    targets = find_targets(model, modules)
+    num_layers = len({target.layer for target in targets})
+    writers = []
+    for index, level in enumerate(levels):
+        chosen = set(level.layer_indices(num_layers))
+        own = [target for target in targets if target.layer in chosen]
+        writers.append(LevelWriter(index, level, own, seed))
+    full = {target.name for writer in writers for target in writer.full_targets}
+    check_weights([target for writer in writers for target in writer.targets], full)
+    plan = _plan(model, levels, segment, window, overlap, gradient_checkpointing)
+    return Learner(model, tokenizer, Reader(model, writers, plan))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"expected a transformers causal language model, got {type(model).__name__}; "
+            "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    other = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; "
+            "expected attention in every layer, as the context is kept as keys and values"
+        )
+
+
+def _plan(
+    model: Any,
+    levels: Sequence[Level],
+    segment: int | None,
+    window: int | None,
+    overlap: int | None,
+    gradient_checkpointing: bool,
+) -> ReadingPlan:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions > 0 else 2**31
+    fast = levels[0].chunk_size
+    if segment is None:
+        segment = max(2, min(fast, limit // 2))
+    if window is None:
+        window = min(limit, max(DEFAULT_WINDOW, 4 * segment))
+    if overlap is None:
+        overlap = max(1, min(window // 8, window - segment))
+    if segment < 2:
+        raise ValueError(f"segment must be at least 2 tokens, got {segment}")
+    segment = min(segment, fast)
+    if not 1 <= overlap <= window - segment or window > limit:
+        raise ValueError(
+            f"window {window} must hold a segment of {segment} tokens and {overlap} (overlap, at least 1) "
+            f"before it, and be at most the model's {limit} positions; choose a shorter segment or overlap"
+        )
+    return ReadingPlan(
+        Segments(tuple(level.chunk_size for level in levels), segment),
+        window,
+        overlap,
+        gradient_checkpointing,
+    )

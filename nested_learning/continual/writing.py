@@ -1,0 +1,238 @@
+"""The arithmetic of writing: sums of gradients, the inner rule, the gate, taking over from a faster level."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual.deltas import DOWN, UP, LevelState, Row, Slots
+from nested_learning.continual.find import Target, memory_dtype
+from nested_learning.continual.level import Level
+from nested_learning.continual.rules import resolve_rule
+
+if TYPE_CHECKING:
+    from nested_learning.continual.reader import Segment
+
+HISTORY = 64  # chunks that a running quantile looks back
+
+
+@dataclass(frozen=True)
+class Write:
+    """What happened at a level's boundary.
+
+    Args:
+        level: index of the level, 0 is the fastest.
+        row: of the batch.
+        position: tokens observed at the boundary.
+        outcome: "written"; "gated", the chunk was not surprising enough; or "dropped", its loss or gradient
+            was NaN or infinite. The last two change nothing.
+        loss: mean next-token loss over the pairs of the chunk, in nats.
+        gradient_norm: of the summed gradient, before clipping.
+    """
+
+    level: int
+    row: int
+    position: int
+    outcome: str
+    loss: float
+    gradient_norm: float
+
+
+class LevelWriter:
+    """The arithmetic of one level: its slots, summing, writing, taking over from the faster level.
+
+    Args:
+        index: of the level, 0 is the fastest.
+        level: settings.
+        targets: weights of the level's layers.
+        seed: of the initial `down` factors.
+
+    Attributes:
+        full_targets, low_rank_targets: one of them is `targets`, the other is empty.
+        keys: by slot, the name of the matrix that a gradient is taken for: the full deltas of all levels on
+            a weight share one gradient, low-rank factors have their own.
+    """
+
+    def __init__(self, index: int, level: Level, targets: Sequence[Target], seed: int) -> None:
+        self.index = index
+        self.level = level
+        self.targets = list(targets)
+        self.rule = resolve_rule(level.rule)
+        self.seed = seed
+        self.learns = level.lr > 0
+        self.full_targets = self.targets if level.rank is None else []
+        self.low_rank_targets = [] if level.rank is None else self.targets
+        self.keys = {target.name: target.name for target in self.full_targets}
+        for target in self.low_rank_targets:
+            self._check_rank(target)
+            for slot in (target.name + DOWN, target.name + UP):
+                self.keys[slot] = f"{index}/{slot}"
+
+    def _check_rank(self, target: Target) -> None:
+        smaller = min(target.features)
+        if self.level.rank is not None and self.level.rank > smaller:
+            raise ValueError(
+                f"rank {self.level.rank} is larger than {target.name} allows, a matrix of "
+                f"{' × '.join(map(str, target.weight.shape))}; expected at most {smaller}"
+            )
+
+    def checked(self, slot: str, stored: Tensor) -> Tensor:
+        """A tensor of that slot from a file. ValueError if its shape is another's."""
+        name = slot.removesuffix(DOWN).removesuffix(UP)
+        target = next(target for target in self.targets if target.name == name)
+        inputs, outputs = target.features
+        factor = {DOWN: (self.level.rank, inputs), UP: (outputs, self.level.rank)}
+        expected = factor.get(slot.removeprefix(name), tuple(target.weight.shape))
+        if tuple(stored.shape) != expected:
+            raise ValueError(f"{slot} has shape {tuple(stored.shape)}, expected {expected}")
+        return stored.to(memory_dtype(target.weight))
+
+    def factors(self, state: LevelState, target: Target) -> tuple[Tensor, Tensor]:
+        """(down [r, in], up [out, r]) of a low-rank delta, made on first use."""
+        down, up = state.deltas.get(target.name + DOWN), state.deltas.get(target.name + UP)
+        if down is None or up is None:
+            down, up = self._initial_factors(target)
+            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = down, up
+        return down, up
+
+    def _initial_factors(self, target: Target) -> tuple[Tensor, Tensor]:
+        rank, (inputs, outputs) = self.level.rank, target.features
+        assert rank is not None
+        digest = hashlib.sha256(f"{self.seed}/{self.index}/{target.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        weight = target.weight
+        random = torch.randn(inputs, rank, generator=generator, dtype=torch.float64)
+        down = torch.linalg.qr(random).Q.T.contiguous()
+        return (
+            down.to(weight.device, memory_dtype(weight)),
+            torch.zeros(outputs, rank, dtype=memory_dtype(weight), device=weight.device),
+        )
+
+    def add(self, state: LevelState, grads: Slots, *, last: bool) -> None:
+        """Add gradients to the chunk's sums; `last` if the chunk ends with them."""
+        if last and not state.sums:  # the chunk was one segment: no need for a copy
+            state.sums = dict(grads)
+            return
+        state.own()
+        for slot, g in grads.items():
+            if slot in state.sums:
+                state.sums[slot].add_(g)
+            else:
+                state.sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+
+    def write(self, state: LevelState) -> tuple[str, float, float]:
+        """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
+        sums, loss = state.sums, state.loss / max(state.pairs, 1)
+        state.sums, state.loss, state.pairs = {}, 0.0, 0
+        norm = _norm(sums)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return "dropped", loss, norm
+        if self._is_gated(state, loss):
+            return "gated", loss, norm
+        state.own()
+        if self.level.decay:
+            self._decay(state)
+        if sums:
+            scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(norm, 1e-30))
+            state.rule, directions, factor = self.rule.step(state.rule, sums, scale)
+            for slot, direction in directions.items():
+                self._step(state.deltas, slot, direction, -self.level.lr * factor)
+        return "written", loss, norm
+
+    def _is_gated(self, state: LevelState, loss: float) -> bool:
+        level, before = self.level, state.history
+        if level.gate_quantile is None:
+            return level.gate is not None and loss <= level.gate
+        state.history = [*before, loss][-HISTORY:]
+        if not before:
+            return False
+        past = torch.tensor(before, dtype=torch.float64)
+        return loss <= float(torch.quantile(past, level.gate_quantile))
+
+    def _step(self, deltas: Slots, slot: str, direction: Tensor, step: float) -> None:
+        if slot in deltas:
+            deltas[slot].add_(direction, alpha=step)
+        else:
+            deltas[slot] = direction.to(torch.promote_types(direction.dtype, torch.float32)) * step
+
+    def _decay(self, state: LevelState) -> None:
+        for slot, delta in state.deltas.items():
+            if not slot.endswith(DOWN):  # a product shrinks with one of its factors
+                delta.mul_(1 - self.level.decay)
+
+    def take_over(self, state: LevelState, fast: LevelWriter, fast_state: LevelState) -> None:
+        """Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast, on the weights that both levels have."""
+        share = self.level.consolidate
+        own = {target.name for target in self.targets}
+        state.own()
+        fast_state.own()
+        for target in fast.targets:
+            delta = fast.full_delta(fast_state, target)
+            if target.name in own and delta is not None:
+                self._step(state.deltas, target.name, delta, share)
+                kept = target.name if fast.level.rank is None else target.name + UP
+                fast_state.deltas[kept].mul_(1 - share)
+
+    def full_delta(self, state: LevelState, target: Target) -> Tensor | None:
+        """Δ of one weight in the weight's own layout; None if it was never written. Not a copy."""
+        if self.level.rank is None:
+            return state.deltas.get(target.name)
+        if target.name + UP not in state.deltas:
+            return None
+        down, up = self.factors(state, target)
+        return (up @ down).T if target.transposed else up @ down
+
+
+def _norm(grads: Slots) -> float:
+    """Frobenius norm over all slots, at least in float32; one host synchronisation."""
+    if not grads:
+        return 0.0
+    tensors = list(grads.values())
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch._foreach_norm(tensors, 2, dtype)
+    return float(torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt())
+
+
+def learn_from(writers: Sequence[LevelWriter], row: Row, segment: Segment, row_index: int) -> list[Write]:
+    """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
+
+    A level counts the pairs inside the segment, and the crossing one unless its own chunk begins with the
+    segment. The sum of a slow chunk is thus made of gradients at the weights that were in force when its
+    tokens were read; nothing is read twice.
+
+    Args:
+        writers: one per level, fast to slow.
+        row: it has moved past the segment.
+        segment: what was read.
+        row_index: for the reports.
+
+    Returns:
+        the boundaries passed, faster levels first.
+    """
+    end = row.position
+    start = end - len(segment.inside.losses) - 1
+    writes = []
+    for writer, state in zip(writers, row.levels, strict=True):
+        size = writer.level.chunk_size
+        is_last = end % size == 0
+        parts = (segment.crossing, segment.inside) if start % size else (segment.inside,)
+        for part in parts:
+            state.loss += part.total
+            state.pairs += len(part.losses)
+            grads = {slot: part.grads[key] for slot, key in writer.keys.items() if key in part.grads}
+            if writer.learns and grads:
+                writer.add(state, grads, last=is_last and part is segment.inside)
+        if is_last:
+            write = Write(writer.index, row_index, end, *writer.write(state))
+            writes.append(write)
+            if write.outcome == "written" and writer.level.consolidate:
+                writer.take_over(state, writers[writer.index - 1], row.levels[writer.index - 1])
+    if any(write.outcome == "written" for write in writes):
+        row.changed()
+    return writes
