@@ -13,12 +13,14 @@ from nested_learning.layers.matrix_memories import (
     RetNet,
     TTTLinear,
 )
+from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.mlp import MLPBlock
 from nested_learning.layers.mlp_memories import DLA, TTTMLP, Memora, Moneta, Yaad
 from nested_learning.layers.presets import SelfModifyingTitans, Titans
 from nested_learning.layers.registry import MIXERS, register_mixer
 from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
+from nested_learning.layers.titans_blocks import MemoryAsGate, MemoryAsLayer
 
 __all__ = [
     "DLA",
@@ -34,6 +36,9 @@ __all__ = [
     "LowRankSelfModifyingMLP",
     "MLPBlock",
     "Memora",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
     "MemoryLayer",
     "Moneta",
     "OjaNet",

@@ -124,18 +124,22 @@ class Attention(nn.Module):
 
         # Only a whole, unpadded sequence has the plain triangle, for which there are faster kernels.
         triangle = state is None and mask is None and (self.window is None or x.shape[1] <= self.window)
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if triangle else self._allowed(positions, key_positions)[:, None],
-            is_causal=triangle,
-            enable_gqa=self.grouped,
-        )
+        y = self._attend(query, key, value, None if triangle else self._allowed(positions, key_positions))
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return y, self._remember(AttentionState(key, value, key_positions), padded=mask is not None)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+        """[B, H, T, d]; `allowed` [B, T, S] bool, None for the plain causal triangle."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if allowed is None else allowed[:, None],
+            is_causal=allowed is None,
+            enable_gqa=self.grouped,
+        )
 
     def _check(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:

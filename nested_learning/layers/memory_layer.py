@@ -163,6 +163,21 @@ class MemoryLayer(nn.Module):
             return y, state, surprise
         return y, state
 
+    def recall(self, q: Tensor, state: MemoryState | None = None) -> Tensor:
+        """Read the memory at its anchor, the weights of the last chunk boundary, without writing.
+
+        Args:
+            q: [B, H, T, head_dim] queries, float32 or float64; L2-normalise them where the memory's are.
+            state: from a call on the same rows; None for the initial memories.
+
+        Returns: M(q) [B, H, T, head_dim].
+        """
+        weights = self._start(state, q.shape[0], q.dtype).anchor
+        fixed = {name: self.system.retention.weights(A)[:, -1] for name, A in weights.items()}
+        if self.system.transposed:
+            fixed = {name: W.mT for name, W in fixed.items()}
+        return self.system.architecture.read(q, lambda name, x: x @ fixed[name].mT)
+
     def initial_weights(self, batch_size: int, dtype: torch.dtype) -> Weights:
         """The meta-learned initial memories for each row of a batch, per matrix [B, N, H, out, in].
 

@@ -8,6 +8,7 @@ each one map over the tree.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -32,7 +33,7 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class State:
-    """Base of the state dataclasses. Fields are tensors [B, ...], dicts of such tensors, or None.
+    """Base of the state dataclasses. Fields are tensors [B, ...], dicts of such tensors, states, or None.
 
     Subclasses are frozen dataclasses; declaring one registers it as a pytree node and under its class
     name, by which a file of saved states finds it again.
@@ -88,8 +89,9 @@ class State:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 flat[field.name] = value
-            elif isinstance(value, dict):
-                flat.update({f"{field.name}.{key}": t for key, t in value.items()})
+            elif isinstance(value, dict | State):
+                inner = value.to_tensors() if isinstance(value, State) else value
+                flat.update({f"{field.name}.{key}": t for key, t in inner.items()})
         return flat
 
     @classmethod
@@ -107,4 +109,17 @@ class State:
                 values[field] = {**(values[field] or {}), key: tensor}
             else:
                 values[field] = tensor
+        for name, inner in _inner_states(cls).items():
+            if values[name] is not None:
+                values[name] = inner.from_tensors(values[name])
         return cls(**values)
+
+
+def _inner_states(cls: type[State]) -> dict[str, type[State]]:
+    """The fields of a state that are states themselves, by their annotation."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if isinstance(hints[field.name], type) and issubclass(hints[field.name], State)
+    }
