@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 from nested_learning.layers.registry import unknown
@@ -16,6 +17,7 @@ from nested_learning.layers.self_modifying_linear import (
     SelfModifyingLinear,
     SelfModifyingLinearState,
 )
+from nested_learning.memory import check
 
 
 class CarriedStates:
@@ -54,9 +56,17 @@ class DropInLinear(SelfModifyingLinear):
 
     Each call starts from W_0, so rows are read as whole sequences; inside `carry_states`, from the state
     after the layer's previous call. A checkpoint of the nn.Linear fits: weight and bias keep their names.
+    In a compiled network the layer itself runs eagerly: its states are looked up at each call, and its
+    chunks would be compiled anew for each sequence length.
+
+    Attributes:
+        path: name in the network at the time of the replacement, for the messages of NESTED_LEARNING_CHECK.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    path: str = "drop-in layer"
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
         """x [B, T, in_features] or [B, in_features] -> [..., out_features]."""
         carried = _carried.get()
         return self.apply_to(x, None, None)[0] if carried is None else carried.call(self, x)
@@ -65,7 +75,10 @@ class DropInLinear(SelfModifyingLinear):
         self, x: Tensor, state: SelfModifyingLinearState | None, mask: Tensor | None
     ) -> tuple[Tensor, SelfModifyingLinearState]:
         """`SelfModifyingLinear.forward`, with the state as a value."""
-        return super().forward(x, state, mask)
+        if not check.enabled():
+            return super().forward(x, state, mask)
+        with check.layer_name(self.path):
+            return super().forward(x, state, mask)
 
 
 @contextmanager
@@ -102,7 +115,7 @@ def carry_states(
     ):
         raise ValueError(
             f"{type(model).__name__} checkpoints its activations, which would run the layers twice from "
-            "different states; call model.gradient_checkpointing_disable(), or train without carrying states"
+            "different states; call model.activation_checkpointing_disable(), or do without carry_states"
         )
     for name in states or {}:
         if name not in names.values():
@@ -154,10 +167,11 @@ def replace_linears(
         linear: _drop_in(linear, mode, chunk_size, value_rank, eta_max)
         for linear in dict.fromkeys(chosen.values())
     }
-    for name, linear in linears.items():
-        if linear in layers:
-            model.set_submodule(name, layers[linear])
-    return [name for name, linear in linears.items() if linear in layers]
+    replaced = {name: layers[linear] for name, linear in linears.items() if linear in layers}
+    for name, layer in replaced.items():
+        layer.path = name
+        model.set_submodule(name, layer)
+    return list(replaced)
 
 
 def _drop_in(

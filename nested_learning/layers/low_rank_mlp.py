@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
+from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
 from nested_learning.ops.norm import unit
@@ -108,6 +109,8 @@ class LowRankSelfModifyingMLP(nn.Module):
         if state is not None:
             check_state(state, LowRankMLPState, x, {"context": (tokens.shape[0], self.context_size)})
         context, last = self._read(tokens, state, real)
+        if check.enabled():
+            check.check_values("memory", context=context)
         h = F.gelu(self.up(tokens))  # [B, T, hidden]
         u, v = self._factors(context, h.dtype)  # [B, T, rank, dim], [B, T, rank, hidden]
         along = v @ h.unsqueeze(-1)  # ⟨v_i, h⟩ [B, T, rank, 1]

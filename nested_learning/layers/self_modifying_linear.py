@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nested_learning.layers.registry import unknown
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
+from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
 from nested_learning.ops.norm import unit
@@ -167,6 +168,8 @@ class SelfModifyingLinear(nn.Module):
         y = F.linear(tokens, self.weight, self.bias)
         with full_precision(x.device):
             change, delta = self._learn(tokens.to(dtype), delta, real)
+        if check.enabled():
+            check.check_values("memory", read=change, delta=delta)
         y = y + change.to(y.dtype)
         if real is not None:
             y = y.masked_fill(~real.unsqueeze(-1), 0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nested_learning.memory import check
 from nested_learning.memory.state import State
 
 
@@ -21,6 +22,7 @@ def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> t
 
     Raises:
         ValueError: where shape, dtype or device do not fit.
+        FloatingPointError: for values that are not finite, with NESTED_LEARNING_CHECK=1.
     """
     if x.dim() not in (2, 3) or x.shape[-1] != width or not x.shape[-2]:
         raise ValueError(
@@ -39,6 +41,8 @@ def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> t
                 "one by mask.bool()"
             )
         x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    if check.enabled():
+        check.check_values("input", x=x)
     if x.dim() == 2:
         return x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
     return x, mask

@@ -23,9 +23,13 @@ _layer: ContextVar[str | None] = ContextVar("checked_layer", default=None)
 def enabled() -> bool:
     """Whether NESTED_LEARNING_CHECK asks for checks: 1, true, yes or on; unset, 0, false, no or off for none.
 
+    Never within torch.compile, whose graphs cannot look at values: find the place in eager mode.
+
     Raises:
         ValueError: for any other value.
     """
+    if torch.compiler.is_compiling():
+        return False
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value in _ON:
         return True
@@ -48,15 +52,18 @@ def layer_name(name: str) -> Iterator[None]:
         _layer.reset(token)
 
 
-def check_input(**tensors: Tensor | None) -> None:
-    """Raise unless the tensors [B, ...] that come into a layer are finite; None is skipped.
+def check_values(kind: str, **tensors: Tensor | None) -> None:
+    """Raise unless the tensors [B, ...] that enter or leave a layer are finite; None is skipped.
+
+    Args:
+        kind: what they are to the layer, for the message: "input", "state", "output".
 
     Raises:
         FloatingPointError: with the layer, the tensor's name and the first row with such a value.
     """
     for name, tensor in tensors.items():
         if tensor is not None and not _finite(tensor):
-            raise _error(f"in its input {name}", tensor)
+            raise _error(f"in its {kind} {name}", tensor)
 
 
 def check_step(
@@ -67,8 +74,8 @@ def check_step(
 ) -> None:
     """Raise unless one chunk of a layer's memories is finite.
 
-    Signals are looked at first, as they are made before the weights move. Does nothing unless the caller has
-    asked `enabled()`: it checks whenever it is called.
+    Signals are looked at first, as they are made before the weights move. It does not ask `enabled()`: the
+    caller does, once for all chunks.
 
     Args:
         memories: names along the memory axis of the weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def let_it_learn(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, DropInLinear):
             nn.init.normal_(layer.value_up)
+            if layer.read_scale is not None:
+                nn.init.ones_(layer.read_scale)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,7 +138,7 @@ def test_masked_tokens_teach_nothing():
 def test_activation_checkpointing_does_not_carry_states():
     model = llama().train()
     replace_linears(model, "*.down_proj")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="checkpoints its activations"), carry_states(model):
         pass
     model.eval()  # where nothing is checkpointed
@@ -177,6 +180,32 @@ def test_a_plain_network_on_rows_with_a_carried_state_equals_the_sequence():
     with carry_states(network):
         steps = torch.stack([network(x[:, t]) for t in range(9)], dim=1)
     torch.testing.assert_close(steps, network(x), atol=1e-10, rtol=1e-8)
+
+
+def test_the_check_names_the_layer_where_a_number_stops_being_finite(monkeypatch):
+    monkeypatch.setenv("NESTED_LEARNING_CHECK", "1")
+    model, ids = llama(), tokens(2, 6)
+    replace_linears(model, "*.down_proj")
+    model(ids)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.value_up[0, 0] = math.inf
+    with pytest.raises(
+        FloatingPointError, match=r"layer 'model\.layers\.1\.mlp\.down_proj' has .* memory read"
+    ):
+        model(ids)
+
+
+def test_compiled_networks_give_the_same_and_carry_states():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    replace_linears(network, "2", chunk_size=4)
+    let_it_learn(network)
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    expected, compiled = network(x), torch.compile(network, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, atol=1e-12, rtol=1e-10)
+    with carry_states(network):
+        pieces = [compiled(x[:, :5]), compiled(x[:, 5:])]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-10, rtol=1e-8)
 
 
 def test_a_module_that_occurs_twice_is_replaced_by_one():

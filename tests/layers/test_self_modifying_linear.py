@@ -200,6 +200,19 @@ def test_normalised_memory_answers_a_repeated_input_with_its_target():
     torch.testing.assert_close(answer, layer.weight @ value, atol=1e-8, rtol=1e-8)
 
 
+def test_long_sequences_keep_a_bounded_state_and_gradient():
+    """4,096 tokens of a strong learner: the retention and the erase keep both from growing with T."""
+    norms = {}
+    for T in (256, 4096):
+        layer, x = make("normalised", torch.float32, chunk_size=64), inputs(1, T, D_IN).float()
+        y, state = layer(x)
+        loss = y.square().mean()
+        gradients = torch.autograd.grad(loss, list(layer.parameters()))
+        norms[T] = state.delta.norm(), torch.cat([g.flatten() for g in gradients]).norm()
+    for short, long in zip(norms[256], norms[4096], strict=True):
+        assert long < 2 * short
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["module in bfloat16", "autocast"])
 def test_the_state_stays_float32_under_bfloat16(mode, how):

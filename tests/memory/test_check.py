@@ -32,7 +32,13 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(monkeypatch):
 
 def test_finite_values_pass():
     check.check_step(MEMORIES, 0, *finite())
-    check.check_input(x=torch.zeros(2, 3), state=None, mask=torch.ones(2, 3, dtype=torch.bool))
+    check.check_values("input", x=torch.zeros(2, 3), state=None, mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_compiled_code_is_not_checked(monkeypatch):
+    monkeypatch.setenv(check.VARIABLE, "1")
+    double = torch.compile(lambda x: 2 * x if check.enabled() else x, backend="eager", fullgraph=True)
+    assert double(torch.ones(1)).item() == 1
 
 
 def test_the_first_memory_chunk_and_row_are_named():
@@ -66,7 +72,7 @@ def test_inputs_are_named():
         check.layer_name("first"),
         pytest.raises(FloatingPointError, match="'first' has NaN in its input x: 1 of 6"),
     ):
-        check.check_input(x=torch.tensor([[0.0, 1.0, 2.0], [3.0, float("nan"), 5.0]]))
+        check.check_values("input", x=torch.tensor([[0.0, 1.0, 2.0], [3.0, float("nan"), 5.0]]))
 
 
 def test_names_end_with_their_block_and_do_not_reach_other_threads():
@@ -74,7 +80,7 @@ def test_names_end_with_their_block_and_do_not_reach_other_threads():
 
     def fail() -> None:
         try:
-            check.check_input(x=torch.full((1,), float("nan")))
+            check.check_values("input", x=torch.full((1,), float("nan")))
         except FloatingPointError as error:
             seen.append(str(error))
 
