@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model on text; it is saved as a Hugging Face folder",
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
     "info": "parameters per part and level, and the memory a running sequence needs",
+    "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
 }
 DEBUG = "NESTED_LEARNING_DEBUG"

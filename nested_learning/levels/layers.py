@@ -1,0 +1,181 @@
+"""Descriptions of this package's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from nested_learning.layers.attention import Attention
+from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.memory_layer import MemoryLayer
+from nested_learning.layers.registry import MIXERS
+from nested_learning.levels.registry import Described, Memory, Weights, describes
+from nested_learning.levels.structure import softmax_attention
+from nested_learning.levels.system import Frequency, Transfer, every_tokens
+from nested_learning.memory.description import MemorySystem
+
+# By the objective's name; one that is not here is shown by its name.
+OBJECTIVES = {
+    "dot": "−⟨M(k), v̂⟩",
+    "l2": "½‖M(k) − v̂‖²",
+    "lp": "‖M(k) − v̂‖_p^p",
+    "huber": "Huber's, of M(k) − v̂",
+    "oja": "½‖k − Mᵀv‖² (Oja)",
+}
+DECAYS = {"none": "no decay", "constant": "constant decay", "gated": "decay α_t"}
+CMS_OBJECTIVES = {"lm": "next-token loss", "regression": "½‖M(k) − v‖² on projections of its input"}
+
+
+@describes(MemoryLayer)
+def _memory_layer(layer: MemoryLayer) -> Iterator[Described]:
+    """The memories of the layer's `MemorySystem`, one each, and the momentum of their writes."""
+    system, prefix = layer.system, _registered_name(layer)
+    names = {memory: f"{prefix}: M_{memory}" for memory in system.memories}
+    momentum = f"{prefix}: momentum of the writes"
+    elements, itemsize = _elements(layer), _state_itemsize(layer)
+    copies = 1 if system.exact else 2  # the current weights, and where it has one the anchor
+    for memory, chunk_size in zip(system.memories, system.chunk_sizes, strict=True):
+        yield Memory(
+            name=names[memory],
+            frequency=_frequency(system, memory, chunk_size),
+            state_bytes=copies * elements * itemsize,
+            context="tokens, as keys and values"
+            + (" and targets of its own making" if system.self_targets else ""),
+            objective=objective_of(system),
+            rule=rule_of(system, chunk_size),
+            output="its output" if memory == system.memories[-1] else "",
+            needs=(momentum,) if system.momentum else (),
+        )
+    if system.momentum:
+        yield Memory(
+            name=momentum,
+            frequency=every_tokens(),
+            state_bytes=len(names) * elements * itemsize,
+            context="gradients of the memories' objective",
+            objective="−⟨S, write⟩",
+            rule="S ← μ_t S + write, μ_t from the token",
+            output="",
+        )
+        yield _passes((momentum,), tuple(names.values()), "the sum of writes")
+    made = tuple(names[memory] for memory in system.generated)
+    if made:
+        yield Transfer(
+            sources=made,
+            targets=tuple(names.values()),
+            kind="generation of context",
+            what=", ".join(system.generated),
+        )
+    initial = list(layer.initial.parameters())
+    every = tuple(names.values())
+    yield Weights(f"{prefix}: initial memories", initial, initial_of=every)
+    yield Weights(f"{prefix}: projections and gates", _others(layer, initial), generates=every)
+
+
+def _frequency(system: MemorySystem, memory: str, chunk_size: int) -> Frequency:
+    """How often what is read of a memory changes.
+
+    The generating memories are read at their anchors. The memory that is read out may be read after every
+    token's write.
+    """
+    by_token = memory == system.memories[-1] and system.read == "token"  # exact systems are read so too
+    return every_tokens() if by_token else every_tokens(chunk_size)
+
+
+def objective_of(system: MemorySystem) -> str:
+    """The inner objective in a line; one per matrix where they differ."""
+    names = {matrix: rule.objective.name for matrix, rule in system.rule.items()}
+    return _per_matrix({matrix: OBJECTIVES.get(name, name) for matrix, name in names.items()})
+
+
+def rule_of(system: MemorySystem, chunk_size: int) -> str:
+    """The learning rule and retention in a line; the parts that differ by matrix one per matrix."""
+    decay, form = system.retention.decay, system.retention.form
+    kept = DECAYS.get(decay, decay)
+    per_matrix = {
+        matrix: ("delta gradient descent" if rule.erase else "gradient descent")
+        + ("" if decay == "none" else f", {kept} towards {_kept_value(rule.retain)}")
+        for matrix, rule in system.rule.items()
+    }
+    anchored = not system.exact and chunk_size > 1
+    parts = [
+        _per_matrix(per_matrix),
+        f"gradients at an anchor set every {chunk_size} tokens" if anchored else "gradients at every token",
+    ]
+    if form != "linear":
+        parts.append(f"retention {form}")
+    return "; ".join(parts)
+
+
+def _kept_value(retain: str) -> str:
+    return "zero" if retain == "zero" else "the initial state"
+
+
+def _per_matrix(texts: Mapping[str, str]) -> str:
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{matrix}: {text}" for matrix, text in texts.items())
+
+
+def _elements(layer: MemoryLayer) -> int:
+    """Numbers in one memory, over its heads and matrices."""
+    return sum(weights[0].numel() for weights in layer.initial.values())
+
+
+def _state_itemsize(layer: nn.Module) -> int:
+    """States are float32, or float64 in a float64 model."""
+    dtype = next(layer.parameters()).dtype
+    return torch.promote_types(dtype, torch.float32).itemsize
+
+
+def _registered_name(layer: nn.Module) -> str:
+    """What `HopeConfig(mixer=…)` calls the layer; its class's name where nothing does."""
+    registered = {factory: name for name, factory in MIXERS.items()}
+    return registered.get(type(layer), type(layer).__name__)
+
+
+def _others(module: nn.Module, taken: list[nn.Parameter]) -> list[nn.Parameter]:
+    ids = {id(parameter) for parameter in taken}
+    return [parameter for parameter in module.parameters() if id(parameter) not in ids]
+
+
+def _passes(sources: tuple[str, ...], targets: tuple[str, ...], what: str) -> Transfer:
+    return Transfer(sources=sources, targets=targets, kind="conditioning on output", what=what)
+
+
+@describes(ContinuumMemorySystem)
+def _continuum_memory_system(cms: ContinuumMemorySystem) -> Iterator[Described]:
+    """A level's block is weights; where it learns in context it is a memory too, which starts from them."""
+    for number, (level, block) in enumerate(zip(cms.levels, cms.blocks, strict=True), 1):
+        name = f"CMS level {number} (chunk {level.chunk_size})"
+        parameters = list(block.parameters())
+        if cms.update == "none":
+            yield Weights(name, parameters)
+            continue
+        memory = f"{name} in context"
+        yield Memory(
+            name=memory,
+            frequency=every_tokens(level.chunk_size),
+            state_bytes=None,
+            context=f"chunks of {level.chunk_size} tokens",
+            objective=CMS_OBJECTIVES.get(cms.update, cms.update),
+            rule="gradient descent on the sum over the chunk (eq 71)",
+        )
+        yield Weights(name, parameters, initial_of=(memory,))
+    yield from _weights_of_the_system_itself(cms)
+
+
+def _weights_of_the_system_itself(cms: ContinuumMemorySystem) -> Iterator[Weights]:
+    """Parameters outside of the blocks, such as the weights of a sum over levels."""
+    own = _others(cms, list(cms.blocks.parameters()))
+    if own:
+        yield Weights("CMS: parameters between the levels", own)
+
+
+@describes(Attention)
+def _attention(attention: Attention) -> Iterator[Described]:
+    """Keys, values and the position of every token in context."""
+    width = 2 * attention.num_kv_heads * attention.head_dim
+    bytes_per_token = width * attention.k_proj.weight.dtype.itemsize + torch.int64.itemsize
+    yield from softmax_attention(attention, bytes_per_token, attention.window)

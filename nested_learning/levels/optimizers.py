@@ -1,0 +1,396 @@
+"""Descriptions of optimizers as memories of gradients: this package's and torch's.
+
+State bytes are what a parameter's state will be once it has had a gradient; a test compares each with the
+state after a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nested_learning import optimizers as ours
+from nested_learning.levels.registry import (
+    GradientMemory,
+    Group,
+    OptimizerRule,
+    describes_optimizer,
+    optimizer_describer_of,
+)
+from nested_learning.optimizers import row_memory
+from nested_learning.optimizers.base import as_matrix, tensor_bytes, work_dtype
+
+GRADIENT_DESCENT = "W ← W − lr·g"
+DOT = "−⟨m, g⟩: what to keep of all gradients"
+
+
+def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
+    """How the optimizer trains the parameters of a group; those that need no gradient are left out.
+
+    An optimizer without a description is taken at its word: a memory that holds the tensors of its state.
+    """
+    group = {**group, "params": [p for p in group["params"] if p.requires_grad]}
+    if not group["params"]:
+        return []
+    describe = optimizer_describer_of(optimizer)
+    if describe is not None:
+        return list(describe(optimizer, group))
+    return [_unknown(optimizer, group)]
+
+
+def _unknown(optimizer: Optimizer, group: Group) -> OptimizerRule:
+    states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
+    keys = tuple(dict.fromkeys(key for state in states for key in state if tensor_bytes(state[key])))
+    memory = GradientMemory(
+        name="state",
+        keys=keys,
+        state_bytes=None,
+        objective="unknown: the optimizer has no description",
+        rule=f"unknown; holds {', '.join(map(str, keys))}" if keys else "unknown; nothing is held yet",
+    )
+    return OptimizerRule(params=group["params"], step="unknown rule, assumed every step", memories=(memory,))
+
+
+# -- sizes
+
+
+def _like(params: Sequence[Tensor], copies: int, dtype: Callable[[Tensor], torch.dtype] | None = None) -> int:
+    """Bytes of `copies` tensors of each parameter's shape, in its dtype or the one that `dtype` gives."""
+    return sum(copies * p.numel() * (p.dtype if dtype is None else dtype(p)).itemsize for p in params)
+
+
+def _counters(params: Sequence[Tensor], fused: bool = False) -> int:
+    """torch's step counts: a tensor per parameter, of the default dtype where that is float64."""
+    wide = torch.get_default_dtype() == torch.float64 and not fused
+    return len(params) * (torch.float64 if wide else torch.float32).itemsize
+
+
+# -- torch.optim
+
+
+@describes_optimizer(torch.optim.SGD)
+def _sgd(optimizer: torch.optim.SGD, group: Group) -> Iterator[OptimizerRule]:
+    params = group["params"]
+    if group["momentum"] == 0:
+        yield OptimizerRule(params=params, step=GRADIENT_DESCENT)
+        return
+    memory = GradientMemory(
+        name="momentum",
+        keys=("momentum_buffer",),
+        state_bytes=_like(params, 1),
+        objective=DOT,
+        rule=f"m ← {group['momentum']:g} m + g (eq 33)",
+    )
+    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(memory,))
+
+
+@describes_optimizer(torch.optim.Adam, torch.optim.AdamW)
+def _adam(optimizer: torch.optim.Adam, group: Group) -> Iterator[OptimizerRule]:
+    params = group["params"]
+    memory = GradientMemory(
+        name="moments",
+        keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
+        state_bytes=_like(params, 3 if group["amsgrad"] else 2) + _counters(params, bool(group["fused"])),
+        objective=ADAM_OBJECTIVE,
+        rule=_adam_rule(*group["betas"]),
+    )
+    yield OptimizerRule(params=params, step=ADAM_STEP, memories=(memory,))
+
+
+ADAM_OBJECTIVE = "Σ‖m ⊙ gᵢ − √(Σg²)‖² + λ‖m‖² (eq 101-105)"
+ADAM_STEP = "W ← W − lr·m̂/(√v̂ + ε)"
+
+
+def _adam_rule(beta1: float, beta2: float) -> str:
+    return f"averages of g and g², β = {float(beta1):g}, {float(beta2):g}"
+
+
+@describes_optimizer(torch.optim.Adagrad)
+def _adagrad(optimizer: torch.optim.Adagrad, group: Group) -> Iterator[OptimizerRule]:
+    params = group["params"]
+    memory = GradientMemory(
+        name="sum of squares",
+        keys=("sum", "step"),
+        state_bytes=_like(params, 1) + _counters(params, bool(group.get("fused"))),
+        objective=ADAGRAD_OBJECTIVE,
+        rule="H ← H + g²",
+    )
+    yield OptimizerRule(params=params, step="W ← W − lr·g/(√H + ε)", memories=(memory,))
+
+
+ADAGRAD_OBJECTIVE = "eq 106-111 with a diagonal H"
+
+
+@describes_optimizer(torch.optim.RMSprop)
+def _rmsprop(optimizer: torch.optim.RMSprop, group: Group) -> Iterator[OptimizerRule]:
+    params = group["params"]
+    square = GradientMemory(
+        name="square average",
+        keys=("square_avg", "grad_avg", "step"),
+        state_bytes=_like(params, 2 if group["centered"] else 1) + _counters(params),
+        objective="½‖v − g²‖²" + (", and ½‖m − g‖²" if group["centered"] else ""),
+        rule=f"v ← {group['alpha']:g} v + {1 - group['alpha']:g} g²",
+    )
+    if group["momentum"] == 0:
+        yield OptimizerRule(params=params, step="W ← W − lr·g/(√v + ε)", memories=(square,))
+        return
+    momentum = GradientMemory(
+        name="momentum",
+        keys=("momentum_buffer",),
+        state_bytes=_like(params, 1),
+        objective=DOT,
+        rule=f"m ← {group['momentum']:g} m + g/(√v + ε)",
+        needs=("square average",),
+    )
+    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(square, momentum))
+
+
+@describes_optimizer(torch.optim.Muon)
+def _muon(optimizer: torch.optim.Muon, group: Group) -> Iterator[OptimizerRule]:
+    params, mu = group["params"], group["momentum"]
+    memory = GradientMemory(
+        name="momentum",
+        keys=("momentum_buffer",),
+        state_bytes=_like(params, 1),
+        objective=DOT,
+        rule=f"m ← {mu:g} m + {1 - mu:g} g",
+    )
+    yield OptimizerRule(params=params, step="W ← W − lr·NewtonSchulz(m) (eq 52)", memories=(memory,))
+
+
+# -- nested_learning.optimizers: states are float32 under half precision
+
+
+CLASSICS = {
+    ours.GDMemory: ("last gradient", "−⟨m, g⟩ for the last gradient alone", "m ← g (eq 1)"),
+    ours.MomentumMemory: ("momentum", DOT, "m ← α m + g (eq 33)"),
+    ours.AdamMemory: ("moments", ADAM_OBJECTIVE, "averages of g and g²"),
+    ours.AdaGradMemory: ("sum of squares", ADAGRAD_OBJECTIVE, "H ← H + g²"),
+}
+
+
+def memory_form(memory: ours.GradientMemory, params: Sequence[Tensor]) -> GradientMemory:
+    """The description of a memory form (init, update, read) that serves these parameters."""
+    unnamed = (type(memory).__name__, "that of its class", "that of its class")
+    name, objective, rule = CLASSICS.get(type(memory), unnamed)
+    states = [memory.init(torch.empty(p.shape, dtype=work_dtype(p), device="meta")) for p in params]
+    if isinstance(memory, ours.AdamMemory):
+        rule = _adam_rule(*memory.betas)
+    return GradientMemory(
+        name=name,
+        keys=tuple(states[0]._fields),
+        state_bytes=tensor_bytes(states),
+        objective=objective,
+        rule=rule,
+    )
+
+
+@describes_optimizer(ours.MemoryOptimizer)
+def _memory_optimizer(optimizer: ours.MemoryOptimizer, group: Group) -> Iterator[OptimizerRule]:
+    memory = memory_form(optimizer.memory, group["params"])
+    yield OptimizerRule(params=group["params"], step="W ← W − lr·read(memory)", memories=(memory,))
+
+
+@describes_optimizer(ours.PreconditionedMomentum, ours.DeltaMomentum, ours.FeatureMomentum)
+def _momentum(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
+    """By preconditioner: given for some parameters, else what the group says."""
+    given = [p for p in group["params"] if "given" in optimizer.state.get(p, {})]
+    ids = {id(p) for p in given}
+    rest = [p for p in group["params"] if id(p) not in ids]
+    for params, kind in ((given, "given"), (rest, group["preconditioner"])):
+        if params:
+            preconditioner = _preconditioner(optimizer, params, kind)
+            momentum = GradientMemory(
+                name="momentum",
+                keys=("momentum",),
+                state_bytes=_like(params, 1, work_dtype),
+                objective=DOT if preconditioner is None else "−⟨m, P g⟩",
+                rule=_momentum_rule(optimizer, group, preconditioner is not None),
+                needs=() if preconditioner is None else (preconditioner.name,),
+            )
+            memories = (momentum,) if preconditioner is None else (preconditioner, momentum)
+            yield OptimizerRule(params=params, step="W ← W − lr·m", memories=memories)
+
+
+def _momentum_rule(optimizer: Optimizer, group: Group, preconditioned: bool) -> str:
+    value = "P " if preconditioned else ""
+    if isinstance(optimizer, ours.DeltaMomentum):
+        key = "gᵀg/‖g‖²" if group["scale"] == "normalised" else "gᵀg"
+        return f"delta rule: m ← {group['momentum']:g} m − {group['beta']:g} m {key} + {value}g (eq 49)"
+    if isinstance(optimizer, ours.FeatureMomentum):
+        return f"m ← {group['momentum']:g} m + {value}φ(g), φ a polynomial (eq 51)"
+    return f"m ← {group['momentum']:g} m + {value}g (eq 47)"
+
+
+def _preconditioner(optimizer: Optimizer, params: Sequence[Tensor], kind: str) -> GradientMemory | None:
+    if kind == "identity":
+        return None
+    if kind == "given":
+        held = sum(tensor_bytes(optimizer.state[p]["given"]) for p in params)
+        return GradientMemory(
+            name="given preconditioner",
+            keys=("given",),
+            state_bytes=held,
+            objective="none",
+            rule="fixed",
+            every=None,
+            context="none",
+            reads_gradients=False,
+        )
+    if kind == "diagonal":
+        return GradientMemory(
+            name="diagonal preconditioner",
+            keys=("square",),
+            state_bytes=_like(params, 1, work_dtype),
+            objective="½‖v − g²‖²",
+            rule="average of g², P = 1/(√v̂ + ε)",
+        )
+    sides = [(min(as_matrix(p).shape), work_dtype(p).itemsize) for p in params]
+    return GradientMemory(
+        name="learned preconditioner",
+        keys=("preconditioner",),
+        state_bytes=sum(side * side * itemsize for side, itemsize in sides),
+        objective="½‖P ĝ − NewtonSchulz(g)‖² (eq 41)",
+        rule="gradient descent, P ← P − ζ(P ĝ − V)ĝᵀ",
+    )
+
+
+def _matrices_and_rest(group: Group) -> tuple[list[Tensor], Iterator[OptimizerRule]]:
+    """The matrices of a group that Newton-Schulz serves, and the rule of the parameters for AdamW."""
+    matrices = [p for p in group["params"] if p.ndim == 2 and not group["adamw_only"]]
+    rest = [p for p in group["params"] if p.ndim != 2 or group["adamw_only"]]
+
+    def adamw() -> Iterator[OptimizerRule]:
+        if rest:
+            memory = memory_form(ours.AdamMemory(tuple(group["adamw_betas"]), group["adamw_eps"]), rest)
+            memory = dataclasses.replace(memory, name="moments of AdamW's part")
+            yield OptimizerRule(params=rest, step=ADAM_STEP, memories=(memory,))
+
+    return matrices, adamw()
+
+
+@describes_optimizer(ours.OrthogonalMomentum)
+def _orthogonal(optimizer: ours.OrthogonalMomentum, group: Group) -> Iterator[OptimizerRule]:
+    matrices, adamw = _matrices_and_rest(group)
+    if matrices:
+        mu = group["momentum"]
+        memory = GradientMemory(
+            name="momentum",
+            keys=("momentum",),
+            state_bytes=_like(matrices, 1, work_dtype),
+            objective=DOT,
+            rule=f"m ← {mu:g} m + {1 - mu:g} g",
+        )
+        step = f"W ← W − lr·NewtonSchulz(m), {group['iteration']} (eq 52)"
+        yield OptimizerRule(params=matrices, step=step, memories=(memory,))
+    yield from adamw
+
+
+@describes_optimizer(ours.M3)
+def _m3(optimizer: ours.M3, group: Group) -> Iterator[OptimizerRule]:
+    """M₂ takes each gradient as it comes; what the step reads of it, O₂, changes once per block."""
+    matrices, adamw = _matrices_and_rest(group)
+    if matrices:
+        beta1, beta2, beta3 = (f"{beta:g}" for beta in group["betas"])
+        fast = GradientMemory(
+            name="fast momentum",
+            keys=("momentum", "square"),
+            state_bytes=_like(matrices, 2, work_dtype),
+            objective=DOT,
+            rule=f"M₁ from g with β₁ = {beta1}, V from g² with β₂ = {beta2}",
+        )
+        slow = GradientMemory(
+            name="slow momentum",
+            keys=("slow", "slow_direction"),
+            state_bytes=_like(matrices, 2, work_dtype),
+            objective=DOT,
+            rule=f"M₂ from the sum over {group['frequency']} gradients with β₃ = {beta3}, "
+            "read as O₂ = NewtonSchulz(M₂)",
+            every=group["frequency"],
+        )
+        step = "W ← W − lr·(NewtonSchulz(M₁) + α O₂)/(√V + ε) (Algorithm 1)"
+        yield OptimizerRule(params=matrices, step=step, memories=(fast, slow))
+    yield from adamw
+
+
+DEEP_OBJECTIVES = {
+    "dot": "−⟨m(u), P⟩",
+    "l2": "½‖m(u) − P‖²",
+    "surrogate": "direction and size of P, and steadiness",
+}
+
+
+@describes_optimizer(ours.DeepMomentumGD)
+def _deep_momentum(optimizer: ours.DeepMomentumGD, group: Group) -> Iterator[OptimizerRule]:
+    shared = optimizer._memories(group)
+    memory = GradientMemory(
+        name="deep momentum",
+        keys=("weights", "initial", "previous"),
+        state_bytes=sum(_network_bytes(group, members[0]) for members in shared),
+        objective=DEEP_OBJECTIVES[group["objective"]] + (", P = g" if optimizer.value is None else ""),
+        rule=f"gradient descent on {len(shared)} networks, retention {group['momentum']:g} "
+        "towards their initial state",
+    )
+    yield OptimizerRule(params=group["params"], step="W ← W − lr·m(g) (eq 50)", memories=(memory,))
+
+
+def _network_bytes(group: Group, owner: Tensor) -> int:
+    """θ and θ₀, and the last mean row where the objective compares with it."""
+    shape, dtype = as_matrix(owner).shape, work_dtype(owner)
+    like = torch.empty(0, dtype=dtype, device="meta")
+    network = row_memory.init(shape, group["depth"], group["hidden_size"], group["rank"], like, group["seed"])
+    previous = shape[1] * dtype.itemsize if group["objective"] == "surrogate" else 0
+    return 2 * tensor_bytes(network) + previous
+
+
+@describes_optimizer(ours.DeltaGD)
+def _delta_gd(optimizer: ours.DeltaGD, group: Group) -> Iterator[OptimizerRule]:
+    layers = {id(layer.weight) for layer in optimizer._hooks}
+    if not layers:
+        raise ValueError(
+            "DeltaGD is not attached to a model yet, and which parameters it trains by eq 57 depends on it: "
+            "call optimizer.attach(model) first"
+        )
+    maps = [p for p in group["params"] if id(p) in layers]
+    rest = [p for p in group["params"] if id(p) not in layers]
+    if maps:
+        yield OptimizerRule(
+            params=maps, step="delta gradient descent: W ← (W − lr·g)(I + lr·E[xxᵀ])⁻¹ (eq 57)"
+        )
+    if rest:
+        memory = memory_form(optimizer._memory, rest)
+        yield OptimizerRule(params=rest, step="W ← W − lr·read(memory)", memories=(memory,))
+
+
+@describes_optimizer(ours.MultiFrequency)
+def _multi_frequency(optimizer: ours.MultiFrequency, group: Group) -> Iterator[OptimizerRule]:
+    """The inner optimizer's rules at the group's period, and the sum of gradients in between."""
+    period = group["period"]
+    for rule in rules_of(optimizer.inner, group):
+        memories = tuple(_slowed(memory, period) for memory in rule.memories)
+        if period > 1:
+            total = GradientMemory(
+                name=f"{optimizer.reduction} of {period} gradients",
+                keys=("accumulated",),
+                state_bytes=_like(rule.params, 1, work_dtype),
+                objective=DOT,
+                rule=f"adds g up, handed on and cleared every {period} steps (eq 71)",
+            )
+            memories = (total, *(_after(memory, total) for memory in memories))
+        yield dataclasses.replace(rule, memories=memories, period=period * rule.period)
+
+
+def _slowed(memory: GradientMemory, period: int) -> GradientMemory:
+    return memory if memory.every is None else dataclasses.replace(memory, every=memory.every * period)
+
+
+def _after(memory: GradientMemory, total: GradientMemory) -> GradientMemory:
+    """The memory with what `total` adds up as its context, in place of single gradients."""
+    if not memory.reads_gradients:
+        return memory
+    needs = (*memory.needs, total.name)
+    return dataclasses.replace(memory, reads_gradients=False, needs=needs, context=f"the {total.name}")

@@ -1,0 +1,187 @@
+"""Descriptions of modules that nobody registered, from their structure, and of torch's own layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nested_learning.levels.registry import Described, Memory, Weights, describes
+from nested_learning.levels.system import INFINITE, every_steps, every_tokens
+
+LINEAR = (nn.Linear, Conv1D)
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+# What attention layers call their projections: of keys and of values, or of several at once.
+_KEYS = {"k_proj": "v_proj", "key": "value", "k": "v", "k_lin": "v_lin", "key_proj": "value_proj"}
+_KEYS |= {"to_k": "to_v", "linear_k": "linear_v", "project_k": "project_v", "wk": "wv"}
+_FUSED = {"qkv", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "to_qkv", "kv_proj", "to_kv", "kv_b_proj"}
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+# Parts of linear attention, state-space and recurrent layers that also call themselves attention.
+_RECURRENT = re.compile(r"decay|slope|a_log|dt_|receptance|conv|^b_proj$|^beta", re.IGNORECASE)
+
+
+def softmax_attention(
+    module: nn.Module, bytes_per_token: int | None, window: int | None = None
+) -> Iterator[Described]:
+    """The description of softmax attention: a non-parametric memory of all tokens in context (eq 62-63).
+
+    Args:
+        module: whose parameters are the projections around it.
+        bytes_per_token: of the keys and values kept for each token; None where that is not known.
+        window: number of tokens that each one sees; None for all.
+    """
+    name, context, state_bytes = "softmax attention", "all tokens, as keys and values", bytes_per_token
+    if window is not None:
+        name, context = f"{name} (window {window})", f"the last {window} tokens, as keys and values"
+        state_bytes = None if bytes_per_token is None else max(window - 1, 1) * bytes_per_token
+    yield Memory(
+        name=name,
+        frequency=INFINITE,
+        state_bytes=state_bytes,
+        state_per="token" if window is None else "sequence",
+        context=context,
+        objective="Σ s(k, q) ½‖v − M‖², s = exp⟨k, q⟩ (Nadaraya-Watson)",
+        rule="closed form: nothing is trained, keys and values are kept",
+    )
+    yield Weights("attention projections", module.parameters(), generates=(name,))
+
+
+def find_attention(module: nn.Module) -> Iterator[Described] | None:
+    """The description of a module that looks like softmax attention; None for any other.
+
+    It calls itself attention, has projections to keys and values among its direct children, and no part
+    that linear attention and recurrent layers have.
+    """
+    children = dict(module.named_children())
+    parts = [*children, *dict(module.named_parameters(recurse=False))]
+    parts += dict(module.named_buffers(recurse=False))
+    if not _ATTENTION_CLASS.search(type(module).__name__) or any(_RECURRENT.search(part) for part in parts):
+        return None
+    window = _window(module)
+    pairs = [(key, value) for key, value in _KEYS.items() if key in children and value in children]
+    if pairs:
+        key, value = (children[name] for name in pairs[0])
+        return softmax_attention(module, _bytes_per_token(key, value), window)
+    if _FUSED & children.keys():
+        return softmax_attention(module, _bytes_from_config(module), window)
+    return None
+
+
+def _window(module: nn.Module) -> int | None:
+    """Tokens that each one sees: what the layer says, else the model's configuration for this layer."""
+    config = getattr(module, "config", None)
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if isinstance(types, list) and isinstance(index, int) and types[index] != "sliding_attention":
+        return None
+    return window if isinstance(window, int) else None
+
+
+def _bytes_per_token(key: nn.Module, value: nn.Module) -> int | None:
+    widths = [_out_features(projection) for projection in (key, value)]
+    weight = getattr(key, "weight", None)
+    if None in widths or not isinstance(weight, torch.Tensor):
+        return None
+    return sum(width or 0 for width in widths) * weight.dtype.itemsize
+
+
+def _out_features(projection: nn.Module) -> int | None:
+    if isinstance(projection, Conv1D):
+        return projection.nf
+    return projection.out_features if isinstance(projection, nn.Linear) else None
+
+
+def _bytes_from_config(module: nn.Module) -> int | None:
+    """For fused projections: two vectors of the heads' widths, if the model's configuration tells them."""
+    config = getattr(module, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int) or hasattr(config, "kv_lora_rank"):
+        return None
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if kv_heads is None and (hasattr(config, "multi_query") or hasattr(config, "num_kv_heads")):
+        return None  # these say it in ways of their own
+    return 2 * (kv_heads or heads) * head_dim * next(module.parameters()).dtype.itemsize
+
+
+@describes(nn.MultiheadAttention)
+def _multihead_attention(module: nn.MultiheadAttention) -> Iterator[Described]:
+    # it takes keys and values anew at every call: 2 · embed_dim numbers for each of the call's tokens
+    yield from softmax_attention(module, 2 * module.embed_dim * module.out_proj.weight.dtype.itemsize)
+
+
+@describes(nn.RNNBase)
+def _recurrence(module: nn.RNNBase) -> Iterator[Described]:
+    directions = 2 if module.bidirectional else 1
+    width = module.proj_size or module.hidden_size
+    width += module.hidden_size if module.mode == "LSTM" else 0  # the cells
+    yield Memory(
+        name="recurrent state",
+        frequency=every_tokens(),
+        state_bytes=module.num_layers * directions * width * next(module.parameters()).dtype.itemsize,
+        context="tokens",
+        objective="none of its own: the map is trained by the levels below",
+        rule=f"{module.mode}: h_t = f(x_t, h_t−1)",
+    )
+    yield Weights("recurrence", module.parameters(), generates=("recurrent state",))
+
+
+@describes(nn.modules.batchnorm._NormBase)
+def _running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[Described]:
+    """Batch and instance norm with running statistics; without them the module is plain weights."""
+    if module.running_mean is not None:
+        yield Memory(
+            name="running statistics",
+            frequency=every_steps(),
+            state_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+            state_per="model",
+            context="activations of training batches",
+            objective="½‖mean − x‖², and the same for the variance",
+            rule="exponential average at every forward pass in training",
+            output="mean and variance, in evaluation",
+        )
+    yield Weights("norms", module.parameters())
+
+
+def name_of_weights(module: nn.Module, parent: nn.Module | None, is_head: bool, shared: bool) -> str:
+    """What the parameters that a module itself holds are, by its class and surroundings.
+
+    Args:
+        module: that holds them.
+        parent: the module around it, None for the whole model.
+        is_head: it is what transformers calls the output embeddings.
+        shared: its parameters are another module's too.
+    """
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embedding (also the head)" if shared else "embedding"
+    if is_head:
+        return "head"
+    if "Norm" in kind and not any(True for _ in module.children()):
+        return "norms"
+    if isinstance(module, CONVOLUTIONS):
+        return "convolutions"
+    if isinstance(module, LINEAR):
+        return "MLPs" if parent is not None and _is_mlp(parent) else "linear layers"
+    return f"parameters of {kind}"
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Two or more linear maps and nothing else with parameters, in a module that runs them itself."""
+    own = any(True for _ in module.parameters(recurse=False))
+    if own or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    trained = [child for child in module.children() if any(True for _ in child.parameters())]
+    return len(trained) > 1 and all(isinstance(child, LINEAR) for child in trained)

@@ -1,0 +1,109 @@
+"""`nested-learning levels` in process."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from nested_learning.cli.levels import build_optimizer, model_on_meta, optimizers_by_name
+from nested_learning.cli.main import main
+from nested_learning.levels import levels
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def json_of(capsys, *argv):
+    capsys.readouterr()
+    assert main(["levels", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_preset_with_the_recipes_optimizer(capsys):
+    system = json_of(capsys, "hope-1.3b")
+    assert (system["model"], system["optimizer"]) == ("HopeForCausalLM", "AdamW")
+    assert [level["frequency"] for level in system["levels"]] == [
+        "every token",
+        "every 64 tokens",
+        "every optimizer step",
+        "every optimizer step",
+    ]
+    tensors = 2 * 4 * system["parameters"]  # two moments in float32, and a counter per parameter
+    (moments,) = system["levels"][2]["components"]
+    assert moments["state_bytes"] == pytest.approx(tensors, rel=1e-5)
+
+
+def test_no_optimizer_prints_what_never_changes(capsys):
+    assert main(["levels", "transformer-tiny", "--optimizer", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "HopeForCausalLM, optimizer none, 1,056,384 parameters" in shown
+    assert "∞ (non-parametric)" in shown
+    assert "never" in shown
+    assert "every optimizer step" not in shown
+
+
+def test_any_transformers_folder(capsys, tmp_path):
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=32))
+    llama.save_pretrained(tmp_path / "llama")
+    system = json_of(capsys, str(tmp_path / "llama"), "--optimizer", "ADAMW")
+    assert (system["model"], system["parameters"]) == ("LlamaForCausalLM", llama.num_parameters())
+    names = [component["name"] for component in system["levels"][2]["components"]]
+    assert names == ["embedding", "attention projections", "MLPs", "norms", "head"]
+    BertModel(BertConfig(**SIZES, vocab_size=32)).save_pretrained(tmp_path / "bert")
+    assert json_of(capsys, str(tmp_path / "bert"))["levels"][0]["frequency"] == "∞ (non-parametric)"
+
+
+def test_files_beside_the_output(capsys, tmp_path):
+    mermaid, png = tmp_path / "levels.mmd", tmp_path / "levels.png"
+    files = ["--mermaid", str(mermaid), "--png", str(png)]
+    assert json_of(capsys, "hope-tiny", *files)["optimizer"] == "AdamW"
+    assert mermaid.read_text().startswith("flowchart TB\n")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert sorted(tmp_path.iterdir()) == [mermaid, png]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["hope-tinny"], "unknown preset 'hope-tinny'. Did you mean 'hope-tiny'?"),
+        (["hope-tiny", "--optimizer", "adamm"], "unknown optimizer 'adamm'. Did you mean 'adam'?"),
+        (["hope-tiny", "--optimizer", "MultiFrequency"], "MultiFrequency needs inner besides parameters"),
+        (["hope-tiny", "--optimiser", "sgd"], "Did you mean '--optimizer'?"),
+        (["hope-tiny", "--png", "missing/levels.png"], "No such file or directory"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["levels", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_optimizer_that_needs_parameters_alone():
+    model = model_on_meta("hope-attention-tiny")
+    described = []
+    for name in optimizers_by_name():
+        if name not in ("multifrequency", "memoryoptimizer"):
+            system = levels(model, build_optimizer(name, model))
+            described.append(name)
+            assert system.parameters == 1_056_896
+            assert {str(c.frequency) for c in system.components if c.kind == "weights"} == {
+                "every optimizer step"
+            }
+    assert {"sgd", "adamw", "muon", "m3", "deepmomentumgd", "deltagd", "lbfgs"} <= set(described)
+
+
+def test_ends_of_a_model_are_no_matrices_for_newton_schulz():
+    model = nn.ModuleDict({"ids": nn.Embedding(5, 4), "map": nn.Linear(4, 4)})
+    muon, adamw = build_optimizer("Muon", model)
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model["map"].weight)]
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == {
+        id(model["ids"].weight),
+        id(model["map"].bias),
+    }
+    m3 = build_optimizer("m3", model)
+    assert [group["adamw_only"] for group in m3.param_groups] == [False, True]
+    assert isinstance(build_optimizer("AdamW", model), torch.optim.AdamW)
