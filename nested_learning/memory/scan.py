@@ -16,6 +16,7 @@ from torch import Tensor
 from nested_learning.memory import fused
 from nested_learning.memory.architecture import Down, Trace
 from nested_learning.memory.description import MatrixRule, MemorySystem
+from nested_learning.memory.fused.function import Generic
 from nested_learning.memory.objective import AtKey, Dot
 from nested_learning.memory.signals import Readouts, Signals, StepInputs, generate_signals
 from nested_learning.memory.state import State
@@ -266,12 +267,11 @@ def scan(
     whole = _whole_chunks(system, weights, inputs, boundary)
     if not whole:
         return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)
-    assert readouts is not None  # fused.supports systems whose gates are generated
     first, rest = _cut(inputs, whole)
-    y, surprise, current = fused.run(
-        system, initial, weights, first, readouts, want_surprise, _reference(system, initial)
+    y, surprise, current, momentum = fused.run(
+        system, initial, weights, first, readouts, want_surprise, _generic(system)
     )
-    weights = RunningWeights(current, current, None)
+    weights = RunningWeights(current, current, momentum)
     if rest is None:
         return y, surprise, weights
     y_rest, surprise_rest, weights = _scan_steps(
@@ -294,25 +294,22 @@ def _whole_chunks(
     return columns
 
 
-def _reference(system: MemorySystem, initial: Mapping[str, Tensor]) -> fused.Reference:
+def _generic(system: MemorySystem) -> Generic:
     """What `fused.run` computes, by the generic step."""
 
-    def reference(
-        W1: Tensor, W2: Tensor, W2_init: Tensor, k: Tensor, v: Tensor, q: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        start = {"W1": W1, "W2": W2}
-        y, _, after = _scan_steps(
-            system,
-            {**initial, "W2": W2_init},
-            RunningWeights(start, start, None),
-            StepInputs({"k": k, "v": v, "q": q}, None, None),
-            Readouts(weight, bias),
-            lambda _: True,
-            want_surprise=False,
-        )
-        return y, after.current["W1"], after.current["W2"]
+    def run(
+        initial: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        momentum: Mapping[str, Tensor] | None,
+        inputs: StepInputs,
+        readouts: Readouts | None,
+    ) -> tuple[Tensor, Weights, Weights | None]:
+        W, S = dict(weights), None if momentum is None else dict(momentum)
+        start = RunningWeights(W, W, S)
+        y, _, after = _scan_steps(system, initial, start, inputs, readouts, lambda _: True, False)
+        return y, after.current, after.momentum
 
-    return reference
+    return run
 
 
 def _scan_steps(
@@ -339,12 +336,15 @@ def _scan_steps(
 
 
 def _cut(inputs: StepInputs, columns: int) -> tuple[StepInputs, StepInputs | None]:
-    """The inputs of the first `columns` tokens and of the others; static gates and masks do not occur."""
-    if columns == inputs.paths["k"].shape[2]:
+    """The inputs of the first `columns` tokens and of the others; a mask does not occur."""
+    T = inputs.paths["k"].shape[2]
+    if columns == T:
         return inputs, None
-    parts = {name: x.tensor_split([columns], dim=2) for name, x in inputs.paths.items()}
-    first, rest = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
-    return StepInputs(first, None, None), StepInputs(rest, None, None)
+    sizes = [columns, T - columns]
+    paths = {name: x.split(sizes, dim=2) for name, x in inputs.paths.items()}
+    gates = (None, None) if inputs.gates is None else inputs.gates.split(sizes, dim=3)
+    first, rest = (StepInputs({n: p[i] for n, p in paths.items()}, gates[i], None) for i in (0, 1))
+    return first, rest
 
 
 def _split(inputs: StepInputs, size: int) -> Sequence[StepInputs]:

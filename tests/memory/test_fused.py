@@ -45,9 +45,14 @@ def generic(monkeypatch):
     return call
 
 
-def build(hidden_size: int = 8, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
+def build(
+    hidden_size: int = 8,
+    dtype: torch.dtype = torch.float64,
+    kind: type[torch.nn.Module] = SelfModifyingTitans,
+    **options: Any,
+) -> torch.nn.Module:
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(hidden_size, **{"num_heads": 2, "chunk_size": 4, **options}).to(dtype)
+    layer = kind(hidden_size, **{"num_heads": 2, "chunk_size": 4, **options}).to(dtype)
     with torch.no_grad():  # larger gates than at the start of training: every term counts
         for gate in layer.gates.values():
             gate.weight.normal_()
@@ -61,7 +66,8 @@ def batch(layer: torch.nn.Module, rows: int, tokens: int, dtype: torch.dtype = t
 
 def outputs(layer: torch.nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
     y, state = layer(x, **call)
-    return {"y": y, **{f"{name} after": W for name, W in state.current.items()}}
+    momentum = {f"momentum of {name} after": S for name, S in (state.momentum or {}).items()}
+    return {"y": y, **{f"{name} after": W for name, W in state.current.items()}, **momentum}
 
 
 def random_like(t: Tensor, seed: int) -> Tensor:
@@ -98,7 +104,13 @@ SHAPES = [
     (2, 40, {"chunk_size": 20, "conv_size": 0}),
     (2, 17, {"chunk_size": 17, "eta_max": 1.0, "adaptive_q": True}),
     (1, 96, {"hidden_size": 64, "chunk_size": 32}),
+    (3, 12, {"kind": Titans}),
+    (2, 13, {"kind": Titans, "expansion": 2.0}),
+    (2, 9, {"kind": Titans, "expansion": 0.5, "chunk_size": 3, "momentum_scaled": False}),
+    (1, 6, {"kind": Titans, "num_heads": 1, "chunk_size": 1}),
+    (1, 40, {"kind": Titans, "hidden_size": 64, "chunk_size": 20, "conv_size": 0}),
 ]
+KINDS = pytest.mark.parametrize("kind", [SelfModifyingTitans, Titans])
 
 
 @pytest.mark.parametrize(("rows", "tokens", "options"), SHAPES)
@@ -119,14 +131,27 @@ def test_equals_the_oracle(options, fused_runs):
     assert fused_runs == [8]
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_titans_equals_the_oracle(scaled, fused_runs):
+    oracle.compare(oracle.Case(tokens=11, rule="gd", projection=None, momentum=True, momentum_scaled=scaled))
+    assert fused_runs == [8]
+
+
 @pytest.mark.parametrize("bias", [-300.0, -60.0, 30.0])
-@pytest.mark.parametrize("gate", ["eta", "alpha"])
-def test_saturated_gates(gate, bias, generic):
+@pytest.mark.parametrize(
+    ("kind", "gate"),
+    [
+        (SelfModifyingTitans, "eta"),
+        (SelfModifyingTitans, "alpha"),
+        *((Titans, g) for g in ("eta", "alpha", "mu")),
+    ],
+)
+def test_saturated_gates(kind, gate, bias, generic):
     """Learning rates of zero, and retentions that underflow, have finite and equal gradients.
 
     Gradients of gates are differences of sums here, hence exact relative to the largest of them, not each.
     """
-    layer = build()
+    layer = build(kind=kind)
     with torch.no_grad():
         layer.gates[gate].bias.fill_(bias)
     x = batch(layer, 2, 12)
@@ -139,8 +164,9 @@ def test_saturated_gates(gate, bias, generic):
         torch.testing.assert_close(actual[name], reference, rtol=0, atol=TOLERANCE * scale, msg=name)
 
 
-def test_float32_is_as_accurate_as_the_generic_step(generic):
-    options = {"hidden_size": 64, "chunk_size": 16}
+@KINDS
+def test_float32_is_as_accurate_as_the_generic_step(kind, generic):
+    options = {"hidden_size": 64, "chunk_size": 16, "kind": kind}
     exact = build(**options)
     x = batch(exact, 2, 64)
     expected = results(exact, x)
@@ -161,6 +187,9 @@ UNSUPPORTED = [
     {"rule": "gd"},
     {"read": "chunk"},
     {"projection_chunk_size": 2},
+    {"kind": Titans, "momentum": False},
+    {"kind": Titans, "rule": "dgd"},
+    {"kind": Titans, "read": "chunk"},
 ]
 
 
@@ -171,13 +200,13 @@ def test_other_systems_take_the_generic_step(options, fused_runs):
     assert not fused_runs
 
 
-def test_other_calls_take_the_generic_step(fused_runs):
-    layer = build()
+@KINDS
+def test_other_calls_take_the_generic_step(kind, fused_runs):
+    layer = build(kind=kind)
     x = batch(layer, 2, 8)
     mask = torch.ones(2, 8, dtype=torch.bool)
     layer(x, mask=mask)
     layer(x[:, :3])
-    Titans(8, num_heads=2, chunk_size=4, momentum=False, rule="dgd")(x.float())
     assert not fused_runs
     _, state = layer(x)
     assert fused_runs == [8]
@@ -186,8 +215,9 @@ def test_other_calls_take_the_generic_step(fused_runs):
     assert fused_runs == [8]
 
 
-def test_without_gradients(fused_runs):
-    layer = build()
+@KINDS
+def test_without_gradients(kind, fused_runs):
+    layer = build(kind=kind)
     x = batch(layer, 2, 13)
     with torch.no_grad():
         actual = outputs(layer, x)
@@ -197,8 +227,9 @@ def test_without_gradients(fused_runs):
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_surprise(mode, fused_runs, generic):
-    layer = build()
+@KINDS
+def test_surprise(kind, mode, fused_runs, generic):
+    layer = build(kind=kind)
     x = batch(layer, 2, 13)
     with mode():
         expected = generic(layer, x, return_surprise=True)[2]
@@ -208,8 +239,9 @@ def test_surprise(mode, fused_runs, generic):
     assert_same({"surprise": actual}, {"surprise": expected})
 
 
-def test_only_some_inputs_need_gradients(generic):
-    layer = build().requires_grad_(False)
+@KINDS
+def test_only_some_inputs_need_gradients(kind, generic):
+    layer = build(kind=kind).requires_grad_(False)
     layer.initial["W2"].requires_grad_()
     x = batch(layer, 2, 8).detach()
 
@@ -220,8 +252,9 @@ def test_only_some_inputs_need_gradients(generic):
 
 
 @pytest.mark.parametrize("part", ["y", "W1 after", "W2 after"])
-def test_only_some_outputs_are_used(part, generic):
-    layer = build(conv_size=0)
+@KINDS
+def test_only_some_outputs_are_used(kind, part, generic):
+    layer = build(kind=kind, conv_size=0)
     x = batch(layer, 2, 8)
 
     def slopes() -> dict[str, Tensor]:
@@ -232,9 +265,10 @@ def test_only_some_outputs_are_used(part, generic):
     assert_same(slopes(), generic(slopes))
 
 
-def test_backward_twice_leaves_everything_as_it_was():
+@KINDS
+def test_backward_twice_leaves_everything_as_it_was(kind):
     """The backward pass works in buffers of its own: not in what was saved, nor in what comes in."""
-    layer = build()
+    layer = build(kind=kind)
     x = batch(layer, 2, 8)
     out = list(outputs(layer, x).values())
     slopes = [random_like(t, 5) for t in out]
@@ -246,9 +280,10 @@ def test_backward_twice_leaves_everything_as_it_was():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in():
+@KINDS
+def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in(kind):
     """With B = 1 a transposed tensor can be contiguous already, and in-place work would go through it."""
-    layer = build(num_heads=1)
+    layer = build(kind=kind, num_heads=1)
     x = batch(layer, 1, 8)
     out = outputs(layer, x)
     slopes = [random_like(t, 5) for t in out.values()]
@@ -258,8 +293,9 @@ def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_second_derivatives_by_finite_differences(fused_runs):
-    layer = build(hidden_size=4, chunk_size=2, conv_size=0)
+@KINDS
+def test_second_derivatives_by_finite_differences(kind, fused_runs):
+    layer = build(kind=kind, hidden_size=4, chunk_size=2, conv_size=0)
     parameters = dict(layer.named_parameters())
 
     def run(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
@@ -272,8 +308,9 @@ def test_second_derivatives_by_finite_differences(fused_runs):
     assert fused_runs
 
 
-def test_second_derivatives_equal_the_generic_ones(fused_runs, generic):
-    layer = build()
+@KINDS
+def test_second_derivatives_equal_the_generic_ones(kind, fused_runs, generic):
+    layer = build(kind=kind)
     x = batch(layer, 2, 8)
     leaves = [x, *layer.parameters()]
 
@@ -287,8 +324,9 @@ def test_second_derivatives_equal_the_generic_ones(fused_runs, generic):
     assert_same(actual, generic(penalty), 1e-10)
 
 
-def test_under_checkpointing(generic):
-    layer = build()
+@KINDS
+def test_under_checkpointing(kind, generic):
+    layer = build(kind=kind)
     x = batch(layer, 2, 8)
 
     def slope(run) -> dict[str, Tensor]:
@@ -298,8 +336,9 @@ def test_under_checkpointing(generic):
     assert_same(slope(lambda x: checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)), kept, 0.0)
 
 
-def test_functional_transforms_take_the_generic_step(fused_runs):
-    layer = build()
+@KINDS
+def test_functional_transforms_take_the_generic_step(kind, fused_runs):
+    layer = build(kind=kind)
     x = batch(layer, 2, 8).detach()
     slope = torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
     assert not fused_runs
@@ -309,9 +348,10 @@ def test_functional_transforms_take_the_generic_step(fused_runs):
     assert_same({"x": slope}, {"x": leaf.grad})
 
 
-def test_backward_inside_autocast():
+@KINDS
+def test_backward_inside_autocast(kind):
     """The memories stay in float32 where the whole step, the backward pass too, is inside autocast."""
-    layer = build(dtype=torch.float32)
+    layer = build(dtype=torch.float32, kind=kind)
     x = batch(layer, 2, 8, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = layer(x)[0].float().square().sum()

@@ -1,4 +1,4 @@
-"""One chunk of self-modifying Titans, forward and backward by hand: the arithmetic behind fused.py.
+"""One chunk of self-modifying Titans, forward and backward by hand: the arithmetic behind self_modifying.py.
 
 Shapes: N memories (the last is read out), M = B·H rows, C tokens, d head width, e hidden width. The
 memory axis comes first, so that the generating memories, and the one that is read out, are contiguous
@@ -15,7 +15,6 @@ their own, and on a CPU these passes over memory are what a chunk costs. Two thi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning.memory.fused.scratch import LOG_FLOOR, Scratch, accumulate, bmm, hidden, silu_backward_
 from nested_learning.ops.delta_rule.triangular import inverse_unit_lower
-from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
-
-LOG_FLOOR = -80.0  # that of ops.delta_rule.chunk.Decay
 
 
 class Memories(NamedTuple):
@@ -143,78 +140,6 @@ def decays(log_alpha: Tensor) -> Decays:
     return Decays(total.exp(), (total - log).exp_(), between, log_alpha < LOG_FLOOR)
 
 
-class Scratch:
-    """Buffers by name, made at first use and written over by each chunk in turn.
-
-    Fresh memory costs more than arithmetic on memory that is in a cache.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._buffers: dict[Hashable, Tensor] = {}
-
-    def __call__(self, name: Hashable, shape: Sequence[int]) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None:
-            buffer = self._buffers[name] = self._like.new_empty(shape)
-        return buffer
-
-    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b over the two leading dimensions."""
-        return bmm(a, b, out=self(name, (*a.shape[:-1], b.shape[-1])))
-
-    def mul(self, name: Hashable, a: Tensor, b: Tensor) -> Tensor:
-        """a * b, of a's shape."""
-        return torch.mul(a, b, out=self(name, a.shape))
-
-    def repeat(self, name: str, x: Tensor, count: int) -> Tensor:
-        """`count` copies of x along a new first dimension."""
-        return self(name, (count, *x.shape)).copy_(x)
-
-    def rows_dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """⟨a, b⟩ along the last dimension, kept; not a buffer but a new tensor."""
-        return self.mul(a.shape, a, b).sum(-1, keepdim=True)
-
-    def silu(self, name: str, z: Tensor) -> Tensor:
-        return torch.ops.aten.silu.out(z, out=self(name, z.shape))
-
-
-def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b over the two leading dimensions."""
-    if out is None:
-        out = a.new_empty((*a.shape[:-1], b.shape[-1]))
-    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
-    return out
-
-
-def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """out += alpha a @ b, the sum taken inside the product."""
-    out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), alpha=alpha)
-    return out
-
-
-def unscale_(ws: Scratch, g: Tensor, y: Tensor, f: Tensor) -> Tensor:
-    """The gradient through y = x f(‖x‖): f (g − y ⟨y, g⟩), in g's place."""
-    return g.addcmul_(y, ws.rows_dot(y, g), value=-1).mul_(f)
-
-
-def silu_backward_(g: Tensor, z: Tensor) -> Tensor:
-    """The gradient through silu(z), in g's place."""
-    return torch.ops.aten.silu_backward.grad_input(g, z, grad_input=g)
-
-
-def _inverse_norm(x: Tensor, floor: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().add_(floor**2).rsqrt_()
-
-
-def _hidden(ws: Scratch, name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """u = n(silu(z)) and the factor f of n."""
-    h = ws.silu(name, z)
-    f = _inverse_norm(h, HIDDEN_FLOOR)
-    return h.mul_(f), f
-
-
 def _bounded_(x: Tensor) -> tuple[Tensor, Tensor]:
     f = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
     return x.mul_(f), f
@@ -236,7 +161,7 @@ def generate(ws: Scratch, layout: Layout, W: Memories, x: Tensor, readout: Tenso
     """
     V, G = layout.vectors, layout.generating
     z = bmm(x, W.W2[:G].mT)
-    u, f = _hidden(ws, "u generated", z)
+    u, f = hidden(ws, "u generated", z)
     vectors, f_out = _bounded_(accumulate(x[:V].clone(), u[:V], W.W1[:V].mT))
     folded = (W.W1[V:G] * readout.mT).sum(-2, keepdim=True)
     logits = ws.rows_dot(x[V:], readout).add_(ws.rows_dot(u[V:], folded)).squeeze(-1).add_(bias)
@@ -251,10 +176,10 @@ def write(
     """The writes of a chunk: what is kept, the hidden keys u and the writes of W2 [N, M, C, e]."""
     N = W.W1.shape[0]
     z_k = bmm(ws.repeat("keys", k, N), W.W2.mT)
-    u, f_k = _hidden(ws, "u", z_k)
+    u, f_k = hidden(ws, "u", z_k)
     values = v.repeat(N, 1, 1, 1)
     z_v = bmm(values, W.W2.mT)
-    u_v, f_v = _hidden(ws, "u_v", z_v)
+    u_v, f_v = hidden(ws, "u_v", z_v)
     target, f_t = _bounded_(accumulate(values, u_v, W.W1.mT))
     answer = bmm(u, W.W1.mT)
     residual = torch.sub(target, k, out=ws("residual", target.shape))
@@ -278,7 +203,7 @@ def read(
     moved = torch.bmm(q, (W2 - W2_init).mT).mul_(decay.since_start)
     moved.baddbmm_(torch.bmm(q, k.mT).mul_(decay.between), a)
     z = torch.baddbmm(moved, q, W2_init.mT)
-    u_q, f = _hidden(ws, "u_q", z)
+    u_q, f = hidden(ws, "u_q", z)
     out = torch.bmm(u_q, W1.mT).mul_(decay.since_start)
     out.baddbmm_(torch.bmm(u_q, u.mT).mul_(decay.between), B)
     return Read(moved, z, f, out)

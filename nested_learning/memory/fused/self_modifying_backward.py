@@ -1,4 +1,4 @@
-"""The backward pass of one chunk of self-modifying Titans; shapes and method as in fused_chunk.py."""
+"""The backward pass of one chunk of self-modifying Titans; notation as in self_modifying_chunk.py."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nested_learning.memory.fused_chunk import (
+from nested_learning.memory.fused.scratch import (
+    Hidden,
+    Scratch,
+    accumulate,
+    bmm,
+    hidden_derivatives,
+    silu_backward_,
+    unscale_,
+)
+from nested_learning.memory.fused.self_modifying_chunk import (
     Decays,
     Generated,
     Layout,
     Memories,
     Read,
-    Scratch,
     Written,
-    accumulate,
-    bmm,
-    silu_backward_,
     unbound_,
-    unscale_,
 )
 
 
@@ -38,25 +42,6 @@ class ChunkGradients(NamedTuple):
     q: Tensor | None  # [M, C, d]
     readout: Tensor  # [2, M, 1, d]
     logits: Tensor  # [2, M, C] before the gates' sigmoids
-
-
-class _Hidden(NamedTuple):
-    """The hidden vectors at the keys, recomputed, with the derivatives of silu; buffers."""
-
-    u: Tensor
-    first: Tensor  # silu′(z)
-    second: Tensor  # silu″(z)
-
-
-def _hidden(ws: Scratch, z: Tensor, f: Tensor) -> _Hidden:
-    s = torch.sigmoid(z, out=ws("silu'", z.shape))
-    h = ws.mul("h", z, s)
-    u = ws.mul("u", h, f)
-    slope = torch.addcmul(s, s, s, value=-1, out=ws("silu''", z.shape))  # s (1 − s)
-    h.addcmul_(h, s, value=-1)  # z s (1 − s)
-    # silu″ = s (1 − s) (2 + z (1 − 2 s)); silu′ = s + z s (1 − s)
-    second = slope.mul_(2).add_(h).addcmul_(h, s, value=-2)
-    return _Hidden(u, s.add_(h), second)
 
 
 def backward_chunk(
@@ -79,7 +64,7 @@ def backward_chunk(
     made, kept, out = saved
     decay, static = made.decay, inputs.q is not None
     q = inputs.q if inputs.q is not None else made.vectors[2]
-    at_key = _hidden(ws, kept.z_k, kept.f_k)
+    at_key = hidden_derivatives(ws, kept.z_k, kept.f_k)
     across = torch.addcmul(kept.g, at_key.u, kept.along, value=-1, out=ws("across", kept.g.shape))
     # what W2 writes, up to eta
     direction = ws.mul("direction", across, at_key.first).mul_(kept.f_k * kept.clip)
@@ -168,7 +153,7 @@ def _write_backward(
     W: Memories,
     made: Generated,
     kept: Written,
-    at_key: _Hidden,
+    at_key: Hidden,
     across: Tensor,
     direction: Tensor,
     gW: Memories,
@@ -228,7 +213,7 @@ def _values_backward(
 def _gates_backward(
     made: Generated, from_B: Tensor, from_right: Tensor, from_a: Tensor, g_total: Tensor
 ) -> Tensor:
-    """The gradients to the gates' logits [2, M, C], by Euler's identity (see fused_chunk.py).
+    """The gradients to the gates' logits [2, M, C], by Euler's identity (see self_modifying_chunk.py).
 
     With T_t = Σ_{s≤t} log α_s: a write at s is scaled by exp(−T_s), what is read or kept at t by exp(T_t),
     and what a token erases by exp(T_t − log α_t).
