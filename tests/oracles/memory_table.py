@@ -1,8 +1,8 @@
 """The rows of docs/models.md, token by token: one row of the batch, one head, one matrix at a time.
 
 Written from the equations of docs/models.md alone and importing nothing from the package. Every function is
-differentiable and works in the dtype of its parameters. Inner gradients are torch.autograd's, of the objective
-(of L_p: of the printed smooth gradient) with respect to what each matrix puts out.
+differentiable and works in the dtype of its parameters. Inner gradients are torch.autograd's, taken at what
+each matrix puts out; that of L_p starts from the printed smooth gradient.
 
 Shapes: B rows, T tokens, D layer width, H heads, d = D/H, e hidden width of a memory, K taps.
 """
@@ -140,7 +140,7 @@ class Token:
 
 
 def weights_of(model: Model, stored: Weights, anchor: Weights) -> Weights:
-    """The matrices that a memory applies, from what is stored (and, for the scale of Moneta, at the anchor)."""
+    """The matrices that a memory applies, from what is stored; Moneta's scale is that of the anchor."""
     if model.form == "q_norm":
         scales = {}
         for name, A in anchor.items():
