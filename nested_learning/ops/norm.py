@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNIT_FLOOR = 1e-3
 
-def unit(x: Tensor, floor: float = 1e-3) -> Tensor:
+
+def unit(x: Tensor, floor: float = UNIT_FLOOR) -> Tensor:
     """x / sqrt(‖x‖² + floor²) along the last dimension.
 
     Close to x/‖x‖ for ‖x‖ well above `floor`, and smooth with a gradient of at most 1/floor at zero,
