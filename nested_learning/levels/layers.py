@@ -9,8 +9,10 @@ from torch import nn
 
 from nested_learning.layers.attention import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import MIXERS
+from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
 from nested_learning.levels.registry import Described, Memory, Weights, describes
 from nested_learning.levels.structure import softmax_attention
 from nested_learning.levels.system import Frequency, Transfer, every_tokens
@@ -171,6 +173,47 @@ def _weights_of_the_system_itself(cms: ContinuumMemorySystem) -> Iterator[Weight
     own = _others(cms, list(cms.blocks.parameters()))
     if own:
         yield Weights("CMS: parameters between the levels", own)
+
+
+@describes(SelfModifyingLinear)
+def _self_modifying_linear(layer: SelfModifyingLinear) -> Iterator[Described]:
+    """The weight, which learns after every token, and drop-in layers of that kind."""
+    memory = "self-modifying weight"
+    normalised = layer.mode == "normalised"
+    yield Memory(
+        name=memory,
+        frequency=every_tokens(),
+        state_bytes=layer.weight.numel() * _state_itemsize(layer),
+        context="tokens, with targets of the layer's own making",
+        objective=OBJECTIVES["dot" if normalised else "l2"],
+        rule=f"delta gradient descent, decay α_t towards {'the initial state' if normalised else 'zero'}",
+    )
+    initial = [dict(layer.named_parameters())["weight"]]
+    yield Weights("self-modifying weight: initial", initial, initial_of=(memory,))
+    others = _others(layer, initial)
+    yield Weights("self-modifying weight: values and gates", others, generates=(memory,))
+
+
+@describes(LowRankSelfModifyingMLP)
+def _low_rank_mlp(mlp: LowRankSelfModifyingMLP) -> Iterator[Described]:
+    """An average over what was read, from which the change of the output weights is generated."""
+    memory = "context of the low-rank change"
+    yield Memory(
+        name=memory,
+        frequency=every_tokens(),
+        state_bytes=mlp.context_size * _state_itemsize(mlp),
+        context="tokens",
+        objective="½‖c − P x‖²",
+        rule="decaying average, c ← α_t c + (1 − α_t) P x",
+        output="",
+    )
+    generated = "MLPs that a memory changes"
+    yield Weights(generated, [*mlp.up.parameters(), *mlp.down.parameters()])
+    made = _others(mlp, [*mlp.up.parameters(), *mlp.down.parameters()])
+    yield Weights("projections and generators of the low-rank change", made, generates=(memory,))
+    yield Transfer(
+        sources=(memory,), targets=(generated,), kind="generation of weights", what=f"ΔW of rank {mlp.rank}"
+    )
 
 
 @describes(Attention)

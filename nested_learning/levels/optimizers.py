@@ -7,7 +7,7 @@ state after a step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ from nested_learning.levels.registry import (
     describes_optimizer,
     optimizer_describer_of,
 )
+from nested_learning.levels.torch_optimizers import (
+    ADAGRAD_OBJECTIVE,
+    ADAM_OBJECTIVE,
+    ADAM_STEP,
+    DOT,
+    adam_rule,
+    like_bytes,
+)
 from nested_learning.optimizers import row_memory
 from nested_learning.optimizers.base import as_matrix, tensor_bytes, work_dtype
-
-GRADIENT_DESCENT = "W ← W − lr·g"
-DOT = "−⟨m, g⟩: what to keep of all gradients"
 
 
 def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
@@ -55,116 +60,6 @@ def _unknown(optimizer: Optimizer, group: Group) -> OptimizerRule:
     return OptimizerRule(params=group["params"], step="unknown rule, assumed every step", memories=(memory,))
 
 
-# -- sizes
-
-
-def _like(params: Sequence[Tensor], copies: int, dtype: Callable[[Tensor], torch.dtype] | None = None) -> int:
-    """Bytes of `copies` tensors of each parameter's shape, in its dtype or the one that `dtype` gives."""
-    return sum(copies * p.numel() * (p.dtype if dtype is None else dtype(p)).itemsize for p in params)
-
-
-def _counters(params: Sequence[Tensor], fused: bool = False) -> int:
-    """torch's step counts: a tensor per parameter, of the default dtype where that is float64."""
-    wide = torch.get_default_dtype() == torch.float64 and not fused
-    return len(params) * (torch.float64 if wide else torch.float32).itemsize
-
-
-# -- torch.optim
-
-
-@describes_optimizer(torch.optim.SGD)
-def _sgd(optimizer: torch.optim.SGD, group: Group) -> Iterator[OptimizerRule]:
-    params = group["params"]
-    if group["momentum"] == 0:
-        yield OptimizerRule(params=params, step=GRADIENT_DESCENT)
-        return
-    memory = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=_like(params, 1),
-        objective=DOT,
-        rule=f"m ← {group['momentum']:g} m + g (eq 33)",
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(memory,))
-
-
-@describes_optimizer(torch.optim.Adam, torch.optim.AdamW)
-def _adam(optimizer: torch.optim.Adam, group: Group) -> Iterator[OptimizerRule]:
-    params = group["params"]
-    memory = GradientMemory(
-        name="moments",
-        keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
-        state_bytes=_like(params, 3 if group["amsgrad"] else 2) + _counters(params, bool(group["fused"])),
-        objective=ADAM_OBJECTIVE,
-        rule=_adam_rule(*group["betas"]),
-    )
-    yield OptimizerRule(params=params, step=ADAM_STEP, memories=(memory,))
-
-
-ADAM_OBJECTIVE = "Σ‖m ⊙ gᵢ − √(Σg²)‖² + λ‖m‖² (eq 101-105)"
-ADAM_STEP = "W ← W − lr·m̂/(√v̂ + ε)"
-
-
-def _adam_rule(beta1: float, beta2: float) -> str:
-    return f"averages of g and g², β = {float(beta1):g}, {float(beta2):g}"
-
-
-@describes_optimizer(torch.optim.Adagrad)
-def _adagrad(optimizer: torch.optim.Adagrad, group: Group) -> Iterator[OptimizerRule]:
-    params = group["params"]
-    memory = GradientMemory(
-        name="sum of squares",
-        keys=("sum", "step"),
-        state_bytes=_like(params, 1) + _counters(params, bool(group.get("fused"))),
-        objective=ADAGRAD_OBJECTIVE,
-        rule="H ← H + g²",
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·g/(√H + ε)", memories=(memory,))
-
-
-ADAGRAD_OBJECTIVE = "eq 106-111 with a diagonal H"
-
-
-@describes_optimizer(torch.optim.RMSprop)
-def _rmsprop(optimizer: torch.optim.RMSprop, group: Group) -> Iterator[OptimizerRule]:
-    params = group["params"]
-    square = GradientMemory(
-        name="square average",
-        keys=("square_avg", "grad_avg", "step"),
-        state_bytes=_like(params, 2 if group["centered"] else 1) + _counters(params),
-        objective="½‖v − g²‖²" + (", and ½‖m − g‖²" if group["centered"] else ""),
-        rule=f"v ← {group['alpha']:g} v + {1 - group['alpha']:g} g²",
-    )
-    if group["momentum"] == 0:
-        yield OptimizerRule(params=params, step="W ← W − lr·g/(√v + ε)", memories=(square,))
-        return
-    momentum = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=_like(params, 1),
-        objective=DOT,
-        rule=f"m ← {group['momentum']:g} m + g/(√v + ε)",
-        needs=("square average",),
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(square, momentum))
-
-
-@describes_optimizer(torch.optim.Muon)
-def _muon(optimizer: torch.optim.Muon, group: Group) -> Iterator[OptimizerRule]:
-    params, mu = group["params"], group["momentum"]
-    memory = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=_like(params, 1),
-        objective=DOT,
-        rule=f"m ← {mu:g} m + {1 - mu:g} g",
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·NewtonSchulz(m) (eq 52)", memories=(memory,))
-
-
-# -- nested_learning.optimizers: states are float32 under half precision
-
-
 CLASSICS = {
     ours.GDMemory: ("last gradient", "−⟨m, g⟩ for the last gradient alone", "m ← g (eq 1)"),
     ours.MomentumMemory: ("momentum", DOT, "m ← α m + g (eq 33)"),
@@ -179,7 +74,7 @@ def memory_form(memory: ours.GradientMemory, params: Sequence[Tensor]) -> Gradie
     name, objective, rule = CLASSICS.get(type(memory), unnamed)
     states = [memory.init(torch.empty(p.shape, dtype=work_dtype(p), device="meta")) for p in params]
     if isinstance(memory, ours.AdamMemory):
-        rule = _adam_rule(*memory.betas)
+        rule = adam_rule(*memory.betas)
     return GradientMemory(
         name=name,
         keys=tuple(states[0]._fields),
@@ -207,7 +102,7 @@ def _momentum(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
             momentum = GradientMemory(
                 name="momentum",
                 keys=("momentum",),
-                state_bytes=_like(params, 1, work_dtype),
+                state_bytes=like_bytes(params, 1, work_dtype),
                 objective=DOT if preconditioner is None else "−⟨m, P g⟩",
                 rule=_momentum_rule(optimizer, group, preconditioner is not None),
                 needs=() if preconditioner is None else (preconditioner.name,),
@@ -245,7 +140,7 @@ def _preconditioner(optimizer: Optimizer, params: Sequence[Tensor], kind: str) -
         return GradientMemory(
             name="diagonal preconditioner",
             keys=("square",),
-            state_bytes=_like(params, 1, work_dtype),
+            state_bytes=like_bytes(params, 1, work_dtype),
             objective="½‖v − g²‖²",
             rule="average of g², P = 1/(√v̂ + ε)",
         )
@@ -281,7 +176,7 @@ def _orthogonal(optimizer: ours.OrthogonalMomentum, group: Group) -> Iterator[Op
         memory = GradientMemory(
             name="momentum",
             keys=("momentum",),
-            state_bytes=_like(matrices, 1, work_dtype),
+            state_bytes=like_bytes(matrices, 1, work_dtype),
             objective=DOT,
             rule=f"m ← {mu:g} m + {1 - mu:g} g",
         )
@@ -299,14 +194,14 @@ def _m3(optimizer: ours.M3, group: Group) -> Iterator[OptimizerRule]:
         fast = GradientMemory(
             name="fast momentum",
             keys=("momentum", "square"),
-            state_bytes=_like(matrices, 2, work_dtype),
+            state_bytes=like_bytes(matrices, 2, work_dtype),
             objective=DOT,
             rule=f"M₁ from g with β₁ = {beta1}, V from g² with β₂ = {beta2}",
         )
         slow = GradientMemory(
             name="slow momentum",
             keys=("slow", "slow_direction"),
-            state_bytes=_like(matrices, 2, work_dtype),
+            state_bytes=like_bytes(matrices, 2, work_dtype),
             objective=DOT,
             rule=f"M₂ from the sum over {group['frequency']} gradients with β₃ = {beta3}, "
             "read as O₂ = NewtonSchulz(M₂)",
@@ -376,7 +271,7 @@ def _multi_frequency(optimizer: ours.MultiFrequency, group: Group) -> Iterator[O
             total = GradientMemory(
                 name=f"{optimizer.reduction} of {period} gradients",
                 keys=("accumulated",),
-                state_bytes=_like(rule.params, 1, work_dtype),
+                state_bytes=like_bytes(rule.params, 1, work_dtype),
                 objective=DOT,
                 rule=f"adds g up, handed on and cleared every {period} steps (eq 71)",
             )

@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from nested_learning import Attention, ContinuumMemorySystem, HopeForCausalLM, SelfModifyingTitans, preset
-from nested_learning.layers import SlidingWindowAttention
-from nested_learning.levels import levels
+from nested_learning.layers import LowRankSelfModifyingMLP, SelfModifyingLinear, SlidingWindowAttention
+from nested_learning.layers.memory_layer import MemoryLayer
+from nested_learning.layers.registry import MIXERS, build_mixer
+from nested_learning.levels import every_steps, levels
 from nested_learning.models import HopeConfig
 from nested_learning.optimizers import MultiFrequency
 
@@ -172,6 +174,40 @@ def test_memory_layer_state_is_what_a_running_layer_holds(momentum, read):
             ("every token", {"self_modifying_titans: momentum of the writes": 0}),
             ("every token", {"self_modifying_titans: M_memory": 0}),
         ]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_described(mixer):
+    """The state of each that is one memory layer is found; all are composed of parts that are."""
+    options = {"window": 4} if mixer == "sliding_window_attention" else {}
+    layer = build_mixer(mixer, 16, 2, options)
+    system = levels(layer, torch.optim.AdamW(layer.parameters()))
+    in_context = [component for component in system.components if component.kind == "memory"]
+    assert in_context
+    assert system.levels[0].frequency.rank < every_steps().rank
+    assert system.parameters == sum(p.numel() for p in layer.parameters())
+    if isinstance(layer, MemoryLayer):
+        _, state = layer(torch.randn(1, 7, 16))
+        tail = 0 if state.conv_tail is None else state.conv_tail.nbytes
+        found = sum(component.state_bytes for component in in_context)
+        assert found == state.nbytes() - tail - state.position.nbytes
+
+
+def test_layers_that_rewrite_their_weights():
+    linear = SelfModifyingLinear(6, 5)
+    system = levels(linear, torch.optim.SGD(linear.parameters(), lr=0.1))
+    _, state = linear(torch.randn(1, 3, 6))
+    memory = system["self-modifying weight"]
+    assert (str(memory.frequency), memory.state_bytes) == ("every token", state.nbytes())
+    assert system["self-modifying weight: initial"].parameters == 30
+    assert passes(system, "initial state") == {("self-modifying weight: initial", "self-modifying weight")}
+    mlp = LowRankSelfModifyingMLP(6)
+    system = levels(mlp)
+    _, state = mlp(torch.randn(1, 3, 6))
+    assert system["context of the low-rank change"].state_bytes == state.nbytes()
+    assert passes(system, "generation of weights") == {
+        ("context of the low-rank change", "MLPs that a memory changes")
+    }
 
 
 def test_attention_state_is_what_a_running_layer_holds():

@@ -1,0 +1,108 @@
+"""Components and transfers while they are collected, before names are unique."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from nested_learning.levels.system import Component, Transfer, TransferKind
+
+
+@dataclass(eq=False)
+class Draft:
+    """A component to be: its bytes, modules and needs grow as they are found.
+
+    Attributes:
+        component: without its final name, `where` and `needs`.
+        where: names of modules.
+        needs: other drafts, in the order in which they were found.
+        parameters: of weights.
+        last_seen: of weights: the number of the module that registered the last of them.
+    """
+
+    component: Component
+    where: dict[str, None] = field(default_factory=dict)
+    needs: dict[Draft, None] = field(default_factory=dict)
+    parameters: dict[nn.Parameter, None] = field(default_factory=dict)
+    last_seen: int = 0
+
+    def add_bytes(self, count: int | None, measured: bool) -> None:
+        """Add to the state's bytes; one part that is not known, or not measured, makes it all so."""
+        before = self.component.state_bytes
+        self.component = dataclasses.replace(
+            self.component,
+            state_bytes=None if count is None or before is None else before + count,
+            measured=self.component.measured and measured,
+        )
+
+
+class Drafts:
+    """All drafts of a system and what passes between them."""
+
+    def __init__(self) -> None:
+        self._drafts: dict[Component, Draft] = {}
+        self._passes: dict[tuple[Draft, Draft, TransferKind, str], None] = {}
+
+    def find(self, component: Component) -> Draft:
+        """The draft that was begun for such a component; a new one, without state, if there is none."""
+        empty = dataclasses.replace(component, state_bytes=0, measured=True)
+        return self._drafts.setdefault(empty, Draft(empty))
+
+    def add_pass(
+        self, sources: Iterable[Draft], targets: Iterable[Draft], kind: TransferKind, what: str
+    ) -> None:
+        """Each of the sources passes something to each of the targets."""
+        targets = list(targets)
+        for source in sources:
+            self._passes.update(((source, target, kind, what), None) for target in targets)
+
+    @property
+    def weights(self) -> list[Draft]:
+        """Those of weights."""
+        return [draft for draft in self._drafts.values() if draft.component.kind == "weights"]
+
+    def components(self) -> list[Component]:
+        """All components with unique names, in the order in which they were found."""
+        names = self._names()
+        return [
+            dataclasses.replace(
+                draft.component,
+                name=names[draft],
+                where=tuple(draft.where),
+                needs=tuple(names[other] for other in draft.needs),
+            )
+            for draft in self._drafts.values()
+        ]
+
+    def transfers(self) -> tuple[Transfer, ...]:
+        """From several to several where every source reaches every target."""
+        names = self._names()
+        reached: dict[tuple[str, TransferKind, str], dict[str, None]] = defaultdict(dict)
+        for source, target, kind, what in self._passes:
+            reached[names[source], kind, what][names[target]] = None
+        alike: dict[tuple[frozenset[str], TransferKind, str], list[str]] = defaultdict(list)
+        for (name, kind, what), targets in reached.items():
+            alike[frozenset(targets), kind, what].append(name)
+        return tuple(
+            Transfer(
+                sources=tuple(sources), targets=tuple(reached[sources[0], kind, what]), kind=kind, what=what
+            )
+            for (_, kind, what), sources in alike.items()
+        )
+
+    def _names(self) -> dict[Draft, str]:
+        """Where a name is not unique, its components get their frequencies, and then numbers, behind it."""
+        counts = Counter(draft.component.name for draft in self._drafts.values())
+        taken: Counter[str] = Counter()
+        names = {}
+        for draft in self._drafts.values():
+            name = draft.component.name
+            if counts[name] > 1:
+                name = f"{name}, {draft.component.frequency}"
+            taken[name] += 1
+            names[draft] = name if taken[name] == 1 else f"{name} ({taken[name]})"
+        return names

@@ -1,0 +1,137 @@
+"""The optimizers' part of a nested system: memories of gradients, and who is trained by which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nested_learning.levels.drafts import Draft, Drafts
+from nested_learning.levels.optimizers import rules_of
+from nested_learning.levels.registry import GradientMemory, OptimizerRule
+from nested_learning.levels.system import NEVER, Component, every_steps
+from nested_learning.optimizers.base import tensor_bytes
+
+States = list[dict[Tensor, dict[str, Any]]]  # an optimizer's, and that of the one inside it, by parameter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an optimizer does with a parameter.
+
+    Attributes:
+        step: how it moves.
+        period: optimizer steps from one move to the next.
+        needs: memories that take part.
+        reads: those that the step reads itself.
+        fed: those that the gradient goes to.
+    """
+
+    step: str
+    period: int
+    needs: tuple[Draft, ...]
+    reads: tuple[Draft, ...]
+    fed: tuple[Draft, ...]
+
+
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers that a caller gave, those of accelerate (which the Trainer has) unwrapped."""
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise ValueError(f"expected torch optimizers or None, got {type(one).__name__}")
+    wrapped = [getattr(one, "optimizer", None) for one in given]
+    return [inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)]
+
+
+def add_optimizers(
+    drafts: Drafts, optimizers: list[Optimizer], parameters: Collection[nn.Parameter]
+) -> dict[Tensor, Trained]:
+    """Draft the memories of all optimizers; returns what becomes of each parameter that one trains.
+
+    Raises:
+        ValueError: an optimizer trains none of the parameters, or one of another optimizer's.
+    """
+    trained: dict[Tensor, Trained] = {}
+    for optimizer in optimizers:
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        if not set(parameters).intersection(own):
+            raise ValueError(
+                f"{type(optimizer).__name__} trains none of the model's {len(parameters)} parameters: build "
+                "it from this model's parameters()"
+            )
+        if any(p in trained for p in own):
+            raise ValueError(f"{type(optimizer).__name__} trains parameters of another of the optimizers")
+        trained.update(_add_optimizer(drafts, optimizer))
+    return trained
+
+
+def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained]:
+    trained: dict[Tensor, Trained] = {}
+    states = _states(optimizer)
+    stepped = _has_stepped(states)
+    found = 0
+    for group in optimizer.param_groups:
+        for rule in rules_of(optimizer, group):
+            memories: dict[str, Draft] = {}
+            for memory in rule.memories:
+                held = _held(states, rule.params, memory.keys) if stepped else None
+                memories[memory.name] = _add_memory(drafts, optimizer, memory, held)
+                found += held or 0
+            trained.update(dict.fromkeys(rule.params, _connect(drafts, rule, memories)))
+    # What no rule accounts for, such as the state of parameters that were frozen since.
+    held = sum(tensor_bytes(state) for by_parameter in states for state in by_parameter.values())
+    if stepped and held > found:
+        rest = GradientMemory(
+            name="other state", keys=(), state_bytes=None, objective="unknown", rule="unknown"
+        )
+        _add_memory(drafts, optimizer, rest, held - found)
+    return trained
+
+
+def _add_memory(drafts: Drafts, optimizer: Optimizer, memory: GradientMemory, held: int | None) -> Draft:
+    draft = drafts.find(
+        Component(
+            name=f"{type(optimizer).__name__}: {memory.name}",
+            kind="optimizer",
+            frequency=NEVER if memory.every is None else every_steps(memory.every),
+            context=memory.context,
+            objective=memory.objective,
+            rule=memory.rule,
+        )
+    )
+    draft.add_bytes(memory.state_bytes if held is None else held, measured=held is not None)
+    return draft
+
+
+def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) -> Trained:
+    for memory in rule.memories:
+        needed = [memories[name] for name in memory.needs]
+        memories[memory.name].needs.update(dict.fromkeys(needed))
+        drafts.add_pass(needed, [memories[memory.name]], "conditioning on output", "its output")
+    inner = {name for memory in rule.memories for name in memory.needs}
+    return Trained(
+        step=rule.step,
+        period=rule.period,
+        needs=tuple(memories.values()),
+        reads=tuple(draft for name, draft in memories.items() if name not in inner),
+        fed=tuple(memories[memory.name] for memory in rule.memories if memory.reads_gradients),
+    )
+
+
+def _states(optimizer: Optimizer) -> States:
+    inner = getattr(optimizer, "inner", None)
+    return [dict(optimizer.state)] + (_states(inner) if isinstance(inner, Optimizer) else [])
+
+
+def _has_stepped(states: States) -> bool:
+    """Whether there is any state but preconditioners that were given, which are there from the start."""
+    return any(set(state) - {"given"} for by_parameter in states for state in by_parameter.values())
+
+
+def _held(states: States, params: Sequence[Tensor], keys: tuple[str, ...]) -> int:
+    found = [by_parameter[p] for by_parameter in states for p in params if p in by_parameter]
+    return sum(tensor_bytes(state[key]) for state in found for key in keys if key in state)
