@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.registry import register_mixer
+from nested_learning.layers.token_inputs import check_sequence
 from nested_learning.memory.state import State
 
 
@@ -142,13 +143,7 @@ class Attention(nn.Module):
         )
 
     def _check(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:
-            raise ValueError(f"x must be [B, T >= 1, {self.hidden_size}], got {tuple(x.shape)}")
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
-                f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
-            )
+        check_sequence(x, self.hidden_size, mask, self.q_proj.weight)
         if state is None:
             return
         if not isinstance(state, AttentionState):

@@ -11,6 +11,7 @@ from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer
 from nested_learning.memory.compose import compose
 from nested_learning.memory.description import Read
+from nested_learning.memory.kernels import Backend
 
 
 @register_mixer("linear_attention")
@@ -23,13 +24,19 @@ class LinearAttention(MemoryLayer):
         num_heads: H; head width d = D / H.
         chunk_size: tokens computed at once; it changes the cost, not the result.
         conv_size: width of the causal convolution in front of the memory, 0 for none.
+        backend: "torch", "fla" (flash-linear-attention's kernels, on a GPU) or "auto", see `MemoryLayer`.
 
     Raises:
         ValueError: as in `MemoryLayer`.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int = 4, chunk_size: int = 64, conv_size: int = 4
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        chunk_size: int = 64,
+        conv_size: int = 4,
+        backend: Backend = "auto",
     ) -> None:
         system = compose(
             architecture="matrix",
@@ -40,7 +47,7 @@ class LinearAttention(MemoryLayer):
             unit=("k", "q"),
             chunk_size=chunk_size,
         )
-        super().__init__(hidden_size, num_heads, system, conv_size)
+        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
 
 
 @register_mixer("retnet")
@@ -52,7 +59,12 @@ class RetNet(MemoryLayer):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int = 4, chunk_size: int = 64, conv_size: int = 4
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        chunk_size: int = 64,
+        conv_size: int = 4,
+        backend: Backend = "auto",
     ) -> None:
         system = compose(
             architecture="matrix",
@@ -63,7 +75,7 @@ class RetNet(MemoryLayer):
             unit=("k", "q"),
             chunk_size=chunk_size,
         )
-        super().__init__(hidden_size, num_heads, system, conv_size)
+        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
 
 
 @register_mixer("deltanet")
@@ -75,7 +87,12 @@ class DeltaNet(MemoryLayer):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int = 4, chunk_size: int = 64, conv_size: int = 4
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        chunk_size: int = 64,
+        conv_size: int = 4,
+        backend: Backend = "auto",
     ) -> None:
         system = compose(
             architecture="matrix",
@@ -85,7 +102,7 @@ class DeltaNet(MemoryLayer):
             unit=("k", "q"),
             chunk_size=chunk_size,
         )
-        super().__init__(hidden_size, num_heads, system, conv_size)
+        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
 
 
 @register_mixer("gated_deltanet")
@@ -104,11 +121,12 @@ class GatedDeltaNet(MemoryLayer):
         chunk_size: int = 64,
         conv_size: int = 4,
         max_half_life: float | None = None,
+        backend: Backend = "auto",
     ) -> None:
         system = compose(
             architecture="matrix", objective="l2", gradient="token", unit=("k", "q"), chunk_size=chunk_size
         )
-        super().__init__(hidden_size, num_heads, system, conv_size, max_half_life)
+        super().__init__(hidden_size, num_heads, system, conv_size, max_half_life, backend)
 
 
 @register_mixer("oja")
@@ -116,7 +134,7 @@ class OjaNet(MemoryLayer):
     """OjaNet (eq 66-67): M_t = α_t M_{t−1} + η_t v_t (k_t − M_{t−1}ᵀ v_t)ᵀ with the decayed M in the bracket,
     as in Gated DeltaNet, and unit-norm v; y_t = M_t q_t.
 
-    Args: as in `GatedDeltaNet`.
+    Args: as in `GatedDeltaNet`, without `backend`.
     """
 
     def __init__(
@@ -136,7 +154,7 @@ class TTTLinear(MemoryLayer):
     """TTT-Linear (arXiv 2407.04620): gradient descent on ½‖W k − v‖² with the gradients of a chunk all taken
     at its anchor W_a, W_t = W_{t−1} − η_t (W_a k_t − v_t) k_tᵀ; nothing is forgotten.
 
-    Args: as in `LinearAttention`, but here chunk_size is part of the model, and
+    Args: as in `LinearAttention`, without `backend`; here chunk_size is part of the model, and
         read: "token" reads the weights after each token's write, "chunk" the anchor.
         eta_max: upper bound of η_t; None for min(0.5, 4 / chunk_size), at which a chunk cannot overshoot.
     """

@@ -14,6 +14,7 @@ from nested_learning.layers.attention import rotate
 from nested_learning.layers.persistent import check_count
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.titans_blocks import build_memory
+from nested_learning.layers.token_inputs import check_sequence
 from nested_learning.memory.scan import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.norm import unit
@@ -204,13 +205,7 @@ class MemoryAsContext(nn.Module):
         return norm(x.to(norm.weight.dtype))
 
     def _check(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:
-            raise ValueError(f"x must be [B, T >= 1, {self.hidden_size}], got {tuple(x.shape)}")
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
-                f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
-            )
+        check_sequence(x, self.hidden_size, mask, self.qkv_proj.weight)
         if state is None:
             return
         if not isinstance(state, ContextState):

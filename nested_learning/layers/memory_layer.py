@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.memory import check, kernels
 from nested_learning.memory.description import MemorySystem
+from nested_learning.memory.kernels import Backend, check_backend
 from nested_learning.memory.scan import (
     MemoryState,
     RunningWeights,
@@ -23,6 +25,7 @@ from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.ops.conv import causal_conv
 from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import RowLayout, row_layout
+from nested_learning.ops.precision import full_precision
 
 PATHS = ("k", "v", "q")
 # Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88, width about 1.
@@ -43,6 +46,8 @@ class MemoryLayer(nn.Module):
         num_heads: H; head width d = D / H.
         system: the memories, their rule and schedule.
         conv_size: width K of the causal depthwise convolution in front of the memories; 0 for none.
+        backend: what computes a matrix memory: "torch", "fla" for the kernels of flash-linear-attention on a
+            GPU, or "auto" for these where they are installed and the projections are in half precision.
         max_half_life: of what a memory holds at the start of training, in tokens: the heads' half-lives are
             spread geometrically from `SHORTEST_HALF_LIFE` to this; None gives all heads the shortest.
 
@@ -60,8 +65,11 @@ class MemoryLayer(nn.Module):
         system: MemorySystem,
         conv_size: int = 4,
         max_half_life: float | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_backend(backend, system)
+        self.backend: Backend = backend
         if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}; "
@@ -155,8 +163,10 @@ class MemoryLayer(nn.Module):
         if not self.gates_generated and self.system.gates:
             # [B, T, gates, H]
             logits = torch.stack([self._gate(name)(x) for name in self.system.gates], dim=2).to(dtype)
-        with _without_autocast(x.device):
-            y, surprise, state = self._remember(paths.to(dtype), logits, state, mask, return_surprise)
+        with full_precision(x.device):
+            y, surprise, state = self._remember(
+                paths.to(dtype), logits, state, mask, return_surprise, gate.dtype
+            )
             y = F.rms_norm(y, (self.head_dim,), self.out_norm.weight.to(dtype), self.out_norm.eps)
         y = self.out_proj(y.flatten(2).to(gate.dtype) * gate)
         if surprise is not None:
@@ -191,13 +201,7 @@ class MemoryLayer(nn.Module):
         return gate
 
     def _check(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size or x.shape[1] < 1:
-            raise ValueError(f"x must be [B, T >= 1, {self.hidden_size}], got {tuple(x.shape)}")
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask must be bool {tuple(x.shape[:2])} (True = real token), got {mask.dtype} "
-                f"{tuple(mask.shape)}; an integer attention mask becomes one by mask.bool()"
-            )
+        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
         if state is not None:
             self._check_state(state, x.shape[0])
 
@@ -208,6 +212,14 @@ class MemoryLayer(nn.Module):
             )
         if state.position.shape[0] != rows:
             raise ValueError(f"state holds {state.position.shape[0]} rows, x has {rows}")
+        devices = {tensor.device for tensor in state.tensors()}
+        if devices != {self.in_proj.weight.device}:
+            raise ValueError(
+                f"state is on {', '.join(sorted(map(str, devices)))}, the layer on "
+                f"{self.in_proj.weight.device}; move it with state.to(device)"
+            )
+        if check.enabled():
+            check.check_values("state", **state.to_tensors())
         memories = {name: tuple(W.shape) for name, W in self.initial.items()}
         expected: dict[str, object] = {
             "anchor": memories,
@@ -230,6 +242,7 @@ class MemoryLayer(nn.Module):
         state: MemoryState | None,
         mask: Tensor | None,
         want_surprise: bool,
+        dtype: torch.dtype,  # of the projections
     ) -> tuple[Tensor, Tensor | None, MemoryState]:
         """Run the memories: y [B, T, H, d], surprise [B, T], and the new state."""
         B, T, _ = paths.shape
@@ -250,15 +263,19 @@ class MemoryLayer(nn.Module):
             boundary = row_boundaries(self.system, layout.offset, layout.end)
             position = layout.end % self.system.period
         inputs = self._inputs(paths, logits, None if layout is None else layout.filled)
-        y, surprise, after = scan(
-            self.system,
-            self._retained(paths.dtype),
-            self._start(state, B, paths.dtype),
-            inputs,
-            self._readouts(paths.dtype),
-            boundary,
-            want_surprise,
-        )
+        start, surprise = self._start(state, B, paths.dtype), None
+        if not want_surprise and kernels.applies(self.backend, self.system, paths.device, dtype):
+            y, after = kernels.run(self.system, start, inputs, dtype)
+        else:
+            y, surprise, after = scan(
+                self.system,
+                self._retained(paths.dtype),
+                start,
+                inputs,
+                self._readouts(paths.dtype),
+                boundary,
+                want_surprise,
+            )
         y = y.transpose(1, 2)
         if layout is not None:
             y = layout.unpack(y)
@@ -375,13 +392,6 @@ def _spread_bias(num_heads: int, longest: float) -> Tensor:
     half_lives = SHORTEST_HALF_LIFE * (longest / SHORTEST_HALF_LIFE) ** steps
     log_alpha = -math.log(2) / half_lives
     return log_alpha - torch.log(-torch.expm1(log_alpha))  # the logit of alpha
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Full precision inside an autocast region; devices without autocast (meta) need nothing."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _shapes_per_row(value: Tensor | Weights | None) -> object:

@@ -26,8 +26,8 @@ class TTTMLP(MemoryLayer):
         hidden_size: D, the width of the input.
         num_heads: H; head width d = D / H.
         chunk_size: tokens between the boundaries at which the memory is re-anchored.
-        expansion: hidden width of the memory as a multiple of d.
-        depth: matrices of the memory, 1 to 4.
+        expansion: hidden width of the memory as a multiple of d; None for 1.
+        depth: matrices of the memory, 1 to 4; 1 has no hidden layer and takes no expansion.
         momentum: pass writes through a momentum with data-dependent decay.
         read: "token" reads the weights after each token's write, "chunk" the anchor.
         conv_size: width of the causal convolution in front of the memory, 0 for none.
@@ -43,7 +43,7 @@ class TTTMLP(MemoryLayer):
         hidden_size: int,
         num_heads: int = 4,
         chunk_size: int = 64,
-        expansion: float = 1.0,
+        expansion: float | None = None,
         depth: int = 2,
         momentum: bool = False,
         read: Read = "token",
@@ -77,7 +77,7 @@ class DLA(MemoryLayer):
         hidden_size: int,
         num_heads: int = 4,
         chunk_size: int = 64,
-        expansion: float = 1.0,
+        expansion: float | None = None,
         depth: int = 2,
         momentum: bool = True,
         read: Read = "token",

@@ -28,24 +28,38 @@ def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> t
         raise ValueError(
             f"x must be [B, T >= 1, {width}], or [B, {width}] for one token per row; got {tuple(x.shape)}"
         )
+    check_tokens(x, mask, weight)
+    if mask is not None:
+        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    if x.dim() == 2:
+        return x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
+    return x, mask
+
+
+def check_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> None:
+    """As `as_sequence` does, for layers that take [B, T, width] alone and know padding."""
+    if x.dim() != 3 or x.shape[-1] != width or x.shape[1] < 1:
+        raise ValueError(f"x must be [B, T >= 1, {width}], got {tuple(x.shape)}")
+    check_tokens(x, mask, weight)
+
+
+def check_tokens(x: Tensor, mask: Tensor | None, weight: Tensor) -> None:
+    """Dtypes, devices and values of x [..., width] and mask [...]; see `as_sequence`."""
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the layer on {weight.device}; move one with .to(device)")
     autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
         raise ValueError(f"x must be {weight.dtype} as the layer's weights are, got {x.dtype}")
-    if mask is not None:
-        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool or mask.device != x.device:
-            raise ValueError(
-                f"mask must be bool {tuple(x.shape[:-1])} (True = real token) on {x.device}, got "
-                f"{mask.dtype} {tuple(mask.shape)} on {mask.device}; an integer attention mask becomes "
-                "one by mask.bool()"
-            )
-        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    if mask is not None and (
+        mask.shape != x.shape[:-1] or mask.dtype != torch.bool or mask.device != x.device
+    ):
+        raise ValueError(
+            f"mask must be bool {tuple(x.shape[:-1])} (True = real token) on {x.device}, got "
+            f"{mask.dtype} {tuple(mask.shape)} on {mask.device}; an integer attention mask becomes "
+            "one by mask.bool()"
+        )
     if check.enabled():
-        check.check_values("input", x=x)
-    if x.dim() == 2:
-        return x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
-    return x, mask
+        check.check_values("input", x=x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0))
 
 
 def check_state(state: State, kind: type[State], x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:

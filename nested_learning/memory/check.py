@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -50,6 +50,11 @@ def layer_name(name: str) -> Iterator[None]:
         yield
     finally:
         _layer.reset(token)
+
+
+def scope(name: str) -> AbstractContextManager[None]:
+    """`layer_name` where checks are on, else nothing: a compiled model must not meet a context variable."""
+    return layer_name(name) if enabled() else nullcontext()
 
 
 def check_values(kind: str, **tensors: Tensor | None) -> None:

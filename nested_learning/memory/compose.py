@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nested_learning._errors import unknown
-from nested_learning.memory.architecture import ARCHITECTURES, Architecture
+from nested_learning.memory.architecture import ARCHITECTURES, Architecture, ResidualMLP
 from nested_learning.memory.description import (
     Gradient,
     MemorySystem,
@@ -62,7 +63,12 @@ def compose(
             no sense together.
     """
     parts = {"depth": depth, "expansion": expansion, "activation": activation, "norm": norm}
+    _check_types(locals())
     built = _architecture(architecture, {name: value for name, value in parts.items() if value is not None})
+    if not momentum and not momentum_scaled:
+        raise ValueError(
+            "momentum_scaled=False is how writes enter a momentum, but momentum=False; leave it out"
+        )
     aim = _objective(objective, p, rule)
     retention = _retention(decay, form, q)
     if eta_max is None:
@@ -95,6 +101,21 @@ def compose(
     )
 
 
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """ValueError for a value that is not of the kind its part takes."""
+    for name in ("expansion", "p", "q", "eta_max"):
+        value = arguments[name]
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    for name in ("unit", "generated"):
+        value = arguments[name]
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name} must be a list of names, got {value!r}")
+    for name in ("architecture", "objective", "rule"):
+        if not isinstance(arguments[name], str):
+            raise ValueError(f"{name} must be a name, got {arguments[name]!r}")
+
+
 def compose_parts(parts: Mapping[str, Any]) -> MemorySystem:
     """`compose(**parts)`, with a ValueError that names the nearest part for a name that does not exist."""
     accepted = inspect.signature(compose).parameters
@@ -123,14 +144,22 @@ def _architecture(name: str, options: dict[str, Any]) -> Architecture:
     if name not in ARCHITECTURES:
         raise unknown("architecture", name, ARCHITECTURES)
     cls = ARCHITECTURES[name]
-    accepted = cls.__dataclass_fields__
+    accepted = [field.name for field in dataclasses.fields(cls)]
     for option, value in options.items():
         if option not in accepted:
             raise ValueError(
                 f"{option}={value!r} is no option of the {name!r} memory, which takes "
                 f"{', '.join(accepted) or 'none'}; leave it out"
             )
-    return cls(**options)
+    built = cls(**options)
+    if isinstance(built, ResidualMLP) and built.depth == 1:
+        for option in ("expansion", "activation"):
+            if option in options:
+                raise ValueError(
+                    f"{option}={options[option]!r} describes hidden layers, but depth=1 has none; "
+                    "leave it out"
+                )
+    return built
 
 
 def _objective(name: str, p: float | None, rule: RuleName) -> Objective:

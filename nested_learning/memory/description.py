@@ -197,7 +197,8 @@ class MemorySystem:
         if self.gradient == "anchor":
             if isinstance(objective, Oja):
                 raise ValueError(
-                    "Oja's objective is here with gradient='token' only: it has its exact form there"
+                    "Oja's objective came with gradient='anchor', but it is here with gradient='token' only, "
+                    "where it has its exact form"
                 )
             return
         if not isinstance(self.architecture, Matrix) or not isinstance(objective, Dot | L2 | Oja):
@@ -217,10 +218,17 @@ class MemorySystem:
                 f"momentum of {objective.name!r} gradients at every token has no chunk-parallel form: each "
                 "gradient depends on all earlier momenta; use gradient='anchor', or momentum=False"
             )
-        if self.generated or self.self_targets or self.read == "chunk" or self.retention.form != "linear":
+        wrong = {
+            "generated": bool(self.generated) and self.generated,
+            "self_targets": self.self_targets,
+            "read": self.read == "chunk" and self.read,
+            "form": self.retention.form != "linear" and self.retention.form,
+        }
+        got = ", ".join(f"{name}={value!r}" for name, value in wrong.items() if value)
+        if got:
             raise ValueError(
-                "gradient='token' goes with static projections, read='token' and linear retention: it has no "
-                "anchor that could generate signals or be read; use gradient='anchor'"
+                "gradient='token' goes with static projections, read='token' and linear retention, as it has "
+                f"no anchor that could generate signals or be read; got {got}; use gradient='anchor'"
             )
 
     @property

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nested_learning.memory import fused
+from nested_learning.memory import check, fused
 from nested_learning.memory.architecture import Down, Trace
 from nested_learning.memory.description import MatrixRule, MemorySystem
 from nested_learning.memory.fused.function import Generic
@@ -322,10 +322,13 @@ def _scan_steps(
     want_surprise: bool,
 ) -> tuple[Tensor, Tensor | None, RunningWeights]:
     """`scan` by the generic step."""
-    column = 0
+    column, checked = 0, check.enabled()
     y, surprise = [], []
-    for piece in _split(inputs, system.step):
+    for index, piece in enumerate(_split(inputs, system.step)):
         out = step(system, initial, weights, piece, readouts, want_surprise)
+        if checked:
+            moved = {**out.current, **{f"the momentum of {n}": S for n, S in (out.momentum or {}).items()}}
+            check.check_step(system.memories, index, {"y": out.y}, moved)
         column += piece.paths["k"].shape[2]
         anchor = _move(boundary(column), out.current, weights.anchor)
         weights = RunningWeights(anchor, out.current, out.momentum)

@@ -97,3 +97,31 @@ def test_weights_need_the_memory_axis():
     weights["W1"] = torch.ones(2, 5, 5)
     with pytest.raises(ValueError, match=r"W1 must be \[B, 3, ...\].*k/v/memory, got \(2, 5, 5\)"):
         check.check_step(MEMORIES, 0, signals, weights)
+
+
+def test_a_model_names_the_layer_the_memory_and_the_chunk(monkeypatch):
+    """A weight of one memory overflows in the second block: the message says where it was met first."""
+    from nested_learning import HopeConfig, HopeForCausalLM
+
+    options = {"self_modifying_titans": {"chunk_size": 4}}
+    config = HopeConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_heads=2,
+        num_hidden_layers=2,
+        mixer_options=options,
+        cms_levels=[{"chunk_size": 4}],
+    )
+    torch.manual_seed(0)
+    model = HopeForCausalLM(config)
+    ids = torch.randint(0, 20, (2, 11))
+    plain = model(ids).logits
+    monkeypatch.setenv(check.VARIABLE, "1")
+    torch.testing.assert_close(model(ids).logits, plain)
+    with torch.no_grad():
+        model.model.layers[1].mixer.initial["W1"][1, 0, 0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mixer.*chunk 0"):
+        model(ids)
+    model.model.layers[1].mixer.initial["W1"].data.zero_()
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.0\.mixer.* in its input x"):
+        model(inputs_embeds=torch.full((1, 3, 16), float("nan")))

@@ -111,7 +111,6 @@ def test_refusals_say_what_came_and_how_to_fix_it(parts, came, fix):
         ComposedMemory(8, num_heads=2, parts=parts)
 
 
-@pytest.mark.xfail(strict=True, reason="the list holds class attributes of the architecture too")
 @pytest.mark.parametrize(
     ("parts", "options"),
     [
@@ -222,3 +221,23 @@ def test_what_is_accepted_runs_whole_and_in_pieces(parts):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), f"{name} is given to the layer and does nothing"
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"depth": 1, "expansion": 2.0}, "expansion=2.0 describes hidden layers"),
+        ({"depth": 1, "activation": "gelu"}, "activation='gelu' describes hidden layers"),
+        ({"depth": True}, "depth must be 1 to 4 matrices, got True"),
+        ({"momentum_scaled": False}, "but momentum=False"),
+        ({"unit": "kv"}, "unit must be a list of names, got 'kv'"),
+        ({"generated": "kv"}, "generated must be a list of names, got 'kv'"),
+        ({"expansion": "2"}, "expansion must be a number, got '2'"),
+        ({"objective": "lp", "p": "3"}, "p must be a number, got '3'"),
+        ({"eta_max": "0.5"}, "eta_max must be a number"),
+        ({"architecture": ["mlp"]}, "architecture must be a name"),
+    ],
+)
+def test_values_of_the_wrong_kind_and_options_without_effect_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        compose(**parts)

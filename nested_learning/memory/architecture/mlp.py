@@ -47,7 +47,7 @@ class ResidualMLP(Architecture):
     norm: Literal["hidden", "output"] = "hidden"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or not 1 <= self.depth <= LARGEST_DEPTH:
+        if type(self.depth) is not int or not 1 <= self.depth <= LARGEST_DEPTH:
             raise ValueError(f"depth must be 1 to {LARGEST_DEPTH} matrices, got {self.depth!r}")
         if self.activation not in mlp_memory.ACTIVATIONS:
             raise ValueError(f"activation must be one of {mlp_memory.ACTIVATIONS}, got {self.activation!r}")

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
+from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
@@ -76,8 +77,10 @@ class HopeBlock(GradientCheckpointingLayer):
         `cms_weights`: per level, weights to use in place of the block's own; see `ContinuumMemorySystem`.
         """
         options = {"return_surprise": True} if surprise and getattr(self.mixer, "has_surprise", False) else {}
-        mixed, mixer_state, *errors = self.mixer(self.mixer_norm(x), mixer_state, mask, **options)
-        x, cms_state = self.cms(x + mixed, cms_state, cms_weights)
+        with check.scope("mixer"):
+            mixed, mixer_state, *errors = self.mixer(self.mixer_norm(x), mixer_state, mask, **options)
+        with check.scope("cms"):
+            x, cms_state = self.cms(x + mixed, cms_state, cms_weights)
         return x, mixer_state, cms_state, errors[0] if errors else None
 
 
@@ -233,7 +236,8 @@ class HopeModel(HopePreTrainedModel):
                 hidden.append(x)
             names = f"layers.{index}.mixer", f"layers.{index}.cms"
             before = states.get(names[0]), states.get(names[1])
-            x, *new, error = block(x, *before, mask, want_surprise, cms_weights.get(index))
+            with check.scope(f"{self.base_model_prefix}.layers.{index}"):
+                x, *new, error = block(x, *before, mask, want_surprise, cms_weights.get(index))
             after.update({name: state for name, state in zip(names, new, strict=True) if state is not None})
             surprise.append(error)
         x = self.norm(x)

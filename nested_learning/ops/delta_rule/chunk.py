@@ -7,8 +7,7 @@ Gamma_ts = gamma_t / gamma_s for s <= t, and likewise for mu. `log_*` arguments 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,23 +36,36 @@ class Decay:
         self._total = self._log.cumsum(-1)  # [..., C]
         C = log_decay.shape[-1]
         self._causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
+        self._made: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
     def since_start(self) -> Tensor:
-        return self._total.exp()
+        return self._once("since_start", lambda: self._total.exp())
 
-    @cached_property
+    @property
     def before_start(self) -> Tensor:
-        return (self._total - self._log).exp()
+        return self._once("before_start", lambda: (self._total - self._log).exp())
 
-    @cached_property
+    @property
     def between(self) -> Tensor:
-        return _masked_exp(self._total.unsqueeze(-1) - self._total.unsqueeze(-2), self._causal)
+        return self._once(
+            "between",
+            lambda: _masked_exp(self._total.unsqueeze(-1) - self._total.unsqueeze(-2), self._causal),
+        )
 
-    @cached_property
+    @property
     def before(self) -> Tensor:
-        difference = (self._total - self._log).unsqueeze(-1) - self._total.unsqueeze(-2)
-        return _masked_exp(difference, self._causal.tril(-1))
+        def make() -> Tensor:
+            difference = (self._total - self._log).unsqueeze(-1) - self._total.unsqueeze(-2)
+            return _masked_exp(difference, self._causal.tril(-1))
+
+        return self._once("before", make)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Not functools.cached_property, whose lock torch.compile cannot trace on Python 3.11."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 def _masked_exp(difference: Tensor, keep: Tensor) -> Tensor:
