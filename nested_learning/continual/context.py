@@ -54,6 +54,10 @@ class Context:
             return self
         return Context(tuple((k[..., :length, :], v[..., :length, :]) for k, v in self.layers if length))
 
+    def to(self, dtype: torch.dtype) -> Context:
+        """The same in another precision."""
+        return Context(tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.layers))
+
     def open(self) -> Cache:
         """As `past_key_values` of one call of the model."""
         cache = Cache(layer_class_to_replicate=_PastLayer)

@@ -178,7 +178,7 @@ class Learner:
     def logits(self, ids: Tensor, *, row: int = 0) -> Tensor:
         """Logits [B, T, V] of ids [B, T] with a row's deltas: the base model's own, bit for bit, where
         nothing was learned."""
-        with evaluating(self.model), self.active(row):
+        with self.active(row), evaluating(self.model):
             return self.model(input_ids=ids.to(self.model.device)).logits
 
     def generate(self, prompt: str | Tensor, *, learn: bool = False, row: int = 0, **options: Any) -> Any:
@@ -206,7 +206,7 @@ class Learner:
             )
         ids = torch.stack(batch.rows)
         options.setdefault("attention_mask", torch.ones_like(ids))
-        with evaluating(self.model), self.active(row) as model:
+        with self.active(row) as model, evaluating(model):
             output = model.generate(ids, **options)
         sequences = output if isinstance(output, Tensor) else output.sequences
         if learn:

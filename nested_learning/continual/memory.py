@@ -210,6 +210,7 @@ class Memory:
         row.position, row.start, row.tokens = values["position"], values["start"], own["tokens"]
         layers = values["context_layers"]
         row.context = Context(tuple((own[f"keys/{i}"], own[f"values/{i}"]) for i in range(layers)))
+        row.context = row.context.to(self._model.dtype)
         for writer, state, numbers in zip(self._writers, row.levels, values["levels"], strict=True):
             state.loss, state.pairs = float(numbers["loss"]), numbers["pairs"]
             state.history = list(numbers["history"])
@@ -220,7 +221,7 @@ class Memory:
             for field in numbers["rule"]:
                 for slot in writer.keys:
                     if (stored := own.get(f"{writer.index}/rule/{field}/{slot}")) is not None:
-                        state.rule.setdefault(slot, {})[field] = stored
+                        state.rule.setdefault(slot, {})[field] = writer.as_memory(stored)
         return row
 
 

@@ -95,7 +95,7 @@ class Reader:
 
         The row moves on by the n tokens. The loss of a token that nothing comes before is NaN.
         """
-        with torch.no_grad(), evaluating(self.model), self.workspace.installed(self.writers, row):
+        with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
             self._begin(row)
             known = len(row.context)
             row.tokens = torch.cat([row.tokens, ids])
@@ -113,7 +113,7 @@ class Reader:
         begins_at = row.position - (len(row.tokens) - row.start)
         crossing_learns = any(w.learns and begins_at % w.level.chunk_size for w in self.writers)
         checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
-        with evaluating(self.model), self.workspace.installed(self.writers, row, learning=True) as leaves:
+        with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
             self._begin(row)
             row.tokens = torch.cat([row.tokens, ids])
             before = max(row.start - 1, 0)

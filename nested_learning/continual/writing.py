@@ -91,7 +91,11 @@ class LevelWriter:
         expected = factor.get(slot.removeprefix(name), tuple(target.weight.shape))
         if tuple(stored.shape) != expected:
             raise ValueError(f"{slot} has shape {tuple(stored.shape)}, expected {expected}")
-        return stored.to(memory_dtype(target.weight))
+        return self.as_memory(stored)
+
+    def as_memory(self, stored: Tensor) -> Tensor:
+        """A tensor of a file, which another precision of the model may have written, in this one's."""
+        return stored.to(memory_dtype(self.targets[0].weight)) if stored.is_floating_point() else stored
 
     def factors(self, state: LevelState, target: Target) -> tuple[Tensor, Tensor]:
         """(down [r, in], up [out, r]) of a low-rank delta, made on first use."""

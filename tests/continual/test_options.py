@@ -1,0 +1,282 @@
+"""Gates, consolidation, decay, low rank, precision, checkpointing, and writes that are dropped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nested_learning.continual import Level, stack_levels
+from nested_learning.optimizers import AdamMemory, MomentumMemory
+from tests.continual.tiny_models import CONFIGS, random_ids, tiny_model
+
+MODEL = tiny_model()
+
+
+def learner_on(*levels, model=MODEL, **options):
+    return stack_levels(model, levels=levels, **options)
+
+
+def outcomes(learner, level=0):
+    return [write.outcome for write in learner.writes if write.level == level]
+
+
+class TestGate:
+    def test_threshold(self):
+        ids = random_ids(40)
+        losses = learner_on(Level(8, 0.0)).observe(ids).unflatten(0, (5, 8))[:, 1:].mean(dim=1)
+        threshold = float(losses.median())
+        learner = learner_on(Level(8, 1e-9, gate=threshold))
+        learner.observe(ids)
+        assert outcomes(learner) == ["written" if loss > threshold else "gated" for loss in losses]
+        assert set(outcomes(learner)) == {"written", "gated"}
+
+    def test_a_gated_chunk_changes_nothing(self):
+        open_, closed = learner_on(Level(8, 0.3)), learner_on(Level(8, 0.3, gate=100.0, decay=0.5))
+        ids = random_ids(24)
+        open_.observe(ids)
+        closed.observe(ids)
+        assert open_.memory.diff()
+        assert not closed.memory.diff()
+        assert outcomes(closed) == ["gated"] * 3
+
+    def test_running_quantile(self):
+        ids = random_ids(160)
+        losses = learner_on(Level(8, 0.0)).observe(ids).unflatten(0, (20, 8))[:, 1:].mean(dim=1)
+        learner = learner_on(Level(8, 1e-9, gate_quantile=0.6))
+        learner.observe(ids)
+        expected = ["written"] + [
+            "written" if losses[i] > torch.quantile(losses[:i], 0.6) else "gated" for i in range(1, 20)
+        ]
+        assert outcomes(learner) == expected
+
+    def test_slow_levels_gate_on_the_loss_of_their_own_chunk(self):
+        learner = learner_on(Level(4, 0.0), Level(8, 1e-9, gate=0.0))
+        losses = learner.observe(random_ids(16))
+        writes = [write for write in learner.writes if write.level == 1]
+        for write, chunk in zip(writes, losses.split(8), strict=True):
+            assert write.loss == pytest.approx(chunk[1:].mean().item())
+
+
+class TestConsolidation:
+    def test_moves_the_share_and_leaves_the_model_as_it_was(self):
+        plain = learner_on(Level(4, 0.3), Level(8, 0.0))
+        moving = learner_on(Level(4, 0.3), Level(8, 0.0, consolidate=0.25))
+        ids = random_ids(8)
+        plain.observe(ids)
+        moving.observe(ids)
+        for name, delta in plain.memory.diff(level=0).items():
+            torch.testing.assert_close(moving.memory.diff(level=0)[name], 0.75 * delta)
+            torch.testing.assert_close(moving.memory.diff(level=1)[name], 0.25 * delta)
+        probe = random_ids(1, 12, seed=5)
+        torch.testing.assert_close(moving.logits(probe), plain.logits(probe))
+
+    def test_acts_where_layers_overlap(self):
+        learner = learner_on(Level(4, 0.3, layers=[0, 1]), Level(8, 0.0, layers=[1], consolidate=1.0))
+        learner.observe(random_ids(8))
+        fast, slow = learner.memory.diff(level=0), learner.memory.diff(level=1)
+        assert {name.split(".")[2] for name in slow} == {"1"}
+        for name, delta in fast.items():
+            assert bool(delta.any()) == (".0." in name)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_from_a_low_rank_level(self, family):
+        model = tiny_model(family)
+        plain = learner_on(Level(4, 0.3, rank=2), Level(8, 0.0), model=model)
+        moving = learner_on(Level(4, 0.3, rank=2), Level(8, 0.0, consolidate=0.5), model=model)
+        ids = random_ids(8)
+        plain.observe(ids)
+        moving.observe(ids)
+        for name, delta in plain.memory.diff().items():
+            torch.testing.assert_close(moving.memory.diff()[name], delta)
+            torch.testing.assert_close(moving.memory.diff(level=1)[name], 0.5 * delta)
+
+
+def test_decay_pulls_towards_the_pretrained_weights():
+    learner = learner_on(Level(4, 0.3), Level(8, 0.2, decay=0.4))
+    reference = learner_on(Level(4, 0.3), Level(8, 0.2))
+    ids = random_ids(16)
+    for either in (learner, reference):
+        either.observe(ids[:8])
+    before = learner.memory.diff(level=1)
+    for either in (learner, reference):
+        either.observe(ids[8:])
+    after, expected = learner.memory.diff(level=1), reference.memory.diff(level=1)
+    for name, delta in before.items():  # same first write, so only the decay of the second one differs
+        torch.testing.assert_close(after[name], expected[name] - 0.4 * delta)
+
+
+class TestLowRank:
+    @pytest.mark.parametrize("family", CONFIGS)
+    def test_first_write_is_the_projected_full_step(self, family):
+        """Δ = −lr · G Pᵀ with P the projection on the rows of `down`: exact from autograd's full gradient."""
+        model = tiny_model(family)
+        ids = random_ids(6)
+        learner = learner_on(Level(6, 0.5, rank=3, clip=None), model=model)
+        full = learner_on(Level(6, 0.5, clip=None), model=model)
+        learner.observe(ids)
+        full.observe(ids)
+        state = learner.memory.rows[0].levels[0]
+        for name, step in full.memory.diff().items():
+            down = state.deltas[f"{name}:down"]  # [r, in], its rows orthonormal
+            torch.testing.assert_close(down @ down.T, torch.eye(3, dtype=torch.float64))
+            expected = (step.T if family == "gpt2" else step) @ down.T @ down
+            found = learner.memory.diff()[name]
+            torch.testing.assert_close(found.T if family == "gpt2" else found, expected)
+
+    def test_later_writes_are_autograd_on_the_factors(self):
+        model = tiny_model()
+        level = Level(6, 0.5, rank=2, clip=None, layers=[1])
+        learner = learner_on(level, model=model, modules=["mlp.up_proj"])
+        learner.observe(random_ids(6))
+        name = "model.layers.1.mlp.up_proj.weight"
+        factors = learner.memory.rows[0].levels[0].deltas
+        down, up = (factors[name + end].clone().requires_grad_() for end in (":down", ":up"))
+        learner.memory.rows[0].clear_context()
+        ids = random_ids(6, seed=1)
+        learner.observe(ids)
+        weights = {name: model.get_parameter(name) + up @ down}
+        logits = torch.func.functional_call(model, weights, (ids[None],)).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+        grads = torch.autograd.grad(loss, (down, up))
+        after = learner.memory.rows[0].levels[0].deltas
+        torch.testing.assert_close(after[name + ":down"], down - 0.5 * grads[0])
+        torch.testing.assert_close(after[name + ":up"], up - 0.5 * grads[1])
+
+    def test_beside_a_full_level_on_the_same_weights(self):
+        learner = learner_on(Level(4, 0.3), Level(8, 0.3, rank=2))
+        learner.observe(random_ids(16))
+        probe = random_ids(1, 12, seed=5)
+        model = tiny_model()
+        with torch.no_grad():
+            for name, delta in learner.memory.diff().items():
+                model.get_parameter(name).add_(delta)
+        torch.testing.assert_close(learner.logits(probe), model(probe).logits)
+
+
+@pytest.mark.parametrize("memory", [MomentumMemory(0.5), AdamMemory(betas=(0.5, 0.9))])
+def test_a_memory_form_as_the_rule(memory):
+    class Spy:
+        """The same memory, which counts."""
+
+        written = 0
+
+        def init(self, like):
+            return memory.init(like)
+
+        def update(self, state, grad):
+            Spy.written += 1
+            return memory.update(state, grad)
+
+        def read(self, state):
+            return memory.read(state)
+
+    direct, spied = learner_on(Level(4, 0.1, rule=memory)), learner_on(Level(4, 0.1, rule=Spy()))
+    for learner in (direct, spied):
+        learner.observe(random_ids(12))
+    assert Spy.written == 3 * 6
+    for name, delta in direct.memory.diff().items():
+        assert torch.equal(delta, spied.memory.diff()[name])
+
+
+class TestNotFinite:
+    def broken_model(self):
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[7] = math.nan
+        return model
+
+    def test_the_write_is_dropped_and_reported(self):
+        learner = learner_on(Level(4, 0.3), Level(8, 0.2), model=self.broken_model())
+        ids = random_ids(24)
+        ids[ids == 7] = 8
+        learner.observe(ids[:8])
+        before = {i: {n: t.clone() for n, t in learner.memory.diff(level=i).items()} for i in (0, 1)}
+        bad = ids[8:16].clone()
+        bad[1] = 7
+        with pytest.warns(RuntimeWarning, match=r"level 0 learned nothing from.* token 12"):
+            learner.observe(bad[:4])
+        assert outcomes(learner) == ["dropped"]
+        for name, delta in learner.memory.diff(level=0).items():
+            assert torch.equal(delta, before[0][name])
+        # the sum of the slow chunk holds the same loss, so it is dropped too
+        with pytest.warns(RuntimeWarning, match="level 1"):
+            surprise = learner.observe(bad[4:])
+        assert outcomes(learner) == ["written"]
+        assert outcomes(learner, level=1) == ["dropped"]
+        assert surprise[1:].isfinite().all()  # the bad token has left the context
+        for name, delta in learner.memory.diff(level=1).items():
+            assert torch.equal(delta, before[1][name])
+        learner.observe(ids[16:])
+        assert [write.outcome for write in learner.writes] == ["written"] * 3
+
+    def test_an_infinite_gradient_with_a_finite_loss(self):
+        model = tiny_model()
+        model.model.layers[1].mlp.register_full_backward_hook(lambda _, g, __: (g[0] * math.inf,))
+        learner = learner_on(Level(4, 0.3, rule="adam"), model=model)
+        with pytest.warns(RuntimeWarning):
+            learner.observe(random_ids(4))
+        assert not learner.memory.diff()
+        assert math.isfinite(learner.writes[0].loss)
+
+
+class TestPrecision:
+    def test_bfloat16_model_has_float32_memory(self):
+        model = tiny_model(dtype=torch.bfloat16)
+        levels = Level(8, 0.05), Level(16, 0.02, rule="adam"), Level(32, 0.1, rank=2)
+        learner = learner_on(*levels, model=model)
+        surprise = learner.observe(random_ids(40))
+        assert surprise.dtype == torch.float32
+        for level in range(3):
+            assert all(delta.dtype == torch.float32 for delta in learner.memory.diff(level=level).values())
+        for target in learner._reader.writers[0].targets:
+            assert target.weight.dtype == torch.bfloat16
+
+    def test_steps_below_the_resolution_of_bfloat16_add_up(self):
+        model = tiny_model(dtype=torch.bfloat16)
+        exact = learner_on(Level(8, 1e-3), model=model)
+        ids = random_ids(8)
+        steps = []
+        for _ in range(3):
+            before = exact.memory.diff()
+            exact.memory.rows[0].clear_context()
+            exact.observe(ids)
+            after = exact.memory.diff()
+            steps.append(sum((after[n] - before.get(n, 0)).square().sum() for n in after).sqrt())
+        torch.testing.assert_close(torch.stack(steps), torch.full((3,), 1e-3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradient_checkpointing_changes_nothing(family):
+    """Bit for bit; in a model with dropout left in training mode, too."""
+    model = tiny_model(family).train()
+    levels = (Level(8, 0.3), Level(16, 0.2, layers=[1]), Level(32, 0.1, rank=2))
+    plain = learner_on(*levels, model=model)
+    checkpointed = learner_on(*levels, model=model, gradient_checkpointing=True)
+    ids = random_ids(64)
+    assert torch.equal(plain.observe(ids)[1:], checkpointed.observe(ids)[1:])
+    for name, delta in plain.memory.diff().items():
+        assert torch.equal(delta, checkpointed.memory.diff()[name])
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_gradient_checkpointing_runs_layers_twice():
+    model = tiny_model()
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    learner_on(Level(8, 0.3), model=model, gradient_checkpointing=True).observe(random_ids(8))
+    assert len(calls) == 2
+
+
+def test_one_forward_and_one_backward_per_token():
+    """A whole text is read once: chunks of 8, with the crossing token apart."""
+    model = tiny_model()
+    read, backward = [], []
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    mlp.register_full_backward_hook(lambda *_: backward.append(1))
+    learner_on(Level(8, 0.3), Level(16, 0.1), model=model).observe(random_ids(32))
+    assert sum(read) == 31  # the last token predicts nothing yet
+    assert len(backward) == 4 + 2  # and two crossing pairs inside slow chunks
