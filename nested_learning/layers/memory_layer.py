@@ -22,10 +22,9 @@ from nested_learning.memory.scan import (
     scan,
 )
 from nested_learning.memory.signals import Readouts, StepInputs
-from nested_learning.ops.conv import causal_conv
-from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.precision import full_precision
+from nested_learning.ops.short_conv import Heads, unit_heads
 
 PATHS = ("k", "v", "q")
 # Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88, width about 1.
@@ -248,21 +247,22 @@ class MemoryLayer(nn.Module):
         B, T, _ = paths.shape
         tail = None if state is None else state.conv_tail
         if state is not None and T == 1:
-            paths, tail = self._convolve_token(paths, tail, mask)
+            paths, tail = self._convolve_token(paths, tail, mask)  # [B, 1, 3D]
             return self._scan_token(paths, logits, state, tail, mask, want_surprise)
 
         layout = None
         if state is not None or mask is not None:
             layout = self._layout(paths, state, mask)
             paths, logits = layout.pack(paths), None if logits is None else layout.pack(logits)
-        paths, tail = self._convolve(paths, tail, layout)
+        weight = None if self.conv is None else self.conv.weight.to(paths.dtype)
+        paths, tail = self._with_history(paths, tail, layout)
         if layout is None:
             boundary = common_boundaries(self.system, paths.device)
             position = torch.full((B,), T % self.system.period, dtype=torch.long, device=paths.device)
         else:
             boundary = row_boundaries(self.system, layout.offset, layout.end)
             position = layout.end % self.system.period
-        inputs = self._inputs(paths, logits, None if layout is None else layout.filled)
+        inputs = self._inputs(paths, weight, logits, None if layout is None else layout.filled)
         start, surprise = self._start(state, B, paths.dtype), None
         if not want_surprise and kernels.applies(self.backend, self.system, paths.device, dtype):
             y, after = kernels.run(self.system, start, inputs, dtype)
@@ -302,7 +302,7 @@ class MemoryLayer(nn.Module):
             self.system,
             self._retained(paths.dtype),
             self._start(state, paths.shape[0], paths.dtype),
-            self._inputs(paths, logits, mask),
+            self._inputs(paths, None, logits, mask),
             self._readouts(paths.dtype),
             lambda _: moved,
             want_surprise,
@@ -333,18 +333,17 @@ class MemoryLayer(nn.Module):
             torch.stack([gate.bias for gate in gates]).to(dtype),
         )
 
-    def _inputs(self, paths: Tensor, logits: Tensor | None, write: Tensor | None) -> StepInputs:
-        heads = paths.unflatten(-1, (len(PATHS), self.num_heads, self.head_dim))  # [B, T, 3, H, d]
-        vectors = self._unit(F.silu(heads)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
+    def _inputs(
+        self,
+        paths: Tensor,  # [B, K−1+T, 3D]
+        weight: Tensor | None,  # of the convolution, None where it is done or there is none
+        logits: Tensor | None,
+        write: Tensor | None,
+    ) -> StepInputs:
+        heads = Heads(tuple(name in self.system.unit for name in PATHS), self.num_heads)
+        vectors = unit_heads(paths, weight, heads)  # [3, B, H, T, d]
         gates = None if logits is None else logits.permute(2, 0, 3, 1)  # [gates, B, H, T]
         return StepInputs(dict(zip(PATHS, vectors.unbind(0), strict=True)), gates, write)
-
-    def _unit(self, heads: Tensor) -> Tensor:
-        """L2-normalise the paths [B, T, 3, H, d] that the system wants of unit norm."""
-        if len(self.system.unit) == len(PATHS):
-            return unit(heads)
-        parts = zip(PATHS, heads.unbind(2), strict=True)
-        return torch.stack([unit(part) if name in self.system.unit else part for name, part in parts], dim=2)
 
     def _layout(self, paths: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
         B, T, _ = paths.shape
@@ -354,10 +353,10 @@ class MemoryLayer(nn.Module):
             return row_layout(mask, torch.zeros(B, dtype=torch.long, device=paths.device), T)
         return row_layout(mask, state.position, self.system.period - 1 + T)
 
-    def _convolve(
+    def _with_history(
         self, paths: Tensor, tail: Tensor | None, layout: RowLayout | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The convolution over all columns, and the K−1 inputs that the next call needs."""
+        """The inputs with the K−1 before them in front, and the K−1 that the next call needs."""
         if self.conv is None:
             return paths, None
         history = self.conv_size - 1
@@ -370,7 +369,7 @@ class MemoryLayer(nn.Module):
                 before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
                 padded = padded.scatter_add(1, before, tail.to(paths.dtype))
             end = padded.gather(1, _over_channels(columns + layout.end.unsqueeze(1), paths))
-        return causal_conv(padded, self.conv.weight.to(paths.dtype)), end
+        return padded, end
 
     def _convolve_token(
         self, paths: Tensor, tail: Tensor | None, mask: Tensor | None

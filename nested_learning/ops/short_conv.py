@@ -30,8 +30,8 @@ class Heads(NamedTuple):
 def unit_heads(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
     """n(silu(conv(x))) per path and head, n the L2 normalisation with a floor (`ops.norm.unit`).
 
-    On a CPU forward and backward pass go block by block through the tokens, so that the passes over one block
-    are in a cache; the backward pass recomputes what it needs from x.
+    On a CPU the passes over more than one block of numbers go block by block through the tokens, so that each
+    block is in a cache; the backward pass recomputes what it needs from x.
 
     Args:
         x: [B, K−1+T, P·H·d] float32 or float64, P paths of H heads; the first K−1 columns are the inputs
@@ -42,6 +42,7 @@ def unit_heads(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
     """
     if (
         x.device.type != "cpu"
+        or x.numel() < _BLOCK
         # what follows a Python function symbolically sees more in the composition
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
