@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nested_learning.layers.cms import parse_levels
+from nested_learning.levels import Component, NestedSystem, levels
 from nested_learning.models import HopeConfig, HopeForCausalLM
-
-LAYER = re.compile(r"layers\.(\d+)\.(mixer|cms)\.(.*)")
-OUTER = "optimizer step"
+from nested_learning.training.config import OptimConfig
+from nested_learning.training.optim import build_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,47 +31,27 @@ class Part:
 
 
 def parts(config: HopeConfig) -> list[Part]:
-    """The parameters of a model by part, from input to output; no memory is taken for the weights."""
+    """The parameters of a model by part, as `levels` sees it with the optimizer of the training recipe.
+
+    No memory is taken for the weights.
+    """
     with torch.device("meta"):
         model = HopeForCausalLM(config)
-    counts: dict[tuple[str, str], int] = {}
-    for name, parameter in model.named_parameters():
-        key = _part_of(name, config)
-        counts[key] = counts.get(key, 0) + parameter.numel()
-    return [Part(name, count, updates) for (name, updates), count in counts.items()]
+    system = levels(model, build_optimizer(model, OptimConfig()))
+    weights = [component for component in system.components if component.kind == "weights"]
+    return [Part(component.name, component.parameters, _updates(system, component)) for component in weights]
 
 
-def _part_of(name: str, config: HopeConfig) -> tuple[str, str]:
-    """(name of the part, how often it changes) for a parameter's name."""
-    if "embed_tokens" in name:
-        return "embedding, also the head" if config.tie_word_embeddings else "embedding", OUTER
-    if name.startswith("lm_head"):
-        return "head", OUTER
-    match = LAYER.search(name)
-    if match is None:
-        return "norms", OUTER
-    layer, group, rest = int(match[1]), match[2], match[3]
-    if group == "cms":
-        level = int(rest.split(".")[1])
-        size = parse_levels(config.cms_levels or [])[level].chunk_size
-        # Without an update rule a level is frozen in context and its chunk length is its outer frequency.
-        return (
-            f"CMS level {level + 1} (chunk {size})",
-            OUTER if config.cms_update == "none" else f"{size} tokens",
-        )
-    mixer = config.layer_mixers[layer]
-    if rest.startswith("initial."):
-        return f"{mixer}: initial memories", _chunks(config, mixer)
-    return f"{mixer}: projections and gates", OUTER
-
-
-def _chunks(config: HopeConfig, mixer: str) -> str:
-    """The weights of a memory move at every token; its gradients are taken at an anchor, set less often."""
-    with torch.device("meta"):
-        layer = HopeForCausalLM(_one_layer(config, mixer)).model.layers[0].mixer
-    system = getattr(layer, "system", None)
-    sizes = sorted(set(getattr(system, "chunk_sizes", ())))
-    return f"token, anchor {'/'.join(map(str, sizes))}" if sizes else "token"
+def _updates(system: NestedSystem, weights: Component) -> str:
+    """How often memories that start from these weights are updated; where there are none, the weights."""
+    started = [
+        system[name].frequency
+        for transfer in system.transfers
+        if transfer.kind == "initial state" and weights.name in transfer.sources
+        for name in transfer.targets
+    ]
+    frequencies = sorted(set(started) or {weights.frequency}, key=lambda frequency: frequency.rank)
+    return ", ".join(map(str, frequencies))
 
 
 def state_bytes(config: HopeConfig, tokens: Iterable[int]) -> dict[int, int]:

@@ -72,7 +72,7 @@ def _print(result: dict[str, Any]) -> None:
         for part in result["parts"]
     ]
     rows.append(("all", f"{total:,}", "100.0%", ""))
-    print_table(result["model"], ("part", "parameters", "share", "changes every"), rows)
+    print_table(result["model"], ("part", "parameters", "share", "changes"), rows)
     batches = list(dict.fromkeys(entry["batch"] for entry in result["state"]))
     sizes = {(entry["batch"], entry["tokens"]): entry["bytes"] for entry in result["state"]}
     lengths = list(dict.fromkeys(entry["tokens"] for entry in result["state"]))
