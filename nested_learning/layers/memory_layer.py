@@ -50,6 +50,9 @@ class MemoryLayer(nn.Module):
         max_half_life: of what a memory holds at the start of training, in tokens: the heads' half-lives are
             spread geometrically from `SHORTEST_HALF_LIFE` to this; None gives all heads the shortest.
 
+    Attributes:
+        recompute: see `set_recompute`.
+
     Raises:
         ValueError: when hidden_size is not a multiple of num_heads, conv_size is negative, or max_half_life
             is shorter than the shortest.
@@ -88,6 +91,7 @@ class MemoryLayer(nn.Module):
                 f"{system.retention.decay!r}; leave it at None"
             )
         self.system, self.conv_size, self.max_half_life = system, conv_size, max_half_life
+        self.recompute: str | None = None
 
         self.in_proj = nn.Linear(hidden_size, len(PATHS) * hidden_size, bias=False)
         channels = len(PATHS) * hidden_size
@@ -275,6 +279,7 @@ class MemoryLayer(nn.Module):
                 self._readouts(paths.dtype),
                 boundary,
                 want_surprise,
+                self.recompute is not None,
             )
         y = y.transpose(1, 2)
         if layout is not None:
@@ -383,6 +388,24 @@ class MemoryLayer(nn.Module):
         after = window[:, 1:] if mask is None else torch.where(mask.unsqueeze(-1), window[:, 1:], tail)
         weight = self.conv.weight.to(paths.dtype).squeeze(1).T  # [K, 3D]
         return (window * weight).sum(1, keepdim=True), after
+
+
+def set_recompute(module: nn.Module, how: str | None) -> int:
+    """What the backward pass through the memory layers of a module recomputes; returns how many there are.
+
+    Args:
+        how: None keeps all that it needs; "chunk" keeps the memories' weights before every √n-th of n chunks
+            and computes the rest again: less memory for about a third more time. No result changes.
+
+    Raises:
+        ValueError: for another value of `how`.
+    """
+    if how not in (None, "chunk"):
+        raise ValueError(f"recompute must be None or 'chunk', got {how!r}")
+    layers = [layer for layer in module.modules() if isinstance(layer, MemoryLayer)]
+    for layer in layers:
+        layer.recompute = how
+    return len(layers)
 
 
 def _spread_bias(num_heads: int, longest: float) -> Tensor:

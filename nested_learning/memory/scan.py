@@ -6,12 +6,14 @@ Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nested_learning.memory import check, fused
 from nested_learning.memory.architecture import Down, Trace
@@ -253,6 +255,7 @@ def scan(
     readouts: Readouts | None,
     boundary: Boundary,
     want_surprise: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None, RunningWeights]:
     """Run the memories over a sequence.
 
@@ -261,9 +264,46 @@ def scan(
         weights: of all memories before the sequence.
         inputs: the same as for one step, over all T columns.
         boundary: where chunks end.
+        recompute: of n chunks keep the weights before every √n-th for the backward pass, and recompute the
+            rest there. Changes no result.
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
+    T, chunk = inputs.paths["k"].shape[2], max(system.chunk_sizes)
+    group = chunk * math.isqrt(math.ceil(T / chunk))
+    if not recompute or not torch.is_grad_enabled() or chunk >= T:
+        return _scan(system, initial, weights, inputs, readouts, boundary, want_surprise)
+    outputs, surprises = [], []
+    for index, piece in enumerate(_split(inputs, group)):
+        start = index * group
+        y, surprise, weights = checkpoint(
+            _scan,
+            system,
+            initial,
+            weights,
+            piece,
+            readouts,
+            lambda column, start=start: boundary(start + column),
+            want_surprise,
+            use_reentrant=False,
+            preserve_rng_state=False,  # there is nothing random
+        )
+        outputs.append(y)
+        surprises.append(surprise)
+    joined = torch.cat(surprises, dim=1) if want_surprise else None
+    return torch.cat(outputs, dim=2), joined, weights
+
+
+def _scan(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    boundary: Boundary,
+    want_surprise: bool,
+) -> tuple[Tensor, Tensor | None, RunningWeights]:
+    """`scan` with all that the backward pass needs kept: whole chunks fused where there is such a run."""
     whole = _whole_chunks(system, weights, inputs, boundary)
     if not whole:
         return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)

@@ -20,11 +20,11 @@ class Heads(NamedTuple):
 
     Attributes:
         unit: per path, whether its vectors are L2-normalised.
-        count: heads of each path.
+        per_path: heads of each path.
     """
 
     unit: tuple[bool, ...]
-    count: int
+    per_path: int
 
 
 def unit_heads(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
@@ -54,7 +54,7 @@ def unit_heads(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
 def _composed(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
     """The definition."""
     z = x if weight is None else causal_conv(x, weight)
-    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.count, -1))  # [B, T, P, H, d]
+    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     if all(heads.unit):
         return unit(h).permute(2, 0, 3, 1, 4)
     parts = [unit(part) if wanted else part for part, wanted in zip(h.unbind(2), heads.unit, strict=True)]
@@ -73,7 +73,7 @@ class _UnitHeads(torch.autograd.Function):
         for row in range(len(x)):
             for columns in _blocks(x, taps):
                 z = _convolve(x[row], taps, columns)
-                h, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.count, -1)), heads)
+                h, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
                 out[:, row, :, columns] = h.mul_(f).permute(1, 2, 0, 3)
         return out
 
@@ -87,7 +87,7 @@ class _UnitHeads(torch.autograd.Function):
         for row in range(len(x)):
             for columns in _blocks(x, taps):
                 z = _convolve(x[row], taps, columns)
-                y, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.count, -1)), heads)
+                y, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
                 y.mul_(f)
                 g_h = g[:, row, :, columns].permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
                 along = (y * g_h).sum(-1, keepdim=True)
@@ -120,7 +120,7 @@ def _taps(x: Tensor, weight: Tensor | None) -> Tensor:
 
 def _empty_output(x: Tensor, taps: Tensor, heads: Heads) -> Tensor:
     tokens, paths = x.shape[1] - len(taps) + 1, len(heads.unit)
-    return x.new_empty(paths, len(x), heads.count, tokens, x.shape[-1] // (paths * heads.count))
+    return x.new_empty(paths, len(x), heads.per_path, tokens, x.shape[-1] // (paths * heads.per_path))
 
 
 def _blocks(x: Tensor, taps: Tensor) -> list[slice]:

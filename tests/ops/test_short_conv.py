@@ -32,7 +32,7 @@ def inputs(rows, tokens, taps, unit, heads, width):
 def by_library(x, weight, heads):
     """From F.conv1d and the norm's definition."""
     z = x if weight is None else F.conv1d(x.mT, weight, groups=x.shape[-1]).mT
-    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.count, -1))
+    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))
     scaled = h / (h.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     wanted = torch.tensor(heads.unit)[:, None, None]
     return torch.where(wanted, scaled, h).permute(2, 0, 3, 1, 4)

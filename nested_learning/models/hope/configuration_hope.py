@@ -10,9 +10,11 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
+from nested_learning.layers.memory_layer import set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options, unknown
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
@@ -78,6 +80,8 @@ class HopeConfig(PreTrainedConfig):
             None runs a call's tokens at once. Changes no result. It bounds the activations of a long input
             without gradients; with gradients all segments' activations are kept all the same, and several
             short passes take longer than a long one.
+        recompute: "chunk" lets the memory layers keep little for the backward pass and compute the chunks
+            there again; see `layers.memory_layer.set_recompute`. None keeps everything. Changes no result.
         pad_token_id, bos_token_id, eos_token_id: None where there is none.
 
     Raises:
@@ -104,6 +108,7 @@ class HopeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     segment_size: int | None = None
+    recompute: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -239,14 +244,18 @@ class HopeConfig(PreTrainedConfig):
             if name not in mixers:
                 used = ", ".join(sorted(set(mixers)))
                 raise ValueError(f"mixer_options has options for {name!r}, which no block uses; used: {used}")
-        for name in sorted(set(mixers)):
-            self._build_on_meta(name)
+        layers = [self._build_on_meta(name) for name in sorted(set(mixers))]
+        if sum(set_recompute(layer, self.recompute) for layer in layers) == 0 and self.recompute is not None:
+            raise ValueError(
+                f"recompute={self.recompute!r} is for memory layers, but no block has one (mixers: "
+                f"{', '.join(sorted(set(mixers)))}); leave it at None, or use gradient checkpointing"
+            )
 
-    def _build_on_meta(self, name: str) -> None:
+    def _build_on_meta(self, name: str) -> nn.Module:
         """The layer knows best which values it accepts: build it without memory and let it complain."""
         try:
             with torch.device("meta"):
-                build_mixer(name, self.hidden_size, self.num_heads, self.options_of(name))
+                return build_mixer(name, self.hidden_size, self.num_heads, self.options_of(name))
         except (TypeError, ValueError) as error:
             raise ValueError(f"mixer {name!r} with options {self.options_of(name)}: {error}") from error
 

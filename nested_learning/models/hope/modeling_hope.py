@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from nested_learning.layers.memory_layer import set_recompute
 from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
@@ -61,6 +62,7 @@ class HopeBlock(GradientCheckpointingLayer):
         name = config.layer_mixers[layer_index]
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
+        set_recompute(self.mixer, config.recompute)
         self.cms = config.build_cms()
 
     def forward(
