@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nested_learning._errors import unknown
 from nested_learning.levels.drafts import Draft, Drafts
 from nested_learning.levels.gradients import Trained, add_optimizers, as_optimizers
 from nested_learning.levels.registry import Described, Memory, Weights, describer_of
@@ -65,6 +65,16 @@ def _with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module 
         yield name, module, modules[name.rpartition(".")[0]] if name else None
 
 
+_Found = dict[str, list[Draft]]  # what a description named
+
+
+def _named(found: _Found, names: Iterable[str], where: str) -> list[Draft]:
+    for name in names:
+        if name not in found:
+            raise unknown(f"component in the description of module {where!r}:", name, found)
+    return [draft for name in names for draft in found[name]]
+
+
 class _Walk:
     """Drafts the memories and weights of a model, module by module."""
 
@@ -76,7 +86,14 @@ class _Walk:
         self.claimed: set[nn.Parameter] = set()
         # By memory: what it gives to the weights after it, since which module, and the weights around it.
         self.outputs: dict[Draft, tuple[str, int, set[nn.Parameter]]] = {}
-        self.uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+        # Transfers that descriptions name, with the parts of the module that they are of.
+        self.given: list[tuple[str, Transfer, _Found]] = []
+        self.besides_embeddings = {
+            p
+            for module in model.modules()
+            if not isinstance(module, nn.Embedding)
+            for p in module.parameters(recurse=False)
+        }
         get_head = getattr(model, "get_output_embeddings", None)
         self.head = get_head() if callable(get_head) else None
 
@@ -89,16 +106,16 @@ class _Walk:
             self._add_described(name, list(described))
         own = [p for p in module.parameters(recurse=False) if p not in self.claimed]
         if own:
-            shared = any(self.uses[p] > 1 for p in own)
+            shared = any(p in self.besides_embeddings for p in own)
             self._add_weights(name, name_of_weights(module, parent, module is self.head, shared), own)
 
     def _add_described(self, where: str, parts: list[Described]) -> None:
-        found: dict[str, list[Draft]] = defaultdict(list)
+        found: _Found = {}
         memories = [part for part in parts if isinstance(part, Memory)]
         for memory in memories:
             found[memory.name] = [self._add_memory(where, memory)]
         for memory in memories:
-            needed = [draft for name in memory.needs for draft in found[name]]
+            needed = _named(found, memory.needs, where)
             found[memory.name][0].needs.update(dict.fromkeys(needed))
         around: set[nn.Parameter] = set()
         for part in parts:
@@ -106,21 +123,19 @@ class _Walk:
                 free = [p for p in part.parameters if p not in self.claimed]
                 around.update(free)
                 found[part.name] = self._add_weights(where, part.name, free)
-                self._connect_weights(found[part.name], part, found)
+                starting = _named(found, part.initial_of, where)
+                reading = _named(found, part.generates, where)
+                self._connect_weights(found[part.name], starting, reading)
         for part in parts:
             if isinstance(part, Transfer):
-                sources = [draft for name in part.sources for draft in found[name]]
-                targets = [draft for name in part.targets for draft in found[name]]
-                self.drafts.add_pass(sources, targets, part.kind, part.what)
+                self.given.append((where, part, found))
         for memory in memories:
             if memory.output:
                 (draft,) = found[memory.name]
                 _, since, before = self.outputs.get(draft, ("", self.visited, set()))
                 self.outputs[draft] = memory.output, since, before | around
 
-    def _connect_weights(self, made: list[Draft], part: Weights, found: dict[str, list[Draft]]) -> None:
-        starting = [draft for name in part.initial_of for draft in found[name]]
-        reading = [draft for name in part.generates for draft in found[name]]
+    def _connect_weights(self, made: list[Draft], starting: list[Draft], reading: list[Draft]) -> None:
         for draft in made:
             learned = draft.component.frequency != NEVER
             start = "meta-learned initial state" if learned else "initial state"
@@ -187,7 +202,14 @@ class _Walk:
         return every_steps(self.trained[parameter].period), self.trained[parameter].step
 
     def connect(self) -> None:
-        """What passes between optimizers and weights, and from memories to the weights after them."""
+        """What descriptions name; then gradients and steps, and from memories to the weights after them."""
+        everywhere = self.drafts.by_name()
+        for where, transfer, found in self.given:
+            sources, targets = (
+                _named({**everywhere, **found}, names, where)
+                for names in (transfer.sources, transfer.targets)
+            )
+            self.drafts.add_pass(sources, targets, transfer.kind, transfer.what)
         weights = self.drafts.weights
         for draft in weights:
             for how in [self.trained[p] for p in draft.parameters if p in self.trained]:

@@ -65,6 +65,13 @@ class Drafts:
         """Those of weights."""
         return [draft for draft in self._drafts.values() if draft.component.kind == "weights"]
 
+    def by_name(self) -> dict[str, list[Draft]]:
+        """The drafts of each name, before names are unique."""
+        found: dict[str, list[Draft]] = defaultdict(list)
+        for draft in self._drafts.values():
+            found[draft.component.name].append(draft)
+        return dict(found)
+
     def components(self) -> list[Component]:
         """All components with unique names, in the order in which they were found."""
         names = self._names()

@@ -10,12 +10,13 @@ from torch import nn
 from nested_learning.layers.attention import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
+from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import MIXERS
 from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
 from nested_learning.levels.registry import Described, Memory, Weights, describes
-from nested_learning.levels.structure import softmax_attention
-from nested_learning.levels.system import Frequency, Transfer, every_tokens
+from nested_learning.levels.structure import ATTENTION_OBJECTIVE, ATTENTION_RULE, softmax_attention
+from nested_learning.levels.system import INFINITE, Frequency, Transfer, every_tokens
 from nested_learning.memory.description import MemorySystem
 
 # By the objective's name; one that is not here is shown by its name.
@@ -135,6 +136,29 @@ def _registered_name(layer: nn.Module) -> str:
     """What `HopeConfig(mixer=…)` calls the layer; its class's name where nothing does."""
     registered = {factory: name for name, factory in MIXERS.items()}
     return registered.get(type(layer), type(layer).__name__)
+
+
+@describes(MemoryAsContext)
+def _memory_as_context(layer: MemoryAsContext) -> Iterator[Described]:
+    """Attention in a segment, to the tokens and what the memory recalls; the memory describes itself."""
+    name = f"softmax attention (segment {layer.segment})"
+    itemsize = layer.qkv_proj.weight.dtype.itemsize
+    yield Memory(
+        name=name,
+        frequency=INFINITE,
+        state_bytes=2 * 2 * layer.segment * layer.hidden_size * itemsize,
+        context="the tokens of a segment and what the memory recalls for them, as keys and values",
+        objective=ATTENTION_OBJECTIVE,
+        rule=ATTENTION_RULE,
+    )
+    modules = (layer.qkv_proj, layer.q_norm, layer.k_norm, layer.attention_out)
+    projections = [p for module in modules for p in module.parameters()]
+    yield Weights("attention projections", projections, generates=(name,))
+    others = _others(layer, [*projections, *layer.memory.parameters()])
+    yield Weights("MAC: recall, norms and persistent tokens", others)
+    recalled = f"{_registered_name(layer.memory)}: M_{layer.memory.system.memories[-1]}"
+    for source, target, what in ((recalled, name, "what it recalls"), (name, recalled, "its output")):
+        yield Transfer(sources=(source,), targets=(target,), kind="generation of context", what=what)
 
 
 def _others(module: nn.Module, taken: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -61,7 +61,7 @@ def _unknown(optimizer: Optimizer, group: Group) -> OptimizerRule:
 
 
 CLASSICS = {
-    ours.GDMemory: ("last gradient", "−⟨m, g⟩ for the last gradient alone", "m ← g (eq 1)"),
+    ours.GDMemory: ("last gradient", "−⟨m, g⟩, of the last gradient alone", "m ← g (eq 1)"),
     ours.MomentumMemory: ("momentum", DOT, "m ← α m + g (eq 33)"),
     ours.AdamMemory: ("moments", ADAM_OBJECTIVE, "averages of g and g²"),
     ours.AdaGradMemory: ("sum of squares", ADAGRAD_OBJECTIVE, "H ← H + g²"),

@@ -66,7 +66,7 @@ class Weights:
     generates: tuple[str, ...] = ()
 
 
-# A transfer names memories of the same module, or its weights.
+# A transfer names memories and weights of the same module, or else any of the model.
 Described = Memory | Weights | Transfer
 Describer = Callable[[Any], Iterable[Described]]
 

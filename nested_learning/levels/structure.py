@@ -22,6 +22,9 @@ CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 
+ATTENTION_OBJECTIVE = "Σ s(k, q) ½‖v − M‖², s = exp⟨k, q⟩ (Nadaraya-Watson)"
+ATTENTION_RULE = "closed form: nothing is trained, keys and values are kept"
+
 # What attention layers call their projections: of keys and of values, or of several at once.
 _KEYS = {"k_proj": "v_proj", "key": "value", "k": "v", "k_lin": "v_lin", "key_proj": "value_proj"}
 _KEYS |= {"to_k": "to_v", "linear_k": "linear_v", "project_k": "project_v", "wk": "wv"}
@@ -51,8 +54,8 @@ def softmax_attention(
         state_bytes=state_bytes,
         state_per="token" if window is None else "sequence",
         context=context,
-        objective="Σ s(k, q) ½‖v − M‖², s = exp⟨k, q⟩ (Nadaraya-Watson)",
-        rule="closed form: nothing is trained, keys and values are kept",
+        objective=ATTENTION_OBJECTIVE,
+        rule=ATTENTION_RULE,
     )
     yield Weights("attention projections", module.parameters(), generates=(name,))
 
@@ -162,7 +165,7 @@ def name_of_weights(module: nn.Module, parent: nn.Module | None, is_head: bool, 
         module: that holds them.
         parent: the module around it, None for the whole model.
         is_head: it is what transformers calls the output embeddings.
-        shared: its parameters are another module's too.
+        shared: its parameters are those of a module that is no embedding, too.
     """
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nested_learning.levels.registry import GradientMemory, Group, OptimizerRule, describes_optimizer
 
-DOT = "−⟨m, g⟩: what to keep of all gradients"
+DOT = "−⟨m, g⟩"
 ADAM_OBJECTIVE = "Σ‖m ⊙ gᵢ − √(Σg²)‖² + λ‖m‖² (eq 101-105)"
 ADAM_STEP = "W ← W − lr·m̂/(√v̂ + ε)"
 ADAGRAD_OBJECTIVE = "eq 106-111 with a diagonal H"

@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen3NextConfig,
+    T5Config,
 )
 
 from nested_learning import Attention, ContinuumMemorySystem, HopeForCausalLM, SelfModifyingTitans, preset
@@ -191,6 +192,31 @@ def test_every_mixer_is_described(mixer):
         tail = 0 if state.conv_tail is None else state.conv_tail.nbytes
         found = sum(component.state_bytes for component in in_context)
         assert found == state.nbytes() - tail - state.position.nbytes
+
+
+def test_titans_as_context():
+    layer = build_mixer("mac", 16, 2, {"segment": 4})
+    system = levels(layer)
+    _, state = layer(torch.randn(1, 7, 16))
+    attention = system["softmax attention (segment 4)"]
+    assert attention.state_bytes == state.key.nbytes + state.value.nbytes
+    assert [str(level.frequency) for level in system.levels] == [
+        "∞ (non-parametric)",
+        "every token",
+        "every token",
+        "never",
+    ]
+    assert passes(system, "generation of context") >= {
+        ("titans: M_memory", attention.name),
+        (attention.name, "titans: M_memory"),
+    }
+
+
+def test_an_embedding_shared_by_embeddings_is_no_head():
+    config = T5Config(d_model=16, d_kv=4, num_heads=4, num_layers=1, d_ff=8, vocab_size=32)
+    system = levels(AutoModel.from_config(config))
+    assert system["embedding"].parameters == 32 * 16
+    assert len(system["softmax attention"].where) == 3  # encoder, decoder, from one to the other
 
 
 def test_layers_that_rewrite_their_weights():

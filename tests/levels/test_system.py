@@ -161,6 +161,18 @@ def test_one_name_for_two_things_becomes_two_names():
     ]
 
 
+def test_a_description_that_names_what_is_not_there():
+    class Wrong(nn.Linear):
+        pass
+
+    @describes(Wrong)
+    def _(layer):
+        yield Weights("map", layer.parameters(), generates=("memry",))
+
+    with pytest.raises(ValueError, match="description of module 'a': 'memry'"):
+        levels(nn.ModuleDict({"a": Wrong(2, 2)}))
+
+
 def test_descriptions_are_of_modules_and_optimizers():
     with pytest.raises(ValueError, match="subclasses of Module"):
         describes(torch.optim.SGD)
