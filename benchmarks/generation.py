@@ -7,45 +7,44 @@ grow.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning import HopeCache, HopeForCausalLM
 from nested_learning.models.presets import preset
-from nested_learning.training.report import hardware, versions
 
-CONTEXTS = (128, 16_384)
+CONTEXTS, QUICK_CONTEXTS = (128, 16_384), (8, 64)
 
 
-@torch.no_grad()
+class Session:
+    """A model that has read a context [1, S] and goes on greedily, one token a call."""
+
+    @torch.no_grad()
+    def __init__(self, model: HopeForCausalLM, context: Tensor) -> None:
+        cache = None
+        for piece in context.split(2048, dim=1):
+            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        assert isinstance(cache, HopeCache)
+        self.model, self.cache, self.newest = model, cache, context[:, -1:]
+
+    @torch.no_grad()
+    def next(self) -> None:
+        logits = self.model(self.newest, past_key_values=self.cache).logits
+        self.newest = logits[:, -1].argmax(-1, keepdim=True)
+
+
 def measure(name: str, contexts: tuple[int, ...] = CONTEXTS, tokens: int = 200) -> dict[str, Any]:
     """Time `tokens` greedy tokens of a randomly initialised preset after each context, batch 1."""
     torch.manual_seed(0)
     model = HopeForCausalLM(preset(name)).eval()
     ids = torch.randint(0, 256, (1, max(contexts)))
-    caches: dict[int, HopeCache] = {}
-    for context in contexts:
-        cache = None
-        for piece in ids[:, :context].split(2048, dim=1):
-            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        assert cache is not None
-        caches[context] = cache
-    bytes_before = {context: cache.nbytes() for context, cache in caches.items()}
-    seconds: dict[int, list[float]] = {context: [] for context in contexts}
-    newest = {context: ids[:, context - 1 : context] for context in contexts}
-    for _ in range(tokens):
-        for context in contexts:
-            start = time.perf_counter()
-            logits = model(newest[context], past_key_values=caches[context]).logits
-            newest[context] = logits[:, -1].argmax(-1, keepdim=True)
-            seconds[context].append(time.perf_counter() - start)
-    milliseconds = {context: 1e3 * median(times) for context, times in seconds.items()}
+    sessions = {context: Session(model, ids[:, :context]) for context in contexts}
+    bytes_before = {context: session.cache.nbytes() for context, session in sessions.items()}
+    seconds = interleaved({str(context): session.next for context, session in sessions.items()}, tokens, 0)
+    milliseconds = {context: 1e3 * seconds[str(context)] for context in contexts}
     return {
         "model": name,
         "batch": 1,
@@ -53,26 +52,28 @@ def measure(name: str, contexts: tuple[int, ...] = CONTEXTS, tokens: int = 200) 
         "milliseconds_per_token": milliseconds,
         "ratio_of_time": milliseconds[max(contexts)] / milliseconds[min(contexts)],
         "cache_bytes": bytes_before,
-        "cache_bytes_after": {context: cache.nbytes() for context, cache in caches.items()},
+        "cache_bytes_after": {context: session.cache.nbytes() for context, session in sessions.items()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", nargs="+", default=["hope-tiny", "transformer-tiny"], help="presets")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
-    result = {
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
-        "results": [measure(name) for name in arguments.model],
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__)
+    options.add_argument("--model", nargs="+", default=["hope-tiny", "transformer-tiny"], help="presets")
+    given = options.parse_args(arguments)
+    contexts = QUICK_CONTEXTS if given.quick else CONTEXTS
+    tokens = given.repeats or (2 if given.quick else 200)
+    results = [measure(name, contexts, tokens) for name in given.model]
+    rows = [
+        {
+            "model": result["model"],
+            **{f"ms per token after {c}": result["milliseconds_per_token"][c] for c in contexts},
+            "ratio": result["ratio_of_time"],
+            **{f"cache bytes after {c}": result["cache_bytes"][c] for c in contexts},
+        }
+        for result in results
+    ]
+    show("generation, batch 1", rows)
+    return record({"results": results}, given.json)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from nested_learning.models import HopeConfig, HopeForCausalLM
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.optim import build_optimizer
 from nested_learning.training.report import peak_rss
+
+Result = TypeVar("Result")
 
 STEPS = 2  # the second one has AdamW's moments too
 
@@ -27,9 +30,14 @@ def step_memory(config: dict[str, Any], shape: tuple[int, int], device: str) -> 
         shape: (sequences, tokens) of the batch.
         device: to train on.
     """
+    return in_fresh_process(_measure, config, shape, device)
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function at module level returns in a process that has done nothing before."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_measure, config, shape, device).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _measure(config: dict[str, Any], shape: tuple[int, int], device: str) -> int:

@@ -1,0 +1,107 @@
+"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|precision]`.
+
+- `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
+  each layer equals a float64 copy of itself that is fed token by token.
+- `precision`: a training step of a Hope model of width 512 in float32 and under bfloat16 autocast.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from benchmarks import gate
+from benchmarks.harness import forward, interleaved, parameters, parser, record, show, slopes
+from nested_learning import HopeConfig, HopeForCausalLM
+from nested_learning.layers.registry import MIXERS, build_mixer
+
+SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
+QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
+PRECISION = {"batch": 8, "tokens": 512, "width": 512, "heads": 8, "chunk": 64}
+
+
+def build(name: str, shape: dict[str, int]) -> torch.nn.Module:
+    """A mixer with its defaults at this size; a window sees as far as a chunk."""
+    accepted = inspect.signature(MIXERS[name]).parameters
+    given = {"chunk_size": shape["chunk"], "window": shape["chunk"]}
+    options = {option: value for option, value in given.items() if option in accepted}
+    return build_mixer(name, shape["width"], shape["heads"], options)
+
+
+def mixers(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Tokens per second of each registered mixer."""
+    torch.manual_seed(0)
+    layers = {name: build(name, shape) for name in sorted(MIXERS) if name != "memory"}  # needs its parts
+    for layer in layers.values():
+        gate.equals_itself_token_by_token(layer, shape["width"], 2 * shape["chunk"] + 3)
+    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    fast = interleaved(
+        {name: lambda layer=layer: forward(layer, x) for name, layer in layers.items()}, repeats
+    )
+    both = interleaved(
+        {name: lambda layer=layer: slopes(layer, x) for name, layer in layers.items()}, repeats
+    )
+    tokens = shape["batch"] * shape["tokens"]
+    rows = [
+        {
+            "mixer": name,
+            "parameters": parameters(layer),
+            "forward, tokens/s": tokens / fast[name],
+            "forward + backward, tokens/s": tokens / both[name],
+            "of attention": both["attention"] / both[name],
+        }
+        for name, layer in layers.items()
+    ]
+    show(f"sequence layers, {shape}", rows)
+    return {"shape": shape, "repeats": repeats, "rows": rows}
+
+
+def precision(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Tokens per second of a training step of one Hope block with embedding and head."""
+    torch.manual_seed(0)
+    config = HopeConfig(
+        vocab_size=256,
+        hidden_size=shape["width"],
+        num_hidden_layers=1,
+        num_heads=shape["heads"],
+        mixer_options={"self_modifying_titans": {"chunk_size": shape["chunk"]}},
+    )
+    model = HopeForCausalLM(config).train()
+    ids = torch.randint(256, (shape["batch"], shape["tokens"]))
+
+    def step(enabled: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(input_ids=ids, labels=ids).loss
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    seconds = interleaved({"float32": lambda: step(False), "bf16 autocast": lambda: step(True)}, repeats)
+    rows = [
+        {
+            "precision": name,
+            "forward + backward, tokens/s": ids.numel() / value,
+            "of float32": seconds["float32"] / value,
+        }
+        for name, value in seconds.items()
+    ]
+    show(f"precision, {shape}", rows)
+    return {"shape": shape, "repeats": repeats, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__)
+    options.add_argument("question", choices=["mixers", "precision", "all"], nargs="?", default="all")
+    given = options.parse_args(arguments)
+    repeats = given.repeats or (1 if given.quick else 10)
+    questions = {"mixers": (mixers, SHAPE), "precision": (precision, PRECISION)}
+    figures = {
+        name: measure(QUICK if given.quick else shape, repeats)
+        for name, (measure, shape) in questions.items()
+        if given.question in (name, "all")
+    }
+    return record(figures, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Against another implementation: `python -m benchmarks.peers` (needs the extra: pip install -e '.[peers]').
+
+Forward + backward of one layer, tokens per second, beside `NeuralMemory` of titans-pytorch: the same width,
+heads, chunk and two-layer memory, momentum on. With `batch_size` equal to the chunk its weights move on
+after every chunk, the same algorithm as `titans`; with `batch_size=None` all its gradients are taken at the
+initial weights, which is easier. `self_modifying_titans` trains five memories where the others train one.
+
+A gate first: our layers equal their token-by-token oracle.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from benchmarks import gate
+from benchmarks.harness import interleaved, parameters, parser, record, show, slopes
+from nested_learning.layers import SelfModifyingTitans, Titans
+
+PEER = "titans-pytorch"
+SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
+QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
+MISSING = 2  # exit status
+
+
+def peer(shape: dict[str, int], batch_size: int | None) -> torch.nn.Module:
+    """The peer's memory layer at this size."""
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    head = shape["width"] // shape["heads"]
+    return NeuralMemory(
+        dim=shape["width"],
+        dim_head=head,
+        heads=shape["heads"],
+        chunk_size=shape["chunk"],
+        batch_size=batch_size,
+        model=MemoryMLP(head, depth=2, expansion_factor=1.0),
+        momentum=True,
+    )
+
+
+def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    same, easier = f"{PEER}, batch_size={shape['chunk']}", f"{PEER}, batch_size=None"
+    ours: dict[str, SelfModifyingTitans | Titans] = {
+        "titans": Titans(shape["width"], shape["heads"], chunk_size=shape["chunk"]),
+        "self_modifying_titans": SelfModifyingTitans(
+            shape["width"], shape["heads"], chunk_size=shape["chunk"]
+        ),
+    }
+    for layer in ours.values():
+        gate.equals_oracle(layer, shape["chunk"] + 9)
+    layers = {**ours, same: peer(shape, shape["chunk"]), easier: peer(shape, None)}
+    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    seconds = interleaved(
+        {name: lambda layer=layer: slopes(layer, x) for name, layer in layers.items()}, repeats
+    )
+    rows = [
+        {
+            "layer": name,
+            "parameters": parameters(layer),
+            "forward + backward, tokens/s": x.shape[0] * x.shape[1] / seconds[name],
+            f"of {same}": seconds[same] / seconds[name],
+            f"of {easier}": seconds[easier] / seconds[name],
+        }
+        for name, layer in layers.items()
+    ]
+    show(f"peers, {shape}", rows)
+    return {"shape": shape, "repeats": repeats, "peer": f"{PEER} {metadata.version(PEER)}", "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    given = parser(__doc__).parse_args(arguments)
+    try:
+        metadata.version(PEER)
+    except metadata.PackageNotFoundError:
+        print(f"{PEER} is not installed: pip install -e '.[peers]'", file=sys.stderr)
+        sys.exit(MISSING)
+    repeats = given.repeats or (1 if given.quick else 10)
+    return record(measure(QUICK if given.quick else SHAPE, repeats), given.json)
+
+
+if __name__ == "__main__":
+    main()

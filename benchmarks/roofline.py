@@ -1,0 +1,76 @@
+"""How much of the machine a memory layer uses: `python -m benchmarks.roofline`.
+
+Floating-point operations per second of self-modifying Titans, counted by a fixed formula, as a fraction of
+what a 1024³ float32 torch.mm reaches in the same run. The formula counts what the algorithm needs, not what
+the code does: per token and head 56 products of 2·d² operations, d the head width, and five projections of
+2·width² operations forward; three times that forward + backward; recomputation does not count.
+
+A gate first: the layer equals the token-by-token oracle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import gate
+from benchmarks.harness import forward, interleaved, parser, record, show, slopes
+from nested_learning.layers import SelfModifyingTitans
+
+SHAPE = {"batch": 4, "tokens": 2048, "width": 512, "heads": 8, "chunk": 64}
+QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
+PRODUCTS = 56  # of 2·d² operations, per token and head
+PROJECTIONS = 5  # of 2·width² operations, per token
+SIDE = 1024  # of the square matrices
+
+
+def operations(shape: dict[str, int]) -> int:
+    """Floating-point operations of a forward pass, by the formula."""
+    head = shape["width"] // shape["heads"]
+    per_token = PRODUCTS * 2 * head**2 * shape["heads"] + PROJECTIONS * 2 * shape["width"] ** 2
+    return per_token * shape["batch"] * shape["tokens"]
+
+
+def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
+    gate.equals_oracle(layer, shape["chunk"] + 9)
+    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    a, b = torch.randn(2, SIDE, SIDE)
+    seconds = interleaved(
+        {
+            "torch.mm": lambda: torch.mm(a, b),
+            "forward": lambda: forward(layer, x),
+            "forward + backward": lambda: slopes(layer, x),
+        },
+        repeats,
+    )
+    work = {
+        "torch.mm": 2 * SIDE**3,
+        "forward": operations(shape),
+        "forward + backward": 3 * operations(shape),
+    }
+    rate = {name: work[name] / value for name, value in seconds.items()}
+    tokens = shape["batch"] * shape["tokens"]
+    rows = [
+        {
+            "pass": name,
+            "GFLOP/s": 1e-9 * value,
+            "of torch.mm": value / rate["torch.mm"],
+            "tokens/s": None if name == "torch.mm" else tokens / seconds[name],
+        }
+        for name, value in rate.items()
+    ]
+    show(f"self_modifying_titans, {shape}", rows)
+    return {"shape": shape, "repeats": repeats, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    given = parser(__doc__).parse_args(arguments)
+    repeats = given.repeats or (1 if given.quick else 10)
+    return record(measure(QUICK if given.quick else SHAPE, repeats), given.json)
+
+
+if __name__ == "__main__":
+    main()

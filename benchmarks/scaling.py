@@ -1,0 +1,150 @@
+"""How cost grows with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
+
+- `attention`: a Hope block against a Transformer block of equal parameters, one training pass (forward and
+  backward) over the same number of tokens at every length T.
+- `linear`: self-modifying Titans, batch 1: time of forward + backward at two lengths, and at the longer one
+  time and peak extra memory with and without recomputing chunks in the backward pass. Memory is the growth
+  of the peak resident set, each in a fresh process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import gate
+from benchmarks.harness import interleaved, parameters, parser, record, show, slopes
+from nested_learning import HopeConfig
+from nested_learning.layers import SelfModifyingTitans
+from nested_learning.layers.memory_layer import set_recompute
+from nested_learning.models.hope.modeling_hope import HopeBlock
+from nested_learning.training.memory_probe import in_fresh_process
+from nested_learning.training.report import peak_rss
+
+BLOCK = {"width": 512, "heads": 8, "chunk": 64, "tokens": 16_384}
+QUICK_BLOCK = {"width": 32, "heads": 2, "chunk": 8, "tokens": 64}
+LENGTHS, QUICK_LENGTHS = (512, 4096, 16_384), (16, 64)
+LAYER = {"width": 256, "heads": 4, "chunk": 64}
+QUICK_LAYER = {"width": 32, "heads": 2, "chunk": 8}
+LONG, QUICK_LONG = (4096, 32_768), (16, 128)
+RECOMPUTE = {"keep all": None, "recompute": "chunk"}
+
+
+def blocks(shape: dict[str, int]) -> dict[str, HopeBlock]:
+    """A Hope block, and a Transformer block whose MLP is as wide as it takes for as many parameters."""
+
+    def config(mixer: str, levels: list[int], expansion: float) -> HopeConfig:
+        return HopeConfig(
+            vocab_size=2,
+            hidden_size=shape["width"],
+            num_hidden_layers=1,
+            num_heads=shape["heads"],
+            mixer=mixer,
+            mixer_options={mixer: {"chunk_size": shape["chunk"]}} if mixer != "attention" else {},
+            cms_levels=[{"chunk_size": size} for size in levels],
+            cms_expansion=expansion,
+        )
+
+    hope = HopeBlock(config("self_modifying_titans", [512, 2048], 4.0), 0)
+    with torch.device("meta"):
+        one, two = (parameters(HopeBlock(config("attention", [512], e), 0)) for e in (1.0, 2.0))
+    expansion = 1 + (parameters(hope) - one) / (two - one)
+    return {"Hope": hope, "Transformer": HopeBlock(config("attention", [512], expansion), 0)}
+
+
+def train(block: HopeBlock, x: Tensor) -> None:
+    """Forward and backward of one block."""
+    y = block(x, None, None, None, False)[0]
+    torch.autograd.grad(y.square().mean(), [x, *block.parameters()])
+
+
+def attention(shape: dict[str, int], lengths: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Tokens per second of both blocks at each length."""
+    torch.manual_seed(0)
+    pair = blocks(shape)
+    mixer = pair["Hope"].mixer
+    assert isinstance(mixer, SelfModifyingTitans)
+    gate.equals_oracle(mixer, shape["chunk"] + 9)
+    rows = []
+    for length in lengths:
+        x = torch.randn(shape["tokens"] // length, length, shape["width"], requires_grad=True)
+        seconds = interleaved(
+            {name: lambda block=block, x=x: train(block, x) for name, block in pair.items()}, repeats
+        )
+        rate = {name: shape["tokens"] / value for name, value in seconds.items()}
+        rows.append(
+            {
+                "T": length,
+                **{f"{name}, tokens/s": value for name, value in rate.items()},
+                "Hope of Transformer": rate["Hope"] / rate["Transformer"],
+            }
+        )
+    counts = {name: parameters(block) for name, block in pair.items()}
+    show(f"training a block, {shape}, parameters {counts}", rows)
+    return {"shape": shape, "repeats": repeats, "parameters": counts, "rows": rows}
+
+
+def build_layer(shape: dict[str, int], recompute: str | None) -> SelfModifyingTitans:
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
+    set_recompute(layer, recompute)
+    return layer
+
+
+def extra_memory(shape: dict[str, int], length: int, recompute: str | None) -> int:
+    """Bytes by which forward + backward of a layer raise the peak resident set of this process."""
+    layer = build_layer(shape, recompute)
+    slopes(layer, torch.randn(1, 2 * shape["chunk"], shape["width"], requires_grad=True))  # loads libraries
+    x = torch.randn(1, length, shape["width"], requires_grad=True)
+    before = peak_rss()
+    slopes(layer, x)
+    return peak_rss() - before
+
+
+def linear(shape: dict[str, int], lengths: tuple[int, int], repeats: int) -> dict[str, Any]:
+    """Time at two lengths, and what recomputation saves and costs at the longer."""
+    layers: dict[str, nn.Module] = {name: build_layer(shape, how) for name, how in RECOMPUTE.items()}
+    gate.equals_oracle(build_layer(shape, "chunk"), shape["chunk"] + 9)
+    short, long = (torch.randn(1, length, shape["width"], requires_grad=True) for length in lengths)
+    brief = interleaved(
+        {name: lambda layer=layer: slopes(layer, short) for name, layer in layers.items()}, repeats
+    )
+    full = interleaved(
+        {name: lambda layer=layer: slopes(layer, long) for name, layer in layers.items()}, repeats
+    )
+    memory = {name: in_fresh_process(extra_memory, shape, lengths[1], how) for name, how in RECOMPUTE.items()}
+    rows = [
+        {
+            "backward pass": name,
+            f"T {lengths[0]}, s": brief[name],
+            f"T {lengths[1]}, s": full[name],
+            "ratio of time": full[name] / brief[name],
+            "time of keep all": full[name] / full["keep all"],
+            "extra memory, MB": memory[name] / 1e6,
+            "memory of keep all": memory[name] / max(memory["keep all"], 1),
+        }
+        for name in layers
+    ]
+    show(f"self_modifying_titans, batch 1, {shape}", rows)
+    return {"shape": shape, "lengths": lengths, "repeats": repeats, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__)
+    options.add_argument("question", choices=["attention", "linear", "all"], nargs="?", default="all")
+    given = options.parse_args(arguments)
+    repeats = given.repeats or (1 if given.quick else 5)
+    figures: dict[str, Any] = {}
+    if given.question in ("attention", "all"):
+        block, lengths = (QUICK_BLOCK, QUICK_LENGTHS) if given.quick else (BLOCK, LENGTHS)
+        figures["attention"] = attention(block, lengths, repeats)
+    if given.question in ("linear", "all"):
+        layer, long = (QUICK_LAYER, QUICK_LONG) if given.quick else (LAYER, LONG)
+        figures["linear"] = linear(layer, long, repeats)
+    return record(figures, given.json)
+
+
+if __name__ == "__main__":
+    main()
