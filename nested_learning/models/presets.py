@@ -68,6 +68,40 @@ def transformer_tiny(**overrides: Any) -> HopeConfig:
     return _tiny(overrides, mixer="attention", cms_levels=levels, cms_expansion=ATTENTION_EXPANSION)
 
 
+# Memories of the table in the Transformer's place: what its MLPs are widened by to have hope-tiny's number of
+# parameters, and options beside the chunk length.
+_BASELINES: dict[str, tuple[float, dict[str, Any]]] = {
+    "linear_attention": (5.1, {}),
+    "retnet": (5.1, {}),
+    "deltanet": (5.1, {}),
+    "gated_deltanet": (5.1, {}),
+    "oja": (5.1, {}),
+    "ttt_linear": (5.1, {}),
+    "ttt_mlp": (5.0, {}),
+    "dla": (5.0, {}),
+    "titans": (5.0, {}),
+    "moneta": (4.2, {}),
+    "yaad": (4.2, {}),
+    "memora": (4.2, {}),
+    "mag": (2.4, {"window": 64, "memory_options": {"chunk_size": 32}}),
+    "mal": (2.9, {"window": 64, "memory_options": {"chunk_size": 32}}),
+    "mac": (1.4, {"segment": 32}),
+}
+
+
+def _baseline(mixer: str) -> Callable[..., HopeConfig]:
+    """transformer-tiny with a memory of the table as its mixer."""
+    expansion, options = _BASELINES[mixer]
+
+    def tiny(**overrides: Any) -> HopeConfig:
+        if "mixer" not in overrides and options:
+            given = (overrides.get("mixer_options") or {}).get(mixer, {})
+            overrides = {**overrides, "mixer_options": {mixer: {**options, **given}}}
+        return _tiny(overrides, mixer=mixer, cms_levels=[{"chunk_size": 512}], cms_expansion=expansion)
+
+    return tiny
+
+
 def _paper(hidden_size: int, overrides: dict[str, Any]) -> HopeConfig:
     """The paper gives totals only; widths and depths are the usual ones, MLPs fill up to the total."""
     base: dict[str, Any] = {
@@ -104,6 +138,7 @@ PRESETS: dict[str, Callable[..., HopeConfig]] = {
     "hope-340m": hope_340m,
     "hope-760m": hope_760m,
     "hope-1.3b": hope_1b3,
+    **{f"{mixer.replace('_', '-')}-tiny": _baseline(mixer) for mixer in _BASELINES},
 }
 
 

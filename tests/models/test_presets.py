@@ -12,7 +12,7 @@ def count(config) -> int:
 
 
 def test_tiny_presets_have_equal_parameter_counts():
-    counts = {name: count(preset(name)) for name in ("hope-tiny", "hope-attention-tiny", "transformer-tiny")}
+    counts = {name: count(preset(name)) for name in PRESETS if name.endswith("-tiny")}
     assert 0.95e6 < counts["hope-tiny"] < 1.15e6
     for name, parameters in counts.items():
         assert abs(parameters / counts["hope-tiny"] - 1) < 0.02, (name, counts)
@@ -84,6 +84,13 @@ def test_wrong_overrides_reach_the_configurations_own_errors():
     ):
         with pytest.raises(ValueError, match=message):
             preset("hope-tiny", **overrides)
+
+
+def test_baselines_take_overrides_of_their_mixers():
+    config = preset("mag-tiny", mixer_options={"mag": {"window": 8}})
+    assert config.mixer_options == {"mag": {"window": 8, "memory_options": {"chunk_size": 32}}}
+    assert preset("moneta-tiny").mixer_options == {"moneta": {"chunk_size": 32}}
+    assert preset("mag-tiny", mixer="attention").mixer_options == {}
 
 
 def test_unknown_names_are_refused():
