@@ -20,6 +20,7 @@ from nested_learning.memory.scan import (
     common_boundaries,
     row_boundaries,
     scan,
+    scan_token,
 )
 from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.ops.packing import RowLayout, row_layout
@@ -301,15 +302,17 @@ class MemoryLayer(nn.Module):
         end = state.position + real
         moved: bool | Tensor = True
         if not self.system.exact:
-            completes = torch.stack([end % size == 0 for size in self.system.chunk_sizes], dim=1)
-            moved = completes & (real == 1).unsqueeze(1)  # [B, N]
-        y, surprise, after = scan(
+            completes = {size: end % size == 0 for size in set(self.system.chunk_sizes)}
+            sizes = self.system.chunk_sizes if len(completes) > 1 else self.system.chunk_sizes[:1]
+            moved = torch.stack([completes[size] for size in sizes], dim=1)  # [B, N or 1]
+            moved = moved if mask is None else moved & mask
+        y, surprise, after = scan_token(
             self.system,
             self._retained(paths.dtype),
             self._start(state, paths.shape[0], paths.dtype),
             self._inputs(paths, None, logits, mask),
             self._readouts(paths.dtype),
-            lambda _: moved,
+            moved,
             want_surprise,
         )
         if mask is not None:
@@ -323,7 +326,8 @@ class MemoryLayer(nn.Module):
         if state is None:
             weights = self.initial_weights(batch_size, dtype)
             return RunningWeights(weights, weights, None)
-        state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)  # from a session in another
+        if any(W.dtype != dtype for W in state.current.values()):  # from a session in another
+            state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return RunningWeights(state.anchor, state.current, state.momentum)
 
     def _retained(self, dtype: torch.dtype) -> Weights:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from nested_learning.memory import check, fused
 from nested_learning.memory.architecture import Down, Trace
 from nested_learning.memory.description import MatrixRule, MemorySystem
+from nested_learning.memory.fused import self_modifying_token
 from nested_learning.memory.fused.function import Generic
 from nested_learning.memory.objective import AtKey, Dot
 from nested_learning.memory.signals import Readouts, Signals, StepInputs, generate_signals
@@ -292,6 +293,26 @@ def scan(
         surprises.append(surprise)
     joined = torch.cat(surprises, dim=1) if want_surprise else None
     return torch.cat(outputs, dim=2), joined, weights
+
+
+def scan_token(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    moved: bool | Tensor,
+    want_surprise: bool,
+) -> tuple[Tensor, Tensor | None, RunningWeights]:
+    """`scan` over one token; `moved` says which anchors move after it, as `Boundary` does."""
+    if readouts is None or not self_modifying_token.supports(system):
+        return _scan_steps(system, initial, weights, inputs, readouts, lambda _: moved, want_surprise)
+    real = None if inputs.write is None else inputs.write[:, 0]
+    y, surprise, current = self_modifying_token.run(
+        system, initial, weights.anchor, weights.current, inputs.paths, readouts, real
+    )
+    after = RunningWeights(_move(moved, current, weights.anchor), current, None)
+    return y, surprise if want_surprise else None, after
 
 
 def _scan(

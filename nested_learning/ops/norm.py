@@ -28,6 +28,8 @@ def clip_norm(x: Tensor, limit: float = 1.0) -> Tensor:
 
 def scale_rows(x: Tensor, offset: float, least: float) -> tuple[Tensor, Tensor]:
     """(x · f, f) with f = 1 / sqrt(max(‖x‖² + offset, least)), f [..., 1]."""
+    if not torch.is_grad_enabled():
+        return _ScaleRows.forward(x, offset, least)  # apply() takes as long as the arithmetic on one token
     return _ScaleRows.apply(x, offset, least)
 
 

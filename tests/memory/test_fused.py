@@ -359,3 +359,32 @@ def test_backward_inside_autocast(kind):
         loss.backward()
     torch.testing.assert_close(layer.initial["W1"].grad, outside)
     assert layer.initial["W1"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}, {"eta_max": 1.0}], ids=str)
+def test_single_tokens_without_gradients(options, masked):
+    """Generation takes a path of its own; with gradients a token goes through the generic step."""
+    layer = build(**options)
+    x = batch(layer, 3, 14).detach()
+    mask = torch.ones(3, 14, dtype=torch.bool)
+    if masked:
+        mask[0, :2], mask[1, 5], mask[2, 3:] = False, False, False
+
+    def stream() -> dict[str, Tensor]:
+        state, found = None, {}
+        for t in range(14):
+            piece = slice(t, t + 1)
+            y, state, surprise = layer(
+                x[:, piece], state, mask[:, piece] if masked else None, return_surprise=True
+            )
+            found |= {f"y {t}": y.detach(), f"surprise {t}": surprise}
+        tensors = {name: t.detach() for name, t in state.to_tensors().items()}
+        return {**found, **tensors}
+
+    with_gradients = stream()
+    with torch.no_grad():
+        without = stream()
+    assert with_gradients.keys() == without.keys()
+    for name, expected in with_gradients.items():
+        torch.testing.assert_close(without[name], expected, rtol=1e-12, atol=1e-12, msg=name)
