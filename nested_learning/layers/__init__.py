@@ -1,7 +1,7 @@
 """Layers on [B, T, D] inputs: each takes a state and returns it, `y, state = layer(x, state, mask)`."""
 
 from nested_learning.layers.attention import Attention, SlidingWindowAttention
-from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
+from nested_learning.layers.cms import CMSLevel, CMSState, ContinuumMemorySystem
 from nested_learning.layers.composed import ComposedMemory
 from nested_learning.layers.drop_in import carry_states, replace_linears
 from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
@@ -28,6 +28,7 @@ __all__ = [
     "TTTMLP",
     "Attention",
     "CMSLevel",
+    "CMSState",
     "ComposedMemory",
     "ContinuumMemorySystem",
     "DeltaNet",

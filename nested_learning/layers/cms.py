@@ -1,141 +1,71 @@
-"""Continuum memory system: a chain of MLP blocks, each with its own update frequency (eq 70-73)."""
+"""Continuum memory system: MLP blocks, each with its own update frequency (eq 70-74)."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nested_learning.layers.cms_level import (
+    CMSLevel,
+    check_options,
+    check_positive,
+    learning_levels,
+    parse_levels,
+)
+from nested_learning.layers.cms_regression import KeyValue, chunk_gradients
+from nested_learning.layers.cms_segments import Segments
+from nested_learning.layers.cms_writing import CMSState, LevelState, LevelWriter, Tensors
 from nested_learning.layers.mlp import ACTIVATIONS, MLPBlock, Weights
 from nested_learning.layers.registry import unknown
 from nested_learning.memory.state import State
+from nested_learning.ops.precision import full_precision
 
-VARIANTS = ("sequential",)
-UPDATES = ("none",)
-# Names of the paper that a later version brings; refusing them by name is kinder than "unknown".
-_PLANNED = {"variant": ("nested", "independent"), "update": ("regression", "lm")}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CMSLevel:
-    """One level: an MLP block and how often it is updated.
-
-    Args:
-        chunk_size: tokens between two updates of the block, C of eq 71.
-        expansion: hidden width of the block as a multiple of the model's width.
-        intermediate_size: hidden width of the block; instead of `expansion`.
-        activation: of this block, if not the system's.
-    """
-
-    chunk_size: int
-    expansion: float | None = None
-    intermediate_size: int | None = None
-    activation: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_size", "intermediate_size"):
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if not is_count and not (value is None and name == "intermediate_size"):
-                raise ValueError(f"{name} of a CMS level must be a positive integer, got {value!r}")
-        if self.expansion is not None and self.intermediate_size is not None:
-            raise ValueError("a CMS level takes expansion or intermediate_size, not both")
-        if self.expansion is not None:
-            _check_expansion("expansion of a CMS level", self.expansion)
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise unknown("activation of a CMS level:", str(self.activation), ACTIVATIONS)
-
-    def width(self, hidden_size: int, share: float) -> int:
-        """Hidden width of the block; `share` · hidden_size unless the level says otherwise."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        expansion = share if self.expansion is None else self.expansion
-        if round(expansion * hidden_size) < 1:
-            raise ValueError(
-                f"an expansion of {expansion:g} leaves the CMS level with chunk_size {self.chunk_size} no "
-                f"hidden unit at hidden_size {hidden_size}; give it at least {1 / hidden_size:g}"
-            )
-        return round(expansion * hidden_size)
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any] | CMSLevel) -> CMSLevel:
-        """From the dict of a configuration. Raises ValueError for unknown keys or a missing chunk_size."""
-        if isinstance(options, CMSLevel):
-            return options
-        if not isinstance(options, Mapping):
-            raise ValueError(f"a CMS level is a dict such as {{'chunk_size': 512}}, got {options!r}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                raise unknown("key of a CMS level:", str(key), known)
-        if "chunk_size" not in options:
-            raise ValueError(f"a CMS level needs a chunk_size, got {dict(options)!r}")
-        return cls(**options)
-
-
-def _check_expansion(what: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{what} must be a positive number, got {value!r}")
-
-
-def parse_levels(levels: Iterable[Mapping[str, Any] | CMSLevel]) -> list[CMSLevel]:
-    """Check a list of levels, fast to slow: there is one at least, and each chunk length divides the next."""
-    if isinstance(levels, (Mapping, str)) or not isinstance(levels, Iterable):
-        raise ValueError(f"CMS levels are a list such as [{{'chunk_size': 512}}], got {levels!r}")
-    parsed = [CMSLevel.parse(level) for level in levels]
-    if not parsed:
-        raise ValueError("a continuum memory system needs at least one level, such as {'chunk_size': 512}")
-    sizes = [level.chunk_size for level in parsed]
-    for fast, slow in itertools.pairwise(sizes):
-        if slow % fast:
-            raise ValueError(
-                f"CMS chunk sizes are listed fast to slow and each must divide the next, got {sizes}: "
-                f"{fast} does not divide {slow}"
-            )
-    return parsed
-
-
-def check_supported(variant: str, update: str) -> None:
-    """Raise ValueError for a variant or update rule that this version does not have."""
-    for kind, name, supported in (("variant", variant, VARIANTS), ("update", update, UPDATES)):
-        if name in supported:
-            continue
-        if name in _PLANNED[kind]:
-            raise ValueError(
-                f"CMS {kind} {name!r} is not available in this version; supported: {', '.join(supported)}"
-            )
-        raise unknown(f"CMS {kind}", str(name), (*supported, *_PLANNED[kind]))
+__all__ = ["CMSLevel", "CMSState", "ContinuumMemorySystem", "parse_levels"]
 
 
 class ContinuumMemorySystem(nn.Module):
-    """Chain of residual MLP blocks from the fastest level to the slowest, eq 73 ("sequential").
+    """Residual MLP blocks from the fastest level to the slowest, static or learning in context (eq 70-74).
 
     The paper numbers the levels one way in §3.2 and the other in §7; here the first is the fastest and
-    nearest to the input. Each block normalises its input and adds its output to it, so one level is exactly
-    a Transformer's feed-forward sub-layer, its residual connection included.
+    nearest to the input. Each block normalises its input, so one level is exactly a Transformer's
+    feed-forward sub-layer, its residual connection included.
 
-    With `update="none"` the blocks do not change in context: the chunk sizes say how often an optimizer with
-    several frequencies steps each level and feed `info()`, they do not enter the forward pass.
+    Variants:
+        "sequential" (eq 73): a chain, x ← x + f_l(x) for each level; all initial states are parameters.
+        "nested" (eq 72): the chain, where level l + 1 also learns the initial state of level l, from the
+            gradients of its own chunk at the weights that were in force (first order), and level l starts
+            from it again at each boundary of level l + 1. The same as "sequential" while nothing learns.
+        "independent" (eq 74): all blocks read the same input, y = x + Σ w_lh f_lh(x) over levels and their
+            heads, w learned, 1 at first.
+
+    Updates of a level's matrices, by eq 71 at the boundaries i ≡ 0 mod C of its own chunk length C, from the
+    sum over the chunk; the norms' gains do not learn in context:
+        "none": static. The chunk sizes say how often an optimizer with several frequencies steps each level
+            and feed `info()`, they do not enter the forward pass.
+        "regression": each block is an associative memory of projections of its own input; see
+            `cms_regression`. The gradient of the outer loss flows through every write.
+        "lm": the gradient of the next-token loss; a model works it out and calls `learn`.
 
     Args:
         hidden_size: width D of input and output.
         levels: fast to slow, dicts with the fields of `CMSLevel`.
-        variant: "sequential".
-        update: "none".
+        variant: "sequential", "nested" or "independent".
+        update: "none", "regression" or "lm".
         activation: of the blocks whose level names none: "swiglu", "gelu" or "relu2".
         expansion: hidden width of all blocks together as a multiple of `hidden_size`, in equal parts, so
             that adding levels adds no parameters; a level's own `expansion` or `intermediate_size` overrides
             its part.
         norm_eps: epsilon of the RMS norms.
 
+    Attributes:
+        learns: whether a level learns in context, so that there is a state.
+
     Raises:
-        ValueError: for unknown keys, a variant or update rule that does not exist yet, chunk sizes that are
-            not positive or of which one does not divide the next, widths below one unit.
+        ValueError: for unknown keys and names, options of a level that do not go with the variant or update,
+            chunk sizes that are not positive or of which one does not divide the next, widths below one unit.
     """
 
     def __init__(
@@ -149,11 +79,11 @@ class ContinuumMemorySystem(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        check_supported(variant, update)
         if activation not in ACTIVATIONS:
             raise unknown("activation", str(activation), ACTIVATIONS)
-        _check_expansion("expansion", expansion)
+        check_positive("expansion", expansion)
         self.levels = parse_levels(levels)
+        check_options(self.levels, variant, update)
         self.variant, self.update = variant, update
         share = expansion / len(self.levels)
         self.blocks = nn.ModuleList(
@@ -165,29 +95,70 @@ class ContinuumMemorySystem(nn.Module):
             )
             for level in self.levels
         )
+        self.head_weights = nn.ParameterList(
+            nn.Parameter(torch.ones(level.option("heads")))
+            for level in self.levels
+            if variant == "independent"
+        )
+        self._learning = learning_levels(self.levels, variant, update)
+        self.learns = bool(self._learning)
+        self.writers = nn.ModuleList(LevelWriter(level) for level in self.levels if self.learns)
+        self.projections = nn.ModuleDict(
+            {
+                str(index): KeyValue(hidden_size, norm_eps)
+                for index in self._learning
+                if update == "regression"
+            }
+        )
 
     def forward(
-        self, x: Tensor, state: State | None = None, weights: Sequence[Weights | None] | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        weights: Sequence[Weights | None] | None = None,
+        mask: Tensor | None = None,
+        learn: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """Pass x [B, T, D] through the blocks.
+        """Pass x [B, T, D] through the blocks, learning from it with the update "regression".
 
         Args:
             x: [B, T, D].
-            state: None; blocks without an update rule carry nothing from call to call.
-            weights: per level, the weights to use instead of the block's own, see `MLPBlock.forward`.
+            state: from an earlier call on the same rows, None at the start; only where the call learns.
+            weights: per level, the weights to use instead of the block's own, see `MLPBlock.forward`; not
+                with "regression", where each row has its own.
+            mask: [B, T] bool, True = real token; a padded token counts for nothing. Matters only where the
+                call learns.
+            learn: [B, T] bool, False = read, but not learned from; it advances the chunks all the same.
 
         Returns:
-            y [B, T, D] and the state (None).
+            y [B, T, D] and the state after the tokens, None where nothing is learned in the call.
+
+        Raises:
+            ValueError: for a state or weights that do not fit.
         """
+        if self.learns and self.update == "regression":
+            if weights is not None:
+                raise ValueError(
+                    "a CMS with update='regression' learns its blocks' weights itself: leave weights away"
+                )
+            return self._regress(x, self._checked(state, x), mask, learn)
         if state is not None:
-            raise ValueError(f"a CMS with update={self.update!r} has no state, got a {type(state).__name__}")
+            raise ValueError(
+                f"a CMS with update={self.update!r} takes no state, got a {type(state).__name__}"
+            )
         if weights is not None and len(weights) != len(self.blocks):
             raise ValueError(
                 f"weights must have one entry per level ({len(self.blocks)}), got {len(weights)}"
             )
+        if self.variant != "independent":
+            for index, block in enumerate(self.blocks):
+                x = block(x, None if weights is None else weights[index])
+            return x, None
+        y = x
         for index, block in enumerate(self.blocks):
-            x = block(x, None if weights is None else weights[index])
-        return x, None
+            own = None if weights is None else weights[index]
+            y = y + block(x, own, self._hidden_scale(index), residual=False)
+        return y, None
 
     def info(self) -> list[dict[str, Any]]:
         """Per level: chunk size in tokens, updates per token (eq 71), parameters, width, activation."""
@@ -205,3 +176,173 @@ class ContinuumMemorySystem(nn.Module):
     def extra_repr(self) -> str:
         sizes = ", ".join(str(level.chunk_size) for level in self.levels)
         return f"variant={self.variant!r}, update={self.update!r}, chunk_sizes=[{sizes}]"
+
+    # Learning in context -------------------------------------------------------------------------------
+
+    def start(self, batch_size: int, dtype: torch.dtype) -> CMSState:
+        """The state before the first token, for each row of a batch."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=self._block(0).up.weight.device)
+        own = {index: self._own(index, batch_size, dtype) for index in self._learning}
+        return CMSState.join(
+            position, {index: self._writer(index).start(W, self._slower(index)) for index, W in own.items()}
+        )
+
+    def current_weights(self, state: CMSState, dtype: torch.dtype) -> list[Weights | None]:
+        """Per level the weights in force, as `forward` takes them; None for a static level."""
+        return [
+            {name: W.to(dtype) for name, W in state.level(index).weights.items()}
+            if index in self._learning
+            else None
+            for index in range(len(self.levels))
+        ]
+
+    def learn(
+        self, state: CMSState, inside: Mapping[int, Tensors], crossing: Mapping[int, Tensors], rows: Tensor
+    ) -> CMSState:
+        """Take in the gradients of one chunk of the fastest level, and write where a chunk ends with it.
+
+        A level counts the pair of tokens across the chunk's end unless its own chunk ends there as well.
+
+        Args:
+            state: before.
+            inside: by level, gradients [B, out, in] of each matrix, summed over the pairs inside the chunk.
+            crossing: those of the pair of its last token and the next; zero for a level left out.
+            rows: [B] bool, the rows that this is about; the gradients of the others must be zero.
+        """
+        position = state.position + rows * self.levels[0].chunk_size
+        after = {}
+        for index in self._learning:
+            writer, slower = self._writer(index), self._slower(index)
+            sums = [
+                _added(inside[index], crossing.get(index), position % size != 0)
+                for size in (self.levels[index].chunk_size, slower.level.chunk_size if slower else 1)
+            ]
+            level = writer.add(state.level(index), *sums)
+            own = self._own(index, len(rows), next(iter(level.weights.values())).dtype)
+            after[index] = writer.finish(level, own, position, rows, slower)
+        return CMSState.join(position % self.levels[-1].chunk_size, after)
+
+    def _regress(
+        self, x: Tensor, state: CMSState | None, mask: Tensor | None, learn: Tensor | None
+    ) -> tuple[Tensor, CMSState]:
+        B, T, _ = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        position = None if state is None else state.position.to(x.device)
+        before = self.start(B, dtype) if state is None else _in_dtype(state, dtype)
+        after, y = {}, x
+        for index, block in enumerate(self.blocks):
+            source = x if self.variant == "independent" else y
+            if index in self._learning:
+                segments = Segments(B, T, self.levels[index].chunk_size, position, mask)
+                change, after[index] = self._run_level(
+                    index, source, before.level(index), before.position, segments, learn
+                )
+            else:
+                change = block(source, None, self._hidden_scale(index), residual=False)
+            y = y + change
+        read = T if mask is None else mask.sum(1)
+        return y, CMSState.join((before.position + read) % self.levels[-1].chunk_size, after)
+
+    def _run_level(
+        self,
+        index: int,
+        x: Tensor,
+        level: LevelState,
+        position: Tensor,
+        segments: Segments,
+        learn: Tensor | None,
+    ) -> tuple[Tensor, LevelState]:
+        """One block over x [B, T, D]: its branch [B, T, D] and its state, written at each boundary."""
+        block, writer, slower = self._block(index), self._writer(index), self._slower(index)
+        scale = self._hidden_scale(index)
+        dtype = next(iter(level.weights.values())).dtype
+        own = self._own(index, len(x), dtype)
+        x = segments.pack(x)
+        learn = None if learn is None else segments.pack(learn)
+        keys, values = self.projections[str(index)](x, block, dtype)
+        delta_rule_lr = writer.lr if writer.rule == "dgd" else None
+        counter: Tensor | int = 0 if segments.aligned else position
+        branches = []
+        for segment in segments:
+            weights = {name: W.to(x.dtype) for name, W in level.weights.items()}
+            branches.append(block(segment.of(x), weights, scale, residual=False))
+            write = segment.real
+            if learn is not None:
+                write = segment.of(learn) if write is None else write & segment.of(learn)
+            with full_precision(x.device):
+                grads = chunk_gradients(
+                    level.weights,
+                    level.sums,
+                    segment.of(keys),
+                    segment.of(values),
+                    block,
+                    write,
+                    None if scale is None else scale.to(dtype),
+                    delta_rule_lr,
+                )
+                count = len(segment) if segment.real is None else segment.real.sum(1)
+                counter = counter + count
+                at = True if segment.real is None else count > 0
+                level = writer.finish(writer.add(level, grads), own, counter, at, slower)
+        return segments.unpack(torch.cat(branches, 1)), level
+
+    def _block(self, index: int) -> MLPBlock:
+        block = self.blocks[index]
+        assert isinstance(block, MLPBlock)
+        return block
+
+    def _writer(self, index: int) -> LevelWriter:
+        writer = self.writers[index]
+        assert isinstance(writer, LevelWriter)
+        return writer
+
+    def _slower(self, index: int) -> LevelWriter | None:
+        """The writer that learns the initial state of a level."""
+        nested = self.variant == "nested" and index + 1 < len(self.levels)
+        return self._writer(index + 1) if nested else None
+
+    def _own(self, index: int, batch_size: int, dtype: torch.dtype) -> Tensors:
+        """The block's matrices, as many as there are rows: what learns in context."""
+        return {
+            name: p.to(dtype).expand(batch_size, *p.shape)
+            for name, p in self.blocks[index].named_parameters()
+            if p.dim() == 2
+        }
+
+    def _hidden_scale(self, index: int) -> Tensor | None:
+        """Each head's weight at its hidden units [e]; None in a chain."""
+        if self.variant != "independent":
+            return None
+        weights = self.head_weights[index]
+        return weights.repeat_interleave(self._block(index).intermediate_size // len(weights))
+
+    def _checked(self, state: State | None, x: Tensor) -> CMSState | None:
+        if state is None:
+            return None
+        if not isinstance(state, CMSState):
+            raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
+        expected = {
+            f"{index}.{name}": tuple(W.shape)
+            for index in self._learning
+            for name, W in self._own(index, len(x), x.dtype).items()
+        }
+        got = {name: tuple(W.shape) for name, W in state.weights.items()}
+        if got != expected:
+            raise ValueError(
+                f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
+                "belongs to another batch or a CMS with other levels"
+            )
+        return state
+
+
+def _in_dtype(state: CMSState, dtype: torch.dtype) -> CMSState:
+    """From a session in another precision."""
+    return state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def _added(inside: Tensors, crossing: Tensors | None, belongs: Tensor) -> Tensors:
+    """`inside`, plus `crossing` in the rows that it belongs to."""
+    if crossing is None:
+        return inside
+    belongs = belongs.view(-1, 1, 1)
+    return {name: g + torch.where(belongs, crossing[name], 0) for name, g in inside.items()}

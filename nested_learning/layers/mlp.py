@@ -45,7 +45,13 @@ class MLPBlock(nn.Module):
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "swiglu" else None
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        weights: Weights | None = None,
+        hidden_scale: Tensor | None = None,
+        residual: bool = True,
+    ) -> Tensor:
         """Apply the block to x [..., D].
 
         Args:
@@ -53,25 +59,33 @@ class MLPBlock(nn.Module):
             weights: tensors that take the place of the block's parameters of the same names (some or all of
                 `named_parameters()`), each of the parameter's own shape or with a leading batch dimension:
                 then row b of the batch runs with weights b.
+            hidden_scale: [intermediate_size] factors of the hidden units, None for ones.
+            residual: add x to the result.
 
         Raises:
             ValueError: for a name the block does not have or a shape that does not fit.
         """
         if weights:
-            return self._forward_with(weights, x)
+            return self._forward_with(weights, x, hidden_scale, residual)
         h = self.norm(x)
         if self.gate is not None:
-            return x + self.down(F.silu(self.gate(h)) * self.up(h))
-        h = self.up(h)
-        return x + self.down(F.gelu(h) if self.activation == "gelu" else F.relu(h).square())
+            h = F.silu(self.gate(h)) * self.up(h)
+        else:
+            h = self.up(h)
+            h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()
+        h = self.down(h if hidden_scale is None else h * hidden_scale)
+        return x + h if residual else h
 
-    def _forward_with(self, weights: Weights, x: Tensor) -> Tensor:
+    def _forward_with(
+        self, weights: Weights, x: Tensor, hidden_scale: Tensor | None, residual: bool
+    ) -> Tensor:
+        options = (None, hidden_scale, residual)
         dims = {name: self._batch_dim(name, weight, len(x)) for name, weight in weights.items()}
         if all(dim is None for dim in dims.values()):
-            return functional_call(self, dict(weights), (x,))
+            return functional_call(self, dict(weights), (x, *options))
 
         def row(row_weights: dict[str, Tensor], row_x: Tensor) -> Tensor:
-            return functional_call(self, row_weights, (row_x,))
+            return functional_call(self, row_weights, (row_x, *options))
 
         return vmap(row, in_dims=(dims, 0))(dict(weights), x)
 

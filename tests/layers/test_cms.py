@@ -193,9 +193,6 @@ def test_bad_levels_are_refused(levels, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "nested"}, "'nested' is not available in this version; supported: sequential"),
-        ({"variant": "independent"}, "not available in this version"),
-        ({"update": "regression"}, "not available in this version; supported: none"),
         ({"update": "lm"}, "not available in this version"),
         ({"variant": "sequental"}, "Did you mean 'sequential'"),
         ({"update": "regresion"}, "Did you mean 'regression'"),

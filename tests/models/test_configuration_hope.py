@@ -97,7 +97,11 @@ def test_what_every_transformers_config_accepts_still_works():
         ({"cms_levels": 512}, "CMS levels are a list"),
         ({"cms_expansion": 1e-3}, "no hidden unit at hidden_size 256"),
         ({"cms_expansion": float("inf")}, "cms_expansion must be a positive number, got inf"),
-        ({"cms_variant": "nested"}, "not available in this version"),
+        ({"cms_variant": "nestd"}, "Did you mean 'nested'"),
+        (
+            {"cms_levels": [{"chunk_size": 6, "lr": 0.1}]},
+            "lr of a CMS level needs update 'regression' or 'lm'",
+        ),
         ({"cms_update": "lm"}, "not available in this version"),
         ({"cms_activation": "swigl"}, "Did you mean 'swiglu'"),
     ],

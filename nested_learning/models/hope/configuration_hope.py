@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
+from nested_learning.layers.cms_level import learning_levels, parse_levels
 from nested_learning.layers.memory_layer import set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options, unknown
 
@@ -67,7 +68,8 @@ class HopeConfig(PreTrainedConfig):
         mixer_options: keyword arguments of the mixers, keyed by mixer name.
         cms_levels: levels of the continuum memory system, fast to slow: `CMSLevel` objects or dicts of
             their fields (kept as dicts). Default: chunk sizes 512 and 2048.
-        cms_variant, cms_update: see `ContinuumMemorySystem`.
+        cms_variant, cms_update: see `ContinuumMemorySystem`; how fast a level learns in context is said at
+            the level.
         cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
         cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
         norm_eps: epsilon of the RMS norms of the blocks, the CMS and the output. The norms inside a mixer
@@ -133,8 +135,14 @@ class HopeConfig(PreTrainedConfig):
 
     @property
     def state_names(self) -> list[str]:
-        """Names of the states that a `HopeCache` of this model holds, one per mixer."""
-        return [f"layers.{index}.mixer" for index in range(self.num_hidden_layers)]
+        """Names of the states that a `HopeCache` of this model holds: per mixer, and per CMS that learns."""
+        kinds = ("mixer", "cms") if self.cms_learns else ("mixer",)
+        return [f"layers.{index}.{kind}" for index in range(self.num_hidden_layers) for kind in kinds]
+
+    @property
+    def cms_learns(self) -> bool:
+        """Whether a level of the continuum memory systems learns in context."""
+        return bool(learning_levels(parse_levels(self.cms_levels or []), self.cms_variant, self.cms_update))
 
     def options_of(self, mixer: str) -> dict[str, Any]:
         """The options given for a mixer."""
@@ -171,10 +179,7 @@ class HopeConfig(PreTrainedConfig):
         giving its default is the same, and so are 1 and 1.0.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in _STATE_FIELDS}
-        fields["cms_levels"] = [
-            {name: value for name, value in _plain(level).items() if value is not None}
-            for level in self.cms_levels or []
-        ]
+        fields["cms_levels"] = [level.unusual() for level in parse_levels(self.cms_levels or [])]
         fields["mixers"] = self.layer_mixers
         fields["mixer_options"] = {name: self._unusual_options(name) for name in set(self.layer_mixers)}
         return hashlib.sha256(json.dumps(_by_value(fields), sort_keys=True).encode()).hexdigest()

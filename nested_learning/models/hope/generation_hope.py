@@ -17,7 +17,9 @@ class HopeGenerationMixin(GenerationMixin):
 
     config: HopeConfig
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, learn_from_generated: bool = False, **kwargs: Any
+    ) -> Any:
         """Continue `inputs` [B, T]; everything transformers' `generate` offers but assisted decoding.
 
         With `past_key_values` from an earlier call, `inputs` may hold all ids so far and new ones, as in
@@ -30,12 +32,50 @@ class HopeGenerationMixin(GenerationMixin):
 
         The given cache is advanced, except where rows are multiplied (beams, num_return_sequences): then a
         copy is.
+
+        A CMS that learns in context (`cms_update`) learns from the prompt; from what is generated only with
+        `learn_from_generated`. The last token returned is read by the next call, as part of its prompt.
+
+        Raises:
+            ValueError: for `learn_from_generated` where no CMS learns in context, and for whatever
+                transformers refuses.
         """
         cache = kwargs.get("past_key_values")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(cache, HopeCache) and cache.get_seq_length() and input_ids is not None:
             kwargs["attention_mask"] = self._mask_over_all_columns(cache, input_ids, kwargs)
+        if self.config.cms_learns:
+            if not learn_from_generated:
+                kwargs["learned_columns"] = _prompt_columns(cache, input_ids, kwargs)
+        elif learn_from_generated:
+            raise ValueError(
+                "learn_from_generated is for a CMS that learns in context; this model's does not (cms_update)"
+            )
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        past_key_values: HopeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        learned_columns: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; columns from `learned_columns` on are read, but not learned from."""
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            past_key_values=past_key_values,  # type: ignore[arg-type]
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if learned_columns is not None:
+            fed = model_inputs.get("inputs_embeds")
+            fed = model_inputs["input_ids"] if fed is None else fed
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if seen + fed.shape[1] > learned_columns:
+                columns = torch.arange(seen, seen + fed.shape[1], device=fed.device)
+                model_inputs["learn_mask"] = (columns < learned_columns).expand(len(fed), -1)
+        return model_inputs
 
     def _mask_over_all_columns(
         self, cache: HopeCache, input_ids: Tensor, kwargs: dict[str, Any]
@@ -84,3 +124,13 @@ class HopeGenerationMixin(GenerationMixin):
             cache = cache.clone()
             cache.batch_repeat_interleave(copies)
             model_kwargs["past_key_values"] = cache
+
+
+def _prompt_columns(cache: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Columns of everything that comes before the generated ones, from the start of the cache."""
+    mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+    if mask is not None:
+        return mask.shape[1]
+    if embeds is not None:
+        return embeds.shape[1] + (cache.get_seq_length() if isinstance(cache, HopeCache) else 0)
+    return 1 if input_ids is None else input_ids.shape[1]  # generate starts from one token of its own

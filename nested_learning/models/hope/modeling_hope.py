@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.cms_writing import LevelWriter
 from nested_learning.layers.memory_layer import set_recompute
 from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
@@ -73,16 +76,18 @@ class HopeBlock(GradientCheckpointingLayer):
         mask: Tensor | None,
         surprise: bool,
         cms_weights: Sequence[Weights | None] | None = None,
+        learn: Tensor | None = None,
     ) -> tuple[Tensor, State | None, State | None, Tensor | None]:
         """x [B, T, D] to (y [B, T, D], mixer state, CMS state, surprise [B, T] or None).
 
-        `cms_weights`: per level, weights to use in place of the block's own; see `ContinuumMemorySystem`.
+        `cms_weights`: per level, weights to use in place of the block's own; `learn` [B, T]: which tokens the
+        CMS learns from; see `ContinuumMemorySystem`.
         """
         options = {"return_surprise": True} if surprise and getattr(self.mixer, "has_surprise", False) else {}
         with check.scope("mixer"):
             mixed, mixer_state, *errors = self.mixer(self.mixer_norm(x), mixer_state, mask, **options)
         with check.scope("cms"):
-            x, cms_state = self.cms(x + mixed, cms_state, cms_weights)
+            x, cms_state = self.cms(x + mixed, cms_state, cms_weights, mask, learn)
         return x, mixer_state, cms_state, errors[0] if errors else None
 
 
@@ -127,6 +132,11 @@ class HopePreTrainedModel(PreTrainedModel):
                 init.zeros_(bias)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, LevelWriter) and module.log_lr is not None:
+            init.constant_(module.log_lr, math.log(module.level.option("lr")))
+        elif isinstance(module, ContinuumMemorySystem):
+            for weights in module.head_weights:
+                init.ones_(weights)
         elif isinstance(module, HopeBlock) and hasattr(module.mixer, "reset_parameters"):
             _reset_unloaded(module.mixer)
 
@@ -165,6 +175,7 @@ class HopeModel(HopePreTrainedModel):
         output_hidden_states: bool | None = None,
         output_surprise: bool = False,
         cms_weights: CMSWeights | None = None,
+        learn_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -183,7 +194,9 @@ class HopeModel(HopePreTrainedModel):
             output_surprise: return the memories' errors ‖M(k) − v̂‖, [B, T] per block.
             cms_weights: by layer index, weights that take the place of the CMS blocks' own in this call, one
                 entry per level (None: its own), for all rows or with a leading batch dimension; see
-                `ContinuumMemorySystem.forward`. Gradients flow to them.
+                `ContinuumMemorySystem.forward`. Gradients flow to them. Not where the CMS learns in context.
+            learn_mask: [B, T], zero for tokens that are read but that a CMS which learns in context does not
+                learn from; None: it learns from all. Memory layers learn from whatever they read.
             output_attentions, position_ids, token_type_ids: only there because callers of any transformers
                 model pass them; must be False or None. Positions follow from the mask and the state.
 
@@ -194,6 +207,7 @@ class HopeModel(HopePreTrainedModel):
         self._refuse_unsupported(output_attentions, position_ids, token_type_ids)
         cms_weights = self._checked_weights(cms_weights)
         x = self._embed(input_ids, inputs_embeds)
+        learn = self._checked_learn_mask(learn_mask, x)
         if x.shape[1] == 0:
             raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
         cache = self._cache_for(past_key_values, use_cache, x)
@@ -203,11 +217,17 @@ class HopeModel(HopePreTrainedModel):
 
         states = {} if cache is None else dict(cache.states)
         size = self.config.segment_size or x.shape[1]
-        masks = [None] * len(range(0, x.shape[1], size)) if mask is None else mask.split(size, dim=1)
         pieces = []
-        for segment, segment_mask in zip(x.split(size, dim=1), masks, strict=True):
+        for start in range(0, x.shape[1], size):
+            columns = slice(start, start + size)
             piece, states = self._run_blocks(
-                segment, states, segment_mask, output_hidden_states, output_surprise, cms_weights
+                x[:, columns],
+                states,
+                None if mask is None else mask[:, columns],
+                None if learn is None else learn[:, columns],
+                output_hidden_states,
+                output_surprise,
+                cms_weights,
             )
             pieces.append(piece)
         x, hidden, surprise = _join(pieces)
@@ -226,6 +246,7 @@ class HopeModel(HopePreTrainedModel):
         x: Tensor,
         states: dict[str, State],
         mask: Tensor | None,
+        learn: Tensor | None,
         keep_hidden: bool,
         want_surprise: bool,
         cms_weights: CMSWeights,
@@ -239,7 +260,7 @@ class HopeModel(HopePreTrainedModel):
             names = f"layers.{index}.mixer", f"layers.{index}.cms"
             before = states.get(names[0]), states.get(names[1])
             with check.scope(f"{self.base_model_prefix}.layers.{index}"):
-                x, *new, error = block(x, *before, mask, want_surprise, cms_weights.get(index))
+                x, *new, error = block(x, *before, mask, want_surprise, cms_weights.get(index), learn)
             after.update({name: state for name, state in zip(names, new, strict=True) if state is not None})
             surprise.append(error)
         x = self.norm(x)
@@ -290,7 +311,25 @@ class HopeModel(HopePreTrainedModel):
                 raise ValueError(
                     f"cms_weights is keyed by layer index 0..{len(self.layers) - 1}, got {index!r}"
                 )
+        if cms_weights and self.config.cms_learns:
+            raise ValueError(
+                f"cms_weights are for static blocks; with cms_update={self.config.cms_update!r} each row has "
+                "weights of its own in the cache"
+            )
         return cms_weights or {}
+
+    def _checked_learn_mask(self, learn_mask: Tensor | None, x: Tensor) -> Tensor | None:
+        if learn_mask is None:
+            return None
+        if not self.config.cms_learns:
+            raise ValueError(
+                "learn_mask is for a CMS that learns in context; this model's does not (cms_update)"
+            )
+        if learn_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"learn_mask must be [batch, tokens] = {list(x.shape[:2])}, got {list(learn_mask.shape)}"
+            )
+        return learn_mask.bool()
 
     def _refuse_unsupported(
         self, output_attentions: bool | None, position_ids: Tensor | None, token_type_ids: Tensor | None
@@ -369,6 +408,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         cms_weights: CMSWeights | None = None,
+        learn_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -394,6 +434,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_surprise=output_surprise,
             cms_weights=cms_weights,
+            learn_mask=learn_mask,
             output_attentions=output_attentions,
             position_ids=position_ids,
             token_type_ids=token_type_ids,

@@ -1,0 +1,81 @@
+"""Cut the tokens of a call at the chunk boundaries of every row, wherever the rows stand in their chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nested_learning.ops.packing import RowLayout, row_layout
+
+
+class Segment(NamedTuple):
+    """Columns `start` to `stop` of the packed tokens; a boundary lies at their end or nowhere.
+
+    real: [B, stop − start] bool, None where all columns are.
+    """
+
+    start: int
+    stop: int
+    real: Tensor | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [B, columns, ...] -> [B, stop − start, ...]."""
+        return x[:, self.start : self.stop]
+
+
+class Segments:
+    """Tokens laid out so that no row has a chunk boundary inside a segment.
+
+    The first segment has S = min(C, T) columns, the next ones C. A row that comes to its next boundary
+    within S tokens has them right before the end of the first segment; a row that does not come so far in
+    the whole call (then T < C) begins at column 0. Single tokens thus cost one column, short pieces at most
+    twice their length, and nothing waits for the device.
+
+    Args:
+        batch_size, length: B and T of the call.
+        chunk_size: C.
+        position: [B] int64, tokens before the call; None where there are none.
+        mask: [B, T] bool, True = real token; None: all are.
+    """
+
+    def __init__(
+        self, batch_size: int, length: int, chunk_size: int, position: Tensor | None, mask: Tensor | None
+    ) -> None:
+        self.aligned = position is None and mask is None
+        self._layout: RowLayout | None = None
+        first = min(chunk_size, length)
+        columns, self._real = length, mask
+        if not self.aligned and length > 1:
+            if mask is None:
+                assert position is not None
+                mask = torch.ones(batch_size, length, dtype=torch.bool, device=position.device)
+            if position is None:
+                position = torch.zeros(batch_size, dtype=torch.long, device=mask.device)
+            left = chunk_size - position.to(mask.device) % chunk_size
+            columns = first + length - 1
+            self._layout = row_layout(mask, (first - left).clamp_min(0), columns)
+            self._real = self._layout.filled
+        ends = [*range(first, columns, chunk_size), columns]
+        self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def __iter__(self) -> Iterator[Segment]:
+        for start, stop in self._bounds:
+            yield Segment(start, stop, None if self._real is None else self._real[:, start:stop])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, columns, ...]; empty columns are zero."""
+        if self._layout is None:
+            return x
+        if x.is_floating_point():
+            return self._layout.pack(x)
+        return self._layout.pack(x.long()).to(x.dtype)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """[B, columns, ...] -> [B, T, ...]; padding is zero."""
+        return y if self._layout is None else self._layout.unpack(y)

@@ -1,0 +1,272 @@
+"""The continuum memory system that learns from its input, against a loop over tokens."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nested_learning.layers import CMSState, ContinuumMemorySystem
+from nested_learning.layers.cms_regression import summed_gradients
+from tests.oracles import cms as oracle
+
+WIDTH = 6
+CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+FOUR = [{"chunk_size": 2}, {"chunk_size": 4}, {"chunk_size": 8}, {"chunk_size": 24}]
+
+
+def system(levels, variant="sequential", seed=0, **options) -> ContinuumMemorySystem:
+    """In float64, every parameter random, widths of 4."""
+    torch.manual_seed(seed)
+    levels = [{"intermediate_size": 4, "lr": 0.3, **level} for level in levels]
+    cms = ContinuumMemorySystem(WIDTH, levels, variant, "regression", **options).double()
+    for name, parameter in cms.named_parameters():
+        if "log_lr" not in name:
+            nn.init.normal_(parameter, std=0.6)
+    return cms
+
+
+def tokens(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def states_match(state: CMSState, levels, row: int) -> None:
+    for level in levels:
+        part = state.level(level.index)
+        for name, W in level.W.items():
+            torch.testing.assert_close(part.weights[name][row], W, **CLOSE)
+            if level.nested:
+                torch.testing.assert_close(part.initial[name][row], level.init[name], **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 24, 25, 53])
+def test_four_levels_write_at_their_boundaries_what_the_loop_writes(variant, length):
+    cms = system(FOUR, variant)
+    x = tokens(2, length)
+    y, state = cms(x)
+    for row in range(2):
+        expected, levels = oracle.run(cms, x[row])
+        torch.testing.assert_close(y[row], expected, **CLOSE)
+        states_match(state, levels, row)
+        boundaries = [[t for t in range(1, length + 1) if t % size == 0] for size in (2, 4, 8, 24)]
+        assert [level.writes for level in levels] == boundaries
+    assert state.position.tolist() == [length % 24] * 2
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_level_changes_at_no_other_token(index):
+    """Token by token, its weights are the same objects' values until i ≡ 0 mod C."""
+    cms = system(FOUR)
+    x, state, before = tokens(1, 48), None, None
+    for t in range(48):
+        _, state = cms(x[:, t : t + 1], state)
+        now = state.level(index).weights["down.weight"]
+        if before is not None:
+            moved = bool((now != before).any())
+            assert moved == ((t + 1) % FOUR[index]["chunk_size"] == 0)
+        before = now
+
+
+RULES = [
+    {"rule": "gd", "clip": 100.0},
+    {"rule": "gd", "clip": 0.05, "retention": 0.7},
+    {"rule": "momentum"},
+    {"rule": "adam", "lr": 0.05, "retention": 0.5, "activation": "gelu"},  # no gradient is exactly 0
+    {"learn_lr": True, "lr": 0.2},
+    {"activation": "swiglu"},
+    {"activation": "gelu", "retention": 0.0},
+    {"rule": "dgd", "lr": 0.5},
+    {"rule": "dgd", "retention": 0.9, "activation": "swiglu", "learn_lr": True},
+]
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+def test_rules_and_all_gradients_equal_the_loops(options, variant):
+    if options.get("rule") == "dgd" and variant == "nested":
+        pytest.skip("refused")
+    heads = [{"heads": 2}, {}] if variant == "independent" else [{}, {}]
+    cms = system([{"chunk_size": 3, **options, **heads[0]}, {"chunk_size": 6, **options}], variant)
+    x = tokens(1, 14).requires_grad_()
+    learn = torch.tensor([[t not in (1, 7, 8) for t in range(14)]])
+    y, state = cms(x, learn=learn)
+    expected, levels = oracle.run(cms, x[0], learn[0].tolist())
+    torch.testing.assert_close(y[0], expected, **CLOSE)
+    states_match(state, levels, 0)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = [x, *cms.parameters()]
+    got = torch.autograd.grad((y * probe).sum(), inputs, allow_unused=True)
+    want = torch.autograd.grad((expected * probe[0]).sum(), inputs, allow_unused=True)
+    for (name, _), a, b in zip([("x", None), *cms.named_parameters()], got, want, strict=True):
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        torch.testing.assert_close(
+            a, b.expand_as(a), rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_pieces_padding_and_rows(variant, data):
+    """Rows of other lengths, padding anywhere, cut anywhere: each row is the row alone."""
+    cms = system([{"rule": "momentum", **level} for level in FOUR[:3]], variant)
+    T = data.draw(st.integers(3, 30))
+    mask = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=3, max_size=3))
+    )
+    cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=4)))
+    x = tokens(3, T)
+    state, outputs = None, []
+    bounds = [0, *cuts, T]
+    for start, stop in itertools.pairwise(bounds):
+        y, state = cms(x[:, start:stop], state, mask=mask[:, start:stop])
+        outputs.append(y)
+    y = torch.cat(outputs, 1)
+    for row in range(3):
+        keep = mask[row]
+        if not keep.any():
+            assert torch.equal(state.level(0).weights["up.weight"][row], cms.blocks[0].up.weight)
+            continue
+        alone, after = cms(x[row : row + 1, keep])
+        torch.testing.assert_close(y[row, keep], alone[0], **CLOSE)
+        for a, b in zip(state.select_rows(torch.tensor([row])).tensors(), after.tensors(), strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+def test_gradients_by_hand_are_autograds(activation):
+    cms = system([{"chunk_size": 4}], activation=activation)
+    weights = {
+        n: p.expand(2, -1, -1).clone().requires_grad_()
+        for n, p in cms.blocks[0].named_parameters()
+        if p.dim() == 2
+    }
+    key, value = tokens(2, 5), tokens(2, 5, seed=2)
+    write = torch.rand(2, 5) < 0.7
+    scale = torch.rand(4, dtype=torch.float64)
+    loss = 0
+    for b in range(2):
+        W = {n: w[b] for n, w in weights.items()}
+        for t in range(5):
+            phi = oracle.hidden(W, key[b, t], activation, None) * scale
+            loss = loss + write[b, t] * (W["down.weight"] @ phi - value[b, t]).square().mean() / 2
+    expected = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    got, _ = summed_gradients(weights, key, value, activation, write, scale)
+    for name, g in expected.items():
+        torch.testing.assert_close(got[name], g, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+def test_learning_rate_zero_is_the_static_system_bit_for_bit(variant):
+    cms = system([{"chunk_size": 2, "lr": 0.0}, {"chunk_size": 4, "lr": 0.0}], variant)
+    sizes = [{"chunk_size": level.chunk_size, "intermediate_size": 4} for level in cms.levels]
+    static = ContinuumMemorySystem(WIDTH, sizes, variant).double()
+    static.load_state_dict(cms.state_dict())
+    y, state = cms(tokens(2, 9))
+    assert state is None
+    assert torch.equal(y, static(tokens(2, 9))[0])
+
+
+def test_nested_without_update_is_sequential():
+    results = []
+    for variant in ("sequential", "nested"):
+        torch.manual_seed(0)
+        results.append(ContinuumMemorySystem(WIDTH, FOUR, variant).double()(tokens(2, 9))[0])
+    assert torch.equal(*results)
+
+
+def test_independent_is_the_weighted_sum_of_its_blocks():
+    torch.manual_seed(0)
+    levels = [
+        {"chunk_size": 2, "heads": 2, "intermediate_size": 4},
+        {"chunk_size": 4, "intermediate_size": 5},
+    ]
+    cms = ContinuumMemorySystem(WIDTH, levels, "independent").double()
+    x = tokens(2, 3)
+    parts = [block(x, residual=False) for block in cms.blocks]
+    torch.testing.assert_close(cms(x)[0], x + parts[0] + parts[1])
+    with torch.no_grad():
+        cms.head_weights[0].copy_(torch.tensor([0.5, -2.0]))
+        cms.head_weights[1].fill_(3.0)
+    block = cms.blocks[0]
+    h = torch.relu(block.norm(x) @ block.up.weight.T).square()
+    heads = [h[..., part] @ block.down.weight[:, part].T for part in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(cms(x)[0], x + 0.5 * heads[0] - 2 * heads[1] + 3 * parts[1])
+
+
+def test_a_gradient_that_is_not_finite_writes_nothing():
+    cms = system([{"chunk_size": 2}])
+    x = tokens(2, 4)
+    x[0, 1, 0] = torch.nan
+    y, state = cms(x)
+    for name, W in state.level(0).weights.items():
+        assert torch.isfinite(W).all()
+        expected, _ = cms(x[:1, 2:])
+        torch.testing.assert_close(y[0, 2:], expected[0], **CLOSE)
+        _, alone = cms(x[1:])
+        torch.testing.assert_close(W[1], alone.level(0).weights[name][0], **CLOSE)
+
+
+def test_float32_state_under_bfloat16():
+    cms = system(FOUR[:2])
+    x = tokens(2, 9)
+    exact, _ = cms(x)
+    y, state = cms.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert {t.dtype for t in state.weights.values()} == {torch.float32}
+    assert (y.double() - exact).square().mean() < 0.01 * exact.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("levels", "options", "message"),
+    [
+        ([{"chunk_size": 2, "lr": 0.1}], {}, "lr of a CMS level needs update 'regression' or 'lm'"),
+        ([{"chunk_size": 2, "clip": 0.1}], {}, "clip of a CMS level needs update"),
+        ([{"chunk_size": 2, "heads": 2}], {}, "heads of a CMS level belong to variant 'independent'"),
+        (
+            [{"chunk_size": 2, "heads": 5}],
+            {"variant": "independent"},
+            "must divide its hidden width 32, got 5",
+        ),
+        (
+            [{"chunk_size": 2, "rule": "dgd"}],
+            {"update": "regression", "variant": "nested"},
+            "another variant",
+        ),
+        ([{"chunk_size": 2, "rule": "sgd"}], {"update": "regression"}, "Did you mean 'gd'|expected one of"),
+        (
+            [{"chunk_size": 2, "lr": -1.0}],
+            {"update": "regression"},
+            "lr of a CMS level must be a number not neg",
+        ),
+        ([{"chunk_size": 2, "retention": 1.5}], {"update": "regression"}, "from 0 to 1, got 1.5"),
+        ([{"chunk_size": 2, "clip": 0}], {"update": "regression"}, "clip of a CMS level must be a positive"),
+        (
+            [{"chunk_size": 2, "lr": 0, "learn_lr": True}],
+            {"update": "regression"},
+            "starts from a positive lr",
+        ),
+        ([{"chunk_size": 2, "learn_lr": 1.5}], {"update": "regression"}, "must be true or false, got 1.5"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(levels, options, message):
+    with pytest.raises(ValueError, match=message):
+        ContinuumMemorySystem(8, levels, **options)
+
+
+def test_states_and_weights_that_do_not_fit_are_refused():
+    cms = system(FOUR[:2])
+    x = tokens(2, 3)
+    _, state = cms(x)
+    with pytest.raises(ValueError, match="belongs to another batch"):
+        cms(tokens(3, 1), state)
+    with pytest.raises(ValueError, match="belongs to another batch or a CMS with other levels"):
+        system(FOUR[:1])(x, state)
+    with pytest.raises(ValueError, match="learns the weights of its blocks itself"):
+        cms(x, weights=[None, None])
+    with pytest.raises(ValueError, match="takes no state"):
+        ContinuumMemorySystem(WIDTH, FOUR).double()(x, state)
