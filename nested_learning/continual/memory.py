@@ -17,7 +17,7 @@ from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import LevelState, Row
 from nested_learning.continual.files import fingerprint, locked, read_tensors, to_json, write_tensors
 from nested_learning.continual.reader import ReadingPlan
-from nested_learning.continual.writing import LevelWriter
+from nested_learning.continual.writing import LevelWriter, relay
 
 FORMAT = "nested_learning.continual_memory"
 VERSION = "1"
@@ -106,6 +106,7 @@ class Memory:
         if not 0 <= level < len(self._writers):
             raise ValueError(f"level must be from 0 (the fastest) to {len(self._writers) - 1}, got {level}")
         for row in self.rows:
+            relay(self._writers, row, level)  # what slower levels have yet to hear of
             row.levels[level] = LevelState()
             row.changed()
 

@@ -111,7 +111,7 @@ class Reader:
             tokens, to the start of the next segment; its levels are left alone.
         """
         begins_at = row.position - (len(row.tokens) - row.start)
-        crossing_learns = any(w.learns and begins_at % w.level.chunk_size for w in self.writers)
+        crossing_learns = any(w.learns and begins_at % w.size for w in self.writers)
         checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
         with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
             self._begin(row)
@@ -138,9 +138,17 @@ class Reader:
         length = self.plan.segments.end(row.position) - row.position
         if len(row.tokens) + length > self.plan.window:
             row.tokens = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            with torch.no_grad():
-                _, row.context = self.losses(row.tokens, Context())
+            row.context = self._context(row.tokens[:-1])
         row.start = len(row.tokens)
+
+    @torch.no_grad()
+    def _context(self, ids: Tensor) -> Context:
+        """The context after `ids`, without their logits."""
+        if not len(ids):
+            return Context()
+        cache = Context().open()
+        self.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        return Context.closed(cache)
 
     def _learn(self, tokens: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
         """The pairs of neighbouring `tokens`, and the context after reading all but the last."""

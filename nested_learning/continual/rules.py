@@ -43,6 +43,11 @@ class PlainGradient:
         return Step({}, grads, scale)
 
 
+def _scaled(g: Tensor, scale: float) -> Tensor:
+    """`scale` · g, at least in float32: the states of rules take its precision."""
+    return g.to(torch.promote_types(g.dtype, torch.float32)) * scale
+
+
 class FormRule:
     """A memory form of `optimizers.memory_forms`, element by element."""
 
@@ -51,7 +56,9 @@ class FormRule:
 
     def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
         new = {slot: dict(state.get(slot, {})) for slot in grads}
-        directions = {slot: memory_direction(self.memory, new[slot], g * scale) for slot, g in grads.items()}
+        directions = {
+            slot: memory_direction(self.memory, new[slot], _scaled(g, scale)) for slot, g in grads.items()
+        }
         return Step(new, directions, 1.0)
 
 
@@ -62,10 +69,11 @@ class M3Rule:
     """
 
     def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
-        weights = {slot: torch.zeros_like(g) for slot, g in grads.items()}
+        scaled = {slot: _scaled(g, scale) for slot, g in grads.items()}
+        weights = {slot: torch.zeros_like(g) for slot, g in scaled.items()}
         optimizer = M3(list(weights.values()), lr=1.0)
         for slot, weight in weights.items():
-            weight.grad = grads[slot] * scale
+            weight.grad = scaled[slot]
             stored: dict[str, Any] = {key: t.clone() for key, t in state.get(slot, {}).items()}
             if stored:
                 stored["step"] = int(stored["step"])

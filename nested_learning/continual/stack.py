@@ -11,9 +11,9 @@ from nested_learning.continual.find import check_weights, find_targets
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, Segments, check_levels
 from nested_learning.continual.reader import Reader, ReadingPlan
-from nested_learning.continual.writing import LevelWriter
+from nested_learning.continual.writing import LevelWriter, relay_sums
 
-DEFAULT_WINDOW = 2048
+DEFAULT_WINDOW = 1024
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -44,8 +44,9 @@ def stack_levels(
         segment: most tokens of one forward and backward pass. Default: the fastest chunk, or half of the
             model's positions where that is longer. A chunk of several segments sums their gradients; none
             flows from one segment into another.
-        window: positions of the attention context, the segment included. Default: 2,048 or four
-            segments, whichever is more, at most the model's positions.
+        window: positions of the attention context, the segment included. Default: 1,024 or two
+            segments, whichever is more, at most the model's positions. Attention to a longer context is
+            what costs most beyond a plain forward and backward pass.
         overlap: tokens that are read again, without gradient, when a new window begins. Default: an eighth
             of the window.
         gradient_checkpointing: keep only the inputs of the layers, and run them twice.
@@ -64,6 +65,7 @@ def stack_levels(
         chosen = set(level.layer_indices(num_layers))
         own = [target for target in targets if target.layer in chosen]
         writers.append(LevelWriter(index, level, own, seed))
+    relay_sums(writers)
     full = {target.name for writer in writers for target in writer.full_targets}
     check_weights([target for writer in writers for target in writer.targets], full)
     plan = _plan(model, levels, segment, window, overlap, gradient_checkpointing)
@@ -98,7 +100,7 @@ def _plan(
     if segment is None:
         segment = max(2, min(fast, limit // 2))
     if window is None:
-        window = min(limit, max(DEFAULT_WINDOW, 4 * segment))
+        window = min(limit, max(DEFAULT_WINDOW, 2 * segment))
     if overlap is None:
         overlap = max(1, min(window // 8, window - segment))
     if segment < 2:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
 
 if TYPE_CHECKING:
-    from nested_learning.continual.reader import Segment
+    from nested_learning.continual.reader import Pairs, Segment
 
 HISTORY = 64  # chunks that a running quantile looks back
 
@@ -55,6 +56,7 @@ class LevelWriter:
 
     Attributes:
         full_targets, low_rank_targets: one of them is `targets`, the other is empty.
+        relayed: slots whose sums come from the next faster level, at its boundaries; see `relay_sums`.
         keys: by slot, the name of the matrix that a gradient is taken for: the full deltas of all levels on
             a weight share one gradient, low-rank factors have their own.
     """
@@ -63,6 +65,7 @@ class LevelWriter:
         self.index = index
         self.level = level
         self.targets = list(targets)
+        self.size = level.chunk_size
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.learns = level.lr > 0
@@ -73,6 +76,11 @@ class LevelWriter:
             self._check_rank(target)
             for slot in (target.name + DOWN, target.name + UP):
                 self.keys[slot] = f"{index}/{slot}"
+        self.relayed: frozenset[str] = frozenset()
+
+    @property
+    def full_slots(self) -> set[str]:
+        return {target.name for target in self.full_targets}
 
     def _check_rank(self, target: Target) -> None:
         smaller = min(target.features)
@@ -117,6 +125,11 @@ class LevelWriter:
             down.to(weight.device, memory_dtype(weight)),
             torch.zeros(outputs, rank, dtype=memory_dtype(weight), device=weight.device),
         )
+
+    def own_grads(self, pairs: Pairs, without: frozenset[str]) -> Slots:
+        """The gradients by slot instead of by key."""
+        wanted = {slot: key for slot, key in self.keys.items() if key in pairs.grads and slot not in without}
+        return {slot: pairs.grads[key] for slot, key in wanted.items()}
 
     def add(self, state: LevelState, grads: Slots, *, last: bool) -> None:
         """Add gradients to the chunk's sums; `last` if the chunk ends with them."""
@@ -203,6 +216,27 @@ def _norm(grads: Slots) -> float:
     return float(torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt())
 
 
+def relay_sums(writers: Sequence[LevelWriter]) -> None:
+    """Let slow levels add up the sums of the next faster one instead of every segment's gradients.
+
+    Where the chunk of a level holds whole chunks of the one before, which keeps sums of the same weights,
+    those sums are added at that level's boundaries: one pass over them per chunk, not per segment. (The
+    fastest level keeps no sums worth the name: its chunk is one segment as a rule.)
+    """
+    for fast, slow in pairwise(writers[1:]):
+        if fast.learns and slow.learns and slow.size % fast.size == 0:
+            slow.relayed = frozenset(fast.full_slots & slow.full_slots)
+
+
+def relay(writers: Sequence[LevelWriter], row: Row, index: int) -> None:
+    """Hand the sums of a level on to the next slower one, if that one counts on it."""
+    if index + 1 == len(writers) or not writers[index + 1].relayed:
+        return
+    sums = row.levels[index].sums
+    handed = {slot: sums[slot] for slot in writers[index + 1].relayed if slot in sums}
+    writers[index + 1].add(row.levels[index + 1], handed, last=False)
+
+
 def learn_from(writers: Sequence[LevelWriter], row: Row, segment: Segment, row_index: int) -> list[Write]:
     """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
 
@@ -211,7 +245,7 @@ def learn_from(writers: Sequence[LevelWriter], row: Row, segment: Segment, row_i
     tokens were read; nothing is read twice.
 
     Args:
-        writers: one per level, fast to slow.
+        writers: one per level, fast to slow, after `relay_sums`.
         row: it has moved past the segment.
         segment: what was read.
         row_index: for the reports.
@@ -223,16 +257,17 @@ def learn_from(writers: Sequence[LevelWriter], row: Row, segment: Segment, row_i
     start = end - len(segment.inside.losses) - 1
     writes = []
     for writer, state in zip(writers, row.levels, strict=True):
-        size = writer.level.chunk_size
-        is_last = end % size == 0
-        parts = (segment.crossing, segment.inside) if start % size else (segment.inside,)
-        for part in parts:
+        is_last = end % writer.size == 0
+        for part in (segment.crossing, segment.inside) if start % writer.size else (segment.inside,):
             state.loss += part.total
             state.pairs += len(part.losses)
-            grads = {slot: part.grads[key] for slot, key in writer.keys.items() if key in part.grads}
-            if writer.learns and grads:
+            if writer.learns:
+                # the pair that crosses a boundary of the faster level is not in what that level relays
+                is_relayed = part is segment.inside or start % writers[writer.index - 1].size != 0
+                grads = writer.own_grads(part, writer.relayed if is_relayed else frozenset())
                 writer.add(state, grads, last=is_last and part is segment.inside)
         if is_last:
+            relay(writers, row, writer.index)
             write = Write(writer.index, row_index, end, *writer.write(state))
             writes.append(write)
             if write.outcome == "written" and writer.level.consolidate:

@@ -182,6 +182,22 @@ class TestReset:
             assert torch.equal(delta, kept[name])
         with pytest.raises(ValueError, match="level must be from 0"):
             learner.memory.reset(level=3)
+
+    def test_one_level_in_the_middle_of_its_chunk(self):
+        """The slower level still learns from all of its own chunk."""
+        levels = [Level(4, 0.0), Level(8, 0.0001, layers=[1]), Level(16, 0.1)]
+        learner, other = learner_on(levels=levels), learner_on(levels=levels)
+        ids = random_ids(16)
+        learner.observe(ids[:4])
+        learner.memory.reset(level=1)
+        learner.observe(ids[4:])
+        other.observe(ids)
+        for name, delta in other.memory.diff(level=2).items():
+            torch.testing.assert_close(learner.memory.diff(level=2)[name], delta, rtol=1e-3, atol=1e-6)
+
+    def test_snapshots_fit_another_learner(self):
+        learner = learner_on()
+        learner.observe(random_ids(40))
         fresh = stack_levels(tiny_model(), levels=LEVELS, window=24, overlap=5)
         fresh.memory.restore(learner.memory.snapshot())
         assert torch.equal(fresh.logits(random_ids(1, 9)), learner.logits(random_ids(1, 9)))

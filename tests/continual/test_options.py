@@ -224,10 +224,12 @@ class TestNotFinite:
 class TestPrecision:
     def test_bfloat16_model_has_float32_memory(self):
         model = tiny_model(dtype=torch.bfloat16)
-        levels = Level(8, 0.05), Level(16, 0.02, rule="adam"), Level(32, 0.1, rank=2)
+        levels = Level(8, 0.05, rule="adam"), Level(16, 0.02, rule="m3"), Level(32, 0.1, rank=2)
         learner = learner_on(*levels, model=model)
-        surprise = learner.observe(random_ids(40))
+        surprise = learner.observe(random_ids(44))
         assert surprise.dtype == torch.float32
+        for state in learner.memory.rows[0].levels:
+            assert {t.dtype for t in state.tensors() if t.is_floating_point()} == {torch.float32}
         for level in range(3):
             assert all(delta.dtype == torch.float32 for delta in learner.memory.diff(level=level).values())
         for target in learner._reader.writers[0].targets:
