@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
     "info": "parameters per part and level, and the memory a running sequence needs",
     "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
+    "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
 }
 DEBUG = "NESTED_LEARNING_DEBUG"

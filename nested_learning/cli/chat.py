@@ -1,0 +1,155 @@
+"""`nested-learning chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nested_learning.cli.level_flags import add_level_flags, levels_of
+from nested_learning.cli.output import human_bytes, say
+from nested_learning.cli.parsing import new_parser, parse
+from nested_learning.training.config import require
+
+if TYPE_CHECKING:
+    from nested_learning.cli.dialogue import Dialogue
+    from nested_learning.continual import Learner
+
+DESCRIPTION = """\
+Talk with a pretrained model that learns from the conversation.
+
+MODEL is a folder written by save_pretrained, or a name that transformers can download. What the model
+learns goes into deltas on its MLPs, level by level, never into the model: --memory keeps them in one file,
+from conversation to conversation. The file is locked while the chat runs and saved at its end.
+
+in the chat:
+  /surprise   how surprising each token of your last message was, in nats
+  /undo       take back your last message, the answer, and what was learned from them
+  /reset      forget everything: the memory and the conversation
+  /save       write the memory file now; `/save FILE` writes another one
+  /quit       save and leave; so does the end of the input
+
+examples:
+  nested-learning chat --model SmolLM2-135M-Instruct --memory anna.safetensors
+  nested-learning chat --model my-model --chunk_sizes 64 512 --level_lr 0.3 0.1 --layers all 'last third'
+"""
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """The conversation.
+
+    Args:
+        model: folder or name of a causal language model
+        memory: file of the memory; without one, it is lost at the end
+        learn_from_replies: learn from the model's own answers too
+        max_new_tokens: longest answer
+        temperature: divides the logits; 0 always takes the likeliest token
+        top_p: sample among the likeliest tokens that together have this probability
+        seed: of the sampling
+    """
+
+    model: str
+    memory: str | None = None
+    learn_from_replies: bool = False
+    max_new_tokens: int = 200
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
+
+    def generation(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`."""
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+
+def run(argv: list[str]) -> int:
+    """Parse, then talk until the input ends. Returns the exit code."""
+    parser = new_parser("chat", "--model MODEL ", DESCRIPTION)
+    parser.add_class_arguments(ChatConfig, None)
+    add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
+    values = parse(parser, argv)
+    config = ChatConfig(**{name: values[name] for name in ChatConfig.__dataclass_fields__})
+    levels = levels_of(values)
+
+    from accelerate.utils import set_seed
+
+    from nested_learning.cli.dialogue import Dialogue, load_pretrained
+    from nested_learning.continual import stack_levels
+
+    set_seed(config.seed)
+    learner = stack_levels(*load_pretrained(config.model), levels=levels)
+    dialogue = Dialogue(learner, config.generation(), config.learn_from_replies)
+    with _memory_file(learner, config.memory):
+        talk(dialogue, config.memory)
+    return 0
+
+
+@contextlib.contextmanager
+def _memory_file(learner: Learner, path: str | None) -> Iterator[None]:
+    """Load the memory, keep the file locked, and save it at the end, also after an interruption."""
+    if path is None:
+        yield
+        return
+    with learner.memory.lock(path):
+        if Path(path).exists():
+            learner.memory.load(path)
+            say(f"{path}: {learner.memory.rows[0].position:,} tokens read so far")
+        try:
+            yield
+        finally:
+            learner.memory.save(path)
+            say(f"memory saved in {path} ({human_bytes(Path(path).stat().st_size)})")
+
+
+def talk(dialogue: Dialogue, memory: str | None) -> None:
+    """Answer the lines of stdin until /quit or their end."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                print(_command(dialogue, command, rest.strip(), memory))
+            elif line:
+                print(dialogue.reply(line), flush=True)
+        except (ValueError, OSError) as error:  # a bad line ends neither the chat nor what it has learned
+            say(f"error: {error}")
+
+
+def _command(dialogue: Dialogue, command: str, rest: str, memory: str | None) -> str:
+    if command == "/surprise":
+        return _surprise_table(dialogue.surprise())
+    if command == "/undo":
+        return f"taken back: {dialogue.undo()}"
+    if command == "/reset":
+        dialogue.reset()
+        return "memory and conversation are empty"
+    if command == "/save":
+        path = rest or memory
+        if path is None:
+            raise ValueError("there is no memory file: give one, `/save FILE`, or start with --memory FILE")
+        dialogue.learner.memory.save(path)
+        return f"memory saved in {path}"
+    raise ValueError(f"unknown command {command!r}. Known: /surprise, /undo, /reset, /save, /quit.")
+
+
+def _surprise_table(surprises: list[tuple[str, float]]) -> str:
+    lines = [f"{nats:6.2f}  {token!r}" for token, nats in surprises]
+    known = [nats for _, nats in surprises if nats == nats]  # the very first token has no prediction
+    mean = sum(known) / len(known) if known else float("nan")
+    return "\n".join(["  nats  token", *lines, f"{mean:6.2f}  mean"])

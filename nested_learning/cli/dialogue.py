@@ -1,0 +1,120 @@
+"""A conversation with a learner: what is said, what is learned from it, and how to take it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nested_learning.continual import Learner, Snapshot
+
+
+def load_pretrained(name: str) -> tuple[Any, Any]:
+    """(model on its device, tokenizer) of a folder or a name, in the precision it was saved in.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no causal language model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return model.to(PartialState().device).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A message and its answer, and the memory before them."""
+
+    before: Snapshot
+    message: str
+    reply: str
+    surprise: list[tuple[str, float]]
+
+
+@dataclass
+class Dialogue:
+    """Answers messages and learns from them.
+
+    A message is learned as plain text and a line break, after it was answered. The model sees as much of
+    the conversation as fits into its positions; the rest remains in the memory alone.
+
+    Args:
+        learner: one row.
+        generation: keyword arguments of transformers' `generate`.
+        learn_from_replies: learn from the answers as well.
+    """
+
+    learner: Learner
+    generation: dict[str, Any]
+    learn_from_replies: bool = False
+    _turns: list[_Turn] = field(default_factory=list)
+
+    def reply(self, message: str) -> str:
+        """The answer to a message, which is learned then."""
+        before = self.learner.memory.snapshot()
+        prompt = self._prompt(message)
+        ids = self.learner.generate(prompt, pad_token_id=self._padding(), **self.generation)
+        reply = self.learner.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        tokens = torch.tensor(self._encode(f"{message}\n"))
+        losses = self.learner.observe(tokens).tolist()
+        if self.learn_from_replies and reply:
+            self.learner.observe(f"{reply}\n")
+        words = [self.learner.tokenizer.decode([token]) for token in tokens.tolist()]
+        self._turns.append(_Turn(before, message, reply, list(zip(words, losses, strict=True))))
+        return reply
+
+    def surprise(self) -> list[tuple[str, float]]:
+        """(token, next-token loss in nats) of the last message. ValueError if there is none."""
+        return self._last().surprise
+
+    def undo(self) -> str:
+        """Take back the last message, its answer and what was learned from them; returns the message."""
+        turn = self._last()
+        self.learner.memory.restore(turn.before)
+        self._turns.pop()
+        return turn.message
+
+    def reset(self) -> None:
+        """Forget the memory and the conversation."""
+        self.learner.memory.reset()
+        self._turns.clear()
+
+    def _last(self) -> _Turn:
+        if not self._turns:
+            raise ValueError("nothing has been said yet in this conversation")
+        return self._turns[-1]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.learner.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _padding(self) -> int | None:
+        tokenizer = self.learner.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def _prompt(self, message: str) -> torch.Tensor:
+        """Ids [T] of the conversation with the message, its oldest turns left out until it fits."""
+        positions = getattr(self.learner.model.config, "max_position_embeddings", None) or 2**31
+        room = positions - self.generation.get("max_new_tokens", 0)
+        for first in range(len(self._turns) + 1):
+            ids = self._formatted(self._turns[first:], message)
+            if len(ids) <= room:
+                return torch.tensor(ids)
+        raise ValueError(
+            f"the message has {len(ids)} tokens with its frame, but the model reads {positions} positions "
+            f"and {positions - room} are for the answer; write a shorter one"
+        )
+
+    def _formatted(self, turns: list[_Turn], message: str) -> list[int]:
+        messages = []
+        for turn in turns:
+            messages += [("user", turn.message), ("assistant", turn.reply)]
+        messages.append(("user", message))
+        tokenizer = self.learner.tokenizer
+        if getattr(tokenizer, "chat_template", None):
+            chat = [{"role": role, "content": text} for role, text in messages]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return self._encode(text)
+        names = {"user": "User", "assistant": "Assistant"}
+        return self._encode("".join(f"{names[role]}: {text}\n" for role, text in messages) + "Assistant:")

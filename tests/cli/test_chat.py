@@ -1,0 +1,147 @@
+"""`nested-learning chat`: a conversation that is learned, kept in a file, and taken back."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nested_learning.cli.dialogue import Dialogue
+from nested_learning.cli.main import main
+from nested_learning.continual import Level, stack_levels
+from nested_learning.continual.files import locked
+from nested_learning.training.data import byte_tokenizer
+
+LEVELS = ["--chunk_sizes", "4", "8", "--level_lr", "0.5", "0.1"]
+GREEDY = ["--temperature", "0", "--max_new_tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def chat(folder, monkeypatch, capsys):
+    """Runs the command on lines of input; returns (exit code, stdout lines, stderr)."""
+
+    def run(lines, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        capsys.readouterr()
+        code = main(["chat", "--model", folder, *LEVELS, *GREEDY, *options])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+def dialogue_on(folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    learner = stack_levels(model, byte_tokenizer(), levels=[Level(4, 0.5), Level(8, 0.1)])
+    return Dialogue(learner, {"max_new_tokens": 5, "do_sample": False}, **options)
+
+
+def test_the_memory_persists(chat, tmp_path):
+    path = str(tmp_path / "memory.safetensors")
+    code, _, err = chat(["hello there"], "--memory", path)
+    assert code == 0
+    assert "memory saved" in err
+    code, _, err = chat(["again"], "--memory", path)
+    assert code == 0
+    assert "12 tokens read so far" in err  # with the line break
+
+
+def test_commands(chat, tmp_path):
+    other = tmp_path / "other.safetensors"
+    lines = [
+        "/surprise",
+        "hello",
+        "/surprise",
+        f"/save {other}",
+        "/undo",
+        "/undo",
+        "/reset",
+        "/nonsense",
+        "/save",
+    ]
+    code, out, err = chat([*lines, "/quit", "not read"])
+    assert code == 0
+    assert any("'h'" in line for line in out)
+    assert any(line.endswith("mean") for line in out)
+    assert "taken back: hello" in out
+    assert "memory and conversation are empty" in out
+    assert err.count("nothing has been said") == 2
+    assert "unknown command '/nonsense'" in err
+    assert "there is no memory file" in err
+    assert other.exists()
+
+
+def test_undo_restores_memory_and_conversation(folder):
+    dialogue, other = dialogue_on(folder), dialogue_on(folder)
+    for message in ("first message", "second"):
+        assert dialogue.reply(message) == other.reply(message)
+    dialogue.reply("a third one that is taken back")
+    assert dialogue.undo() == "a third one that is taken back"
+    assert dialogue.reply("fourth") == other.reply("fourth")
+    for name, delta in other.learner.memory.diff().items():
+        assert torch.equal(delta, dialogue.learner.memory.diff()[name])
+
+
+def test_replies_are_learned_only_when_asked(folder):
+    silent, eager = dialogue_on(folder), dialogue_on(folder, learn_from_replies=True)
+    reply = silent.reply("hello")
+    assert eager.reply("hello") == reply
+    assert silent.learner.memory.rows[0].position == len("hello\n")
+    assert eager.learner.memory.rows[0].position == len(f"hello\n{reply}\n".encode())
+
+
+def test_a_long_conversation_drops_its_oldest_turns(folder):
+    dialogue = dialogue_on(folder)
+    for _ in range(5):
+        dialogue.reply("0123456789")  # five framed turns would not fit into 64 positions
+    assert dialogue.learner.memory.rows[0].position == 5 * 11
+    with pytest.raises(ValueError, match="write a shorter one"):
+        dialogue.reply("x" * 64)
+    assert dialogue.learner.memory.rows[0].position == 5 * 11
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk_sizes", "8", "4"], "must increase"),
+        (["--rank", "1", "2", "3"], "3 values for 2 levels"),
+        (["--layers", "first"], "layers must be"),
+        (["--temperature", "-1"], "temperature"),
+        (["--memorie", "x"], "unknown option"),
+    ],
+)
+def test_bad_input(chat, options, message):
+    code, out, err = chat(["hello"], *options)
+    assert code == 2
+    assert message in err
+    assert out == []
+
+
+def test_two_chats_on_one_file(chat, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    with locked(path):
+        code, _, err = chat(["hello"], "--memory", str(path))
+    assert code == 2
+    assert "in use by another process" in err
