@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -67,12 +68,27 @@ class CompareConfig:
 
 
 class Contender:
-    """One model in training: its parameters, optimizer, schedule and what was measured."""
+    """One model in training: its parameters, optimizer, schedule and what was measured.
 
-    def __init__(self, name: str, model: PreTrainedModel, optim: OptimConfig, steps: int) -> None:
+    Args:
+        name: in the results.
+        model: trained in place.
+        optim: the schedule and the clipping and, without `optimizer`, AdamW.
+        steps: length of the schedule.
+        optimizer: another one than AdamW, of the model's parameters at the peak rate.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        optim: OptimConfig,
+        steps: int,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         self.name = name
         self.model = model
-        self.optimizer = build_optimizer(model, optim)
+        self.optimizer = optimizer or build_optimizer(model, optim)
         self.schedule = build_schedule(self.optimizer, optim, steps)
         self.max_grad_norm = optim.max_grad_norm
         self.losses: list[float] = []
@@ -144,7 +160,7 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
                 Contender(name, new_model(each, seed).to(device), optim, config.steps)
                 for name, each in model_configs.items()
             ]
-            for batch in _batches(bundle.train, config.batch_size, device):
+            for batch in batches(bundle.train, config.batch_size, device):
                 for contender in contenders:
                     contender.step(batch)
                 on_step()
@@ -166,7 +182,8 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
     }
 
 
-def _batches(data: Dataset, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def batches(data: Dataset, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Batches of `size` samples on the device; a last one that is smaller is left out."""
     for batch in DataLoader(data, batch_size=size, drop_last=True):
         yield {key: value.to(device) for key, value in batch.items()}
 
@@ -180,7 +197,7 @@ def _run_of(
     device: torch.device,
 ) -> dict[str, Any]:
     size = min(config.batch_size, len(bundle.validation))
-    nats = contender.validate(_batches(bundle.validation, size, device))
+    nats = contender.validate(batches(bundle.validation, size, device))
     return {
         "model": contender.name,
         "lr": lr,

@@ -1,0 +1,210 @@
+"""Regression on a changing, correlated stream: gradient descent against delta gradient descent (eq 57).
+
+One sample a step: y = W*x + noise, W* drawn anew every `period` steps; E[xxᵀ] = Σ has eigenvalues that span
+`condition`, and successive inputs are correlated by `serial`. W follows online.
+
+DGD does not minimise L = ½E‖Wx − y‖² but L + ½E‖Wx‖², whose minimum is W*/2. So the two are compared twice on
+equal terms: on L + ½E‖Wx‖² (gradient descent gets the added term too), and on L (DGD gets the targets 2y,
+for which its fixed point is W*). DGD on L as it stands is the fifth row, and keeps a quarter of the error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import show
+from benchmarks.optimizers.common import (
+    Cache,
+    Claim,
+    below,
+    best,
+    edge,
+    finite,
+    mean,
+    new_figure,
+    plus_minus,
+    save,
+    spread,
+)
+from nested_learning.optimizers import DeltaGD
+
+RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+TUNING_SEEDS = [1000, 1001]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    condition: float
+    serial: float
+    period: int | None  # None: W* never changes
+    inputs: int = 16
+    outputs: int = 4
+    steps: int = 600
+    noise: float = 0.1
+
+
+class Method(NamedTuple):
+    """Which rule learns what: `goal` is the factor of W* in the minimum that its error is measured to."""
+
+    rule: str
+    targets: float  # factor of y
+    shrink: bool  # add ½‖Wx‖² to the loss
+    goal: float
+
+
+METHODS = {
+    "GD on L": Method("GD", 1.0, False, 1.0),
+    "DGD on L, targets doubled": Method("DGD", 2.0, False, 1.0),
+    "DGD on L": Method("DGD", 1.0, False, 1.0),
+    "GD on L + ½E‖Wx‖²": Method("GD", 1.0, True, 0.5),
+    "DGD on L + ½E‖Wx‖²": Method("DGD", 1.0, False, 0.5),  # the same runs as "DGD on L", seen otherwise
+}
+WORLDS = [
+    Stream(condition=condition, serial=serial, period=period)
+    for (condition, serial), period in itertools.product(
+        [(1.0, 0.0), (100.0, 0.0), (1.0, 0.9), (100.0, 0.9)], [None, 200, 50]
+    )
+]
+QUICK = [Stream(condition=100.0, serial=0.9, period=10, inputs=4, outputs=2, steps=30)]
+
+
+class World:
+    """The samples of a stream and what is needed to measure an error; a seed gives all methods the same."""
+
+    def __init__(self, stream: Stream, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        n = stream.inputs
+        axes = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+        eigenvalues = torch.logspace(0, 1, n, base=stream.condition)
+        self.root = axes * (eigenvalues / eigenvalues.mean()).sqrt()  # Σ = root rootᵀ, trace n
+        noise = torch.randn(stream.steps, n, generator=generator)
+        z = [noise[0]]
+        for e in noise[1:]:
+            z.append(stream.serial * z[-1] + (1 - stream.serial**2) ** 0.5 * e)
+        self.x = torch.stack(z) @ self.root.T  # [steps, inputs]
+        changes = 1 if stream.period is None else -(-stream.steps // stream.period)
+        solutions = torch.randn(changes, stream.outputs, n, generator=generator) * n**-0.5
+        self.solutions = [solutions[i // (stream.period or stream.steps)] for i in range(stream.steps)]
+        clean = torch.stack([W @ x for W, x in zip(self.solutions, self.x, strict=True)])
+        self.y = clean + stream.noise * torch.randn(clean.shape, generator=generator)
+
+    def error(self, W: Tensor, step: int, goal: float) -> Tensor:
+        """E‖(W − goal·W*)x‖² over inputs x ~ N(0, Σ), relative to that of W = 0."""
+        target = goal * self.solutions[step]
+        return ((W - target) @ self.root).square().sum() / (target @ self.root).square().sum()
+
+
+def follow(method: Method, lr: float, stream: Stream, seed: int) -> list[float] | None:
+    """The error before every step [steps], or None if W did not stay finite."""
+    world = World(stream, seed)
+    layer = nn.Linear(stream.inputs, stream.outputs, bias=False)
+    nn.init.zeros_(layer.weight)
+    delta = DeltaGD(layer.parameters(), lr=lr).attach(layer) if method.rule == "DGD" else None
+    optimizer = delta or torch.optim.SGD(layer.parameters(), lr=lr)
+    errors = []
+    for step, (x, y) in enumerate(zip(world.x, world.y, strict=True)):
+        errors.append(world.error(layer.weight.detach(), step, method.goal))
+        answer = layer(x)
+        loss = 0.5 * (answer - method.targets * y).square().sum()
+        if method.shrink:
+            loss = loss + 0.5 * answer.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    curve = torch.stack(errors)
+    return curve.tolist() if bool(curve.isfinite().all()) else None
+
+
+def run(seeds: list[int], quick: bool, cache: Cache) -> dict[str, Any]:
+    """Every method on every stream, at the learning rate with the lowest mean error over the stream."""
+    worlds, rates = (QUICK, RATES[3:5]) if quick else (WORLDS, RATES)
+    rows = [_row(stream, name, seeds, rates, cache) for stream in worlds for name in METHODS]
+    figures = {"part": "regression", "seeds": seeds, "tuning_seeds": TUNING_SEEDS, "rates": rates}
+    return {**figures, "rows": rows, "claims": _claims(rows)}
+
+
+def _row(stream: Stream, name: str, seeds: list[int], rates: list[float], cache: Cache) -> dict[str, Any]:
+    def errors(lr: float, seed: int) -> dict[str, Any]:
+        settings = {"part": "regression", **asdict(stream), "method": name, "lr": lr, "seed": seed}
+        return cache.get(settings, lambda: _condense(follow(METHODS[name], lr, stream, seed)))
+
+    lr = best(rates, lambda lr: mean(errors(lr, seed)["error"] for seed in TUNING_SEEDS))
+    found = [errors(lr, seed) for seed in seeds]
+    values = [each["error"] for each in found]
+    world = {key: asdict(stream)[key] for key in ("condition", "serial", "period")}
+    row = {**world, "method": name, "lr": edge(lr, rates), "error": mean(values), "± error": spread(values)}
+    return {**row, "errors": values, "curve": found[0]["curve"]}
+
+
+def _condense(curve: list[float] | None) -> dict[str, Any]:
+    """Mean error over the stream, and the curve thinned out for the plot."""
+    if curve is None:
+        return {"error": None, "curve": None}
+    thin = max(1, len(curve) // 150)
+    return {"error": finite(sum(curve) / len(curve)), "curve": [round(e, 5) for e in curve[::thin]]}
+
+
+PAIRS = {
+    "L": ("DGD on L, targets doubled", "GD on L"),
+    "L + ½E‖Wx‖²": ("DGD on L + ½E‖Wx‖²", "GD on L + ½E‖Wx‖²"),
+}
+
+
+def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """For each objective, and for streams with and without correlation: who follows more closely?"""
+    claims: list[Claim] = []
+    for objective, (ours, theirs) in PAIRS.items():
+        for correlated in (True, False):
+            chosen = [r for r in rows if (r["condition"] > 1 or r["serial"] > 0) == correlated]
+            pairs = list(
+                zip(
+                    *([r["error"] for r in chosen if r["method"] == name] for name in (ours, theirs)),
+                    strict=True,
+                )
+            )
+            if not pairs:
+                continue
+            ahead = sum(below(a, b) for a, b in pairs)
+            ratios = sorted(a / b for a, b in pairs if a is not None and b is not None)
+            kind = "correlated" if correlated else "uncorrelated"
+            claims.append(
+                {
+                    "claim": f"on {kind} inputs DGD follows the minimum of {objective} more closely than GD",
+                    "holds": ahead > len(pairs) / 2,
+                    "because": f"lower error on {ahead} of {len(pairs)} streams; error of DGD / GD "
+                    f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                }
+            )
+    return claims
+
+
+def display(figures: dict[str, Any]) -> None:
+    """One line per stream, one column per method."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in figures["rows"]:
+        world = {key: row[key] for key in ("condition", "serial", "period")}
+        line = lines.setdefault(tuple(world.values()), world)
+        line[row["method"]] = f"{plus_minus(row, 'error')} (lr {row['lr']})"
+    title = f"mean error over the stream, relative to W = 0, {len(figures['seeds'])} seeds"
+    show(f"{title} (* end of the grid)", list(lines.values()))
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Error over the steps on the hardest stream that changes; left on L, right on L + ½E‖Wx‖²."""
+    figure, axes = new_figure(2, width=4.6)
+    last = [row for row in figures["rows"] if row["period"] is not None][-len(METHODS) :]
+    changing = [row for row in figures["rows"] if (row["serial"], row["period"]) == (last[0]["serial"], 200)]
+    for row in changing[-len(METHODS) :] or last:
+        if row["curve"] is not None:
+            axis = axes[0] if METHODS[row["method"]].goal == 1 else axes[1]
+            axis.semilogy(row["curve"], label=f"{row['method']}, lr {row['lr']}", linewidth=1)
+    for axis, objective in zip(axes, PAIRS, strict=True):
+        axis.set(xlabel="fraction of the stream, in 150ths", ylabel=f"error to the minimum of {objective}")
+        axis.legend(fontsize=7)
+    save(figure, path)
