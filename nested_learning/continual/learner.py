@@ -36,6 +36,7 @@ class Learner:
         tokenizer: for text; None if only ids come.
         levels: fast to slow.
         memory: what was learned: save, load, reset, diff, snapshot.
+        reader: reads with the deltas; says how, in `reader.plan`.
         writes: what happened at the boundaries that the last `observe` passed.
     """
 
@@ -45,7 +46,7 @@ class Learner:
         self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
         self.memory = Memory(model, reader.writers, reader.plan)
         self.writes: list[Write] = []
-        self._reader = reader
+        self.reader = reader
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {self.memory!r})"
@@ -78,17 +79,17 @@ class Learner:
         return batch.restore(surprises)
 
     def _observe_row(self, index: int, ids: Tensor) -> Tensor:
-        row, segments = self.memory.rows[index], self._reader.plan.segments
+        row, segments = self.memory.rows[index], self.reader.plan.segments
         surprises = []
         while len(ids):
             left = segments.end(row.position) - row.position
             piece, ids = ids[:left], ids[left:]
             if len(piece) < left:
-                surprises.append(self._reader.score(row, piece))
+                surprises.append(self.reader.score(row, piece))
                 continue
-            losses, segment = self._reader.read_segment(row, piece)
+            losses, segment = self.reader.read_segment(row, piece)
             surprises.append(losses)
-            writes = learn_from(self._reader.writers, row, segment, index)
+            writes = learn_from(self.reader.writers, row, segment, index)
             self.writes += writes
             if not segment.is_finite:
                 row.clear_context()  # its keys and values may be NaN as well
@@ -129,7 +130,7 @@ class Learner:
         Yields:
             the model.
         """
-        with self._reader.workspace.installed(self._reader.writers, self.memory.rows[row]):
+        with self.reader.workspace.installed(self.reader.writers, self.memory.rows[row]):
             yield self.model
 
     def score(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
@@ -146,11 +147,11 @@ class Learner:
         return batch.restore([self._score_row(self.memory.rows[i].reader(), ids) for i, ids in pairs])
 
     def _score_row(self, row: Row, ids: Tensor) -> Tensor:
-        segments = self._reader.plan.segments
+        segments = self.reader.plan.segments
         losses = []
         while len(ids):
             left = segments.end(row.position) - row.position
-            losses.append(self._reader.score(row, ids[:left]))
+            losses.append(self.reader.score(row, ids[:left]))
             ids = ids[left:]
             row.start = len(row.tokens)  # the next segment may need a new window
         return torch.cat(losses)
@@ -217,7 +218,7 @@ class Learner:
 
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
-        return budget(self._reader, len(self.memory.rows))
+        return budget(self.reader, len(self.memory.rows))
 
     # Rows ------------------------------------------------------------------------------------------------
 

@@ -119,12 +119,12 @@ class Reader:
             before = max(row.start - 1, 0)
             context = row.context.crop(before)
             with checkpointing:
-                crossing, context = self._learn(
+                crossing, context = self.learn(
                     row.tokens[before : row.start + 1] if row.start else row.tokens[:0],
                     context,
                     leaves if crossing_learns else {},
                 )
-                inside, context = self._learn(row.tokens[row.start :], context, leaves)
+                inside, context = self.learn(row.tokens[row.start :], context, leaves)
         row.position += len(ids)
         row.start, row.context = len(row.tokens), context
         totals = torch.stack([crossing.losses.sum(), inside.losses.sum()]).tolist()
@@ -150,7 +150,7 @@ class Reader:
         self.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
         return Context.closed(cache)
 
-    def _learn(self, tokens: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
+    def learn(self, tokens: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
         """The pairs of neighbouring `tokens`, and the context after reading all but the last."""
         with torch.set_grad_enabled(bool(leaves)):
             losses, context = self.losses(tokens, context)

@@ -173,8 +173,8 @@ def test_the_budget_counts_what_is_held():
     held = learner.memory.rows[0]
     assert sum(t.nbytes for state in held.levels for t in state.deltas.values()) == budget.deltas
     assert learner.memory.nbytes <= budget.deltas + budget.sums + budget.rules + 1000
-    assert learner._reader.workspace.nbytes == budget.effective_weights
-    full_window = held.context.nbytes / len(held.context) * learner._reader.plan.window
+    assert learner.reader.workspace.nbytes == budget.effective_weights
+    full_window = held.context.nbytes / len(held.context) * learner.reader.plan.window
     assert full_window == budget.context
     two = stack_levels(model, levels=levels)
     two.observe(random_ids(2, 4))

@@ -232,7 +232,7 @@ class TestPrecision:
             assert {t.dtype for t in state.tensors() if t.is_floating_point()} == {torch.float32}
         for level in range(3):
             assert all(delta.dtype == torch.float32 for delta in learner.memory.diff(level=level).values())
-        for target in learner._reader.writers[0].targets:
+        for target in learner.reader.writers[0].targets:
             assert target.weight.dtype == torch.bfloat16
 
     def test_steps_below_the_resolution_of_bfloat16_add_up(self):

@@ -1,0 +1,259 @@
+"""Continued pre-training of a pretrained model with its levels active; see `continual.adaptation`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from nested_learning.continual import Learner, Level, stack_levels
+from nested_learning.continual.adaptation import Adapter
+from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.config import OptimConfig, TrainConfig, require
+from nested_learning.training.config_file import read_yaml, to_dict
+from nested_learning.training.data import DataBundle, DataConfig, build_data
+from nested_learning.training.models import saved_folder
+from nested_learning.training.report import hardware, plot_losses, versions
+from nested_learning.training.run import Outcome, TrainingDiverged
+from nested_learning.training.run_folder import RunFolder, whole_folder, write_json
+from nested_learning.training.trainer import HopeTrainer, NonFiniteError, trainer_arguments
+
+ADAPT_LR = 1e-5  # of the base model; its weights have been trained before
+
+
+@dataclass(kw_only=True)
+class AdaptConfig:
+    """A run of continued pre-training.
+
+    Args:
+        model: folder of the pretrained model and its tokenizer
+        data: text; its tokenizer is the model's
+        optim: AdamW for the base model, and its schedule
+        output: folder of the run
+        steps: optimizer steps
+        batch_size: texts of `data.block_size` tokens per optimizer step
+        gradient_checkpointing: run the layers twice to keep less
+        eval_every: evaluate every so many steps; default: five times in the run
+        save_every: write a checkpoint every so many steps; default: a quarter of the run
+        keep_checkpoints: how many checkpoints to keep
+        seed: of the order of the data
+    """
+
+    model: str
+    data: DataConfig = field(default_factory=lambda: DataConfig(block_size=1024))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=ADAPT_LR))
+    output: str = "runs/adapt"
+    steps: int = 200
+    batch_size: int = 4
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "a whole number of at least 1")
+        if self.data.tokenizer not in (DataConfig().tokenizer, self.model):
+            raise ValueError(
+                f"data.tokenizer is {self.data.tokenizer!r}, but a pretrained model reads with its own; "
+                "leave it out"
+            )
+        self.as_training()  # checks the rest
+
+    def as_training(self) -> TrainConfig:
+        """What the Trainer needs to know."""
+        return TrainConfig(
+            data=self.data,
+            optim=self.optim,
+            output=self.output,
+            batch_size=self.batch_size,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            keep_checkpoints=self.keep_checkpoints,
+            seed=self.seed,
+            steps=self.steps,
+        ).with_steps(self.steps)
+
+
+class AdaptTrainer(HopeTrainer):
+    """Training and evaluation on texts that are read with levels learning as they go."""
+
+    def __init__(self, learner: Learner, *args: Any) -> None:
+        super().__init__(learner.model, *args)
+        self.adapter = Adapter(learner)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss = self.adapter.backward(self._prepare_inputs(inputs)["input_ids"])
+        self._require_finite("loss of", loss)
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.adapter.loss(self._prepare_inputs(inputs)["input_ids"]), None, None
+
+
+def adapt(
+    config: AdaptConfig,
+    levels: Sequence[Level],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Outcome:
+    """Train the base model while its levels learn, and write it to `config.output`.
+
+    The model in `model/` is of the original class; stack the same levels on it to use it.
+
+    Args:
+        config: the run.
+        levels: fast to slow.
+        resume: go on with the run in the folder; `saved_run` gives its `config` and `levels`.
+        overwrite: replace the run in the folder.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: a setting, the model, the text or the folder does not fit; several processes.
+        OSError: the folder cannot be written.
+        TrainingDiverged: a loss was NaN or infinite.
+    """
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"adapt runs in one process, got {PartialState().num_processes}: each text is a sequence of "
+            "passes of its own, which processes cannot share yet"
+        )
+    folder = RunFolder(config.output)
+    folder.check(resume=resume, overwrite=overwrite)
+    source = saved_folder(config.model)
+    data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
+    bundle = build_data(data, config.steps * config.batch_size)
+    set_seed(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+    model.to(PartialState().device)
+    learner = stack_levels(model, levels=levels, gradient_checkpointing=config.gradient_checkpointing)
+    if not resume:
+        saved = {"config": to_dict(config), "levels": [level.describe() for level in learner.levels]}
+        folder.start(yaml.safe_dump(saved, sort_keys=False))
+    return _run(config, folder, learner, bundle, folder.last_checkpoint() if resume else None, progress)
+
+
+def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
+    """The configuration and the levels of the run in a folder.
+
+    Raises:
+        ValueError: it holds no run of `adapt`.
+    """
+    folder = RunFolder(output)
+    folder.check(resume=True, overwrite=False)
+    saved = read_yaml(folder.config)
+    if set(saved) != {"config", "levels"}:
+        raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
+    values = saved["config"]
+    data, optim = DataConfig(**values.pop("data")), values.pop("optim")
+    optim["betas"] = tuple(optim["betas"])
+    config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
+    return config, [Level(**level) for level in saved["levels"]]
+
+
+def _run(
+    config: AdaptConfig,
+    folder: RunFolder,
+    learner: Learner,
+    bundle: DataBundle,
+    checkpoint: Path | None,
+    progress: bool,
+) -> Outcome:
+    training = config.as_training()
+    use_cache = learner.model.config.use_cache  # the Trainer turns it off
+    args = trainer_arguments(training, folder, 1)  # texts are read one by one
+    args.eval_on_start = checkpoint is None
+    trainer = AdaptTrainer(learner, training, bundle.tokenizer, args, bundle.train, bundle.validation)
+    timer, request = StepTimer(), StopRequest()
+    stop = StopOnSignal(request, lambda number: number)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (stop, timer, *([Progress()] if progress else [])):
+        trainer.add_callback(callback)
+    disable_progress_bar()
+    try:
+        with request.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NonFiniteError as error:
+        raise TrainingDiverged(
+            f"{error}. The last state with finite values is kept in {trainer.save_now()}. "
+            "Try a lower --lr or --level_lr in a new run."
+        ) from error
+    learner.model.config.use_cache = use_cache
+    result = None if stop.stopped_by else _write_results(config, learner, trainer, folder, bundle, timer)
+    return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())
+
+
+def _write_results(
+    config: AdaptConfig,
+    learner: Learner,
+    trainer: AdaptTrainer,
+    folder: RunFolder,
+    bundle: DataBundle,
+    timer: StepTimer,
+) -> dict[str, Any]:
+    """Write `model/`, `loss.png` and, last, `result.json`."""
+    model = learner.model
+    if trainer.state.global_step % (config.as_training().eval_every or 1):  # the last step was not evaluated
+        trainer.evaluate()
+    with whole_folder(folder.model) as target:
+        model.save_pretrained(target)
+        bundle.tokenizer.save_pretrained(target)
+    curves = {
+        key: [(int(entry["step"]), entry[key]) for entry in trainer.state.log_history if key in entry]
+        for key in ("loss", "eval_loss")
+    }
+    plot_losses(folder.plot, curves["loss"], curves["eval_loss"], f"{Path(config.model).name} with levels")
+    tokens = config.batch_size * config.data.block_size * len(timer.seconds)
+    result = {
+        "format": "nested_learning.adaptation",
+        "version": 1,
+        "config": to_dict(config),
+        "levels": [level.describe() for level in learner.levels],
+        "versions": versions(),
+        "hardware": hardware(trainer.args.device, 1),
+        "data": bundle.summary,
+        "steps": trainer.state.global_step,
+        "tokens_per_second": tokens / sum(timer.seconds) if timer.seconds else None,
+        "validation": {
+            "with_levels_before": curves["eval_loss"][0][1],
+            "with_levels_after": curves["eval_loss"][-1][1],
+            "without_levels_after": _plain_loss(model, bundle.validation),
+        },
+        "losses": {"train": curves["loss"], "validation": curves["eval_loss"]},
+        "files": {"model": str(folder.model), "result": str(folder.result), "plot": str(folder.plot)},
+    }
+    write_json(folder.result, result)
+    return result
+
+
+@torch.no_grad()
+def _plain_loss(model: PreTrainedModel, validation: Dataset[dict[str, Tensor]]) -> float:
+    """Mean next-token loss of the model alone, each text read in one pass."""
+    model.eval()
+    losses = []
+    for i in range(len(validation)):  # type: ignore[arg-type]
+        ids = validation[i]["input_ids"][None].to(model.device)
+        losses.append(float(model(input_ids=ids, labels=ids).loss))
+    return math.fsum(losses) / len(losses)
