@@ -192,10 +192,13 @@ class M3(_MatrixRule):
         O₂ = NS(M₂), with O₂ = 0 before; W ← W − lr · (NS(M₁) + α O₂)/(√V + ε).
     M₁ then weighs the first gradient like the last, and 1/√V shrinks the step as 1/√t without end.
     The default (ours): averages M₁ ← β₁M₁ + (1 − β₁)g, V ← β₂V + (1 − β₂)g² (corrected for its start at
-    zero), M₂ ← β₃M₂ + (1 − β₃)Σ, and U = (NS(M₁) + α O₂)/(√V + ε) is brought back to the Frobenius norm of
-    its numerator, so that the step has Muon's size whatever the units of the loss:
+    zero), M₂ ← β₃M₂ + (1 − β₃)Σ; with `nesterov`, β₁M₁ + (1 − β₁)g is read in the place of M₁, as Muon
+    does; and U = (NS(M₁) + α O₂)/(√V + ε) is brought back to the Frobenius norm of its numerator, so that
+    the step has Muon's size whatever the units of the loss:
     W ← W − lr · factor · U ‖NS(M₁) + α O₂‖/‖U‖.
     M₂ takes each gradient as it comes; only its reading waits for the end of a block.
+    The constants are measured (docs/log.md): looking ahead and the division by √V lower the loss, a large
+    α raises it.
 
     Parameters that are not matrices, and groups with `adamw_only=True`: AdamW at lr · adamw_lr_scale.
     State: M₁, M₂, V and O₂, 4×, for matrices; 2× for the rest.
@@ -209,6 +212,7 @@ class M3(_MatrixRule):
         frequency: f, steps per block of the slow momentum.
         ns_steps, ns_dtype, ns_eps: Newton-Schulz, as for `OrthogonalMomentum`.
         paper_exact: the printed sums instead of averages.
+        nesterov: look one step ahead; by default True, with `paper_exact`, which has none, False.
         adjust_lr: factor by shape, as for `OrthogonalMomentum`; by default "original", with `paper_exact`
             "none".
         adamw_only, adamw_lr_scale, adamw_betas, adamw_eps: as for `OrthogonalMomentum`.
@@ -224,18 +228,19 @@ class M3(_MatrixRule):
         "eps": POSITIVE,
         "frequency": COUNT,
     }
-    flags: ClassVar[tuple[str, ...]] = ("adamw_only", "paper_exact")
+    flags: ClassVar[tuple[str, ...]] = ("adamw_only", "paper_exact", "nesterov")
 
     def __init__(
         self,
         params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float, float] = (0.95, 0.99, 0.9),
-        alpha: float = 0.5,
+        alpha: float = 0.1,
         eps: float = 1e-8,
         frequency: int = 10,
         ns_steps: int = 5,
         paper_exact: bool = False,
+        nesterov: bool | None = None,
         ns_dtype: str = "auto",
         ns_eps: float = newton_schulz.DEFAULT_EPS,
         adjust_lr: str | None = None,
@@ -255,6 +260,7 @@ class M3(_MatrixRule):
             "frequency": frequency,
             "ns_steps": ns_steps,
             "paper_exact": paper_exact,
+            "nesterov": not paper_exact if nesterov is None else nesterov,
             "ns_dtype": ns_dtype,
             "ns_eps": ns_eps,
             "adjust_lr": adjust_lr or ("none" if paper_exact else "original"),
@@ -271,6 +277,11 @@ class M3(_MatrixRule):
         super()._check_hyperparameters(group)
         if len(group["betas"]) != 3:
             raise ValueError(f"betas must be three numbers (β1, β2, β3), got {group['betas']!r}")
+        if group["paper_exact"] and group["nesterov"]:
+            raise ValueError(
+                "nesterov=True goes with averages; Algorithm 1 (paper_exact=True) has none. Set "
+                "nesterov=False where paper_exact is set."
+            )
 
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         beta1, beta2, _ = group["betas"]
@@ -287,7 +298,8 @@ class M3(_MatrixRule):
             torch._foreach_lerp_(fast, grads, 1 - beta1)
             torch._foreach_mul_(square, beta2)
             torch._foreach_addcmul_(square, grads, grads, value=1 - beta2)
-        directions = self._orthogonalise(group, fast)
+        read = list(torch._foreach_lerp(grads, fast, beta1)) if group["nesterov"] else fast
+        directions = self._orthogonalise(group, read)
         torch._foreach_add_(directions, slow, alpha=group["alpha"])
         denominators = torch._foreach_sqrt(square)
         if not group["paper_exact"]:

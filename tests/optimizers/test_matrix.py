@@ -91,9 +91,11 @@ def test_m3_paper_exact_is_algorithm_1(f):
 
 
 @pytest.mark.parametrize("f", [1, 3, 20])
-def test_m3_with_averages(f):
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_m3_with_averages(f, nesterov):
     params = parameters()
-    train(M3(params, lr=0.1, betas=(0.9, 0.8, 0.7), alpha=0.4, eps=1e-3, frequency=f), params)
+    options = {"betas": (0.9, 0.8, 0.7), "alpha": 0.4, "eps": 1e-3, "frequency": f, "nesterov": nesterov}
+    train(M3(params, lr=0.1, **options), params)
     for i, (p, W) in enumerate(zip(params, parameters(), strict=True)):
         W, grads = W.detach(), gradients(p.shape, 12, 10 + i)
         M1, M2, V, O2 = (torch.zeros_like(W) for _ in range(4))
@@ -102,7 +104,8 @@ def test_m3_with_averages(f):
                 M2 = 0.7 * M2 + 0.3 * sum(grads[t - f : t])
                 O2 = newton_schulz.quintic(M2)
             M1, V = 0.9 * M1 + 0.1 * g, 0.8 * V + 0.2 * g * g
-            numerator = newton_schulz.quintic(M1) + 0.4 * O2
+            read = 0.9 * M1 + 0.1 * g if nesterov else M1
+            numerator = newton_schulz.quintic(read) + 0.4 * O2
             U = numerator / ((V / (1 - 0.8 ** (t + 1))).sqrt() + 1e-3)
             W = W - 0.1 * math.sqrt(max(1, p.shape[0] / p.shape[1])) * U * numerator.norm() / U.norm()
         torch.testing.assert_close(p.detach(), W, rtol=0, atol=1e-12)
@@ -151,6 +154,8 @@ def test_bad_options():
         M3([p], betas=(0.9, 0.9))
     with pytest.raises(ValueError, match=r"frequency must be a finite whole number >= 1, got 0"):
         M3([p], frequency=0)
+    with pytest.raises(ValueError, match="nesterov=True goes with averages"):
+        M3([p], paper_exact=True, nesterov=True)
     with pytest.raises(ValueError, match="ns_dtype must be one of auto"):
         M3([p], ns_dtype="float16")
     with pytest.raises(ValueError, match="nesterov must be True or False"):
