@@ -23,6 +23,7 @@ from nested_learning.memory.scan import (
     scan_token,
 )
 from nested_learning.memory.signals import Readouts, StepInputs
+from nested_learning.ops.gated_norm import gated_norm
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.precision import full_precision
 from nested_learning.ops.short_conv import Heads, unit_heads
@@ -162,7 +163,7 @@ class MemoryLayer(nn.Module):
         """
         self._check(x, state, mask)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        paths, gate = self.in_proj(x), F.silu(self.gate_proj(x))
+        paths, gate = self.in_proj(x), self.gate_proj(x)
         logits = None
         if not self.gates_generated and self.system.gates:
             # [B, T, gates, H]
@@ -171,8 +172,9 @@ class MemoryLayer(nn.Module):
             y, surprise, state = self._remember(
                 paths.to(dtype), logits, state, mask, return_surprise, gate.dtype
             )
-            y = F.rms_norm(y, (self.head_dim,), self.out_norm.weight.to(dtype), self.out_norm.eps)
-        y = self.out_proj(y.flatten(2).to(gate.dtype) * gate)
+            assert self.out_norm.eps is not None  # __init__
+            y = gated_norm(y, gate, self.out_norm.weight.to(dtype), self.out_norm.eps)
+        y = self.out_proj(y)
         if surprise is not None:
             return y, state, surprise
         return y, state

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning.ops.blocks import blocks, composes
 from nested_learning.ops.conv import causal_conv
 from nested_learning.ops.norm import UNIT_FLOOR, unit
-
-# Numbers of one block and thread: a few tensors of this size stay in a core's second-level cache.
-_BLOCK = 131_072
 
 
 class Heads(NamedTuple):
@@ -40,13 +38,7 @@ def unit_heads(x: Tensor, weight: Tensor | None, heads: Heads) -> Tensor:
 
     Returns: [P, B, H, T, d].
     """
-    if (
-        x.device.type != "cpu"
-        or x.numel() < _BLOCK
-        # what follows a Python function symbolically sees more in the composition
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if composes(x):
         return _composed(x, weight, heads)
     return _UnitHeads.apply(x, weight, heads)
 
@@ -70,11 +62,10 @@ class _UnitHeads(torch.autograd.Function):
         ctx.heads = heads
         taps = _taps(x, weight)
         out = _empty_output(x, taps, heads)
-        for row in range(len(x)):
-            for columns in _blocks(x, taps):
-                z = _convolve(x[row], taps, columns)
-                h, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
-                out[:, row, :, columns] = h.mul_(f).permute(1, 2, 0, 3)
+        for row, columns in blocks(x, out.shape[3]):
+            z = _convolve(x[row], taps, columns)
+            h, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
+            out[:, row, :, columns] = h.mul_(f).permute(1, 2, 0, 3)
         return out
 
     @staticmethod
@@ -84,21 +75,20 @@ class _UnitHeads(torch.autograd.Function):
             return *_composed_backward(x, weight, ctx.heads, g), None
         heads, taps = ctx.heads, _taps(x, weight)
         g_x, g_taps = torch.zeros_like(x), torch.zeros_like(taps)
-        for row in range(len(x)):
-            for columns in _blocks(x, taps):
-                z = _convolve(x[row], taps, columns)
-                y, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
-                y.mul_(f)
-                g_h = g[:, row, :, columns].permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
-                along = (y * g_h).sum(-1, keepdim=True)
-                if not all(heads.unit):
-                    along = along * _wanted(heads, f)
-                g_z = g_h.addcmul_(y, along, value=-1).mul_(f).flatten(1)
-                torch.ops.aten.silu_backward.grad_input(g_z, z, grad_input=g_z)
-                for j, tap in enumerate(taps):
-                    window = slice(columns.start + j, columns.stop + j)
-                    g_x[row, window].addcmul_(g_z, tap)
-                    g_taps[j] += (g_z * x[row, window]).sum(0)
+        for row, columns in blocks(x, g.shape[3]):
+            z = _convolve(x[row], taps, columns)
+            y, f = _normalised(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
+            y.mul_(f)
+            g_h = g[:, row, :, columns].permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
+            along = (y * g_h).sum(-1, keepdim=True)
+            if not all(heads.unit):
+                along = along * _wanted(heads, f)
+            g_z = g_h.addcmul_(y, along, value=-1).mul_(f).flatten(1)
+            torch.ops.aten.silu_backward.grad_input(g_z, z, grad_input=g_z)
+            for j, tap in enumerate(taps):
+                window = slice(columns.start + j, columns.stop + j)
+                g_x[row, window].addcmul_(g_z, tap)
+                g_taps[j] += (g_z * x[row, window]).sum(0)
         return g_x, None if weight is None else g_taps.T.unsqueeze(1), None
 
 
@@ -121,13 +111,6 @@ def _taps(x: Tensor, weight: Tensor | None) -> Tensor:
 def _empty_output(x: Tensor, taps: Tensor, heads: Heads) -> Tensor:
     tokens, paths = x.shape[1] - len(taps) + 1, len(heads.unit)
     return x.new_empty(paths, len(x), heads.per_path, tokens, x.shape[-1] // (paths * heads.per_path))
-
-
-def _blocks(x: Tensor, taps: Tensor) -> list[slice]:
-    """The columns of the output, block by block."""
-    tokens = x.shape[1] - len(taps) + 1
-    size = max(1, _BLOCK * torch.get_num_threads() // x.shape[-1])
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _convolve(x: Tensor, taps: Tensor, columns: slice) -> Tensor:

@@ -166,8 +166,8 @@ def _write_backward(
     g_right = ws.bmm("g_right", kept.inverse.mT, g.B)
     from_B = ws.rows_dot(g_right, kept.B).sum(0).squeeze(-1)
     g_gram = ws.bmm("g_gram", g_right, kept.B.mT).mul_(decay.erased(ws, eta))
-    accumulate(g.u, g_gram, u, alpha=-1)
-    accumulate(g.u, g_gram.mT, u, alpha=-1)
+    both = torch.add(g_gram, g_gram.mT, out=ws("g_gram both", g_gram.shape))  # of u uᵀ
+    accumulate(g.u, both, u, alpha=-1)
     g_residual = g_right.mul_(eta)
     from_right = ws.rows_dot(g_residual, residual).sum(0).squeeze(-1)
 
