@@ -163,8 +163,6 @@ def check_options(levels: Sequence[CMSLevel], variant: str, update: str) -> None
     for kind, name, known in (("variant", variant, VARIANTS), ("update", update, UPDATES)):
         if name not in known:
             raise unknown(f"CMS {kind}", str(name), known)
-    if update == "lm":
-        raise ValueError("CMS update 'lm' is not available in this version; supported: none, regression")
     for level in levels:
         if level.heads is not None and variant != "independent":
             raise ValueError(

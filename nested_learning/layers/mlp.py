@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from torch import Tensor, nn, vmap
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from nested_learning.layers.registry import unknown
 
@@ -65,44 +64,47 @@ class MLPBlock(nn.Module):
         Raises:
             ValueError: for a name the block does not have or a shape that does not fit.
         """
-        if weights:
-            return self._forward_with(weights, x, hidden_scale, residual)
-        h = self.norm(x)
+        w = self._checked(weights, len(x)) if weights else {}
+        h = self._normalise(x, w.get("norm.weight"))
+        hidden = _linear(self.up, h, w.get("up.weight"))
         if self.gate is not None:
-            h = F.silu(self.gate(h)) * self.up(h)
+            hidden = F.silu(_linear(self.gate, h, w.get("gate.weight"))) * hidden
         else:
-            h = self.up(h)
-            h = F.gelu(h) if self.activation == "gelu" else F.relu(h).square()
-        h = self.down(h if hidden_scale is None else h * hidden_scale)
-        return x + h if residual else h
+            hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden).square()
+        if hidden_scale is not None:
+            hidden = hidden * hidden_scale
+        y = _linear(self.down, hidden, w.get("down.weight"))
+        return x + y if residual else y
 
-    def _forward_with(
-        self, weights: Weights, x: Tensor, hidden_scale: Tensor | None, residual: bool
-    ) -> Tensor:
-        options = (None, hidden_scale, residual)
-        dims = {name: self._batch_dim(name, weight, len(x)) for name, weight in weights.items()}
-        if all(dim is None for dim in dims.values()):
-            return functional_call(self, dict(weights), (x, *options))
+    def _normalise(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        if gain is None:
+            return self.norm(x)
+        shape = self.norm.normalized_shape
+        if gain.dim() == 1:
+            return F.rms_norm(x, shape, gain, self.norm.eps)
+        return F.rms_norm(x, shape, None, self.norm.eps) * gain.view(len(x), *[1] * (x.dim() - 2), -1)
 
-        def row(row_weights: dict[str, Tensor], row_x: Tensor) -> Tensor:
-            return functional_call(self, row_weights, (row_x, *options))
-
-        return vmap(row, in_dims=(dims, 0))(dict(weights), x)
-
-    def _batch_dim(self, name: str, weight: Tensor, batch_size: int) -> int | None:
-        """0 where `weight` has a leading batch dimension, None where it is one for all rows."""
-        own = dict(self.named_parameters())
-        if name not in own:
-            raise unknown("weight of the MLP block:", name, own)
-        shape = tuple(own[name].shape)
-        if tuple(weight.shape) == shape:
-            return None
-        if tuple(weight.shape) == (batch_size, *shape):
-            return 0
-        raise ValueError(
-            f"weight {name!r} has shape {tuple(weight.shape)}; expected {shape}, or {(batch_size, *shape)} "
-            "with one set of weights per row of the batch"
-        )
+    def _checked(self, weights: Weights, batch_size: int) -> Weights:
+        own = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        for name, weight in weights.items():
+            if name not in own:
+                raise unknown("weight of the MLP block:", name, own)
+            shape = own[name]
+            if tuple(weight.shape) not in (shape, (batch_size, *shape)):
+                raise ValueError(
+                    f"weight {name!r} has shape {tuple(weight.shape)}; expected {shape}, or "
+                    f"{(batch_size, *shape)} with one set of weights per row of the batch"
+                )
+        return weights
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+def _linear(layer: nn.Linear, x: Tensor, weight: Tensor | None) -> Tensor:
+    """The layer at x [B, ..., in] with another weight [out, in], or [B, out, in] of each row."""
+    if weight is None:
+        return layer(x)
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return (x.reshape(len(x), -1, x.shape[-1]) @ weight.mT).reshape(*x.shape[:-1], -1)

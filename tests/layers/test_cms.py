@@ -193,7 +193,6 @@ def test_bad_levels_are_refused(levels, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"update": "lm"}, "not available in this version"),
         ({"variant": "sequental"}, "Did you mean 'sequential'"),
         ({"update": "regresion"}, "Did you mean 'regression'"),
     ],

@@ -266,7 +266,7 @@ def test_states_and_weights_that_do_not_fit_are_refused():
         cms(tokens(3, 1), state)
     with pytest.raises(ValueError, match="belongs to another batch or a CMS with other levels"):
         system(FOUR[:1])(x, state)
-    with pytest.raises(ValueError, match="learns the weights of its blocks itself"):
+    with pytest.raises(ValueError, match="learns its blocks' weights itself"):
         cms(x, weights=[None, None])
     with pytest.raises(ValueError, match="takes no state"):
         ContinuumMemorySystem(WIDTH, FOUR).double()(x, state)

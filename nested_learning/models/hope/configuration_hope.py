@@ -50,6 +50,7 @@ _STATE_FIELDS = (
     "cms_expansion",
     "norm_eps",
 )
+META_GRADIENTS = ("first_order", "exact")
 # Options whose default None stands for the value of another option or field.
 _SAME_AS = {"projection_chunk_size": "chunk_size", "num_kv_heads": "num_heads"}
 
@@ -70,6 +71,9 @@ class HopeConfig(PreTrainedConfig):
             their fields (kept as dicts). Default: chunk sizes 512 and 2048.
         cms_variant, cms_update: see `ContinuumMemorySystem`; how fast a level learns in context is said at
             the level.
+        cms_meta_gradient: what training sees of the writes of `cms_update="lm"`: with "first_order" a written
+            gradient is a constant, with "exact" a function of weights, states and embeddings, at the cost of
+            second derivatives. Changes no output.
         cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
         cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
         norm_eps: epsilon of the RMS norms of the blocks, the CMS and the output. The norms inside a mixer
@@ -103,6 +107,7 @@ class HopeConfig(PreTrainedConfig):
     cms_levels: list[Any] | None = None
     cms_variant: str = "sequential"
     cms_update: str = "none"
+    cms_meta_gradient: str = "first_order"
     cms_activation: str = "relu2"
     cms_expansion: float = 4.0
     norm_eps: float = 1e-6
@@ -135,9 +140,18 @@ class HopeConfig(PreTrainedConfig):
 
     @property
     def state_names(self) -> list[str]:
-        """Names of the states that a `HopeCache` of this model holds: per mixer, and per CMS that learns."""
-        kinds = ("mixer", "cms") if self.cms_learns else ("mixer",)
-        return [f"layers.{index}.{kind}" for index in range(self.num_hidden_layers) for kind in kinds]
+        """Names of the states that a `HopeCache` of this model holds: per mixer, and per CMS that learns.
+
+        With `cms_update="lm"` also the mixers' states at the start of the running chunk, and its tokens.
+        """
+        kinds, common = ["mixer"], []
+        if self.cms_learns:
+            kinds.append("cms")
+            if self.cms_update == "lm":
+                kinds.append("start")
+                common.append("pending")
+        names = [f"layers.{index}.{kind}" for index in range(self.num_hidden_layers) for kind in kinds]
+        return names + common
 
     @property
     def cms_learns(self) -> bool:
@@ -159,6 +173,13 @@ class HopeConfig(PreTrainedConfig):
         self._check_mixers()
         with torch.device("meta"):
             self.build_cms()
+        if self.cms_meta_gradient not in META_GRADIENTS:
+            raise unknown("cms_meta_gradient:", str(self.cms_meta_gradient), META_GRADIENTS)
+        if self.cms_meta_gradient == "exact" and self.cms_update != "lm":
+            raise ValueError(
+                f"cms_meta_gradient 'exact' belongs to cms_update 'lm', not to {self.cms_update!r}: training "
+                "differentiates the writes of 'regression' exactly anyway, and 'none' writes nothing"
+            )
 
     def build_cms(self) -> ContinuumMemorySystem:
         """The continuum memory system of one block."""

@@ -26,7 +26,9 @@ from nested_learning.memory.state import State
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
+from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
+from nested_learning.models.hope.pieces_hope import Piece, columns_of_this_call, join
 
 
 @dataclass
@@ -176,6 +178,7 @@ class HopeModel(HopePreTrainedModel):
         output_surprise: bool = False,
         cms_weights: CMSWeights | None = None,
         learn_mask: Tensor | None = None,
+        lm_head: Head | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -197,6 +200,8 @@ class HopeModel(HopePreTrainedModel):
                 `ContinuumMemorySystem.forward`. Gradients flow to them. Not where the CMS learns in context.
             learn_mask: [B, T], zero for tokens that are read but that a CMS which learns in context does not
                 learn from; None: it learns from all. Memory layers learn from whatever they read.
+            lm_head: from the output to logits; needed, with `input_ids`, where the CMS learns from the
+                next-token loss (`cms_update="lm"`), and of no use otherwise. `HopeForCausalLM` gives its own.
             output_attentions, position_ids, token_type_ids: only there because callers of any transformers
                 model pass them; must be False or None. Positions follow from the mask and the state.
 
@@ -211,26 +216,28 @@ class HopeModel(HopePreTrainedModel):
         if x.shape[1] == 0:
             raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
         cache = self._cache_for(past_key_values, use_cache, x)
-        mask = _columns_of_this_call(attention_mask, x, 0 if cache is None else cache.get_seq_length())
+        mask = columns_of_this_call(attention_mask, x, 0 if cache is None else cache.get_seq_length())
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
 
+        lm_update = self._lm_update(lm_head, input_ids)
         states = {} if cache is None else dict(cache.states)
         size = self.config.segment_size or x.shape[1]
         pieces = []
         for start in range(0, x.shape[1], size):
             columns = slice(start, start + size)
-            piece, states = self._run_blocks(
-                x[:, columns],
-                states,
-                None if mask is None else mask[:, columns],
-                None if learn is None else learn[:, columns],
-                output_hidden_states,
-                output_surprise,
-                cms_weights,
-            )
+            segment, masked, learned = (None if t is None else t[:, columns] for t in (x, mask, learn))
+            assert segment is not None
+            wanted = (output_hidden_states, output_surprise)
+            if lm_update is None:
+                piece, states = self._run_blocks(segment, states, masked, learned, *wanted, cms_weights)
+            else:
+                assert input_ids is not None
+                piece, states = lm_update.read(
+                    segment, input_ids[:, columns], states, masked, learned, *wanted
+                )
             pieces.append(piece)
-        x, hidden, surprise = _join(pieces)
+        x, hidden, surprise = join(pieces)
 
         if cache is not None:
             cache.advance(states, input_ids, mask, (x.shape[0], x.shape[1]))
@@ -250,7 +257,7 @@ class HopeModel(HopePreTrainedModel):
         keep_hidden: bool,
         want_surprise: bool,
         cms_weights: CMSWeights,
-    ) -> tuple[_Piece, dict[str, State]]:
+    ) -> tuple[Piece, dict[str, State]]:
         """All blocks and the final norm on one segment [B, S, D], and the states after it."""
         after: dict[str, State] = {}
         hidden, surprise = [], []
@@ -318,6 +325,17 @@ class HopeModel(HopePreTrainedModel):
             )
         return cms_weights or {}
 
+    def _lm_update(self, lm_head: Head | None, input_ids: Tensor | None) -> LMUpdate | None:
+        if not (self.config.cms_learns and self.config.cms_update == "lm"):
+            return None
+        if lm_head is None:
+            raise ValueError(
+                "cms_update='lm' learns from the loss of the next token: run HopeForCausalLM, or give lm_head"
+            )
+        if input_ids is None:
+            raise ValueError("cms_update='lm' learns from tokens: give input_ids, not inputs_embeds")
+        return LMUpdate(self, lm_head)
+
     def _checked_learn_mask(self, learn_mask: Tensor | None, x: Tensor) -> Tensor | None:
         if learn_mask is None:
             return None
@@ -345,40 +363,6 @@ class HopeModel(HopePreTrainedModel):
             )
         if token_type_ids is not None:
             raise ValueError("Hope has no token types: leave token_type_ids away")
-
-
-# One segment's normalised output, hidden states and surprises.
-_Piece = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]
-
-
-def _join(pieces: list[_Piece]) -> _Piece:
-    """Concatenate segments along the tokens."""
-    if len(pieces) == 1:
-        return pieces[0]
-
-    def cat(parts: tuple[Any, ...]) -> Any:
-        return None if parts[0] is None else torch.cat(parts, dim=1)
-
-    outputs, hidden, surprise = zip(*pieces, strict=True)
-    return (
-        cat(outputs),
-        tuple(map(cat, zip(*hidden, strict=True))),
-        tuple(map(cat, zip(*surprise, strict=True))),
-    )
-
-
-def _columns_of_this_call(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
-    """[B, T] bool from a mask over this call's columns or over those seen so far and this call's."""
-    if attention_mask is None:
-        return None
-    batch_size, length, _ = x.shape
-    shapes = [[batch_size, length]] + ([[batch_size, seen + length]] if seen else [])
-    if list(attention_mask.shape) not in shapes:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] = {' or '.join(map(str, shapes))} (the new columns, or "
-            f"those in the cache too), got {list(attention_mask.shape)}"
-        )
-    return attention_mask[:, -length:].bool()
 
 
 class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
@@ -435,6 +419,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             output_surprise=output_surprise,
             cms_weights=cms_weights,
             learn_mask=learn_mask,
+            lm_head=self.lm_head,
             output_attentions=output_attentions,
             position_ids=position_ids,
             token_type_ids=token_type_ids,

@@ -1,0 +1,309 @@
+"""The update "lm" of the continuum memory systems: each chunk is read, and learned from when the next begins.
+
+The model runs in segments of the fastest level's chunk, all layers for one, then the next. A chunk is learned
+from when the first token after it is there, which is before that token is read: the pair of the two belongs
+to the slower levels whose own chunks go on. The chunk is then run once more, from the mixers' states at its
+start and with the weights it was read with, and the next-token loss is differentiated by backpropagation
+through the layers above. All that this needs is part of the state, so tokens may come in any pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from nested_learning.layers.cms import CMSState
+from nested_learning.layers.cms_segments import Segment, Segments
+from nested_learning.layers.cms_writing import Rows, Tensors
+from nested_learning.memory.state import State
+from nested_learning.models.hope.pieces_hope import Piece, join
+
+if TYPE_CHECKING:
+    from nested_learning.models.hope.modeling_hope import HopeBlock, HopeModel
+
+PENDING = "pending"
+Head = Callable[[Tensor], Tensor]
+States = dict[str, State]
+# Per layer and level, a gradient of each matrix [B, out, in].
+Gradients = list[dict[int, Tensors]]
+
+
+@dataclass(frozen=True)
+class PendingChunk(State):
+    """The tokens that were read and not yet learned from: those of the fastest level's running chunk C.
+
+    ids: [B, C] int64.  learned: [B, C] bool, False for tokens that teach nothing.
+    count: [B] int64, how many there are; C after a boundary until the next token comes.
+    """
+
+    ids: Tensor
+    learned: Tensor
+    count: Tensor
+
+    def with_tokens(self, ids: Tensor, learned: Tensor, real: Tensor | None) -> PendingChunk:
+        """Append ids [B, S]; only `real` ones [B, S], None: all."""
+        if real is None:
+            real = torch.ones_like(learned)
+        size = self.ids.shape[1]
+        target = (self.count.unsqueeze(1) + real.long().cumsum(1) - 1).where(real, size)
+        after = [
+            F.pad(old, (0, 1)).scatter(1, target, new)[:, :size]  # what is not real goes to a spare column
+            for old, new in ((self.ids, ids), (self.learned, learned))
+        ]
+        return PendingChunk(after[0], after[1], self.count + real.sum(1))
+
+
+class LMUpdate:
+    """Reads tokens with a model whose CMS levels learn from the next-token loss.
+
+    Args:
+        model: whose layers run.
+        head: from its output [B, T, D] to logits [B, T, vocabulary].
+    """
+
+    def __init__(self, model: HopeModel, head: Head) -> None:
+        self.model, self.head = model, head
+        self.blocks = cast("list[HopeBlock]", list(model.layers))
+        self.systems = [block.cms for block in self.blocks]
+        self.chunk_size = self.systems[0].levels[0].chunk_size
+        layers = range(len(self.systems))
+        self.mixer_names = [f"layers.{i}.mixer" for i in layers]
+        self.start_names = [f"layers.{i}.start" for i in layers]
+        self.cms_names = [f"layers.{i}.cms" for i in layers]
+
+    def read(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        states: States,
+        mask: Tensor | None,
+        learn: Tensor | None,
+        keep_hidden: bool,
+        want_surprise: bool,
+    ) -> tuple[Piece, States]:
+        """All blocks over x [B, T, D], the embeddings of ids [B, T]; results as of `HopeModel._run_blocks`.
+
+        Waits for the device once per segment where rows may stand at different places, to see whether any
+        of them has come to a boundary.
+        """
+        states = dict(states)
+        position = self._prepare(states, x, aligned=mask is None)
+        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, mask)
+        learn = torch.ones_like(ids, dtype=torch.bool) if learn is None else learn
+        x, ids, learn = (segments.pack(t) for t in (x, ids, learn))
+        pieces = []
+        for number, segment in enumerate(segments):
+            columns = segment.of(ids), segment.of(learn)
+            self._enter(states, segment, *columns, number if segments.aligned else None)
+            pending, weights = states[PENDING], {}
+            assert isinstance(pending, PendingChunk)
+            for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
+                weights[layer] = cms.current_weights(_cms_state(states[name]), x.dtype)
+            piece, after = self.model._run_blocks(
+                segment.of(x), self._mixers(states), segment.real, None, keep_hidden, want_surprise, weights
+            )
+            states.update(after)
+            states[PENDING] = pending.with_tokens(*columns, segment.real)
+            pieces.append(piece)
+        if self.start_names[0] not in states:
+            states.update(zip(self.start_names, self._initial_mixers(x), strict=True))
+        out, hidden, surprise = join(pieces)
+        unpacked = [None if s is None else segments.unpack(s) for s in surprise]
+        return (segments.unpack(out), tuple(map(segments.unpack, hidden)), tuple(unpacked)), states
+
+    def _prepare(self, states: States, x: Tensor, aligned: bool) -> Tensor | None:
+        """Fill in what is there before the first token; where the rows stand, None for all at the start."""
+        if PENDING in states:
+            pending = states[PENDING]
+            assert isinstance(pending, PendingChunk)
+            return pending.count.to(x.device) % self.chunk_size
+        rows = len(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for name, cms in zip(self.cms_names, self.systems, strict=True):
+            states[name] = cms.start(rows, dtype)
+        ids = torch.zeros(rows, self.chunk_size, dtype=torch.long, device=x.device)
+        states[PENDING] = PendingChunk(ids, ids.bool(), ids.new_zeros(rows))
+        if not aligned:
+            states.update(zip(self.mixer_names, self._initial_mixers(x), strict=True))
+        return None
+
+    def _initial_mixers(self, x: Tensor) -> list[State]:
+        """The mixers' states before any token, written out: padding changes nothing."""
+        nothing = torch.zeros_like(x[:, :1])
+        mask = torch.zeros(nothing.shape[:2], dtype=torch.bool, device=x.device)
+        return [block.mixer(block.mixer_norm(nothing), None, mask)[1] for block in self.blocks]
+
+    def _mixers(self, states: States) -> States:
+        return {name: states[name] for name in self.mixer_names if name in states}
+
+    def _enter(
+        self, states: States, segment: Segment, ids: Tensor, learn: Tensor, number: int | None
+    ) -> None:
+        """Before a segment is read: in the rows that begin a chunk with it, learn from the one before.
+
+        `number` of the segment, None where rows may stand at different places.
+        """
+        pending = states[PENDING]
+        assert isinstance(pending, PendingChunk)
+        begins: Rows = True
+        full: Rows = bool(number)
+        if number is None:
+            begins = pending.count % self.chunk_size == 0
+            begins = begins if segment.real is None else begins & segment.real[:, 0]
+            full = begins & (pending.count == self.chunk_size)
+            full = full if full.any() else False
+        if full is not False:
+            self._learn(states, full, ids[:, 0], learn[:, 0])
+        if begins is True and self.mixer_names[0] not in states:
+            return  # the first chunk of all rows
+        for start, mixer in zip(self.start_names, self.mixer_names, strict=True):
+            states[start] = _choose_rows(begins, states[mixer], states.get(start))
+        count = torch.where(torch.as_tensor(begins, device=ids.device), 0, pending.count)
+        states[PENDING] = PendingChunk(pending.ids, pending.learned, count)
+
+    # Learning --------------------------------------------------------------------------------------------
+
+    def _learn(self, states: States, full: Rows, next_ids: Tensor, next_learned: Tensor) -> None:
+        """Take in the pending chunks of the rows `full`, followed by `next_ids` [B]."""
+        rows = torch.ones_like(next_learned) if isinstance(full, bool) else full
+        index = None if isinstance(full, bool) else rows.nonzero().squeeze(1)
+        part = dict(states)
+        if index is not None:
+            part = {name: state.select_rows(index) for name, state in states.items()}
+            next_ids, next_learned = next_ids[index], next_learned[index]
+        inside, crossing = self._gradients(part, next_ids, next_learned)
+        if index is not None:
+            inside, crossing = (_into_rows(grads, index, len(rows)) for grads in (inside, crossing))
+        for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
+            states[name] = cms.learn(_cms_state(states[name]), inside[layer], crossing[layer], rows)
+
+    def _gradients(
+        self, states: States, next_ids: Tensor, next_learned: Tensor
+    ) -> tuple[Gradients, Gradients]:
+        """Gradients of the loss of the pairs inside the chunk, and of that of its last token and the next.
+
+        First order: at the weights and states as they are; exact: as functions of them, while training.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "cms_update='lm' takes gradients while it reads, which torch.inference_mode() rules out; "
+                "use torch.no_grad()"
+            )
+        exact = self.model.config.cms_meta_gradient == "exact" and torch.is_grad_enabled()
+        pending = states[PENDING]
+        assert isinstance(pending, PendingChunk)
+        with torch.enable_grad(), _differentiable_twice(exact):
+            leaves, weights = self._leaves(states, exact)
+            starts = {
+                m: states[s] for m, s in zip(self.mixer_names, self.start_names, strict=True) if s in states
+            }
+            if not exact:
+                starts = {name: state.detach() for name, state in starts.items()}
+            x = self.model.embed_tokens(pending.ids)
+            given = {layer: [_cast(level, x.dtype) for level in levels] for layer, levels in weights.items()}
+            (y, _, _), _ = self.model._run_blocks(x, starts, None, None, False, False, given)
+            losses = _pair_losses(self.head(y), pending, next_ids, next_learned)
+            slow = [key for key in leaves if key[1] > 0 or self.systems[0].variant == "nested"]
+            parts = []
+            for loss, keys in ((losses[:, :-1].sum(), list(leaves)), (losses[:, -1].sum(), slow)):
+                wanted = [leaves[key] for key in keys]
+                found = (
+                    torch.autograd.grad(loss, wanted, retain_graph=True, create_graph=exact) if wanted else ()
+                )
+                parts.append(_by_layer(len(self.systems), keys, found))
+        return parts[0], parts[1]
+
+    def _leaves(
+        self, states: States, exact: bool
+    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Tensors | None]]]:
+        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone."""
+        leaves, weights = {}, {}
+        for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
+            state = _cms_state(states[name])
+            levels: list[Tensors | None] = []
+            for number, own in enumerate(
+                cms.current_weights(state, next(iter(state.weights.values())).dtype)
+            ):
+                if own is None:
+                    levels.append(None)
+                    continue
+                level = {
+                    key: W.view_as(W) if exact and W.requires_grad else W.detach().requires_grad_()
+                    for key, W in own.items()
+                }
+                leaves.update({(layer, number, key): W for key, W in level.items()})
+                levels.append(level)
+            weights[layer] = levels
+        return leaves, weights
+
+
+def _pair_losses(logits: Tensor, pending: PendingChunk, next_ids: Tensor, next_learned: Tensor) -> Tensor:
+    """Cross-entropy [B, C] of each token's successor, 0 where that teaches nothing."""
+    targets = torch.cat([pending.ids[:, 1:], next_ids.unsqueeze(1)], 1)
+    teaches = torch.cat([pending.learned[:, 1:], next_learned.unsqueeze(1)], 1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = F.cross_entropy(logits.to(dtype).mT, targets, reduction="none")
+    return losses.where(teaches, 0)
+
+
+def _by_layer(layers: int, keys: list[tuple[int, int, str]], found: tuple[Tensor, ...]) -> Gradients:
+    grads: Gradients = [{} for _ in range(layers)]
+    for (layer, level, name), g in zip(keys, found, strict=True):
+        grads[layer].setdefault(level, {})[name] = g
+    return grads
+
+
+def _into_rows(grads: Gradients, index: Tensor, rows: int) -> Gradients:
+    """The gradients of some rows, zero for the others."""
+
+    def spread(g: Tensor) -> Tensor:
+        return g.new_zeros(rows, *g.shape[1:]).index_copy(0, index, g)
+
+    return pytree.tree_map(spread, grads)
+
+
+def _choose_rows(rows: Rows, new: State, old: State | None) -> State:
+    """`new` in these rows, `old` in the others.
+
+    Keys and values of attention grow: the shorter ones get padding in front, marked by a position of −1.
+    """
+    if old is None or isinstance(rows, bool):
+        return new
+
+    def choose(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if a is None or b is None:
+            return a
+        sizes = [max(pair) for pair in zip(a.shape, b.shape, strict=True)]
+        a, b = _padded(a, sizes), _padded(b, sizes)
+        return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return pytree.tree_map(choose, new, old)
+
+
+def _padded(t: Tensor, sizes: list[int]) -> Tensor:
+    missing = [
+        n for size, have in zip(reversed(sizes), reversed(t.shape), strict=True) for n in (size - have, 0)
+    ]
+    return F.pad(t, missing, value=0 if t.is_floating_point() else -1) if any(missing) else t
+
+
+def _cast(weights: Tensors | None, dtype: torch.dtype) -> Tensors | None:
+    return None if weights is None else {name: W.to(dtype) for name, W in weights.items()}
+
+
+def _cms_state(state: State) -> CMSState:
+    assert isinstance(state, CMSState)
+    return state
+
+
+def _differentiable_twice(wanted: bool) -> AbstractContextManager[object]:
+    """Attention by plain matrix products: its fast kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
