@@ -1,0 +1,41 @@
+"""The code in docs/continual.md runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nested_learning.training.data import byte_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "continual.md"
+
+
+def test_every_block_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    namespace = {
+        "model": AutoModelForCausalLM.from_config(config).eval(),
+        "tokenizer": tokenizer,
+        "text": "The lighthouse of Varnholm was built by Ilse Brandt. " * 3,
+        "other_text": "Bread is made of flour, water and salt. " * 3,
+        "ids": torch.tensor([[1, 2, 3]]),
+    }
+    for block in blocks:
+        exec(block, namespace)
+    assert len(namespace["surprise"]) == len(namespace["text"])
+    assert len(namespace["changes"]) == 3  # level 0 was reset: the last third is left
+    assert len({write.row for write in namespace["learner"].writes}) == 2
