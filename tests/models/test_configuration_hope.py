@@ -102,7 +102,7 @@ def test_what_every_transformers_config_accepts_still_works():
             {"cms_levels": [{"chunk_size": 6, "lr": 0.1}]},
             "lr of a CMS level needs update 'regression' or 'lm'",
         ),
-        ({"cms_update": "ml"}, "Did you mean 'lm'"),
+        ({"cms_update": "ml"}, "unknown CMS update 'ml'"),
         ({"cms_meta_gradient": "exakt"}, "Did you mean 'exact'"),
         ({"cms_meta_gradient": "exact"}, "belongs to cms_update 'lm', not to 'none'"),
         ({"cms_activation": "swigl"}, "Did you mean 'swiglu'"),
