@@ -54,6 +54,14 @@ class Dialogue:
     def reply(self, message: str) -> str:
         """The answer to a message, which is learned then."""
         before = self.learner.memory.snapshot()
+        try:
+            self._turns.append(self._take_turn(message, before))
+        except BaseException:  # an interruption too: half a turn must not reach the memory file
+            self.learner.memory.restore(before)
+            raise
+        return self._turns[-1].reply
+
+    def _take_turn(self, message: str, before: Snapshot) -> _Turn:
         prompt = self._prompt(message)
         ids = self.learner.generate(prompt, pad_token_id=self._padding(), **self.generation)
         reply = self.learner.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
@@ -62,8 +70,7 @@ class Dialogue:
         if self.learn_from_replies and reply:
             self.learner.observe(f"{reply}\n")
         words = [self.learner.tokenizer.decode([token]) for token in tokens.tolist()]
-        self._turns.append(_Turn(before, message, reply, list(zip(words, losses, strict=True))))
-        return reply
+        return _Turn(before, message, reply, list(zip(words, losses, strict=True)))
 
     def surprise(self) -> list[tuple[str, float]]:
         """(token, next-token loss in nats) of the last message. ValueError if there is none."""

@@ -130,7 +130,7 @@ class Learner:
         Yields:
             the model.
         """
-        with self.reader.workspace.installed(self.reader.writers, self.memory.rows[row]):
+        with self.reader.workspace.installed(self.reader.writers, self.memory.row(row)):
             yield self.model
 
     def score(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
@@ -230,8 +230,7 @@ class Learner:
         """(row of the memory, ids) of each sequence."""
         rows = len(self.memory.rows)
         if row is not None:
-            if not 0 <= row < rows:
-                raise ValueError(f"row must be from 0 to {rows - 1}, got {row}")
+            self.memory.row(row)
             if len(batch.rows) != 1:
                 raise ValueError(f"row={row} takes one sequence, got {len(batch.rows)}")
             return [(row, batch.rows[0])]

@@ -81,6 +81,12 @@ class Memory:
     def _new_rows(self, count: int) -> list[Row]:
         return [Row.new(len(self._writers), self._model.device) for _ in range(count)]
 
+    def row(self, index: int) -> Row:
+        """What row `index` remembers. ValueError if there is no such row."""
+        if not 0 <= index < len(self.rows):
+            raise ValueError(f"row must be from 0 to {len(self.rows) - 1}, got {index}")
+        return self.rows[index]
+
     # Undoing -------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
@@ -118,7 +124,7 @@ class Memory:
             row: of the batch.
         """
         total: dict[str, Tensor] = {}
-        for writer, state in zip(self._writers, self.rows[row].levels, strict=True):
+        for writer, state in zip(self._writers, self.row(row).levels, strict=True):
             for target in writer.targets if level in (None, writer.index) else ():
                 delta = writer.full_delta(state, target)
                 if delta is not None:

@@ -76,7 +76,7 @@ class Segment:
 
 
 class Reader:
-    """Reads for any row.
+    """Reads for any row. A row changes only when a pass is complete, not when one fails.
 
     Args:
         model: the base model.
@@ -97,10 +97,9 @@ class Reader:
         """
         with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
             self._begin(row)
-            known = len(row.context)
-            row.tokens = torch.cat([row.tokens, ids])
-            losses, row.context = self.losses(row.tokens[known:], row.context)
-        row.position += len(ids)
+            tokens = torch.cat([row.tokens, ids])
+            losses, context = self.losses(tokens[len(row.context) :], row.context)
+        row.tokens, row.context, row.position = tokens, context, row.position + len(ids)
         return _padded(losses, len(ids))
 
     def read_segment(self, row: Row, ids: Tensor) -> tuple[Tensor, Segment]:
@@ -115,18 +114,14 @@ class Reader:
         checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
         with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
             self._begin(row)
-            row.tokens = torch.cat([row.tokens, ids])
-            before = max(row.start - 1, 0)
-            context = row.context.crop(before)
+            tokens, start = torch.cat([row.tokens, ids]), row.start
+            pair = tokens[start - 1 : start + 1] if start else tokens[:0]
+            context = row.context.crop(max(start - 1, 0))
             with checkpointing:
-                crossing, context = self.learn(
-                    row.tokens[before : row.start + 1] if row.start else row.tokens[:0],
-                    context,
-                    leaves if crossing_learns else {},
-                )
-                inside, context = self.learn(row.tokens[row.start :], context, leaves)
-        row.position += len(ids)
-        row.start, row.context = len(row.tokens), context
+                crossing, context = self.learn(pair, context, leaves if crossing_learns else {})
+                inside, context = self.learn(tokens[start:], context, leaves)
+        row.tokens, row.start = tokens, len(tokens)
+        row.context, row.position = context, row.position + len(ids)
         totals = torch.stack([crossing.losses.sum(), inside.losses.sum()]).tolist()
         segment = Segment(*(replace(p, total=t) for p, t in zip((crossing, inside), totals, strict=True)))
         return _padded(torch.cat([crossing.losses, inside.losses]), len(ids)), segment
@@ -137,8 +132,8 @@ class Reader:
             return  # the segment has begun
         length = self.plan.segments.end(row.position) - row.position
         if len(row.tokens) + length > self.plan.window:
-            row.tokens = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            row.context = self._context(row.tokens[:-1])
+            kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
+            row.context, row.tokens = self._context(kept[:-1]), kept
         row.start = len(row.tokens)
 
     @torch.no_grad()

@@ -104,6 +104,23 @@ def test_undo_restores_memory_and_conversation(folder):
         assert torch.equal(delta, dialogue.learner.memory.diff()[name])
 
 
+def test_an_interrupted_turn_leaves_no_trace(folder, monkeypatch):
+    dialogue, other = dialogue_on(folder, learn_from_replies=True), dialogue_on(folder)
+    observe = dialogue.learner.observe
+
+    def interrupted(given, **options):
+        if isinstance(given, str):  # the reply; the message has been learned already
+            raise KeyboardInterrupt
+        return observe(given, **options)
+
+    monkeypatch.setattr(dialogue.learner, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dialogue.reply("hello")
+    assert dialogue.learner.memory.is_empty
+    monkeypatch.setattr(dialogue.learner, "observe", observe)
+    assert dialogue.reply("hello") == other.reply("hello")
+
+
 def test_replies_are_learned_only_when_asked(folder):
     silent, eager = dialogue_on(folder), dialogue_on(folder, learn_from_replies=True)
     reply = silent.reply("hello")

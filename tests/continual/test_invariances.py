@@ -177,14 +177,17 @@ class TestAdaptationScope:
             learner.memory.reset()
         assert_equal_contents(contents(learner), outer)
 
-    def test_a_failure_while_reading_leaves_the_model_as_it_was(self, monkeypatch):
+    def test_a_failure_while_reading_leaves_model_and_memory_as_they_were(self, monkeypatch):
         model = tiny_model()
         learner = learner_on(model)
         learner.observe(random_ids(20))
+        before = [t.clone() for t in contents(learner)]
         weight = model.model.layers[0].mlp.up_proj.weight
         monkeypatch.setattr(type(model.lm_head), "forward", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            learner.observe(random_ids(20, seed=1))
+        for length in (1, 20):  # while scoring a piece of a segment, and while reading a whole one
+            with pytest.raises(ZeroDivisionError):
+                learner.observe(random_ids(length, seed=1))
+            assert_equal_contents(contents(learner), before)
         assert model.model.layers[0].mlp.up_proj.weight is weight
         assert not any(module._forward_hooks for module in model.modules())
 

@@ -97,6 +97,9 @@ class TestRows:
         assert [row.position for row in learner.memory.rows] == [9, 18]
         with pytest.raises(ValueError, match="row must be from 0 to 1"):
             learner.observe(random_ids(9), row=2)
+        for use in (learner.memory.diff, lambda row: learner.logits(random_ids(1, 9), row=row)):
+            with pytest.raises(ValueError, match="row must be from 0 to 1"):
+                use(row=-1)
 
     def test_each_is_scored_by_its_own_memory(self, text_model):
         learner = learner_on(text_model)
