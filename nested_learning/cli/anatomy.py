@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,6 +84,6 @@ def _one_layer(config: HopeConfig, mixer: str) -> HopeConfig:
 def _measure(config: HopeConfig, tokens: int) -> int:
     with FakeTensorMode(), torch.no_grad():
         model = HopeForCausalLM(config).eval()
-        inputs: Any = torch.zeros(1, tokens, config.hidden_size)
-        output = model(inputs_embeds=inputs, use_cache=True, logits_to_keep=1)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        output = model(ids, use_cache=True, logits_to_keep=1)
         return output.past_key_values.nbytes()

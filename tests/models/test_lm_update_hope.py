@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nested_learning import HopeCache, HopeForCausalLM
+from nested_learning.cli.anatomy import state_bytes
 from nested_learning.layers import CMSLevel
 from tests.models.small_models import VOCAB, small_model
 from tests.oracles.cms import Rule, write
@@ -255,3 +256,14 @@ def test_reading_a_text_again_is_easier():
             F.cross_entropy(m(ids).logits[:, last][:, :-1].mT, ids[:, last][:, 1:]) for m in (model, static)
         ]
     assert losses[0] < losses[1] - 0.3
+
+
+def test_the_state_does_not_grow_and_is_counted_without_running():
+    model, _ = pair(FOUR[:3], mixers=["titans"])
+    sizes = set()
+    with torch.no_grad():
+        for length in (9, 17, 33):
+            sizes.add(model(tokens(length)[:1]).past_key_values.nbytes())
+    assert len(sizes) == 1
+    single = state_bytes(model.config, [9, 33])
+    assert single[9] == single[33] == model.float()(tokens(9)[:1]).past_key_values.nbytes()

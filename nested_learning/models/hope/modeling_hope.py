@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -282,7 +283,8 @@ class HopeModel(HopePreTrainedModel):
             return inputs_embeds
         assert input_ids is not None
         size = self.embed_tokens.num_embeddings
-        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        has_values = not (torch.compiler.is_compiling() or isinstance(input_ids, FakeTensor))
+        if input_ids.device.type == "cpu" and input_ids.numel() and has_values:
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= size:
                 raise ValueError(
