@@ -179,5 +179,5 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         so_far.semilogy(numbers, [history[i, :i].mean() for i in numbers], marker=".", label=name)
     first.set(xlabel="tasks learned", ylabel="relative loss of the first task")
     so_far.set(xlabel="tasks learned", ylabel="mean relative loss of the tasks so far")
-    so_far.legend(fontsize=7)
+    figure.legend(*so_far.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     save(figure, path)

@@ -50,22 +50,29 @@ class Stream:
     noise: float = 0.1
 
 
-class Method(NamedTuple):
-    """Which rule learns what: `goal` is the factor of W* in the minimum that its error is measured to."""
+class Rule(NamedTuple):
+    """Who learns what: "GD" or "DGD", the factor of the targets y, whether ½‖Wx‖² is added to the loss."""
 
-    rule: str
-    targets: float  # factor of y
-    shrink: bool  # add ½‖Wx‖² to the loss
+    name: str
+    targets: float = 1.0
+    shrink: bool = False
+
+
+class Method(NamedTuple):
+    """A rule, and the factor of W* in the minimum that its error is measured to."""
+
+    rule: Rule
     goal: float
 
 
 METHODS = {
-    "GD on L": Method("GD", 1.0, False, 1.0),
-    "DGD on L, targets doubled": Method("DGD", 2.0, False, 1.0),
-    "DGD on L": Method("DGD", 1.0, False, 1.0),
-    "GD on L + ½E‖Wx‖²": Method("GD", 1.0, True, 0.5),
-    "DGD on L + ½E‖Wx‖²": Method("DGD", 1.0, False, 0.5),  # the same runs as "DGD on L", seen otherwise
+    "GD on L": Method(Rule("GD"), 1.0),
+    "DGD on L, targets doubled": Method(Rule("DGD", targets=2.0), 1.0),
+    "DGD on L": Method(Rule("DGD"), 1.0),
+    "GD on L + ½E‖Wx‖²": Method(Rule("GD", shrink=True), 0.5),
+    "DGD on L + ½E‖Wx‖²": Method(Rule("DGD"), 0.5),  # the runs of "DGD on L", seen otherwise
 }
+GOALS = (1.0, 0.5)
 WORLDS = [
     Stream(condition=condition, serial=serial, period=period)
     for (condition, serial), period in itertools.product(
@@ -101,25 +108,25 @@ class World:
         return ((W - target) @ self.root).square().sum() / (target @ self.root).square().sum()
 
 
-def follow(method: Method, lr: float, stream: Stream, seed: int) -> list[float] | None:
-    """The error before every step [steps], or None if W did not stay finite."""
+def follow(rule: Rule, lr: float, stream: Stream, seed: int) -> dict[float, list[float] | None]:
+    """The error to each of GOALS before every step [steps], or None if it did not stay finite."""
     world = World(stream, seed)
     layer = nn.Linear(stream.inputs, stream.outputs, bias=False)
     nn.init.zeros_(layer.weight)
-    delta = DeltaGD(layer.parameters(), lr=lr).attach(layer) if method.rule == "DGD" else None
+    delta = DeltaGD(layer.parameters(), lr=lr).attach(layer) if rule.name == "DGD" else None
     optimizer = delta or torch.optim.SGD(layer.parameters(), lr=lr)
     errors = []
     for step, (x, y) in enumerate(zip(world.x, world.y, strict=True)):
-        errors.append(world.error(layer.weight.detach(), step, method.goal))
+        errors.append(torch.stack([world.error(layer.weight.detach(), step, goal) for goal in GOALS]))
         answer = layer(x)
-        loss = 0.5 * (answer - method.targets * y).square().sum()
-        if method.shrink:
+        loss = 0.5 * (answer - rule.targets * y).square().sum()
+        if rule.shrink:
             loss = loss + 0.5 * answer.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    curve = torch.stack(errors)
-    return curve.tolist() if bool(curve.isfinite().all()) else None
+    curves = zip(GOALS, torch.stack(errors).unbind(1), strict=True)
+    return {goal: curve.tolist() if bool(curve.isfinite().all()) else None for goal, curve in curves}
 
 
 def run(seeds: list[int], quick: bool, cache: Cache) -> dict[str, Any]:
@@ -131,9 +138,12 @@ def run(seeds: list[int], quick: bool, cache: Cache) -> dict[str, Any]:
 
 
 def _row(stream: Stream, name: str, seeds: list[int], rates: list[float], cache: Cache) -> dict[str, Any]:
+    rule, goal = METHODS[name]
+
     def errors(lr: float, seed: int) -> dict[str, Any]:
-        settings = {"part": "regression", **asdict(stream), "method": name, "lr": lr, "seed": seed}
-        return cache.get(settings, lambda: _condense(follow(METHODS[name], lr, stream, seed)))
+        settings = {"part": "regression", **asdict(stream), **rule._asdict(), "lr": lr, "seed": seed}
+        found = cache.get(settings, lambda: [_condense(c) for c in follow(rule, lr, stream, seed).values()])
+        return found[GOALS.index(goal)]
 
     lr = best(rates, lambda lr: mean(errors(lr, seed)["error"] for seed in TUNING_SEEDS))
     found = [errors(lr, seed) for seed in seeds]

@@ -98,7 +98,7 @@ def run(seeds: list[int], quick: bool, cache: Cache) -> dict[str, Any]:
     figures = {
         **settings,
         "equal_constants": _equal_constants(runs, grid),
-        "own_constants": [_own_constants(runs, constants) for constants in landscapes],
+        "own_constants": [_own_constants(runs, constants, grid["beta"]) for constants in landscapes],
         "runs": runs,
     }
     return {**figures, "claims": _claims(figures)}
@@ -141,14 +141,14 @@ def _faster(a: int | None, b: int | None) -> bool:
     return a is not None and (b is None or a < b)
 
 
-def _own_constants(runs: list[list[Any]], landscape: tuple[float, ...]) -> dict[str, Any]:
+def _own_constants(runs: list[list[Any]], landscape: tuple[float, ...], betas: list[float]) -> dict[str, Any]:
     """The fewest steps of each rule on one landscape, with its best lr, momentum and β."""
     rows = [row for row in runs if tuple(row[:3]) == landscape and row[-1] is not None]
     rules = {
         "gradient descent": [row for row in rows if row[4] == 0],
         "momentum": [row for row in rows if row[4] > 0 and row[5] == 0],
         "delta momentum": [row for row in rows if row[5] > 0],
-        "delta, β = 1": [row for row in rows if row[5] == 1],
+        **{f"delta, β = {beta:g}": [row for row in rows if row[5] == beta] for beta in betas},
     }
     result: dict[str, Any] = dict(zip(Landscape._fields, landscape, strict=True))
     for name, members in rules.items():
@@ -168,7 +168,8 @@ def _claims(figures: dict[str, Any]) -> list[Claim]:
             f"{equal['momentum faster']}; neither converges at {equal['neither converges']}",
         }
     ]
-    for name, tuned in (("delta, β = 1", "lr and momentum"), ("delta momentum", "lr, momentum and β")):
+    fixed = {f"delta, β = {beta:g}": f"lr and momentum, β = {beta:g}" for beta in figures["grid"]["beta"]}
+    for name, tuned in {**fixed, "delta momentum": "lr, momentum and β"}.items():
         ahead = sum(_faster(row[name], row["momentum"]) for row in own)
         behind = sum(_faster(row["momentum"], row[name]) for row in own)
         claims.append(
@@ -183,7 +184,8 @@ def _claims(figures: dict[str, Any]) -> list[Claim]:
 
 def display(figures: dict[str, Any]) -> None:
     show("Fig. 4's toy: the same lr and momentum for both", figures["equal_constants"])
-    columns = ("k", "a", "omega", "gradient descent", "momentum", "delta momentum", "delta, β = 1")
+    betas = [f"delta, β = {beta:g}" for beta in figures["grid"]["beta"]]
+    columns = ("k", "a", "omega", "gradient descent", "momentum", "delta momentum", *betas)
     rows = [{name: row[name] for name in columns} for row in figures["own_constants"]]
     show("Fig. 4's toy: fewest steps to ψ < 1e-4, each with its best lr, momentum and β", rows)
 
