@@ -182,12 +182,12 @@ def test_a_stream_is_as_correlated_as_it_says():
 
 @pytest.mark.parametrize("name", list(regression.METHODS))
 def test_every_method_has_the_minimum_that_it_is_measured_to(name):
-    """Without noise and change all errors fall to zero, but that of DGD on L: it ends at W*/2."""
+    """Without noise and change all errors fall to zero, but that of DGD to W*: it ends at W*/2."""
     stream = regression.Stream(condition=1.0, serial=0.0, period=None, inputs=4, outputs=2, noise=0.0)
     rule, goal = regression.METHODS[name]
     curve = regression.follow(rule, 0.02, stream, 0)[goal]
     assert curve[0] == pytest.approx(1.0)
-    assert curve[-1] == pytest.approx(0.25 if name == "DGD on L" else 0.0, abs=0.03)
+    assert curve[-1] == pytest.approx(0.25 if name == "DGD, error to W*" else 0.0, abs=0.03)
 
 
 # -- networks
