@@ -103,7 +103,7 @@ def test_a_diverged_model_stands_still(tiny):
     bundle = build_data(config.data, 32)
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), 0)
     contender = Contender("x", model, OptimConfig(lr=1e30, max_grad_norm=0.0, warmup_steps=0), 8)
-    batches = list(compare_module._batches(bundle.train, 4, torch.device("cpu")))
+    batches = list(compare_module.batches(bundle.train, 4, torch.device("cpu")))
     for batch in batches:
         contender.step(batch)
     assert contender.diverged_at is not None
