@@ -117,10 +117,10 @@ def _measure(grid: dict[str, list[float]], steps: int) -> list[list[Any]]:
 
 def _equal_constants(runs: list[list[Any]], grid: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Per β: delta momentum against momentum at the same k, a, ω, lr and momentum, as in Fig. 4."""
-    steps = {tuple(row[:-1]): row[-1] for row in runs}
+    steps = {(tuple(row[:5]), row[5]): row[6] for row in runs}  # by the constants, and β
     result = []
     for beta in grid["beta"]:
-        pairs = [(steps[(*key[:-1], 0.0)], n) for key, n in steps.items() if key[-1] == beta]
+        pairs = [(steps[key, 0.0], n) for (key, own), n in steps.items() if own == beta]
         both = [(plain, delta) for plain, delta in pairs if plain is not None and delta is not None]
         result.append(
             {
