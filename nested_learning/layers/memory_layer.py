@@ -166,8 +166,7 @@ class MemoryLayer(nn.Module):
         paths, gate = self.in_proj(x), self.gate_proj(x)
         logits = None
         if not self.gates_generated and self.system.gates:
-            # [B, T, gates, H]
-            logits = torch.stack([self._gate(name)(x) for name in self.system.gates], dim=2).to(dtype)
+            logits = self._static_gates(x).to(dtype)
         with full_precision(x.device):
             y, surprise, state = self._remember(
                 paths.to(dtype), logits, state, mask, return_surprise, gate.dtype
@@ -334,6 +333,12 @@ class MemoryLayer(nn.Module):
 
     def _retained(self, dtype: torch.dtype) -> Weights:
         return {name: W.to(dtype) for name, W in self.initial.items()}
+
+    def _static_gates(self, x: Tensor) -> Tensor:
+        """Logits [B, T, gates, H] of gates that are linear in x, by one product."""
+        gates = [self._gate(name) for name in self.system.gates]
+        weight, bias = torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])
+        return F.linear(x, weight, bias).unflatten(-1, (len(gates), self.num_heads))
 
     def _readouts(self, dtype: torch.dtype) -> Readouts | None:
         if not self.gates_generated:
