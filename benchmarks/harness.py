@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from nested_learning._files import write_text
 from nested_learning.training.report import hardware, versions
 
 Row = Mapping[str, object]
@@ -91,7 +91,5 @@ def record(figures: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
     )
     result = {"versions": software, "hardware": machine, **figures}
     if path is not None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(result, indent=2) + "\n")
     return result

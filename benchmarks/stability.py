@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nested_learning import HopeForCausalLM
+from nested_learning._files import write_text
 from nested_learning.layers import MIXERS, ComposedMemory, MemoryLayer
 from nested_learning.models.presets import preset
 from nested_learning.training.config import OptimConfig
@@ -187,7 +188,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(result, indent=2) + "\n")
     if arguments.plot:
         plot(traces, arguments.plot)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from nested_learning._files import replacing, write_text
 from nested_learning.training.report import git_revision
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class Cache:
         """Write the file."""
         if self.path is not None:
             self.written = time.monotonic()
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(json.dumps({"results": self.results}) + "\n")
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps({"results": self.results}) + "\n")
 
 
 def finite(value: float) -> float | None:
@@ -162,10 +160,5 @@ def new_figure(columns: int, width: float = 4.0, height: float = 3.4) -> tuple[F
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nested_learning._errors import unknown
+from nested_learning._files import write_text
 from nested_learning.cli.output import print_json, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     model = model_on_meta(values.model)
     system = levels(model, build_optimizer(values.optimizer, model))
     if values.mermaid is not None:
-        _write(Path(values.mermaid), system.to_mermaid())
+        write_text(Path(values.mermaid), system.to_mermaid())
     if values.png is not None:
         system.to_png(values.png)
     print_json(system.to_dict()) if values.json else print(system)
@@ -148,14 +148,3 @@ def _matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
     for p in model.parameters():
         (matrices if p.ndim == 2 and id(p) not in outer else rest).append(p)
     return matrices, rest
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,12 +1,11 @@
-"""Memory files: safetensors written whole or not at all, locked against other processes, and the fingerprint
-of the base model that they belong to."""
+"""Memory files: read, locked against other processes, and the fingerprint of their base model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
@@ -56,22 +54,6 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then rename it.
-
-    Raises:
-        OSError: it cannot be written; a file of that name is left as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nested_learning._files import write_tensors
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import LevelState, Row
-from nested_learning.continual.files import fingerprint, locked, read_tensors, to_json, write_tensors
+from nested_learning.continual.files import fingerprint, locked, read_tensors, to_json
 from nested_learning.continual.reader import ReadingPlan
 from nested_learning.continual.writing import LevelWriter, relay
 

@@ -8,12 +8,12 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nested_learning._files import replacing
 from nested_learning.levels.system import Component, Level, NestedSystem, TransferKind
 from nested_learning.levels.text import state_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS: dict[TransferKind, str] = {
     "conditioning on output": "tab:blue",
@@ -60,17 +60,8 @@ def save_png(system: NestedSystem, path: str | os.PathLike[str]) -> None:
     _draw_links(axes, links, bands, bands_width)
     handles = [Line2D([], [], color=COLORS[kind], label=kind) for kind in _kinds(links)]
     figure.legend(handles=handles, loc="lower left", ncols=len(COLORS), frameon=False)
-    _save(figure, Path(path))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _height(level: Level) -> float:

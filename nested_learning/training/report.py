@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import nested_learning
+from nested_learning._files import replacing
 from nested_learning._version import __version__
 
 Curve = list[tuple[int, float]]  # (optimizer steps taken, loss in nats per token)
@@ -104,13 +105,8 @@ def plot_losses(path: Path, train: Curve, validation: Curve, title: str) -> None
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:

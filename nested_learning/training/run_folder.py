@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nested_learning._files import write_text
+
 HEADER = "# nested-learning training run\n"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -114,17 +116,6 @@ class RunFolder:
         found = self.checkpoints.glob("checkpoint-*") if self.checkpoints.is_dir() else []
         numbered = [(int(m[1]), path) for path in found if (m := CHECKPOINT.fullmatch(path.name))]
         return max(numbered)[1] if numbered else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nested_learning import _files
 from nested_learning.continual import Level, files, stack_levels
 from tests.continual.test_invariances import LEVELS, assert_equal_contents, contents, learner_on
 from tests.continual.tiny_models import random_ids, tiny_model
@@ -127,7 +128,7 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(files, "save_file", write_half)
+    monkeypatch.setattr(_files, "save_file", write_half)
     learner.observe(random_ids(9))
     with pytest.raises(OSError, match="No space left"):
         learner.memory.save(path)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nested_learning._files import write_tensors
 from nested_learning.memory.state import State, TensorFn, held_bytes
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class HopeCache:
             "states": json.dumps(index),
         }
         metadata["sha256"] = _checksum(tensors, metadata)
-        _write_atomically(Path(path), tensors, metadata)
+        write_tensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(
@@ -298,17 +298,6 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
+
+from nested_learning._files import write_bytes
 
 SHAKESPEARE_NAME = "tinyshakespeare.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -38,7 +39,7 @@ def shakespeare_file() -> Path:
     else:
         path = cache_folder() / SHAKESPEARE_NAME
         if not path.is_file():
-            _write_atomically(path, _checked(_fetch(SHAKESPEARE_URL), SHAKESPEARE_URL))
+            _keep(path, _checked(_fetch(SHAKESPEARE_URL), SHAKESPEARE_URL))
             return path
     _checked(path.read_bytes(), str(path))
     return path
@@ -65,17 +66,10 @@ def _checked(content: bytes, where: str) -> bytes:
     return content
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _keep(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_bytes(path, content)
     except OSError as error:
         raise DownloadError(
             f"could not write {path} ({error}); set NESTED_LEARNING_CACHE to a folder that can be written"
