@@ -1,8 +1,9 @@
 """MLP memories of the table with static projections: TTT-MLP, DLA and the MIRAS family.
 
 Each is a `MemoryLayer` with one MLP memory per head, k, v, q = unit(SiLU(conv(x W))) and gradients taken at
-the chunk's anchor. What holds for all, for stability over many chunks (ours): the hidden matrices are
-retained towards their initial values, and their gradients are clipped to norm 1 per token.
+the chunk's anchor. What holds for all, for stability over many chunks (ours): the hidden matrices, and with
+`norm="output"` the output matrix too, are retained towards their initial values, and their gradients are
+clipped to norm 1 per token.
 """
 
 from __future__ import annotations

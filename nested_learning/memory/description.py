@@ -72,15 +72,16 @@ def learning_rule(
     # fades to zero the gradient of the hidden normalisation grows without bound (measured).
     hidden = MatrixRule(objective=objective, erase=False, retain="initial", clip=1.0)
     linear = retention is None or retention.form == "linear"
-    output = (
-        MatrixRule(objective=Dot(), erase=True, retain="zero")
-        if rule == "dgd"
-        # A non-linear map of weights that fade is no memory: W / ‖W‖² grows as W fades.
-        else MatrixRule(objective=objective, erase=False, retain="zero" if linear else "initial")
+    normalised = getattr(architecture, "norm", "hidden") == "output"
+    output = MatrixRule(
+        objective=Dot() if rule == "dgd" else objective,
+        erase=rule == "dgd",
+        # Weights that fade are no memory under a map that divides by their size: W / ‖W‖^(q−2) and the
+        # normalisation of W1 h grow, and their gradients with them, as W fades.
+        retain="zero" if linear and not normalised else "initial",
+        # Where neither the gradient nor the input of the output matrix is bounded.
+        clip=1.0 if not linear or normalised or isinstance(objective, Lp) else None,
     )
-    if not linear or isinstance(objective, Lp) or getattr(architecture, "norm", "hidden") == "output":
-        # neither the gradient nor the input of the output matrix is bounded there
-        output = MatrixRule(objective=output.objective, erase=output.erase, retain=output.retain, clip=1.0)
     return {name: output if name == architecture.output else hidden for name in architecture.matrices}
 
 

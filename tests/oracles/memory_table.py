@@ -88,7 +88,7 @@ class Model:
         return self.clip_output if name in ("W", "W1") else True
 
     def retained_to_initial(self, name: str) -> bool:
-        return name not in ("W", "W1") or self.form != "linear"
+        return name not in ("W", "W1") or self.form != "linear" or self.answer is mlp_output_norm
 
 
 DELTA = Model(gradient="token", unit_values=False)
