@@ -68,6 +68,13 @@ class ResidualMLP(Architecture):
         return {name: (widths[i], widths[i + 1]) for i, name in enumerate(self.matrices)}
 
     def init_(self, weights: Weights, retention: Retention) -> None:
+        if self.norm == "output":
+            # Nothing bounds a hidden vector here, and a step at W1 moves the answer by its square: it starts
+            # no longer than its input. What the output norm divides by starts near one for the same reason.
+            for name in self.hidden:
+                retention.init_(weights[name], weights[name].shape[-2] ** -0.5)
+            retention.init_(weights["W1"], 1.0)
+            return
         for name in self.hidden:
             init_hidden_(weights[name], retention)
         init_output_(weights["W1"], retention)
