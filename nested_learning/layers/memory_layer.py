@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from nested_learning.memory import check, kernels
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.kernels import Backend, check_backend
 from nested_learning.memory.scan import (
+    Boundary,
     MemoryState,
     RunningWeights,
     Weights,
@@ -26,6 +27,7 @@ from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.ops.gated_norm import gated_norm
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.precision import full_precision
+from nested_learning.ops.recompute import recomputed
 from nested_learning.ops.short_conv import Heads, unit_heads
 
 PATHS = ("k", "v", "q")
@@ -162,18 +164,10 @@ class MemoryLayer(nn.Module):
             ValueError: when x, mask or state do not fit.
         """
         self._check(x, state, mask)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        paths, gate = self.in_proj(x), self.gate_proj(x)
-        logits = None
-        if not self.gates_generated and self.system.gates:
-            logits = self._static_gates(x).to(dtype)
-        with full_precision(x.device):
-            y, surprise, state = self._remember(
-                paths.to(dtype), logits, state, mask, return_surprise, gate.dtype
-            )
-            assert self.out_norm.eps is not None  # __init__
-            y = gated_norm(y, gate, self.out_norm.weight.to(dtype), self.out_norm.eps)
-        y = self.out_proj(y)
+        if state is not None and x.shape[1] == 1:
+            y, surprise, state = self._read_token(x, state, mask, return_surprise)
+        else:
+            y, surprise, state = self._read_sequence(x, state, mask, return_surprise)
         if surprise is not None:
             return y, state, surprise
         return y, state
@@ -240,54 +234,114 @@ class MemoryLayer(nn.Module):
                     "layer with other options"
                 )
 
-    def _remember(
-        self,
-        paths: Tensor,  # [B, T, 3D]
-        logits: Tensor | None,  # [B, T, gates, H] of static gates
-        state: MemoryState | None,
-        mask: Tensor | None,
-        want_surprise: bool,
-        dtype: torch.dtype,  # of the projections
+    def _read_sequence(
+        self, x: Tensor, state: MemoryState | None, mask: Tensor | None, want_surprise: bool
     ) -> tuple[Tensor, Tensor | None, MemoryState]:
-        """Run the memories: y [B, T, H, d], surprise [B, T], and the new state."""
-        B, T, _ = paths.shape
+        """`forward` over a sequence, in one segment, or in several that the backward pass runs again."""
+        B, T, _ = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
         tail = None if state is None else state.conv_tail
-        if state is not None and T == 1:
-            paths, tail = self._convolve_token(paths, tail, mask)  # [B, 1, 3D]
-            return self._scan_token(paths, logits, state, tail, mask, want_surprise)
-
-        layout = None
-        if state is not None or mask is not None:
-            layout = self._layout(paths, state, mask)
-            paths, logits = layout.pack(paths), None if logits is None else layout.pack(logits)
-        weight = None if self.conv is None else self.conv.weight.to(paths.dtype)
-        paths, tail = self._with_history(paths, tail, layout)
-        if layout is None:
-            boundary = common_boundaries(self.system, paths.device)
-            position = torch.full((B,), T % self.system.period, dtype=torch.long, device=paths.device)
+        if state is None and mask is None:
+            layout, filled = None, None
+            boundary = common_boundaries(self.system, x.device)
+            position = torch.full((B,), T % self.system.period, dtype=torch.long, device=x.device)
         else:
+            layout = self._layout(x, state, mask)
+            x, filled = layout.pack(x), layout.filled
             boundary = row_boundaries(self.system, layout.offset, layout.end)
             position = layout.end % self.system.period
-        inputs = self._inputs(paths, weight, logits, None if layout is None else layout.filled)
-        start, surprise = self._start(state, B, paths.dtype), None
-        if not want_surprise and kernels.applies(self.backend, self.system, paths.device, dtype):
-            y, after = kernels.run(self.system, start, inputs, dtype)
-        else:
-            y, surprise, after = scan(
-                self.system,
-                self._retained(paths.dtype),
+        weights, history = self._start(state, B, dtype), None
+        outputs, surprises = [], []
+        size = self._segment_size(x.shape[1])
+        segments = x.split(size, dim=1)
+        for index, columns in enumerate(segments):
+            start = index * size
+            segment = Segment(
+                columns,
+                None if filled is None else filled[:, start : start + size],
+                _shifted(boundary, start),
+                history,
                 start,
-                inputs,
-                self._readouts(paths.dtype),
-                boundary,
-                want_surprise,
-                self.recompute is not None,
             )
-        y = y.transpose(1, 2)
+            arguments = (segment, weights, tail, layout, want_surprise)
+            if len(segments) == 1:
+                read = self._read_segment(*arguments)
+            else:
+                read = recomputed(self._read_segment, arguments, list(self.parameters()))
+            y, surprise, weights, history, tail = read
+            outputs.append(y)
+            surprises.append(None if surprise is None else surprise.detach())
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        surprise = torch.cat([s for s in surprises if s is not None], dim=1) if want_surprise else None
         if layout is not None:
             y = layout.unpack(y)
             surprise = None if surprise is None else layout.unpack(surprise)
-        return y, surprise, MemoryState(*after, position=position, conv_tail=tail)
+        return y, surprise, MemoryState(*weights, position=position, conv_tail=tail)
+
+    def _segment_size(self, columns: int) -> int:
+        """Columns of one segment, whole chunks of every memory: √n of n chunks where they are recomputed."""
+        chunk = max(self.system.chunk_sizes)
+        # the checks count chunks from the start of the sequence
+        if self.recompute is None or not torch.is_grad_enabled() or columns <= chunk or check.enabled():
+            return max(columns, 1)
+        return chunk * math.isqrt(math.ceil(columns / chunk))
+
+    def _read_segment(
+        self,
+        segment: Segment,
+        start: RunningWeights,
+        tail: Tensor | None,
+        layout: RowLayout | None,
+        want_surprise: bool,
+    ) -> tuple[Tensor, Tensor | None, RunningWeights, Tensor | None, Tensor | None]:
+        """y [B, C, D], surprise [B, C], the weights after, and the convolution's history and tail for the
+        next segment and the next call."""
+        x = segment.x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        paths, gate, logits = self._project(x)
+        with full_precision(x.device):
+            weight = None if self.conv is None else self.conv.weight.to(dtype)
+            paths, history, tail = self._with_history(paths.to(dtype), segment, tail, layout)
+            inputs = self._inputs(paths, weight, logits, segment.filled)
+            surprise = None
+            if not want_surprise and kernels.applies(self.backend, self.system, x.device, gate.dtype):
+                y, after = kernels.run(self.system, start, inputs, gate.dtype)
+            else:
+                y, surprise, after = scan(
+                    self.system,
+                    self._retained(dtype),
+                    start,
+                    inputs,
+                    self._readouts(dtype),
+                    segment.boundary,
+                    want_surprise,
+                )
+            y = self._gated(y.transpose(1, 2), gate)
+        return self.out_proj(y), surprise, after, history, tail
+
+    def _read_token(
+        self, x: Tensor, state: MemoryState, mask: Tensor | None, want_surprise: bool
+    ) -> tuple[Tensor, Tensor | None, MemoryState]:
+        """One token for each row, wherever its row stands inside its chunk: a step of length one."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        paths, gate, logits = self._project(x)
+        with full_precision(x.device):
+            paths, tail = self._convolve_token(paths.to(dtype), state.conv_tail, mask)  # [B, 1, 3D]
+            y, surprise, state = self._scan_token(paths, logits, state, tail, mask, want_surprise)
+            y = self._gated(y, gate)
+        return self.out_proj(y), surprise, state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k, v and q [B, T, 3D], the output gate [B, T, D], the logits [B, T, gates, H] of static gates."""
+        logits = None
+        if not self.gates_generated and self.system.gates:
+            logits = self._static_gates(x).to(torch.promote_types(x.dtype, torch.float32))
+        return self.in_proj(x), self.gate_proj(x), logits
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """[B, T, H, d] -> [B, T, D]"""
+        assert self.out_norm.eps is not None  # __init__
+        return gated_norm(y, gate, self.out_norm.weight.to(y.dtype), self.out_norm.eps)
 
     def _scan_token(
         self,
@@ -361,31 +415,41 @@ class MemoryLayer(nn.Module):
         gates = None if logits is None else logits.permute(2, 0, 3, 1)  # [gates, B, H, T]
         return StepInputs(dict(zip(PATHS, vectors.unbind(0), strict=True)), gates, write)
 
-    def _layout(self, paths: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
-        B, T, _ = paths.shape
+    def _layout(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
+        B, T, _ = x.shape
         if mask is None:
-            mask = torch.ones(B, T, dtype=torch.bool, device=paths.device)
+            mask = torch.ones(B, T, dtype=torch.bool, device=x.device)
         if state is None:
-            return row_layout(mask, torch.zeros(B, dtype=torch.long, device=paths.device), T)
+            return row_layout(mask, torch.zeros(B, dtype=torch.long, device=x.device), T)
         return row_layout(mask, state.position, self.system.period - 1 + T)
 
     def _with_history(
-        self, paths: Tensor, tail: Tensor | None, layout: RowLayout | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The inputs with the K−1 before them in front, and the K−1 that the next call needs."""
+        self, paths: Tensor, segment: Segment, tail: Tensor | None, layout: RowLayout | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The inputs of a segment with the K−1 before them in front, the K−1 for the next segment, and those
+        for the next call."""
         if self.conv is None:
-            return paths, None
-        history = self.conv_size - 1
-        padded = F.pad(paths, (0, 0, history, 0))  # column c of paths is column history + c
-        if layout is None:
-            end = padded[:, padded.shape[1] - history :]
+            return paths, None, None
+        length = self.conv_size - 1
+        if segment.history is None:
+            padded = F.pad(paths, (0, 0, length, 0))  # column c of paths is column length + c
         else:
-            columns = torch.arange(history, device=paths.device).unsqueeze(0)
-            if tail is not None:
-                before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
-                padded = padded.scatter_add(1, before, tail.to(paths.dtype))
-            end = padded.gather(1, _over_channels(columns + layout.end.unsqueeze(1), paths))
-        return padded, end
+            padded = torch.cat([segment.history, paths], dim=1)
+        columns = torch.arange(length, device=paths.device).unsqueeze(0)
+        if layout is not None and tail is not None and segment.history is None:
+            before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
+            padded = padded.scatter_add(1, before, tail.to(paths.dtype))
+        # A copy, as a view would keep the inputs of the whole segment.
+        history = padded[:, padded.shape[1] - length :].clone()
+        if layout is None:
+            return padded, history, history
+        end = layout.end - segment.start
+        here = _over_channels(columns + end.clamp(0, paths.shape[1]).unsqueeze(1), paths)
+        found = padded.gather(1, here)
+        if segment.history is not None:
+            assert tail is not None  # found in the first segment, if nothing else
+            found = torch.where((end > 0)[:, None, None], found, tail)
+        return padded, history, found
 
     def _convolve_token(
         self, paths: Tensor, tail: Tensor | None, mask: Tensor | None
@@ -401,12 +465,28 @@ class MemoryLayer(nn.Module):
         return (window * weight).sum(1, keepdim=True), after
 
 
+class Segment(NamedTuple):
+    """Columns of a sequence that are read at once; all chunk lengths divide the column it starts at."""
+
+    x: Tensor  # [B, C, D]
+    filled: Tensor | None  # [B, C] which columns hold a token, None for all
+    boundary: Boundary  # of this segment's columns
+    history: Tensor | None  # [B, K−1, 3D] the inputs of the convolution before it, None for the first
+    start: int  # its first column
+
+
+def _shifted(boundary: Boundary, start: int) -> Boundary:
+    """The same boundaries with columns counted from `start`."""
+    return lambda column: boundary(start + column)
+
+
 def set_recompute(module: nn.Module, how: str | None) -> int:
     """What the backward pass through the memory layers of a module recomputes; returns how many there are.
 
     Args:
-        how: None keeps all that it needs; "chunk" keeps the memories' weights before every √n-th of n chunks
-            and computes the rest again: less memory for about a third more time. No result changes.
+        how: None keeps all that it needs; "chunk" keeps the input and the memories' weights before every
+            √n-th of n chunks and computes the rest again: less memory for about a third more time. No
+            result changes.
 
     Raises:
         ValueError: for another value of `how`.

@@ -6,14 +6,12 @@ Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nested_learning.memory import check, fused
 from nested_learning.memory.architecture import Down, Trace
@@ -56,6 +54,11 @@ class RunningWeights(NamedTuple):
     current: Weights
     momentum: Weights | None
 
+    @property
+    def at_anchor(self) -> bool:
+        """Whether the current weights are the anchors, known without a look at the numbers."""
+        return all(self.current[name] is W for name, W in self.anchor.items())
+
 
 class StepOutputs(NamedTuple):
     y: Tensor  # [B, H, C, d]
@@ -93,7 +96,7 @@ def step(
         write = inputs.write[:, None, None, :].to(eta.dtype)  # [B, 1, 1, C]
     decay = Decay(log_alpha)
     momentum_decay = None if log_mu is None else Decay(log_mu)
-    at_anchor = current is anchor and system.retention.form == "linear"
+    at_anchor = weights.at_anchor and system.retention.form == "linear"
     chunks = {
         name: Chunk(
             current[name],
@@ -256,43 +259,33 @@ def scan(
     readouts: Readouts | None,
     boundary: Boundary,
     want_surprise: bool = False,
-    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None, RunningWeights]:
-    """Run the memories over a sequence.
+    """Run the memories over a sequence, whole chunks fused where there is such a run.
 
     Args:
         initial: per matrix [N, H, out, in], the meta-learned initial memories (for retention).
         weights: of all memories before the sequence.
         inputs: the same as for one step, over all T columns.
         boundary: where chunks end.
-        recompute: of n chunks keep the weights before every √n-th for the backward pass, and recompute the
-            rest there. Changes no result.
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
-    T, chunk = inputs.paths["k"].shape[2], max(system.chunk_sizes)
-    group = chunk * math.isqrt(math.ceil(T / chunk))
-    if not recompute or not torch.is_grad_enabled() or chunk >= T:
-        return _scan(system, initial, weights, inputs, readouts, boundary, want_surprise)
-    outputs, surprises = [], []
-    for index, piece in enumerate(_split(inputs, group)):
-        start = index * group
-        y, surprise, weights = checkpoint(
-            _scan,
-            system,
-            initial,
-            weights,
-            piece,
-            readouts,
-            lambda column, start=start: boundary(start + column),
-            want_surprise,
-            use_reentrant=False,
-            preserve_rng_state=False,  # there is nothing random
-        )
-        outputs.append(y)
-        surprises.append(surprise)
-    joined = torch.cat(surprises, dim=1) if want_surprise else None
-    return torch.cat(outputs, dim=2), joined, weights
+    whole = _whole_chunks(system, weights, inputs, boundary)
+    if not whole:
+        return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)
+    first, rest = _cut(inputs, whole)
+    y, surprise, current, momentum = fused.run(
+        system, initial, weights, first, readouts, want_surprise, _generic(system)
+    )
+    weights = RunningWeights(current, current, momentum)
+    if rest is None:
+        return y, surprise, weights
+    y_rest, surprise_rest, weights = _scan_steps(
+        system, initial, weights, rest, readouts, lambda column: boundary(whole + column), want_surprise
+    )
+    if surprise is not None and surprise_rest is not None:
+        surprise = torch.cat([surprise, surprise_rest], dim=1)
+    return torch.cat([y, y_rest], dim=2), surprise, weights
 
 
 def scan_token(
@@ -313,34 +306,6 @@ def scan_token(
     )
     after = RunningWeights(_move(moved, current, weights.anchor), current, None)
     return y, surprise if want_surprise else None, after
-
-
-def _scan(
-    system: MemorySystem,
-    initial: Mapping[str, Tensor],
-    weights: RunningWeights,
-    inputs: StepInputs,
-    readouts: Readouts | None,
-    boundary: Boundary,
-    want_surprise: bool,
-) -> tuple[Tensor, Tensor | None, RunningWeights]:
-    """`scan` with all that the backward pass needs kept: whole chunks fused where there is such a run."""
-    whole = _whole_chunks(system, weights, inputs, boundary)
-    if not whole:
-        return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise)
-    first, rest = _cut(inputs, whole)
-    y, surprise, current, momentum = fused.run(
-        system, initial, weights, first, readouts, want_surprise, _generic(system)
-    )
-    weights = RunningWeights(current, current, momentum)
-    if rest is None:
-        return y, surprise, weights
-    y_rest, surprise_rest, weights = _scan_steps(
-        system, initial, weights, rest, readouts, lambda column: boundary(whole + column), want_surprise
-    )
-    if surprise is not None and surprise_rest is not None:
-        surprise = torch.cat([surprise, surprise_rest], dim=1)
-    return torch.cat([y, y_rest], dim=2), surprise, weights
 
 
 def _whole_chunks(

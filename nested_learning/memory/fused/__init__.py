@@ -33,7 +33,7 @@ def supports(system: MemorySystem, weights: RunningWeights, inputs: StepInputs) 
     """Whether `run` covers this system, at a boundary of all its memories and without padding."""
     return (
         (self_modifying.covers(system) or titans.covers(system))
-        and weights.anchor is weights.current
+        and weights.at_anchor
         and inputs.write is None
         and not check.enabled()  # the checks look at every chunk
         # what follows a Python function symbolically sees more in the generic step
