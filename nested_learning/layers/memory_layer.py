@@ -301,8 +301,8 @@ class MemoryLayer(nn.Module):
         paths, gate, logits = self._project(x)
         with full_precision(x.device):
             weight = None if self.conv is None else self.conv.weight.to(dtype)
-            paths, history, tail = self._with_history(paths.to(dtype), segment, tail, layout)
-            inputs = self._inputs(paths, weight, logits, segment.filled)
+            paths, before, history, tail = self._histories(paths.to(dtype), segment, tail, layout)
+            inputs = self._inputs(paths, before, weight, logits, segment.filled)
             surprise = None
             if not want_surprise and kernels.applies(self.backend, self.system, x.device, gate.dtype):
                 y, after = kernels.run(self.system, start, inputs, gate.dtype)
@@ -365,7 +365,7 @@ class MemoryLayer(nn.Module):
             self.system,
             self._retained(paths.dtype),
             self._start(state, paths.shape[0], paths.dtype),
-            self._inputs(paths, None, logits, mask),
+            self._inputs(paths, None, None, logits, mask),
             self._readouts(paths.dtype),
             moved,
             want_surprise,
@@ -405,15 +405,16 @@ class MemoryLayer(nn.Module):
 
     def _inputs(
         self,
-        paths: Tensor,  # [B, K−1+T, 3D]
+        paths: Tensor,  # [B, T, 3D]
+        history: Tensor | None,  # [B, K−1, 3D], zeros if None
         weight: Tensor | None,  # of the convolution, None where it is done or there is none
         logits: Tensor | None,
         write: Tensor | None,
     ) -> StepInputs:
         heads = Heads(tuple(name in self.system.unit for name in PATHS), self.num_heads)
-        vectors = unit_heads(paths, weight, heads)  # [3, B, H, T, d]
+        vectors = unit_heads(paths, history, weight, heads)  # each [B, H, T, d]
         gates = None if logits is None else logits.permute(2, 0, 3, 1)  # [gates, B, H, T]
-        return StepInputs(dict(zip(PATHS, vectors.unbind(0), strict=True)), gates, write)
+        return StepInputs(dict(zip(PATHS, vectors, strict=True)), gates, write)
 
     def _layout(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> RowLayout:
         B, T, _ = x.shape
@@ -423,33 +424,36 @@ class MemoryLayer(nn.Module):
             return row_layout(mask, torch.zeros(B, dtype=torch.long, device=x.device), T)
         return row_layout(mask, state.position, self.system.period - 1 + T)
 
-    def _with_history(
+    def _histories(
         self, paths: Tensor, segment: Segment, tail: Tensor | None, layout: RowLayout | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The inputs of a segment with the K−1 before them in front, the K−1 for the next segment, and those
-        for the next call."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The inputs of a segment; the K−1 before it, before the next segment, and before the next call."""
         if self.conv is None:
-            return paths, None, None
+            return paths, None, None, None
         length = self.conv_size - 1
-        if segment.history is None:
-            padded = F.pad(paths, (0, 0, length, 0))  # column c of paths is column length + c
-        else:
-            padded = torch.cat([segment.history, paths], dim=1)
+        history = segment.history
+        if layout is None:
+            # A copy, as a view would keep the inputs of the whole segment.
+            after = paths[:, max(0, paths.shape[1] - length) :].clone()
+            if after.shape[1] < length:
+                zeros = after.new_zeros(len(after), length, after.shape[2])
+                front = zeros if history is None else history
+                after = torch.cat([front[:, after.shape[1] :], after], dim=1)
+            return paths, history, after, after
+        # column c of paths is column length + c
+        padded = F.pad(paths, (0, 0, length, 0)) if history is None else torch.cat([history, paths], dim=1)
         columns = torch.arange(length, device=paths.device).unsqueeze(0)
-        if layout is not None and tail is not None and segment.history is None:
+        if tail is not None and history is None:
             before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
             padded = padded.scatter_add(1, before, tail.to(paths.dtype))
-        # A copy, as a view would keep the inputs of the whole segment.
-        history = padded[:, padded.shape[1] - length :].clone()
-        if layout is None:
-            return padded, history, history
         end = layout.end - segment.start
         here = _over_channels(columns + end.clamp(0, paths.shape[1]).unsqueeze(1), paths)
         found = padded.gather(1, here)
-        if segment.history is not None:
+        if history is not None:
             assert tail is not None  # found in the first segment, if nothing else
             found = torch.where((end > 0)[:, None, None], found, tail)
-        return padded, history, found
+        after = padded[:, padded.shape[1] - length :].clone()
+        return padded[:, length:], padded[:, :length], after, found
 
     def _convolve_token(
         self, paths: Tensor, tail: Tensor | None, mask: Tensor | None
