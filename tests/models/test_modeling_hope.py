@@ -427,7 +427,6 @@ def test_base_model_is_the_model_without_head(model, ids):
     torch.testing.assert_close(base(ids).last_hidden_state @ model.lm_head.weight.T, logits_of(model, ids))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixer", [name for name in CASES if name != "hybrid"])
 def test_traced_in_one_graph_with_the_same_gradients(mixer, ids):
     """The backend does not compile kernels: this is about the graph, forward and backward."""

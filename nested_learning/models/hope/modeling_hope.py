@@ -164,6 +164,7 @@ class HopeModel(HopePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.cms_learns = config.cms_learns  # parses the levels, which torch.compile cannot follow
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -320,7 +321,7 @@ class HopeModel(HopePreTrainedModel):
                 raise ValueError(
                     f"cms_weights is keyed by layer index 0..{len(self.layers) - 1}, got {index!r}"
                 )
-        if cms_weights and self.config.cms_learns:
+        if cms_weights and self.cms_learns:
             raise ValueError(
                 f"cms_weights are for static blocks; with cms_update={self.config.cms_update!r} each row has "
                 "weights of its own in the cache"
@@ -328,7 +329,7 @@ class HopeModel(HopePreTrainedModel):
         return cms_weights or {}
 
     def _lm_update(self, lm_head: Head | None, input_ids: Tensor | None) -> LMUpdate | None:
-        if not (self.config.cms_learns and self.config.cms_update == "lm"):
+        if not (self.cms_learns and self.config.cms_update == "lm"):
             return None
         if lm_head is None:
             raise ValueError(
@@ -341,7 +342,7 @@ class HopeModel(HopePreTrainedModel):
     def _checked_learn_mask(self, learn_mask: Tensor | None, x: Tensor) -> Tensor | None:
         if learn_mask is None:
             return None
-        if not self.config.cms_learns:
+        if not self.cms_learns:
             raise ValueError(
                 "learn_mask is for a CMS that learns in context; this model's does not (cms_update)"
             )
