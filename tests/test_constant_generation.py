@@ -9,9 +9,9 @@ from benchmarks.generation import measure
 def test_hope_generates_in_constant_time_and_memory():
     figures = measure("hope-tiny")
     assert figures["ratio_of_time"] <= 1.15
-    # At a chunk's boundary anchors and current weights are the same numbers and held once; within one, twice.
-    for moment in ("cache_bytes", "cache_bytes_after"):
-        assert len(set(figures[moment].values())) == 1
+    (size,) = set(figures["cache_bytes_after"].values())
+    # Where a context ends with a chunk, the anchors may be the current weights and are then held once.
+    assert max(figures["cache_bytes"].values()) <= size
 
 
 def test_the_transformers_cache_grows():
