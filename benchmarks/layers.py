@@ -1,13 +1,18 @@
-"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|precision]`.
+"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|precision|compile|all]`.
 
 - `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
   each layer equals a float64 copy of itself that is fed token by token.
 - `precision`: a training step of a Hope model of width 512 in float32 and under bfloat16 autocast.
+- `compile`: memories without a fused run, forward + backward, plainly and with `set_compile_step`, and the
+  seconds that the first pass takes with it. Not part of `all`: it needs a C++ compiler, and minutes. A gate
+  first: both give the same.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import time
 from typing import Any
 
 import torch
@@ -15,10 +20,12 @@ import torch
 from benchmarks import gate
 from benchmarks.harness import forward, interleaved, parameters, parser, record, show, slopes
 from nested_learning import HopeConfig, HopeForCausalLM
+from nested_learning.layers.memory_layer import set_compile_step
 from nested_learning.layers.registry import MIXERS, build_mixer
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
+UNFUSED = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
 PRECISION = {"batch": 8, "tokens": 512, "width": 512, "heads": 8, "chunk": 64}
 
 
@@ -89,16 +96,54 @@ def precision(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     return {"shape": shape, "repeats": repeats, "rows": rows}
 
 
+def compiling(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """What torch.compile of the chunk's step gains."""
+    torch.manual_seed(0)
+    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    rows = []
+    for name in UNFUSED:
+        plain = build(name, shape)
+        compiled = copy.deepcopy(plain)
+        set_compile_step(compiled, True)
+        start = time.perf_counter()
+        found = slopes(compiled, x)
+        first = time.perf_counter() - start
+        for a, b in zip(found, slopes(plain, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+        layers = {"plain": plain, "compiled": compiled}
+        seconds = interleaved(
+            {how: lambda layer=layer: slopes(layer, x) for how, layer in layers.items()}, repeats
+        )
+        rows.append(
+            {
+                "memory": name,
+                "plain, tokens/s": x.shape[0] * x.shape[1] / seconds["plain"],
+                "compiled, tokens/s": x.shape[0] * x.shape[1] / seconds["compiled"],
+                "ratio": seconds["plain"] / seconds["compiled"],
+                "first pass, s": first,
+            }
+        )
+    show(f"compiled step, {shape}", rows)
+    return {"shape": shape, "repeats": repeats, "rows": rows}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument("question", choices=["mixers", "precision", "all"], nargs="?", default="all")
+    options.add_argument(
+        "question", choices=["mixers", "precision", "compile", "all"], nargs="?", default="all"
+    )
     given = options.parse_args(arguments)
     repeats = given.repeats or (1 if given.quick else 10)
-    questions = {"mixers": (mixers, SHAPE), "precision": (precision, PRECISION)}
+    questions = {
+        "mixers": (mixers, SHAPE),
+        "precision": (precision, PRECISION),
+        "compile": (compiling, SHAPE),
+    }
+    wanted = ("mixers", "precision") if given.question == "all" else (given.question,)
     figures = {
         name: measure(QUICK if given.quick else shape, repeats)
         for name, (measure, shape) in questions.items()
-        if given.question in (name, "all")
+        if name in wanted
     }
     return record(figures, given.json)
 

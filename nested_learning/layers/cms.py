@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nested_learning._errors import unknown
 from nested_learning.layers.cms_level import (
     CMSLevel,
     check_options,
@@ -19,7 +20,6 @@ from nested_learning.layers.cms_regression import KeyValue, chunk_gradients
 from nested_learning.layers.cms_segments import Segments
 from nested_learning.layers.cms_writing import CMSState, LevelState, LevelWriter, Tensors
 from nested_learning.layers.mlp import ACTIVATIONS, MLPBlock, Weights
-from nested_learning.layers.registry import unknown
 from nested_learning.memory.state import State
 from nested_learning.ops.precision import full_precision
 

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nested_learning._errors import unknown
 from nested_learning.layers.mlp import ACTIVATIONS
-from nested_learning.layers.registry import unknown
 
 VARIANTS = ("sequential", "nested", "independent")
 UPDATES = ("none", "regression", "lm")

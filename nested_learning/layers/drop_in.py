@@ -11,7 +11,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 from nested_learning.layers.self_modifying_linear import (
     Mode,
     SelfModifyingLinear,

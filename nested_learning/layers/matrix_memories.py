@@ -7,6 +7,9 @@ The initial W₀ is zero at the start of training and learned (ours; the origina
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer
 from nested_learning.memory.compose import compose
@@ -14,8 +17,27 @@ from nested_learning.memory.description import Read
 from nested_learning.memory.kernels import Backend
 
 
+class _FixedRetention(MemoryLayer):
+    """A matrix memory whose parts no option changes."""
+
+    parts: ClassVar[Mapping[str, Any]]  # of `compose`
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        chunk_size: int = 64,
+        conv_size: int = 4,
+        backend: Backend = "auto",
+    ) -> None:
+        system = compose(
+            architecture="matrix", gradient="token", unit=("k", "q"), chunk_size=chunk_size, **self.parts
+        )
+        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
+
+
 @register_mixer("linear_attention")
-class LinearAttention(MemoryLayer):
+class LinearAttention(_FixedRetention):
     """Linear attention (eq 64): W_t = W_{t−1} + v_t k_tᵀ, y_t = W_t q_t. Dot-product objective, gradient
     descent with rate 1, nothing is forgotten.
 
@@ -30,79 +52,29 @@ class LinearAttention(MemoryLayer):
         ValueError: as in `MemoryLayer`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int = 4,
-        chunk_size: int = 64,
-        conv_size: int = 4,
-        backend: Backend = "auto",
-    ) -> None:
-        system = compose(
-            architecture="matrix",
-            objective="dot",
-            gradient="token",
-            rate="one",
-            decay="none",
-            unit=("k", "q"),
-            chunk_size=chunk_size,
-        )
-        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
+    parts: ClassVar = {"objective": "dot", "rate": "one", "decay": "none"}
 
 
 @register_mixer("retnet")
-class RetNet(MemoryLayer):
+class RetNet(_FixedRetention):
     """RetNet's retention (arXiv 2307.08621): W_t = α_h W_{t−1} + v_t k_tᵀ with
     α_h = 1 − 2^(−5−h) for head h = 0, 1, …
 
     Args: as in `LinearAttention`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int = 4,
-        chunk_size: int = 64,
-        conv_size: int = 4,
-        backend: Backend = "auto",
-    ) -> None:
-        system = compose(
-            architecture="matrix",
-            objective="dot",
-            gradient="token",
-            rate="one",
-            decay="constant",
-            unit=("k", "q"),
-            chunk_size=chunk_size,
-        )
-        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
+    parts: ClassVar = {"objective": "dot", "rate": "one", "decay": "constant"}
 
 
 @register_mixer("deltanet")
-class DeltaNet(MemoryLayer):
+class DeltaNet(_FixedRetention):
     """DeltaNet (eq 65): W_t = W_{t−1} (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ, one step of gradient descent on
     ½‖W k − v‖² at every token.
 
     Args: as in `LinearAttention`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int = 4,
-        chunk_size: int = 64,
-        conv_size: int = 4,
-        backend: Backend = "auto",
-    ) -> None:
-        system = compose(
-            architecture="matrix",
-            objective="l2",
-            gradient="token",
-            decay="none",
-            unit=("k", "q"),
-            chunk_size=chunk_size,
-        )
-        super().__init__(hidden_size, num_heads, system, conv_size, backend=backend)
+    parts: ClassVar = {"objective": "l2", "decay": "none"}
 
 
 @register_mixer("gated_deltanet")

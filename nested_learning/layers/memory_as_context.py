@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention import rotate
-from nested_learning.layers.persistent import check_count
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.titans_blocks import build_memory
-from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.layers.token_inputs import check_count, check_sequence
 from nested_learning.memory.scan import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.norm import unit
@@ -87,7 +86,7 @@ class MemoryAsContext(nn.Module):
             raise ValueError(f"attention needs an even head width, got {hidden_size} / {num_heads}")
         if not rope_theta > 0:
             raise ValueError(f"rope_theta must be positive, got {rope_theta}")
-        check_count("persistent_tokens", persistent_tokens)
+        check_count("persistent_tokens", persistent_tokens, least=0)
         self.hidden_size, self.num_heads, self.segment = hidden_size, num_heads, segment
         self.head_dim, self.rope_theta = hidden_size // num_heads, rope_theta
         self.persistent = nn.Parameter(torch.empty(persistent_tokens, hidden_size))

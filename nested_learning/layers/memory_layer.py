@@ -16,14 +16,13 @@ from nested_learning.memory.kernels import Backend, check_backend
 from nested_learning.memory.scan import (
     Boundary,
     MemoryState,
-    RunningWeights,
-    Weights,
     common_boundaries,
     row_boundaries,
     scan,
     scan_token,
 )
 from nested_learning.memory.signals import Readouts, StepInputs
+from nested_learning.memory.step import RunningWeights, Weights
 from nested_learning.ops.gated_norm import gated_norm
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.precision import full_precision
@@ -35,6 +34,9 @@ PATHS = ("k", "v", "q")
 _GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0, "width": 0.5}
 # Tokens after which a memory has decayed to a half at that alpha, about 38.
 SHORTEST_HALF_LIFE = math.log(2) / math.log1p(math.exp(-_GATE_BIAS["alpha"]))
+
+# Numbers of one path in one chunk, of all rows that a CPU reads together (measured, docs/log.md).
+ROWS = 262_144
 
 
 class MemoryLayer(nn.Module):
@@ -56,6 +58,7 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         recompute: see `set_recompute`.
+        compile_step: see `set_compile_step`.
 
     Raises:
         ValueError: when hidden_size is not a multiple of num_heads, conv_size is negative, or max_half_life
@@ -96,6 +99,7 @@ class MemoryLayer(nn.Module):
             )
         self.system, self.conv_size, self.max_half_life = system, conv_size, max_half_life
         self.recompute: str | None = None
+        self.compile_step = False
 
         self.in_proj = nn.Linear(hidden_size, len(PATHS) * hidden_size, bias=False)
         channels = len(PATHS) * hidden_size
@@ -164,10 +168,20 @@ class MemoryLayer(nn.Module):
             ValueError: when x, mask or state do not fit.
         """
         self._check(x, state, mask)
-        if state is not None and x.shape[1] == 1:
-            y, surprise, state = self._read_token(x, state, mask, return_surprise)
+        size = self._rows_at_once(x)
+        if size == len(x):
+            y, surprise, state = self._read_rows(x, state, mask, return_surprise)
         else:
-            y, surprise, state = self._read_sequence(x, state, mask, return_surprise)
+            ys, surprises, states = [], [], []
+            for start in range(0, len(x), size):
+                rows = slice(start, start + size)
+                before = None if state is None else state.slice_rows(rows)
+                some = self._read_rows(x[rows], before, None if mask is None else mask[rows], return_surprise)
+                ys.append(some[0])
+                surprises.append(some[1])
+                states.append(some[2])
+            y, state = torch.cat(ys), MemoryState.join_rows(states)
+            surprise = torch.cat([s for s in surprises if s is not None]) if return_surprise else None
         if surprise is not None:
             return y, state, surprise
         return y, state
@@ -233,6 +247,25 @@ class MemoryLayer(nn.Module):
                     f"state.{name} has shapes {got} per row, this layer's {wanted}: the state belongs to a "
                     "layer with other options"
                 )
+
+    def _rows_at_once(self, x: Tensor) -> int:
+        """Rows that are read together: on a CPU as many as stay in its caches, in groups of like size."""
+        if (
+            x.device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return len(x)
+        most = max(1, ROWS // (min(x.shape[1], self.system.step) * self.hidden_size))
+        groups = -(-len(x) // most)
+        return -(-len(x) // groups)
+
+    def _read_rows(
+        self, x: Tensor, state: MemoryState | None, mask: Tensor | None, want_surprise: bool
+    ) -> tuple[Tensor, Tensor | None, MemoryState]:
+        if state is not None and x.shape[1] == 1:
+            return self._read_token(x, state, mask, want_surprise)
+        return self._read_sequence(x, state, mask, want_surprise)
 
     def _read_sequence(
         self, x: Tensor, state: MemoryState | None, mask: Tensor | None, want_surprise: bool
@@ -315,6 +348,7 @@ class MemoryLayer(nn.Module):
                     self._readouts(dtype),
                     segment.boundary,
                     want_surprise,
+                    self.compile_step,
                 )
             y = self._gated(y.transpose(1, 2), gate)
         return self.out_proj(y), surprise, after, history, tail
@@ -521,3 +555,23 @@ def _shapes_per_row(value: Tensor | Weights | None) -> object:
 def _over_channels(index: Tensor, like: Tensor) -> Tensor:
     """[B, C] -> [B, C, channels] for gather and scatter along the tokens."""
     return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
+def set_compile_step(module: nn.Module, compiled: bool) -> int:
+    """Whether the memory layers of a module run the step of a chunk through torch.compile; returns how many
+    there are.
+
+    It is of use where no fused run or kernel covers the memory, as for TTT-MLP and the MIRAS rows; see
+    docs/log.md for what it gains and what compiling costs. No result changes beyond rounding. One graph
+    serves every chunk and every length of a sequence; another batch size or precision makes another. Without
+    a working compiler there is one warning, and the step runs plainly.
+
+    Raises:
+        ValueError: when `compiled` is not True or False.
+    """
+    if not isinstance(compiled, bool):
+        raise ValueError(f"compile_step must be True or False, got {compiled!r}")
+    layers = [layer for layer in module.modules() if isinstance(layer, MemoryLayer)]
+    for layer in layers:
+        layer.compile_step = compiled
+    return len(layers)

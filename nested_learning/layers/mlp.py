@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 

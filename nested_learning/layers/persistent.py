@@ -6,12 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_learning.layers.attention import SlidingWindowAttention
-
-
-def check_count(name: str, value: object) -> None:
-    """ValueError unless `value` is a whole number of at least 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be 0 or a positive integer, got {value!r}")
+from nested_learning.layers.token_inputs import check_count
 
 
 class PersistentWindowAttention(SlidingWindowAttention):
@@ -27,7 +22,7 @@ class PersistentWindowAttention(SlidingWindowAttention):
 
     def __init__(self, hidden_size: int, num_heads: int, window: int, persistent_tokens: int) -> None:
         super().__init__(hidden_size, num_heads, window)
-        check_count("persistent_tokens", persistent_tokens)
+        check_count("persistent_tokens", persistent_tokens, least=0)
         self.persistent = nn.Parameter(torch.empty(persistent_tokens, hidden_size))
         self.reset_parameters()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def check_state(state: State, kind: type[State], x: Tensor, shapes: Mapping[str,
             )
 
 
-def check_count(name: str, value: object) -> None:
-    """ValueError unless `value` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def check_count(name: str, value: object, least: Literal[0, 1] = 1) -> None:
+    """ValueError unless `value` is a positive integer, or 0 where that is the least."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = "a positive integer" if least else "0 or a positive integer"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.objective import L2, Dot
-from nested_learning.memory.scan import RunningWeights
 from nested_learning.memory.signals import StepInputs, generate_signals
+from nested_learning.memory.step import RunningWeights
 
 Backend = Literal["auto", "torch", "fla"]
 BACKENDS: tuple[str, ...] = get_args(Backend)

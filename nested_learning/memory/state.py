@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -78,9 +78,25 @@ class State:
         """Rows `index` [B'] of the batch, in that order: beam reordering, slicing one row, duplicating."""
         return self.map(lambda t: t.index_select(0, index.to(t.device)))
 
+    def slice_rows(self: S, rows: slice) -> S:
+        """Successive rows of the batch, as views."""
+        return self.map(lambda t: t[rows])
+
     def repeat_rows(self: S, repeats: int) -> S:
         """Each row `repeats` times in succession, as `generate` expands a batch for beams."""
         return self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    @staticmethod
+    def join_rows(states: Sequence[S]) -> S:
+        """The states of several batches as that of one. What each shares between fields stays shared."""
+        parts = list(zip(*(pytree.tree_leaves(state) for state in states), strict=True))
+        joined: dict[tuple[int, ...], Tensor] = {}
+        for part in parts:
+            if isinstance(part[0], Tensor):
+                key = tuple(map(id, part))
+                joined[key] = joined[key] if key in joined else torch.cat(part)
+        leaves = [joined.get(tuple(map(id, part))) for part in parts]
+        return pytree.tree_unflatten(leaves, pytree.tree_structure(states[0]))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat `{"field": t, "field.key": t}` for a safetensors file; fields that are None are left out."""

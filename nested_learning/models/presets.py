@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from nested_learning.layers.registry import MIXERS, unknown
+from nested_learning._errors import unknown
+from nested_learning.layers.registry import MIXERS
 from nested_learning.models.hope.configuration_hope import HopeConfig
 
 # Byte vocabulary: 256 bytes, end of text, padding.
@@ -22,19 +23,21 @@ ATTENTION_EXPANSION = 5.8
 def _config(base: dict[str, Any], chunk_size: int, overrides: dict[str, Any]) -> HopeConfig:
     """`base` with overrides; mixers that take a chunk size get the preset's unless it is overridden.
 
-    Options are merged per mixer, and only the mixers in use have any.
+    Options are merged per mixer, those of `base` too, and only the mixers in use have any.
     """
     fields = {**base, **overrides}
     given = overrides.get("mixer_options")
     if given is None:
         given = {}
+    own_options: dict[str, dict[str, Any]] = base.get("mixer_options", {})
     mixers = [fields["mixer"]] if isinstance(fields["mixer"], str) else fields["mixer"]
     if isinstance(given, dict) and isinstance(mixers, (list, tuple)):  # else HopeConfig says what is wrong
         chunked = {
             m for m in mixers if m in MIXERS and "chunk_size" in inspect.signature(MIXERS[m]).parameters
         }
         options: dict[str, Any] = {mixer: {"chunk_size": chunk_size} for mixer in sorted(chunked)}
-        for mixer, own in given.items():
+        used = {mixer: own for mixer, own in own_options.items() if mixer in mixers}
+        for mixer, own in [*used.items(), *given.items()]:
             options[mixer] = {**options.get(mixer, {}), **own} if isinstance(own, dict) else own
         fields["mixer_options"] = options
     return HopeConfig(**fields)
@@ -94,10 +97,9 @@ def _baseline(mixer: str) -> Callable[..., HopeConfig]:
     expansion, options = _BASELINES[mixer]
 
     def tiny(**overrides: Any) -> HopeConfig:
-        if "mixer" not in overrides and options:
-            given = (overrides.get("mixer_options") or {}).get(mixer, {})
-            overrides = {**overrides, "mixer_options": {mixer: {**options, **given}}}
-        return _tiny(overrides, mixer=mixer, cms_levels=[{"chunk_size": 512}], cms_expansion=expansion)
+        own = {mixer: options} if options else {}
+        levels = [{"chunk_size": 512}]
+        return _tiny(overrides, mixer=mixer, mixer_options=own, cms_levels=levels, cms_expansion=expansion)
 
     return tiny
 

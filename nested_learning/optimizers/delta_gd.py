@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 from nested_learning.optimizers.base import NON_NEGATIVE, BaseOptimizer, Bound, Group, Params, work_dtype
 from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
 

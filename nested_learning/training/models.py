@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 from nested_learning.models import PRESETS, HopeConfig, HopeForCausalLM, preset
 from nested_learning.training.config_file import load_config
 from nested_learning.training.run_folder import RunFolder

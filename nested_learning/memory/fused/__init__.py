@@ -18,8 +18,8 @@ from nested_learning.memory.fused import self_modifying, titans
 from nested_learning.memory.fused.function import Generic, apply
 
 if TYPE_CHECKING:
-    from nested_learning.memory.scan import RunningWeights
     from nested_learning.memory.signals import Readouts, StepInputs
+    from nested_learning.memory.step import RunningWeights
 
 
 class Outputs(NamedTuple):

@@ -30,7 +30,7 @@ from nested_learning.memory.retention import Retention
 from nested_learning.memory.signals import Readouts, StepInputs
 
 if TYPE_CHECKING:
-    from nested_learning.memory.scan import RunningWeights
+    from nested_learning.memory.step import RunningWeights
 
 _GENERATED = (("k", "v", "eta", "alpha"), ("k", "v", "q", "eta", "alpha"))
 _RULE = learning_rule(ResidualMLP(), L2(), "dgd")

@@ -20,7 +20,7 @@ from nested_learning.memory.retention import Retention
 from nested_learning.memory.signals import StepInputs
 
 if TYPE_CHECKING:
-    from nested_learning.memory.scan import RunningWeights
+    from nested_learning.memory.step import RunningWeights
 
 _RULE = learning_rule(ResidualMLP(), L2(), "gd")
 

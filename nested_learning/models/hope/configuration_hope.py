@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from nested_learning._errors import unknown
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
 from nested_learning.layers.cms_level import learning_levels, parse_levels
-from nested_learning.layers.memory_layer import set_recompute
-from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options, unknown
+from nested_learning.layers.memory_layer import set_compile_step, set_recompute
+from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -88,6 +89,8 @@ class HopeConfig(PreTrainedConfig):
             short passes take longer than a long one.
         recompute: "chunk" lets the memory layers keep little for the backward pass and compute the chunks
             there again; see `layers.memory_layer.set_recompute`. None keeps everything. Changes no result.
+        compile_step: run the step of memories without a fused run through torch.compile; see
+            `layers.memory_layer.set_compile_step`.
         pad_token_id, bos_token_id, eos_token_id: None where there is none.
 
     Raises:
@@ -116,6 +119,7 @@ class HopeConfig(PreTrainedConfig):
     use_cache: bool = True
     segment_size: int | None = None
     recompute: str | None = None
+    compile_step: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -275,6 +279,11 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(
                 f"recompute={self.recompute!r} is for memory layers, but no block has one (mixers: "
                 f"{', '.join(sorted(set(mixers)))}); leave it at None, or use gradient checkpointing"
+            )
+        if sum(set_compile_step(layer, self.compile_step) for layer in layers) == 0 and self.compile_step:
+            raise ValueError(
+                "compile_step=True is for memory layers, but no block has one (mixers: "
+                f"{', '.join(sorted(set(mixers)))}); leave it at False"
             )
 
     def _build_on_meta(self, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms_writing import LevelWriter
-from nested_learning.layers.memory_layer import set_recompute
+from nested_learning.layers.memory_layer import set_compile_step, set_recompute
 from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
@@ -69,6 +69,7 @@ class HopeBlock(GradientCheckpointingLayer):
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
         set_recompute(self.mixer, config.recompute)
+        set_compile_step(self.mixer, config.compile_step)
         self.cms = config.build_cms()
 
     def forward(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 from nested_learning.training.data.download import shakespeare_file
 from nested_learning.training.data.stdlib import stdlib_documents
 

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nested_learning.layers.registry import unknown
+from nested_learning._errors import unknown
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
