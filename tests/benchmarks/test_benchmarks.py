@@ -15,6 +15,7 @@ from nested_learning.layers import SelfModifyingTitans, Titans
 RUNS = [
     ("decode",),
     ("generation",),
+    ("in_context",),
     ("layers",),
     ("memory_step",),
     ("roofline",),
