@@ -23,6 +23,7 @@ from nested_learning.memory.scan import (
 )
 from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.memory.step import RunningWeights, Weights
+from nested_learning.ops.blocks import traced
 from nested_learning.ops.gated_norm import gated_norm
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.precision import full_precision
@@ -250,11 +251,7 @@ class MemoryLayer(nn.Module):
 
     def _rows_at_once(self, x: Tensor) -> int:
         """Rows that are read together: on a CPU as many as stay in its caches, in groups of like size."""
-        if (
-            x.device.type != "cpu"
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if x.device.type != "cpu" or traced() or not len(x):
             return len(x)
         most = max(1, ROWS // (min(x.shape[1], self.system.step) * self.hidden_size))
         groups = -(-len(x) // most)

@@ -11,15 +11,15 @@ from torch import Tensor
 BLOCK = 131_072
 
 
+def traced() -> bool:
+    """Whether Python code is followed symbolically, by torch.compile or torch.func, which then sees more in
+    plain operations than in what is arranged for speed."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def composes(x: Tensor) -> bool:
     """Whether plain operations on all of x are better: no CPU, little to do, or a tracing transform."""
-    return (
-        x.device.type != "cpu"
-        or x.numel() < BLOCK
-        # what follows a Python function symbolically sees more in plain operations
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type != "cpu" or x.numel() < BLOCK or traced()
 
 
 def blocks(x: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:

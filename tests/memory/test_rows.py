@@ -40,3 +40,10 @@ def test_groups_change_nothing(name, padded, monkeypatch):
     for a, b in zip(grouped, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert after.nbytes() == state.nbytes()  # what is held once stays so
+
+
+def test_no_rows():
+    layer = build_mixer("titans", 8, 2, {"chunk_size": 4})
+    y, state = layer(torch.zeros(0, 4, 8))
+    assert y.shape == (0, 4, 8)
+    assert all(len(t) == 0 for t in state.tensors())

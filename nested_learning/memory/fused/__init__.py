@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nested_learning.memory import check
 from nested_learning.memory.description import MemorySystem
 from nested_learning.memory.fused import self_modifying, titans
 from nested_learning.memory.fused.function import Generic, apply
+from nested_learning.ops.blocks import traced
 
 if TYPE_CHECKING:
     from nested_learning.memory.signals import Readouts, StepInputs
@@ -36,9 +36,7 @@ def supports(system: MemorySystem, weights: RunningWeights, inputs: StepInputs) 
         and weights.at_anchor
         and inputs.write is None
         and not check.enabled()  # the checks look at every chunk
-        # what follows a Python function symbolically sees more in the generic step
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not traced()
     )
 
 
