@@ -17,9 +17,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import Cache, OutOfTime, show_claims
 from benchmarks.harness import record
 from benchmarks.optimizers import digits, language, orthogonal, regression, toy
-from benchmarks.optimizers.common import Cache, OutOfTime, show_claims
 
 PARTS = {
     "toy": toy,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.harness import show
-from benchmarks.optimizers.common import (
+from benchmarks.common import (
     Cache,
     Claim,
     below,
@@ -29,6 +28,7 @@ from benchmarks.optimizers.common import (
     spread,
     table,
 )
+from benchmarks.harness import show
 from benchmarks.optimizers.contestants import NETWORK, split
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.optim import lr_factor

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.common import Cache, Claim, below, edge, mean, new_figure, plus_minus, save, spread
 from benchmarks.harness import interleaved, show
-from benchmarks.optimizers.common import Cache, Claim, below, edge, mean, new_figure, plus_minus, save, spread
 from benchmarks.optimizers.contestants import NETWORK, NETWORK_RATES, split
 from nested_learning import HopeForCausalLM
 from nested_learning.models.presets import preset

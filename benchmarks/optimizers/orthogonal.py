@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import show
-from benchmarks.optimizers.common import (
+from benchmarks.common import (
     Cache,
     Claim,
     below,
@@ -29,6 +28,7 @@ from benchmarks.optimizers.common import (
     spread,
     table,
 )
+from benchmarks.harness import show
 from benchmarks.optimizers.contestants import REGRESSION_RATES, SIMPLE
 
 SCORES = ("after its task", "at the end", "forgetting")

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import show
-from benchmarks.optimizers.common import (
+from benchmarks.common import (
     Cache,
     Claim,
     below,
@@ -33,6 +32,7 @@ from benchmarks.optimizers.common import (
     save,
     spread,
 )
+from benchmarks.harness import show
 from nested_learning.optimizers import DeltaGD
 
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.common import Cache, Claim, new_figure, save
 from benchmarks.harness import show
-from benchmarks.optimizers.common import Cache, Claim, new_figure, save
 
 START = (-3.5, 2.0)
 TOLERANCE = 1e-4  # converged: ψ stays below this; ψ(START) is 12 and more

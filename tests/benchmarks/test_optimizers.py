@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common import Cache, OutOfTime, best, edge, mean, spread
 from benchmarks.optimizers import __main__ as command
 from benchmarks.optimizers import contestants, digits, language, orthogonal, regression, toy
-from benchmarks.optimizers.common import Cache, OutOfTime, best, edge, mean, spread
 from nested_learning.optimizers import M3, DeltaMomentum, OrthogonalMomentum
 
 HAS_DIGITS = importlib.util.find_spec("sklearn") is not None
