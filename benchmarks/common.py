@@ -106,6 +106,37 @@ def best(rates: Sequence[float], score: Callable[[float], float | None]) -> floa
     return min(found, key=lambda rate: found[rate])
 
 
+def search(rates: Sequence[float], score: Callable[[float], float | None], start: float) -> float:
+    """The rate of an ascending grid from which no neighbour scores lower, found from `start`.
+
+    Spares the runs of rates that are far off. A rate with score None, a run that diverged, is never it.
+
+    Raises:
+        ValueError: the lowest rate diverged as well.
+    """
+    scores: dict[int, float] = {}
+
+    def scored(index: int) -> float:
+        if index not in scores:
+            value = score(rates[index])
+            scores[index] = math.inf if value is None else value
+        return scores[index]
+
+    at = rates.index(start)
+    while True:
+        near = [at, *(i for i in (at - 1, at + 1) if 0 <= i < len(rates))]
+        lowest = min(near, key=scored)
+        if scores[lowest] == math.inf:
+            if at == 0:
+                raise ValueError(
+                    f"the lowest learning rate of {list(rates)} diverged; extend the grid downwards"
+                )
+            lowest = at - 1
+        elif lowest == at:
+            return rates[at]
+        at = lowest
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean over seeds; None if one of them diverged."""
     kept = list(values)

@@ -1,9 +1,9 @@
 """Language models at equal steps: AdamW, Muon, M3, DMGD and DeltaMomentum, each at its own learning rate.
 
-All optimizers of a seed start from the same weights, read the same batches and take one step in turn, with
-the same schedule and clipping and without weight decay. The learning rate is the one of its grid with the
-lowest validation loss at the first seed. Then, on fixed gradients, `step()` alone is timed and the state
-counted.
+All optimizers of a seed start from the same weights and read the same batches, with the same schedule and
+clipping and without weight decay. The learning rate is the one of its grid from which no neighbour has a
+lower validation loss at the first seed; the search begins in the middle, with the second model at the
+choice for the first. Then, on fixed gradients, `step()` alone is timed, in turn, and the state counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.common import Cache, Claim, below, edge, mean, new_figure, plus_minus, save, spread
+from benchmarks.common import Cache, Claim, below, edge, mean, new_figure, plus_minus, save, search, spread
 from benchmarks.harness import interleaved, show
 from benchmarks.optimizers.contestants import NETWORK, NETWORK_RATES, split
 from nested_learning import HopeForCausalLM
@@ -39,7 +39,7 @@ TARGET = 1.3  # M3's step() over Muon's
 @dataclass(frozen=True, kw_only=True)
 class Size:
     steps: int = 200
-    batch_size: int = 16
+    batch_size: int = 8
     block_size: int = 256
     validation_batches: int = 20
     repeats: int = 15  # timed blocks of `step()`
@@ -72,28 +72,26 @@ class Bench:
     size: Size
     cache: Cache
 
-    def results(self, rates: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:
-        """Per optimizer, at its rate: the validation loss (None if it diverged) and the training losses."""
+    def result(self, optimizer: str, lr: float, seed: int) -> dict[str, Any]:
+        """The validation loss (None if it diverged) and the training losses."""
         size = dataclasses.asdict(self.size)
-        settings = {"part": "language", "model": self.model, "source": self.source, **size, "rates": rates}
-        return self.cache.get({**settings, "seed": seed}, lambda: self._train(rates, seed))
+        settings = {"part": "language", "model": self.model, "source": self.source, **size}
+        settings |= {"optimizer": optimizer, "lr": lr, "seed": seed}
+        return self.cache.get(settings, lambda: self._train(optimizer, lr, seed))
 
-    def _train(self, rates: dict[str, float], seed: int) -> dict[str, dict[str, Any]]:
+    def tuned(self, optimizer: str, grid: list[float], start: float, seed: int) -> float:
+        """The learning rate found on the grid."""
+        return search(grid, lambda lr: self.result(optimizer, lr, seed)["loss"], start)
+
+    def _train(self, name: str, lr: float, seed: int) -> dict[str, Any]:
         size, bundle = self.size, self._data(seed)
-        config = model_config(self.model, self.size.shape, bundle.tokenizer)
-        contenders = []
-        for name, lr in rates.items():
-            optim = OptimConfig(lr=lr, schedule="linear")
-            model = new_model(config, seed)
-            contenders.append(Contender(name, model, optim, size.steps, optimizer_of(name, model, optim)))
+        model = new_model(model_config(self.model, self.size.shape, bundle.tokenizer), seed)
+        optim = OptimConfig(lr=lr, schedule="linear")
+        contender = Contender(name, model, optim, size.steps, optimizer_of(name, model, optim))
         for batch in batches(bundle.train, size.batch_size, CPU):
-            for contender in contenders:
-                contender.step(batch)
-        validation = list(batches(bundle.validation, size.batch_size, CPU))
-        return {
-            each.name: {"loss": each.validate(validation), "curve": [round(x, 4) for x in each.losses]}
-            for each in contenders
-        }
+            contender.step(batch)
+        loss = contender.validate(batches(bundle.validation, size.batch_size, CPU))
+        return {"loss": loss, "curve": [round(x, 4) for x in contender.losses]}
 
     def _data(self, seed: int) -> DataBundle:
         size = self.size
@@ -154,40 +152,25 @@ def run(seeds: list[int], quick: bool, cache: Cache, source: str) -> dict[str, A
         "rates": grids,
     }
     rows, curves = [], {}
+    start = {name: grid[(len(grid) - 1) // 2] for name, grid in grids.items()}
     for model in MODELS:
         bench = Bench(model, source, size, cache)
-        found, chosen = _tuned(bench, grids, seeds)
+        for name, grid in grids.items():
+            start[name] = bench.tuned(name, grid, start[name], seeds[0])
+        found = {name: [bench.result(name, start[name], seed) for seed in seeds] for name in grids}
         costs = bench.costs()
-        for name in NETWORK:
-            losses = [of_seed[name]["loss"] for of_seed in found]
-            row: dict[str, Any] = {"model": model, "optimizer": name, "lr": edge(chosen[name], grids[name])}
+        for name, results in found.items():
+            losses = [result["loss"] for result in results]
+            row: dict[str, Any] = {"model": model, "optimizer": name, "lr": edge(start[name], grids[name])}
             row |= {"loss": mean(losses), "± loss": spread(losses), "losses": losses}
             time = costs[name]["step_seconds"]
             row |= {"ms per step()": 1e3 * time, "/ Muon's": time / costs["Muon"]["step_seconds"]}
             rows.append({**row, "state bytes": costs[name]["state_bytes"]})
-        curves[model] = {name: [of_seed[name]["curve"] for of_seed in found] for name in NETWORK}
+        curves[model] = {name: [result["curve"] for result in results] for name, results in found.items()}
         figures[f"torch.optim.Muon, ms per step() on {model}"] = (
             1e3 * costs["torch.optim.Muon"]["step_seconds"]
         )
     return {**figures, "rows": rows, "curves": curves, "claims": _claims(rows)}
-
-
-def _tuned(
-    bench: Bench, grids: dict[str, list[float]], seeds: list[int]
-) -> tuple[list[dict[str, dict[str, Any]]], dict[str, float]]:
-    """The results of every seed at the chosen rates, and those rates."""
-    rounds = [dict(zip(grids, rates, strict=True)) for rates in zip(*grids.values(), strict=True)]
-    tried = [(rates, bench.results(rates, seeds[0])) for rates in rounds]
-    first, chosen = {}, {}
-    for name in grids:
-        finished = [(found[name]["loss"], rates[name], found[name]) for rates, found in tried]
-        finished = [each for each in finished if each[0] is not None]
-        if not finished:
-            raise ValueError(
-                f"{name} diverged at every learning rate of {grids[name]}; extend the grid downwards"
-            )
-        _, chosen[name], first[name] = min(finished, key=lambda each: each[0])
-    return [first, *(bench.results(chosen, seed) for seed in seeds[1:])], chosen
 
 
 def _claims(rows: list[dict[str, Any]]) -> list[Claim]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.common import Cache, OutOfTime, best, edge, mean, spread
+from benchmarks.common import Cache, OutOfTime, best, edge, mean, search, spread
 from benchmarks.optimizers import __main__ as command
 from benchmarks.optimizers import contestants, digits, language, orthogonal, regression, toy
 from nested_learning.optimizers import M3, DeltaMomentum, OrthogonalMomentum
@@ -104,6 +104,27 @@ def test_statistics_and_tuning():
     assert mean([1.0, None]) is None
     assert spread([1.0, 2.0, 3.0]) == pytest.approx(1.0)
     assert (edge(1.0, [0.1, 1.0, 10.0]), edge(10.0, [0.1, 1.0, 10.0])) == ("1", "10*")
+
+
+@pytest.mark.parametrize("start", [0.1, 1.0, 10.0, 100.0])
+def test_search_from_anywhere(start):
+    """The lowest of a valley is found, and a rate beyond both worse neighbours is not tried."""
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return {0.1: 3.0, 1.0: 2.0, 10.0: 2.5, 100.0: None}[rate]
+
+    assert search([0.1, 1.0, 10.0, 100.0], score, start) == 1.0
+    assert len(set(tried)) == len(tried)
+    assert start == 100.0 or start == 10.0 or 100.0 not in tried
+
+
+def test_search_leaves_what_diverges():
+    rates = [0.1, 1.0, 10.0, 100.0]
+    assert search(rates, {0.1: 3.0}.get, 100.0) == 0.1
+    with pytest.raises(ValueError, match="the lowest of"):
+        search(rates, lambda rate: None, 10.0)
 
 
 # -- the toy
