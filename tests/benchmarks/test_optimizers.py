@@ -123,7 +123,7 @@ def test_search_from_anywhere(start):
 def test_search_leaves_what_diverges():
     rates = [0.1, 1.0, 10.0, 100.0]
     assert search(rates, {0.1: 3.0}.get, 100.0) == 0.1
-    with pytest.raises(ValueError, match="the lowest of"):
+    with pytest.raises(ValueError, match="the lowest learning rate of"):
         search(rates, lambda rate: None, 10.0)
 
 
