@@ -1,11 +1,10 @@
-"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|precision|compile|all]`.
+"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|compile]`.
 
 - `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
   each layer equals a float64 copy of itself that is fed token by token.
-- `precision`: a training step of a Hope model of width 512 in float32 and under bfloat16 autocast.
 - `compile`: memories without a fused run, forward + backward, plainly and with `set_compile_step`, and the
-  seconds that the first pass takes with it. Not part of `all`: it needs a C++ compiler, and minutes. A gate
-  first: both give the same.
+  seconds that the first pass takes with it. It needs a C++ compiler, and minutes. A gate first: both give
+  the same.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ import torch
 
 from benchmarks import gate
 from benchmarks.harness import forward, interleaved, parameters, parser, record, show, slopes
-from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers.memory_layer import set_compile_step
 from nested_learning.layers.registry import MIXERS, build_mixer
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 UNFUSED = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
-PRECISION = {"batch": 8, "tokens": 512, "width": 512, "heads": 8, "chunk": 64}
 
 
 def build(name: str, shape: dict[str, int]) -> torch.nn.Module:
@@ -65,37 +62,6 @@ def mixers(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     return {"shape": shape, "repeats": repeats, "rows": rows}
 
 
-def precision(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    """Tokens per second of a training step of one Hope block with embedding and head."""
-    torch.manual_seed(0)
-    config = HopeConfig(
-        vocab_size=256,
-        hidden_size=shape["width"],
-        num_hidden_layers=1,
-        num_heads=shape["heads"],
-        mixer_options={"self_modifying_titans": {"chunk_size": shape["chunk"]}},
-    )
-    model = HopeForCausalLM(config).train()
-    ids = torch.randint(256, (shape["batch"], shape["tokens"]))
-
-    def step(enabled: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = model(input_ids=ids, labels=ids).loss
-        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-
-    seconds = interleaved({"float32": lambda: step(False), "bf16 autocast": lambda: step(True)}, repeats)
-    rows = [
-        {
-            "precision": name,
-            "forward + backward, tokens/s": ids.numel() / value,
-            "of float32": seconds["float32"] / value,
-        }
-        for name, value in seconds.items()
-    ]
-    show(f"precision, {shape}", rows)
-    return {"shape": shape, "repeats": repeats, "rows": rows}
-
-
 def compiling(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     """What torch.compile of the chunk's step gains."""
     torch.manual_seed(0)
@@ -129,21 +95,11 @@ def compiling(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument(
-        "question", choices=["mixers", "precision", "compile", "all"], nargs="?", default="all"
-    )
+    options.add_argument("question", choices=["mixers", "compile"], nargs="?", default="mixers")
     given = options.parse_args(arguments)
-    repeats = given.repeats or (1 if given.quick else 10)
-    questions = {
-        "mixers": (mixers, SHAPE),
-        "precision": (precision, PRECISION),
-        "compile": (compiling, SHAPE),
-    }
-    wanted = ("mixers", "precision") if given.question == "all" else (given.question,)
+    measure = {"mixers": mixers, "compile": compiling}[given.question]
     figures = {
-        name: measure(QUICK if given.quick else shape, repeats)
-        for name, (measure, shape) in questions.items()
-        if name in wanted
+        given.question: measure(QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10))
     }
     return record(figures, given.json)
 

@@ -346,6 +346,7 @@ class MemoryLayer(nn.Module):
                     segment.boundary,
                     want_surprise,
                     self.compile_step,
+                    operands=_operands(gate.dtype),
                 )
             y = self._gated(y.transpose(1, 2), gate)
         return self.out_proj(y), surprise, after, history, tail
@@ -508,6 +509,14 @@ class Segment(NamedTuple):
     boundary: Boundary  # of this segment's columns
     history: Tensor | None  # [B, K−1, 3D] the inputs of the convolution before it, None for the first
     start: int  # its first column
+
+
+def _operands(dtype: torch.dtype) -> torch.dtype | None:
+    """What factors are rounded to in a model, or an autocast region, of this precision.
+
+    float16 is left out: gradients that pass through a chunk do not fit its range.
+    """
+    return dtype if dtype == torch.bfloat16 else None
 
 
 def _shifted(boundary: Boundary, start: int) -> Boundary:

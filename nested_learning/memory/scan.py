@@ -98,6 +98,7 @@ def scan(
     boundary: Boundary,
     want_surprise: bool = False,
     compiled: bool = False,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, RunningWeights]:
     """Run the memories over a sequence, whole chunks fused where there is such a run.
 
@@ -107,6 +108,7 @@ def scan(
         inputs: the same as for one step, over all T columns.
         boundary: where chunks end.
         compiled: run the generic step through torch.compile.
+        operands: dtype that a fused run rounds the factors of its products to; None for that of the weights.
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
@@ -115,7 +117,7 @@ def scan(
         return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise, compiled)
     first, rest = _cut(inputs, whole)
     y, surprise, current, momentum = fused.run(
-        system, initial, weights, first, readouts, want_surprise, _generic(system)
+        system, initial, weights, first, readouts, want_surprise, _generic(system), operands
     )
     weights = RunningWeights(current, current, momentum)
     if rest is None:

@@ -18,6 +18,8 @@ RUNS = [
     ("in_context",),
     ("layers",),
     ("memory_step",),
+    ("precision",),
+    ("profile",),
     ("roofline",),
     ("scaling", "attention"),
     pytest.param(("scaling", "linear"), marks=pytest.mark.slow),  # starts two fresh processes

@@ -5,6 +5,7 @@ Both are checked against an independent oracle in tests/layers; here is asserted
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nested_learning.layers import SelfModifyingTitans, Titans
 from nested_learning.memory import fused
+from nested_learning.memory.fused import scratch
 from tests.layers import test_memory_layer_vs_oracle as oracle
 
 TOLERANCE = 1e-12
@@ -359,6 +361,47 @@ def test_backward_inside_autocast(kind):
         loss.backward()
     torch.testing.assert_close(layer.initial["W1"].grad, outside)
     assert layer.initial["W1"].grad.dtype == torch.float32
+
+
+LOW = pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}], ids=str)
+
+
+@KINDS
+@LOW
+@pytest.mark.parametrize("how", ["module in bfloat16", "autocast"])
+def test_factors_in_bfloat16(kind, options, how, fused_runs):
+    """Rounding the factors of products moves every output and gradient by its own size, and no further."""
+    if kind is Titans:
+        options = {"expansion": options.get("expansion", 1.0)}
+    exact = build(hidden_size=32, kind=kind, dtype=torch.float32, chunk_size=8, **options)
+    x = batch(exact, 3, 64, torch.float32)
+    low = copy.deepcopy(exact)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = results(low, x)
+    else:
+        found = results(low.bfloat16(), x.detach().bfloat16().requires_grad_())
+    expected = results(exact, x)
+    assert fused_runs == [64, 64]
+    assert all(found[name].dtype == torch.float32 for name in found if name.endswith("after"))
+    for name, value in expected.items():
+        off = ((found[name].float() - value).norm() / value.norm()).item()
+        # the gradient to a bias is a sum that nearly cancels
+        assert 1e-5 < off < (0.25 if name.endswith("bias") else 0.04), (name, off)
+
+
+@KINDS
+def test_only_the_factors_are_rounded(kind, monkeypatch):
+    """With float32 as the dtype of the factors the path by factors gives what the plain products give."""
+    layer = build(kind=kind, dtype=torch.float32, hidden_size=32, chunk_size=8, expansion=2.0)
+    x = batch(layer, 2, 24, torch.float32)
+    expected = results(layer, x)
+    monkeypatch.setattr(scratch.Scratch, "__init__", _always_by_factors)
+    assert_same(results(layer, x), expected, 1e-5)
+
+
+def _always_by_factors(self, like, operands=None):
+    self._like, self._operands, self._buffers = like, like.dtype, {}
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nested_learning.memory import check
@@ -48,20 +49,22 @@ def run(
     readouts: Readouts | None,
     want_surprise: bool,
     generic: Generic,
+    operands: torch.dtype | None = None,
 ) -> Outputs:
     """Run over whole chunks.
 
     Args:
         inputs: of T tokens, a multiple of the chunk length.
         generic: the same by the generic step, differentiated where second derivatives are wanted.
+        operands: dtype that the factors of products are rounded to, None for that of the weights.
     """
     if titans.covers(system):
         y, W1, W2, S1, S2, surprise = apply(
-            *titans.prepare(system, initial, weights, inputs, want_surprise, generic)
+            *titans.prepare(system, initial, weights, inputs, want_surprise, generic, operands)
         )
         return Outputs(y, surprise, {"W1": W1, "W2": W2}, {"W1": S1, "W2": S2})
     assert readouts is not None  # its gates are generated
     y, W1, W2, surprise = apply(
-        *self_modifying.prepare(system, initial, weights, inputs, readouts, want_surprise, generic)
+        *self_modifying.prepare(system, initial, weights, inputs, readouts, want_surprise, generic, operands)
     )
     return Outputs(y, surprise, {"W1": W1, "W2": W2}, None)

@@ -82,6 +82,7 @@ def prepare(
     readouts: Readouts,
     want_surprise: bool,
     generic: Generic,
+    operands: torch.dtype | None,
 ) -> tuple[SelfModifying, _Inputs]:
     """The kernel of a run and its tensors."""
     vectors = sum(name in ("k", "v", "q") for name in system.generated)
@@ -96,7 +97,7 @@ def prepare(
         readouts.weight,
         readouts.bias,
     )
-    return SelfModifying(layout, want_surprise, generic), tensors
+    return SelfModifying(layout, want_surprise, generic, operands), tensors
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class SelfModifying:
     layout: Layout
     want_surprise: bool
     generic: Generic
+    operands: torch.dtype | None  # see `Scratch`
 
     def forward(
         self, tensors: Sequence[Tensor], saved: list[_Saved] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return _forward(self.layout, _Inputs._make(tensors), self.want_surprise, saved)
+        given = _Inputs._make(tensors)
+        return _forward(self.layout, given, self.want_surprise, saved, Scratch(given.W1, self.operands))
 
     def backward(
         self,
@@ -125,7 +128,8 @@ class SelfModifying:
         W1, W2 = (_memory_first(W) for W in after)
         g_W1, g_W2 = (_memory_first(g) for g in g_after)
         gW = Memories(g_W1, g_W2, torch.zeros_like(W2_init))
-        return _backward(self.layout, given, Memories(W1, W2, W2_init), saved, gy, gW)
+        ws = Scratch(given.W1, self.operands)
+        return _backward(self.layout, given, Memories(W1, W2, W2_init), saved, gy, gW, ws)
 
     def reference(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         given = _Inputs._make(tensors)
@@ -161,13 +165,13 @@ def _chunk_inputs(layout: Layout, given: _Inputs, columns: slice, readout: Tenso
 
 
 def _forward(
-    layout: Layout, given: _Inputs, want_surprise: bool, saved: list[_Saved] | None
+    layout: Layout, given: _Inputs, want_surprise: bool, saved: list[_Saved] | None, ws: Scratch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All chunks forward: y, W1, W2 and the surprise; what the backward pass needs goes into `saved`."""
     B, H, T, _ = given.k.shape
     W = Memories(_memory_first(given.W1), _memory_first(given.W2), _per_row(given.W2_init, B))
     readout, bias = _per_row(given.weight, B).unsqueeze(-2), _per_row(given.bias, B).unsqueeze(-1)
-    y, ws = torch.empty_like(given.q), Scratch(W.W1)
+    y = torch.empty_like(given.q)
     surprise = y.new_empty(B, T) if want_surprise else None
     for columns in chunks_of(layout.chunk_size, T):
         inputs = _chunk_inputs(layout, given, columns, readout)
@@ -187,7 +191,13 @@ def _forward(
 
 
 def _backward(
-    layout: Layout, given: _Inputs, after: Memories, saved: Sequence[_Saved], gy: Tensor, gW: Memories
+    layout: Layout,
+    given: _Inputs,
+    after: Memories,
+    saved: Sequence[_Saved],
+    gy: Tensor,
+    gW: Memories,
+    ws: Scratch,
 ) -> _Inputs:
     """All chunks backward, the last first: the gradients to `given`.
 
@@ -199,7 +209,6 @@ def _backward(
     readout = _per_row(given.weight, B).unsqueeze(-2)
     g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
     g_readout, g_bias = torch.zeros_like(readout), torch.zeros_like(readout[..., 0, 0])
-    ws = Scratch(after.W1)
     for columns, chunk in reversed(list(zip(chunks_of(layout.chunk_size, T), saved, strict=True))):
         W = Memories(chunk.W1, chunk.W2, after.W2_init)
         inputs = _chunk_inputs(layout, given, columns, readout)

@@ -7,7 +7,7 @@ slices. Notation as in `ops/delta_rule`: gamma_t is the product of the retention
 Why by hand: autograd would keep every intermediate and add, expand and zero-fill gradients in passes of
 their own, and on a CPU these passes over memory are what a chunk costs. Two things make them few here:
 
-- Gradients to one tensor are accumulated inside the matrix products (`accumulate`).
+- Gradients to one tensor are accumulated inside the matrix products (`Scratch.add_bmm`).
 - Retentions and learning rates enter as products along the chunk, so that their gradients follow from
   Euler's identity for homogeneous functions. A write B_s is scaled by everything after s, hence the sum
   of x ∂L/∂x over all decay factors x that scale it is ⟨B_s, ∂L/∂B_s⟩; no [C, C] gradient is needed.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nested_learning.memory.fused.scratch import LOG_FLOOR, Scratch, accumulate, bmm, hidden, silu_backward_
+from nested_learning.memory.fused.scratch import LOG_FLOOR, Scratch, hidden, silu_backward_
 from nested_learning.ops.delta_rule.triangular import inverse_unit_lower
 
 
@@ -160,9 +160,9 @@ def generate(ws: Scratch, layout: Layout, W: Memories, x: Tensor, readout: Tenso
     A gate needs ⟨w, x + W1 u⟩ alone, which is ⟨w, x⟩ + ⟨W1ᵀ w, u⟩: no product over the tokens.
     """
     V, G = layout.vectors, layout.generating
-    z = bmm(x, W.W2[:G].mT)
+    z = ws.bmm(x, W.W2[:G].mT)
     u, f = hidden(ws, "u generated", z)
-    vectors, f_out = _bounded_(accumulate(x[:V].clone(), u[:V], W.W1[:V].mT))
+    vectors, f_out = _bounded_(ws.add_bmm(x[:V].clone(), u[:V], W.W1[:V].mT))
     folded = (W.W1[V:G] * readout.mT).sum(-2, keepdim=True)
     logits = ws.rows_dot(x[V:], readout).add_(ws.rows_dot(u[V:], folded)).squeeze(-1).add_(bias)
     sigmoids = torch.sigmoid(logits)
@@ -175,22 +175,24 @@ def write(
 ) -> tuple[Written, Tensor, Tensor]:
     """The writes of a chunk: what is kept, the hidden keys u and the writes of W2 [N, M, C, e]."""
     N = W.W1.shape[0]
-    z_k = bmm(ws.repeat("keys", k, N), W.W2.mT)
+    W1, W2 = ws.low("W1", W.W1), ws.low("W2", W.W2)
+    z_k = ws.bmm(ws.repeat("keys", ws.low("k", k), N), W2.mT)
     u, f_k = hidden(ws, "u", z_k)
+    u_low = ws.low("u", u)
     values = v.repeat(N, 1, 1, 1)
-    z_v = bmm(values, W.W2.mT)
+    z_v = ws.bmm(values, W2.mT)
     u_v, f_v = hidden(ws, "u_v", z_v)
-    target, f_t = _bounded_(accumulate(values, u_v, W.W1.mT))
-    answer = bmm(u, W.W1.mT)
+    target, f_t = _bounded_(ws.add_bmm(values, u_v, W1.mT))
+    answer = ws.bmm(u_low, W1.mT)
     residual = torch.sub(target, k, out=ws("residual", target.shape))
-    g = bmm(torch.sub(residual, answer, out=ws("error", target.shape)), W.W1)
+    g = ws.bmm(torch.sub(residual, answer, out=ws("error", target.shape)), W1)
     along = ws.rows_dot(u, g)
     gradient = torch.addcmul(g, u, along, value=-1, out=ws("gradient", g.shape)).mul_(f_k)
     gradient = silu_backward_(gradient, z_k)
     clip = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
-    inverse = inverse_unit_lower(ws.bmm("system", u, u.mT).mul_(decay.erased(ws, eta)))
+    inverse = inverse_unit_lower(ws.named_bmm("system", u_low, u_low.mT).mul_(decay.erased(ws, eta)))
     right = residual.addcmul_(decay.before_start, answer, value=-1).mul_(eta)
-    B = bmm(inverse, right)
+    B = torch.matmul(inverse, right)  # the solve stays in full precision
     kept = Written(z_k, f_k, z_v, f_v, target, f_t, answer, g, along, clip, inverse, B)
     return kept, u, gradient.mul_(eta * clip)
 
@@ -200,18 +202,20 @@ def read(
 ) -> Read:
     """The read-out of the last memory after each token's write, from its u, a [M, C, e] and B [M, C, d]."""
     W1, W2, W2_init = (w[-1] for w in W)
-    moved = torch.bmm(q, (W2 - W2_init).mT).mul_(decay.since_start)
-    moved.baddbmm_(torch.bmm(q, k.mT).mul_(decay.between), a)
-    z = torch.baddbmm(moved, q, W2_init.mT)
+    q_low = ws.low("q", q)
+    moved = ws.bmm(q_low, (W2 - W2_init).mT).mul_(decay.since_start)
+    ws.add_bmm(moved, ws.bmm(q_low, k.mT).mul_(decay.between), a)
+    z = ws.add_bmm(moved.clone(), q_low, W2_init.mT)
     u_q, f = hidden(ws, "u_q", z)
-    out = torch.bmm(u_q, W1.mT).mul_(decay.since_start)
-    out.baddbmm_(torch.bmm(u_q, u.mT).mul_(decay.between), B)
+    u_low = ws.low("u_q", u_q)
+    out = ws.bmm(u_low, W1.mT).mul_(decay.since_start)
+    ws.add_bmm(out, ws.bmm(u_low, u.mT).mul_(decay.between), B)
     return Read(moved, z, f, out)
 
 
 def finish(ws: Scratch, W: Memories, k: Tensor, u: Tensor, a: Tensor, B: Tensor, decay: Decays) -> Memories:
     """The weights after the chunk; overwrites u."""
-    W1 = accumulate(W.W1 * decay.whole, B.mT, u.mul_(decay.to_end))
-    keys = ws.repeat("keys", k * decay.to_end, a.shape[0])
-    W2 = accumulate(torch.lerp(W.W2_init, W.W2, decay.whole), a.mT, keys)
+    W1 = ws.add_bmm(W.W1 * decay.whole, B.mT, u.mul_(decay.to_end))
+    keys = ws.repeat("keys", ws.low("k", k * decay.to_end), a.shape[0])
+    W2 = ws.add_bmm(torch.lerp(W.W2_init, W.W2, decay.whole), a.mT, keys)
     return Memories(W1, W2, W.W2_init)

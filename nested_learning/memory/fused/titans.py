@@ -62,6 +62,7 @@ def prepare(
     inputs: StepInputs,
     want_surprise: bool,
     generic: Generic,
+    operands: torch.dtype | None,
 ) -> tuple[Titans, _Inputs]:
     """The kernel of a run and its tensors."""
     assert inputs.gates is not None  # no memory generates them
@@ -71,7 +72,9 @@ def prepare(
     tensors = _Inputs(
         W["W1"], W["W2"], S["W1"], S["W2"], initial["W2"], paths["k"], paths["v"], paths["q"], inputs.gates
     )
-    kernel = Titans(system.chunk_size, system.eta_max, system.momentum_scaled, want_surprise, generic)
+    kernel = Titans(
+        system.chunk_size, system.eta_max, system.momentum_scaled, want_surprise, generic, operands
+    )
     return kernel, tensors
 
 
@@ -84,6 +87,7 @@ class Titans:
     momentum_scaled: bool
     want_surprise: bool
     generic: Generic
+    operands: torch.dtype | None  # see `Scratch`
 
     def forward(
         self, tensors: Sequence[Tensor], saved: list[Saved] | None
@@ -94,7 +98,7 @@ class Titans:
         W2_init = _per_row(given.W2_init, B)
         R1, R2 = _stack(self.chunk_size, given, W2_init)
         spare: tuple[Tensor, Tensor] | None = None
-        y, ws = torch.empty_like(given.q), Scratch(R1)
+        y, ws = torch.empty_like(given.q), Scratch(R1, self.operands)
         surprise = y.new_empty(B, T) if self.want_surprise else None
         for n, columns in enumerate(chunks_of(self.chunk_size, T)):
             k, v, q = (path[:, :, columns].flatten(0, 1) for path in (given.k, given.v, given.q))
@@ -127,7 +131,7 @@ class Titans:
         spare = torch.empty_like(g_R[0]), torch.empty_like(g_R[1])
         g_paths = tuple(torch.empty_like(path) for path in (given.k, given.v, given.q))
         g_log_rate, g_logs = torch.empty_like(gate.rate[..., 0]), torch.empty_like(gate.total[..., 0])
-        ws = Scratch(g_R[0])
+        ws = Scratch(g_R[0], self.operands)
         for n, columns in reversed(list(enumerate(chunks_of(self.chunk_size, T)))):
             k, q, g_out = (path[:, :, columns].flatten(0, 1) for path in (given.k, given.q, gy))
             g = backward_chunk(ws, saved[n], k, q, gate.rate[n], g_R, spare, g_out)

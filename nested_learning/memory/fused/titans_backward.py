@@ -79,10 +79,10 @@ def backward_chunk(
 
     g_error, g_z, log_rate = _write_backward(ws, saved, at_key, rate, g_R1, g_R2[:, 3 * d :], g_u)
     W2 = torch.add(saved.R2[:, :d], saved.R2[:, rows], out=ws("W2", (len(k), d, e)))
-    g_W2 = torch.bmm(k.mT, g_z, out=ws("g_W2", W2.shape))
+    g_W2 = ws.bmm(k.mT, g_z, out=ws("g_W2", W2.shape))
     g_R2[:, :d] += g_W2
     g_R2[:, rows] += g_W2
-    g_k.sub_(g_error).baddbmm_(g_z, W2.mT)
+    ws.add_bmm(g_k.sub_(g_error), g_z, W2.mT)
     return ChunkGradients(g_k, g_error, g_q, log_rate, g.finish(ws, decay))
 
 
@@ -107,10 +107,10 @@ def _write_backward(
     along_p = ws.rows_dot(u, p)
     dot = ws.rows_dot(p, saved.g).addcmul_(saved.along, along_p, value=-3)
     g_g = torch.addcmul(p, u, along_p, value=-1, out=second)
-    g_error = torch.mul(g_A1, rate).baddbmm_(g_g, W1)
-    g_u.baddbmm_(g_error, W1.mT, alpha=-1)
-    g_W1 = torch.bmm(g_g.mT, saved.error, out=ws("g_W1", W1.shape))
-    g_R1[:, :e] += g_W1.baddbmm_(u.mT, g_error, alpha=-1)
+    g_error = ws.add_bmm(torch.mul(g_A1, rate), g_g, W1)
+    ws.add_bmm(g_u, g_error, W1.mT, alpha=-1)
+    g_W1 = ws.bmm(g_g.mT, saved.error, out=ws("g_W1", W1.shape))
+    g_R1[:, :e] += ws.add_bmm(g_W1, u.mT, g_error, alpha=-1)
     dot.add_(ws.rows_dot(u, g_u))
     g_u.addcmul_(p, saved.along, value=-1).addcmul_(saved.g, along_p, value=-1).addcmul_(u, dot, value=-1)
     return g_error, g_z.addcmul_(g_u, first).mul_(f), log_rate
@@ -128,8 +128,8 @@ def _advance_backward(
     W, S, A = R[:, :width], R[:, width : 2 * width], R[:, -C:]
     g_W, g_S, g_end = g_after[:, :width], g_after[:, width : 2 * width], g_after[:, : 2 * width]
     keys = end_keys(ws, x, P_end, M_end)
-    g_R[:, -C:] = torch.bmm(keys, g_end, out=ws(("g_A", name), A.shape))
-    g_keys = torch.bmm(A, g_end.mT, out=ws(("g_keys", width), keys.shape))
+    g_R[:, -C:] = ws.bmm(keys, g_end, out=ws(("g_A", name), A.shape))
+    g_keys = ws.bmm(A, g_end.mT, out=ws(("g_keys", width), keys.shape))
     g_ends = torch.mul(g_keys.unflatten(-1, (2, width)), x.unsqueeze(-2)).sum(-1)  # [M, C, 2]
     g_M = g_ends[..., 1] * M_end.squeeze(-1)
     g.P[:, -1].add_(g_ends[..., 0])
@@ -163,8 +163,8 @@ def _read_backward(
     """Through o = left_factor(x) R: the gradient to x. Adds to g_R, g_keys and `g`."""
     width, C = x.shape[-1], raw.shape[-1]
     left = left_factor(ws, name, x, raw, decay, R.shape[1] == 3 * width + C)
-    g_left = torch.bmm(g_o, R.mT, out=ws(("g_left", name), left.shape))
-    g_R.baddbmm_(left.mT, g_o)
+    g_left = ws.bmm(g_o, R.mT, out=ws(("g_left", name), left.shape))
+    ws.add_bmm(g_R, left.mT, g_o)
     g_gamma, g_c, g_scores = g_left[..., :width], g_left[..., width : 2 * width], g_left[..., -C:]
     scales = torch.mul(g_left[..., : 2 * width].unflatten(-1, (2, width)), x.unsqueeze(-2)).sum(-1)
     g.T.addcmul_(scales[..., 0], decay.gamma.squeeze(-1))
@@ -174,5 +174,5 @@ def _read_backward(
     g_x = torch.mul(g_gamma, decay.gamma).addcmul_(g_c, decay.c)
     if R.shape[1] > 2 * width + C:
         g_x.add_(g_left[..., 2 * width : 3 * width])
-    g_keys.baddbmm_(g_scores.mT, x)
-    return g_x.baddbmm_(g_scores, keys)
+    ws.add_bmm(g_keys, g_scores.mT, x)
+    return ws.add_bmm(g_x, g_scores, keys)

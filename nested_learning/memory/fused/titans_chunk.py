@@ -106,10 +106,10 @@ def forward_chunk(
     d, e = k.shape[-1], R2.shape[-1]
     W1, A1, A2 = R1[:, :e], R1[:, 2 * e :], R2[:, 3 * d :]
     decay = decays(total)
-    z = torch.bmm(k, torch.add(R2[:, :d], R2[:, 2 * d : 3 * d], out=ws("W2", (len(k), d, e))))
+    z = ws.bmm(k, torch.add(R2[:, :d], R2[:, 2 * d : 3 * d], out=ws("W2", (len(k), d, e))))
     u, f = hidden(ws, "u", z)
-    error = torch.sub(v, k).baddbmm_(u, W1, alpha=-1)
-    g = torch.bmm(error, W1.mT)
+    error = ws.add_bmm(torch.sub(v, k), u, W1, alpha=-1)
+    g = ws.bmm(error, W1.mT)
     along = ws.rows_dot(u, g)
     gradient = torch.addcmul(g, u, along, value=-1, out=ws("gradient", g.shape)).mul_(f)
     gradient = silu_backward_(gradient, z)
@@ -117,11 +117,11 @@ def forward_chunk(
     torch.mul(gradient, clip * rate, out=A2)
     torch.mul(error, rate, out=A1)
 
-    raw2 = torch.bmm(q, k.mT)
-    z_q = torch.bmm(left_factor(ws, "left 2", q, raw2, decay, plain=True), R2)
+    raw2 = ws.bmm(q, k.mT)
+    z_q = ws.bmm(left_factor(ws, "left 2", q, raw2, decay, plain=True), R2)
     u_q, f_q = hidden(ws, "u_q", z_q)
-    raw1 = torch.bmm(u_q, u.mT)
-    y = torch.baddbmm(q, left_factor(ws, "left 1", u_q, raw1, decay, plain=False), R1)
+    raw1 = ws.bmm(u_q, u.mT)
+    y = ws.add_bmm(q.clone(), left_factor(ws, "left 1", u_q, raw1, decay, plain=False), R1)
     return y, Saved(R1, R2, z, f, error, g, along, clip, raw2, z_q, f_q, raw1, decay)
 
 
@@ -159,7 +159,7 @@ def _advance(ws: Scratch, decay: Decays, x: Tensor, R: Tensor, A: Tensor, after:
     width = x.shape[-1]
     gamma, c, m, P_end, M_end = ends(decay)
     keys = end_keys(ws, x, P_end, M_end)
-    written = torch.bmm(keys.mT, A, out=ws(("written", *R.shape), (len(x), 2 * width, R.shape[-1])))
+    written = ws.bmm(keys.mT, A, out=ws(("written", *R.shape), (len(x), 2 * width, R.shape[-1])))
     W, S = R[:, :width], R[:, width : 2 * width]
     torch.addcmul(written[:, :width], W, gamma, out=after[:, :width]).addcmul_(S, c)
     torch.addcmul(written[:, width:], S, m, out=after[:, width : 2 * width])
