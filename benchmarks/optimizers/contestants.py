@@ -71,8 +71,8 @@ NETWORK: dict[str, Callable[..., Optimizer]] = {
 }
 NETWORK_RATES: dict[str, list[float]] = {
     "AdamW": [1e-3, 3e-3, 1e-2, 3e-2],
-    "Muon": [3e-3, 1e-2, 3e-2, 0.1],
-    "M3": [3e-3, 1e-2, 3e-2, 0.1],
+    "Muon": [1e-3, 3e-3, 1e-2, 3e-2, 0.1],
+    "M3": [1e-3, 3e-3, 1e-2, 3e-2, 0.1],
     "DMGD": [0.3, 1.0, 3.0, 10.0],
     "DeltaMomentum": [3e-4, 1e-3, 3e-3, 1e-2],
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 from nested_learning.layers.attention import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.cms_level import CMSLevel, learning_levels
 from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
 from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.memory_layer import MemoryLayer
@@ -29,6 +30,14 @@ OBJECTIVES = {
 }
 DECAYS = {"none": "no decay", "constant": "constant decay", "gated": "decay α_t"}
 CMS_OBJECTIVES = {"lm": "next-token loss", "regression": "½‖M(k) − v‖² on projections of its input"}
+
+CMS_RULES = {
+    "gd": "gradient descent on the sum over the chunk",
+    "dgd": "delta gradient descent on the down projection, gradient descent on the rest",
+    "momentum": "momentum on the sum over the chunk",
+    "adam": "Adam's memory on the sum over the chunk",
+    "adagrad": "AdaGrad's memory on the sum over the chunk",
+}
 
 
 @describes(MemoryLayer)
@@ -173,23 +182,45 @@ def _passes(sources: tuple[str, ...], targets: tuple[str, ...], what: str) -> Tr
 @describes(ContinuumMemorySystem)
 def _continuum_memory_system(cms: ContinuumMemorySystem) -> Iterator[Described]:
     """A level's block is weights; where it learns in context it is a memory too, which starts from them."""
-    for number, (level, block) in enumerate(zip(cms.levels, cms.blocks, strict=True), 1):
-        name = f"CMS level {number} (chunk {level.chunk_size})"
+    names = [f"CMS level {number} (chunk {level.chunk_size})" for number, level in enumerate(cms.levels, 1)]
+    memories = {
+        index: f"{names[index]} in context" for index in learning_levels(cms.levels, cms.variant, cms.update)
+    }
+    for index, (level, block) in enumerate(zip(cms.levels, cms.blocks, strict=True)):
         parameters = list(block.parameters())
-        if cms.update == "none":
-            yield Weights(name, parameters)
+        if index not in memories:
+            yield Weights(names[index], parameters)
             continue
-        memory = f"{name} in context"
         yield Memory(
-            name=memory,
+            name=memories[index],
             frequency=every_tokens(level.chunk_size),
             state_bytes=None,
             context=f"chunks of {level.chunk_size} tokens",
             objective=CMS_OBJECTIVES.get(cms.update, cms.update),
-            rule="gradient descent on the sum over the chunk (eq 71)",
+            rule=_cms_rule(level),
         )
-        yield Weights(name, parameters, initial_of=(memory,))
+        yield Weights(names[index], parameters, initial_of=(memories[index],))
+        if cms.variant == "nested" and index + 1 in memories:
+            yield Transfer(
+                sources=(memories[index + 1],),
+                targets=(memories[index],),
+                kind="initial state",
+                what=f"taken again every {cms.levels[index + 1].chunk_size} tokens",
+            )
     yield from _weights_of_the_system_itself(cms)
+
+
+def _cms_rule(level: CMSLevel) -> str:
+    """How a level that learns in context writes, in a line."""
+    clip, retention = level.option("clip"), level.option("retention")
+    parts = [f"{CMS_RULES[level.option('rule')]} (eq 71)"]
+    if level.option("lr") == 0:
+        parts = ["writes nothing itself (lr 0)"]
+    elif clip is not None:
+        parts.append(f"clipped to norm {clip:g}")
+    if retention != 1:
+        parts.append(f"retention {retention:g} towards the initial state")
+    return "; ".join(parts)
 
 
 def _weights_of_the_system_itself(cms: ContinuumMemorySystem) -> Iterator[Weights]:

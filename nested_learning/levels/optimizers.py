@@ -207,7 +207,8 @@ def _m3(optimizer: ours.M3, group: Group) -> Iterator[OptimizerRule]:
             "read as O₂ = NewtonSchulz(M₂)",
             every=group["frequency"],
         )
-        step = "W ← W − lr·(NewtonSchulz(M₁) + α O₂)/(√V + ε) (Algorithm 1)"
+        read = f"β₁M₁ + {1 - group['betas'][0]:g} g" if group["nesterov"] else "M₁"
+        step = f"W ← W − lr·(NewtonSchulz({read}) + {group['alpha']:g} O₂)/(√V + ε) (Algorithm 1)"
         yield OptimizerRule(params=matrices, step=step, memories=(fast, slow))
     yield from adamw
 

@@ -23,7 +23,7 @@ from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.registry import MIXERS, build_mixer
 from nested_learning.levels import every_steps, levels
 from nested_learning.models import HopeConfig
-from nested_learning.optimizers import MultiFrequency
+from nested_learning.optimizers import M3, MultiFrequency
 
 MIXER = "self_modifying_titans"
 
@@ -146,13 +146,40 @@ def test_cms_levels_step_at_their_own_frequency(hope):
 
 
 def test_cms_that_learns_in_context():
-    cms = ContinuumMemorySystem(8, [{"chunk_size": 16}, {"chunk_size": 64}])
-    cms.update = "lm"
+    cms = ContinuumMemorySystem(8, [{"chunk_size": 16}, {"chunk_size": 64}], update="lm")
     assert outline(levels(cms, torch.optim.SGD(cms.parameters()))) == [
         ("every 16 tokens", {"CMS level 1 (chunk 16) in context": 0}),
         ("every 64 tokens", {"CMS level 2 (chunk 64) in context": 0}),
         ("every optimizer step", {"CMS level 1 (chunk 16)": BLOCK, "CMS level 2 (chunk 64)": BLOCK}),
     ]
+
+
+def test_cms_levels_say_how_they_write():
+    options = [{"chunk_size": 4, "rule": "adam", "retention": 0.5}, {"chunk_size": 8, "lr": 0.0}]
+    system = levels(ContinuumMemorySystem(8, options, update="regression"))
+    rule = system["CMS level 1 (chunk 4) in context"].rule
+    assert rule == "Adam's memory on the sum over the chunk (eq 71); clipped to norm 1; " + (
+        "retention 0.5 towards the initial state"
+    )
+    assert "CMS level 2 (chunk 8) in context" not in {c.name for c in system.components}  # static
+
+
+def test_nested_cms_passes_initial_states_from_level_to_level():
+    cms = ContinuumMemorySystem(8, [{"chunk_size": 4}, {"chunk_size": 8}], variant="nested", update="lm")
+    passed = [t for t in levels(cms).transfers if t.kind == "initial state" and "in context" in t.sources[0]]
+    assert [(t.sources, t.targets) for t in passed] == [
+        (("CMS level 2 (chunk 8) in context",), ("CMS level 1 (chunk 4) in context",))
+    ]
+    assert "every 8 tokens" in passed[0].what
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_m3_says_what_its_step_reads(nesterov):
+    model = torch.nn.Linear(4, 4, bias=False)
+    system = levels(model, M3(model.parameters(), lr=0.1, alpha=0.3, nesterov=nesterov))
+    rule = next(c.rule for c in system.components if c.kind == "weights")
+    assert ("NewtonSchulz(β₁M₁ + " in rule) == nesterov
+    assert "0.3 O₂" in rule
 
 
 @pytest.mark.parametrize("momentum", [False, True])
