@@ -159,6 +159,9 @@ def lora(model: Any, rate: float, chunk: int) -> Iterator[Student]:
 class Plan:
     """What the methods of a part have in common, and the rates that each may choose from.
 
+    Fine-tuning and LoRA see each chunk by itself, as training does; levels see it after earlier ones, as far
+    as their default window goes.
+
     Args:
         chunks: tokens between two writes of the three levels, fast to slow. One level has the fastest; so
             do the steps of fine-tuning and LoRA.
