@@ -1,0 +1,121 @@
+"""What a model answers: how it predicts given sequences, and what it writes; with or without a context."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+PIECE = 512  # tokens of one pass over a context
+
+
+@dataclass(frozen=True)
+class View:
+    """A model to be asked.
+
+    Args:
+        model: a causal language model.
+        context: ids [T] that stand before everything it is asked; None for a new window.
+    """
+
+    model: Any
+    context: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How a model predicted the tokens [1:] of a sequence.
+
+    Args:
+        losses: [n − 1], in nats.
+        hits: [n − 1], whether the token is the one that the model finds most likely.
+    """
+
+    losses: Tensor
+    hits: Tensor
+
+
+@torch.no_grad()
+def ask(view: View, sequences: Sequence[Tensor], batch: int) -> list[Answered]:
+    """How the model predicts each sequence of ids [n], each in a window of its own after the context."""
+    if view.context is not None:
+        cache = read_context(view)
+        answered = []
+        for ids in sequences:
+            logits = view.model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits
+            cache.crop(-len(ids))  # the next question follows the context alone
+            answered.append(_answered(logits[0], ids))
+        return answered
+    answered = []
+    for start in range(0, len(sequences), batch):
+        rows = sequences[start : start + batch]
+        # padded behind, where no token that counts attends to it
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        logits = view.model(input_ids=ids, use_cache=False).logits
+        answered += [_answered(row, own) for row, own in zip(logits, rows, strict=True)]
+    return answered
+
+
+def _answered(logits: Tensor, ids: Tensor) -> Answered:
+    logits, targets = logits[: len(ids) - 1].float(), ids[1:]
+    return Answered(F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
+
+
+@torch.no_grad()
+def read_context(view: View) -> DynamicCache:
+    """Keys and values of the context, read in pieces."""
+    assert view.context is not None
+    cache = DynamicCache(config=view.model.config)
+    for piece in view.context.split(PIECE):
+        view.model.base_model(input_ids=piece[None], past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def continuations(
+    view: View, prompts: Sequence[Tensor], new_tokens: int, stop: int, batch: int
+) -> list[list[int]]:
+    """Greedy continuation of each prompt [n]: at most `new_tokens` ids, and none from the id `stop` on."""
+    read = None if view.context is None else read_context(view)
+    found = []
+    for start in range(0, len(prompts), batch):
+        rows = list(prompts[start : start + batch])
+        cache = DynamicCache(config=view.model.config) if read is None else copy.deepcopy(read)
+        if read is not None:
+            cache.batch_repeat_interleave(len(rows))
+        found += _continue(view.model, rows, cache, new_tokens, stop)
+    return found
+
+
+def _continue(
+    model: Any, rows: Sequence[Tensor], cache: DynamicCache, new_tokens: int, stop: int
+) -> list[list[int]]:
+    """One batch; prompts are padded in front, and padding is masked and takes no position."""
+    past, longest = cache.get_seq_length(), max(map(len, rows))
+    ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+    mask = torch.cat([mask.new_ones(len(rows), past), mask], dim=1)
+    output: list[Tensor] = []
+    ended = torch.zeros(len(rows), dtype=torch.bool)
+    while len(output) < new_tokens and not ended.all():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        ids = logits[:, -1:].argmax(-1)
+        ended |= ids[:, 0] == stop
+        output.append(ids)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    ids_of_row = torch.cat(output, dim=1).tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in ids_of_row]

@@ -1,0 +1,131 @@
+"""What reading costs: `observe` with three levels, relative to forward and backward; the size of a memory."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Claim, new_figure, save
+from benchmarks.harness import interleaved, show
+from benchmarks.pretrained.request import Request
+from nested_learning.continual import Learner, Level, stack_levels
+
+WANTED = 0.8  # of the rate of forward and backward
+RANK = 8
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is read and timed.
+
+    Args:
+        chunks: tokens between two writes of the levels, fast to slow; the fastest is what is timed.
+        repeats: timed chunks. With those before, they reach the boundary of the slowest level.
+        warmup: chunks before.
+    """
+
+    chunks: tuple[int, int, int] = (512, 2048, 8192)
+    repeats: int = 14
+    warmup: int = 2
+
+
+QUICK = Size(chunks=(16, 32, 64), repeats=3, warmup=1)
+
+
+def _levels(size: Size, rank: int | None) -> list[Level]:
+    return [Level(chunk, 0.01, rank=rank) for chunk in size.chunks]
+
+
+def _rates(
+    base: Any, ids: Tensor, window: int | None, size: Size
+) -> tuple[dict[str, float], dict[str, Learner]]:
+    """Tokens per second of forward and backward, and of observing, full deltas and low rank; the learners."""
+    learners = {
+        "full": stack_levels(base, levels=_levels(size, None), window=window),
+        f"rank {RANK}": stack_levels(base, levels=_levels(size, RANK), window=window),
+    }
+
+    def plain() -> None:
+        loss = base(input_ids=ids, labels=ids, use_cache=False).loss
+        torch.autograd.grad(loss, list(base.parameters()))
+
+    works: dict[str, Callable[[], object]] = {"plain": plain}
+    works |= {name: lambda learner=learner: learner.observe(ids) for name, learner in learners.items()}
+    seconds = interleaved(works, size.repeats, size.warmup)
+    return {name: ids.numel() / value for name, value in seconds.items()}, learners
+
+
+def _measured(request: Request, dtype: str, context: bool, size: Size) -> dict[str, Any]:
+    """Rates in one precision, with the default window or without context, and the size of a user's file."""
+    base = copy.deepcopy(request.loaded[0]).to(DTYPES[dtype])
+    fast = size.chunks[0]
+    text = torch.randint(base.config.vocab_size, (1, fast), generator=torch.Generator().manual_seed(0))
+    rates, learners = _rates(base, text, None if context else fast + 1, size)
+    found: dict[str, Any] = {"plain, tokens/s": rates.pop("plain")}
+    for name, rate in rates.items():
+        found |= {f"{name}, tokens/s": rate, f"{name}, of plain": rate / found["plain, tokens/s"]}
+        learner = learners[name]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "memory.safetensors"
+            learner.memory.save(file)
+            found[f"{name}, file bytes"] = file.stat().st_size
+    found["base bytes"] = sum(p.numel() * p.element_size() for p in base.parameters())
+    found["tokens read"] = learner.memory.rows[0].position
+    return found
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Rates and sizes in both precisions, with and without a context."""
+    size = QUICK if request.quick else Size()
+    rows = []
+    for dtype in DTYPES:
+        for context in (False, True):
+            settings = {"part": "speed", "model": request.model_name, "dtype": dtype, "context": context}
+            settings |= {"size": asdict(size), "threads": torch.get_num_threads()}
+            found = request.cache.get(settings, lambda d=dtype, c=context: _measured(request, d, c, size))
+            rows.append({"dtype": dtype, "context": "default window" if context else "none", **found})
+    return {"size": asdict(size), "rows": rows, "claims": _claims(rows)}
+
+
+def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    return [
+        {
+            "claim": f"three levels read at {WANTED} of the rate of forward and backward or more "
+            f"({row['dtype']}, context: {row['context']})",
+            "holds": row["full, of plain"] >= WANTED,
+            "because": f"{row['full, of plain']:.2f} with full deltas, "
+            f"{row[f'rank {RANK}, of plain']:.2f} with rank {RANK}",
+        }
+        for row in rows
+    ]
+
+
+def display(figures: dict[str, Any]) -> None:
+    show(f"observing with levels of {figures['size']['chunks']} tokens on all layers", figures["rows"])
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Rates relative to forward and backward, and sizes of the files."""
+    figure, [rate, size] = new_figure(2, width=5.0)
+    rows, kinds = figures["rows"], ("full", f"rank {RANK}")
+    for index, kind in enumerate(kinds):
+        places = [place + 0.4 * index for place in range(len(rows))]
+        rate.bar(places, [row[f"{kind}, of plain"] for row in rows], 0.4, label=kind)
+        size.bar(places, [row[f"{kind}, file bytes"] / 1e6 for row in rows], 0.4, label=kind)
+    for axis in (rate, size):
+        names = [f"{row['dtype']}\n{row['context']}" for row in rows]
+        axis.set_xticks([place + 0.2 for place in range(len(rows))], names, fontsize="small")
+    rate.axhline(WANTED, color="grey", linestyle=":")
+    rate.set_ylabel("tokens/s, of forward and backward")
+    size.set_ylabel("file, MB")
+    size.set_yscale("log")
+    rate.legend()
+    save(figure, path)
