@@ -27,7 +27,7 @@ from benchmarks.common import (
 )
 from benchmarks.harness import record, show
 from benchmarks.pretrained.clinc_data import FULL, Corpus, Protocol, default_folder, draw, merged, read
-from benchmarks.pretrained.clinc_methods import ClassMeans, InContext, Levels, Method, Wording
+from benchmarks.pretrained.clinc_methods import ClassMeans, Features, InContext, Levels, Method, Wording
 from benchmarks.pretrained.clinc_scores import final_accuracy, learn_in_turn
 from benchmarks.pretrained.clinc_training import ElasticWeights, FineTuning, Replay
 from benchmarks.pretrained.model import load
@@ -39,12 +39,21 @@ QUICK = Protocol(tasks=2, train=3, queries=2)
 SCORES = ("accuracy", "forgetting", "backward transfer")
 KEPT = 2  # examples of each class that replay and the context may keep
 RATES = [3e-5, 1e-4, 3e-4]
+DEPTHS = (0.33, 0.67, 1.0)
+
+
+class Base(NamedTuple):
+    """What methods are made of; none changes it."""
+
+    model: Any
+    wording: Wording
+    features: Features
 
 
 class Contestant(NamedTuple):
-    """How to make a method (from the model, the wording, the seed and a setting), and the settings to try."""
+    """How to make a method (from the base, the seed and a setting), and the settings to try."""
 
-    make: Callable[[Any, Wording, int, Options], Method]
+    make: Callable[[Base, int, Options], Method]
     grid: Sequence[Options]
     is_joint: bool = False
 
@@ -56,8 +65,10 @@ def _stack(count: int, rate: float) -> Options:
     return {"lr": rate, "levels": levels}
 
 
-def _levels(model: Any, wording: Wording, seed: int, options: Options) -> Method:
-    return Levels(model, wording, [Level(**each) for each in options["levels"]], options.get("kept", 0))
+def _levels(base: Base, seed: int, options: Options) -> Method:
+    return Levels(
+        base.model, base.wording, [Level(**each) for each in options["levels"]], options.get("kept", 0)
+    )
 
 
 def _contestants() -> dict[str, Contestant]:
@@ -65,23 +76,23 @@ def _contestants() -> dict[str, Contestant]:
     contexts = [{"kept": k, "order": order} for k in (1, KEPT) for order in ("stream", "mixed")]
     features = [
         {"depth": depth, "pooling": pooling, "shrinkage": shrinkage}
-        for depth in (0.33, 0.67, 1.0)
+        for depth in DEPTHS
         for pooling in ("mean", "last")
         for shrinkage in (0.1, 0.5)
     ]
     penalties = [{"lr": lr, "strength": strength} for lr in RATES[:2] for strength in (1e2, 1e4, 1e6)]
     stacks = {count: [_stack(count, rate) for rate in (0.1, 0.3)] for count in (1, 2, 3)}
     return {
-        "no examples": Contestant(lambda m, w, s, o: InContext(m, w, kept=0), [{}]),
-        "in context": Contestant(lambda m, w, s, o: InContext(m, w, **o, seed=s), contexts),
-        "fine-tuning": Contestant(lambda m, w, s, o: FineTuning(m, w, **o), rates),
-        "EWC": Contestant(lambda m, w, s, o: ElasticWeights(m, w, **o), penalties),
-        "replay": Contestant(lambda m, w, s, o: Replay(m, w, **o, kept=KEPT, seed=s), rates),
-        "class means": Contestant(lambda m, w, s, o: ClassMeans(m, w, **o), features),
+        "no examples": Contestant(lambda b, s, o: InContext(b.model, b.wording, kept=0), [{}]),
+        "in context": Contestant(lambda b, s, o: InContext(b.model, b.wording, **o, seed=s), contexts),
+        "fine-tuning": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates),
+        "EWC": Contestant(lambda b, s, o: ElasticWeights(b.model, b.wording, **o), penalties),
+        "replay": Contestant(lambda b, s, o: Replay(b.model, b.wording, **o, kept=KEPT, seed=s), rates),
+        "class means": Contestant(lambda b, s, o: ClassMeans(b.features, **o), features),
         "1 level": Contestant(_levels, stacks[1]),
         "2 levels": Contestant(_levels, stacks[2]),
         "3 levels": Contestant(_levels, stacks[3]),
-        "joint": Contestant(lambda m, w, s, o: FineTuning(m, w, **o), rates, is_joint=True),
+        "joint": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates, is_joint=True),
     }
 
 
@@ -89,8 +100,7 @@ class Bench:
     """Runs of methods, kept in the cache.
 
     Args:
-        model: the base model; it stays as it is.
-        wording: of prompts.
+        base: what methods are made of.
         corpus: where tasks are drawn from.
         protocol: how much of it.
         cache: of results.
@@ -99,15 +109,13 @@ class Bench:
 
     def __init__(
         self,
-        model: Any,
-        wording: Wording,
+        base: Base,
         corpus: Corpus,
         protocol: Protocol,
         cache: Cache,
         identity: Options,
     ) -> None:
-        self.model, self.wording, self.corpus = model, wording, corpus
-        self.protocol, self.cache = protocol, cache
+        self.base, self.corpus, self.protocol, self.cache = base, corpus, protocol, cache
         self.identity = {"part": "clinc", **asdict(protocol), **identity}
 
     def tune(self, name: str, contestant: Contestant) -> Options:
@@ -129,7 +137,7 @@ class Bench:
             tasks = draw(self.corpus, self.protocol, seed, tuning)
             if contestant.is_joint:
                 tasks = [merged(tasks, seed)]
-            method = contestant.make(self.model, self.wording, seed, setting)
+            method = contestant.make(self.base, seed, setting)
             return (final_accuracy if tuning else learn_in_turn)(method, tasks)
 
         settings = {**self.identity, "method": name, "setting": setting, "seed": seed, "tuning": tuning}
@@ -159,7 +167,9 @@ def run(
     corpus = read(data or default_folder())
     loaded, tokenizer = load(model)
     source = "SmolLM2-135M-Instruct" if model is None else str(model)
-    bench = Bench(loaded, Wording(tokenizer), corpus, protocol, cache, {"model": source})
+    wording = Wording(tokenizer)
+    base = Base(loaded, wording, Features(loaded, wording, DEPTHS))
+    bench = Bench(base, corpus, protocol, cache, {"model": source})
     rows = []
     for name, contestant in contestants.items():
         tuned = bench.tune(name, contestant)

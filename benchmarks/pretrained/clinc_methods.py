@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -119,6 +120,42 @@ class InContext:
         return [token for piece in pieces for token in piece]
 
 
+class Features:
+    """The base model's hidden states behind prompts, pooled; each text is read once, whatever is asked of it.
+
+    Args:
+        model: the base model.
+        wording: of the prompts.
+        depths: of the layers that are kept, from 0 (the embedding) to 1 (the last layer).
+        batch: prompts of one pass.
+    """
+
+    def __init__(self, model: Any, wording: Wording, depths: Sequence[float], batch: int = 16) -> None:
+        self.model, self.wording, self.batch = model, wording, batch
+        self.layers = {depth: round(depth * model.config.num_hidden_layers) for depth in depths}
+        self.known: dict[str, dict[tuple[float, str], Tensor]] = {}
+
+    def of(self, texts: Sequence[str], depth: float, pooling: str) -> Tensor:
+        """[texts, D] in float64: the "mean" over each prompt's tokens, or its "last" one."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        for start in range(0, len(new), self.batch):
+            self._read(new[start : start + self.batch])
+        return torch.stack([self.known[text][depth, pooling] for text in texts]).double()
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> None:
+        prompts = [self.wording.prompt(text) for text in texts]
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):  # a prompt does not see what fills it up behind
+            row[: len(prompt)] = torch.tensor(prompt)
+        states = self.model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+        for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+            found = self.known[text] = {}
+            for depth, layer in self.layers.items():
+                x = states[layer][row, : len(prompt)].float()
+                found[depth, "mean"], found[depth, "last"] = x.mean(0), x[-1].clone()
+
+
 class ClassMeans:
     """The nearest class mean in the base model's features, by a Mahalanobis distance.
 
@@ -126,26 +163,23 @@ class ClassMeans:
     over examples are all that is kept, so nothing is forgotten, whatever the order.
 
     Args:
-        model: the base model; nothing is trained.
-        wording: of the prompts.
-        depth: of the layer whose output is the feature, from 0 (the embedding) to 1 (the last layer).
-        pooling: "mean" over the prompt's tokens, or its "last" one.
-        shrinkage: share of the identity, from 0 to 1.
+        features: of the base model; nothing is trained.
+        depth: which of the features' layers.
+        pooling: "mean" or "last"; see `Features.of`.
+        shrinkage: share of the identity, above 0 and up to 1.
     """
 
-    def __init__(self, model: Any, wording: Wording, depth: float, pooling: str, shrinkage: float) -> None:
-        if pooling not in ("mean", "last"):
-            raise ValueError(f"pooling must be 'mean' or 'last', got {pooling!r}")
-        self.model, self.wording = model, wording
-        self.layer = round(depth * model.config.num_hidden_layers)
-        self.pooling, self.shrinkage = pooling, shrinkage
+    def __init__(self, features: Features, depth: float, pooling: str, shrinkage: float) -> None:
+        self.features = partial(features.of, depth=depth, pooling=pooling)
+        self.shrinkage = shrinkage
         self.means: dict[str, Tensor] = {}
         self.scatter: Tensor | float = 0.0
         self.count = 0
 
     def learn(self, task: Task) -> None:
+        everything = self.features([example.text for example in task.train])
         for label in task.labels:
-            x = torch.stack([self.feature(e.text) for e in task.train if e.label == label])
+            x = everything[[i for i, example in enumerate(task.train) if example.label == label]]
             self.means[label] = x.mean(0)
             self.scatter = self.scatter + (x - x.mean(0)).T @ (x - x.mean(0))
             self.count += len(x)
@@ -157,18 +191,11 @@ class ClassMeans:
         identity = torch.eye(len(covariance), dtype=covariance.dtype)
         shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * scale * identity
         root = torch.linalg.cholesky(shrunk)
-        points = torch.stack([self.feature(text) for text in texts])
         means = torch.stack([self.means[label] for label in labels])
-        whitened = [torch.linalg.solve_triangular(root, x.T, upper=False).T for x in (points, means)]
+        whitened = [
+            torch.linalg.solve_triangular(root, x.T, upper=False).T for x in (self.features(texts), means)
+        ]
         return [labels[index] for index in torch.cdist(*whitened).argmin(1).tolist()]
-
-    @torch.no_grad()
-    def feature(self, text: str) -> Tensor:
-        """[D] of a prompt, float64."""
-        ids = torch.tensor(self.wording.prompt(text))[None]
-        states = self.model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
-        found = states[self.layer][0].double()
-        return found.mean(0) if self.pooling == "mean" else found[-1]
 
 
 class Levels:

@@ -13,6 +13,7 @@ from benchmarks.pretrained import clinc, clinc_training
 from benchmarks.pretrained.clinc_data import Example, Protocol, Task, default_folder, draw, merged, read
 from benchmarks.pretrained.clinc_methods import (
     ClassMeans,
+    Features,
     InContext,
     Levels,
     Wording,
@@ -235,10 +236,23 @@ def test_the_examples_in_the_context(model):
 
 def test_class_means_tell_classes_apart(model):
     labels = ["pay bill", "visa", "recipe"]
-    method = ClassMeans(model, WORDING, depth=0.5, pooling="mean", shrinkage=0.1)
+    method = ClassMeans(Features(model, WORDING, [0.5]), depth=0.5, pooling="mean", shrinkage=0.1)
     for label in labels:
         method.learn(some_task([label], count=6))
     assert method.predict([f"{label} number 9" for label in labels], labels) == labels
+
+
+def test_features_are_those_of_each_prompt_alone(model):
+    texts = ["a short one", "one that is somewhat longer", "x", "a short one"]
+    features = Features(model, WORDING, [0.0, 1.0], batch=2)
+    for depth, layer in ((0.0, 0), (1.0, 3)):
+        states = [
+            model(torch.tensor([WORDING.prompt(text)]), output_hidden_states=True).hidden_states[layer][0]
+            for text in texts
+        ]
+        for pooling, pool in (("mean", lambda x: x.mean(0)), ("last", lambda x: x[-1])):
+            expected = torch.stack([pool(x) for x in states]).double().detach()
+            torch.testing.assert_close(features.of(texts, depth, pooling), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_cut_no_example():
@@ -338,7 +352,7 @@ def folder(tmp_path_factory):
 def test_quick_run(tmp_path, folder, data):
     """Figures, plot and cache are written whole; a second run repeats the first from its cache."""
     files = {name: tmp_path / f"{name}.{end}" for name, end in (("f", "json"), ("p", "png"), ("c", "json"))}
-    line = ["--quick", "--seeds", "0", "1", "--model", str(folder), "--data", str(data)]
+    line = ["--quick", "--seeds", "0", "--model", str(folder), "--data", str(data)]
     line += ["--json", str(files["f"]), "--plot", str(files["p"]), "--cache", str(files["c"])]
     figures = clinc.main(line)
     written = json.loads(files["f"].read_text())
