@@ -1,18 +1,23 @@
 """Class-incremental intents: CLINC150's domains one after the other; a query does not tell its task.
 
-A task is a domain with 15 intents and 20 training examples of each; after five tasks there are 75 labels, and
-a query is labelled by the most probable of all labels seen so far. Each method gets the setting with the best
-accuracy on validation queries, after a stream of tasks that is not reported; then the seeds decide domains,
-their order, examples and queries (from the test split).
+A task is a domain with 15 intents and 20 training examples of each, seen once; after five tasks there are 75
+labels, and a query is labelled by the most probable of all labels seen so far. 150 test queries, two of each
+class, are asked at the end; accuracy is measured on these. One of the two is asked after every task too, for
+forgetting (mean of the best accuracy of a task before the end, minus that at the end) and backward transfer.
+
+Each method gets the setting with the best accuracy on validation queries at the end of a stream that is not
+reported; then the seeds decide domains, their order, examples and queries (from the test split). Fine-tuning,
+EWC, replay and joint training learn from the labels' tokens, in batches of 8; levels from all tokens. "joint"
+has all tasks at once, shuffled.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.common import (
     Cache,
@@ -26,74 +31,15 @@ from benchmarks.common import (
     spread,
 )
 from benchmarks.harness import record, show
+from benchmarks.pretrained.clinc_contestants import DEPTHS, Base, Contestant, Options, contestants
 from benchmarks.pretrained.clinc_data import FULL, Corpus, Protocol, default_folder, draw, merged, read
-from benchmarks.pretrained.clinc_methods import ClassMeans, Features, InContext, Levels, Method, Wording
+from benchmarks.pretrained.clinc_methods import Features, Wording
 from benchmarks.pretrained.clinc_scores import final_accuracy, learn_in_turn
-from benchmarks.pretrained.clinc_training import ElasticWeights, FineTuning, Replay
 from benchmarks.pretrained.model import load
-from nested_learning.continual import Level
 
-Options = dict[str, Any]
 TUNING_SEED = 1000
 QUICK = Protocol(tasks=2, train=3, queries=2)
 SCORES = ("accuracy", "forgetting", "backward transfer")
-KEPT = 2  # examples of each class that replay and the context may keep
-RATES = [3e-5, 1e-4, 3e-4]
-DEPTHS = (0.33, 0.67, 1.0)
-
-
-class Base(NamedTuple):
-    """What methods are made of; none changes it."""
-
-    model: Any
-    wording: Wording
-    features: Features
-
-
-class Contestant(NamedTuple):
-    """How to make a method (from the base, the seed and a setting), and the settings to try."""
-
-    make: Callable[[Base, int, Options], Method]
-    grid: Sequence[Options]
-    is_joint: bool = False
-
-
-def _stack(count: int, rate: float) -> Options:
-    """Levels that write every 64, 256 and 1,024 tokens; the slower, the smaller the share of the rate."""
-    ladder = [(64, 1.0), (256, 1.0), (1024, 1.0)][:count]
-    levels = [{"chunk_size": size, "lr": rate * share, "layers": "all"} for size, share in ladder]
-    return {"lr": rate, "levels": levels}
-
-
-def _levels(base: Base, seed: int, options: Options) -> Method:
-    return Levels(
-        base.model, base.wording, [Level(**each) for each in options["levels"]], options.get("kept", 0)
-    )
-
-
-def _contestants() -> dict[str, Contestant]:
-    rates = [{"lr": lr} for lr in RATES]
-    contexts = [{"kept": k, "order": order} for k in (1, KEPT) for order in ("stream", "mixed")]
-    features = [
-        {"depth": depth, "pooling": pooling, "shrinkage": shrinkage}
-        for depth in DEPTHS
-        for pooling in ("mean", "last")
-        for shrinkage in (0.1, 0.5)
-    ]
-    penalties = [{"lr": lr, "strength": strength} for lr in RATES[:2] for strength in (1e2, 1e4, 1e6)]
-    stacks = {count: [_stack(count, rate) for rate in (0.1, 0.3)] for count in (1, 2, 3)}
-    return {
-        "no examples": Contestant(lambda b, s, o: InContext(b.model, b.wording, kept=0), [{}]),
-        "in context": Contestant(lambda b, s, o: InContext(b.model, b.wording, **o, seed=s), contexts),
-        "fine-tuning": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates),
-        "EWC": Contestant(lambda b, s, o: ElasticWeights(b.model, b.wording, **o), penalties),
-        "replay": Contestant(lambda b, s, o: Replay(b.model, b.wording, **o, kept=KEPT, seed=s), rates),
-        "class means": Contestant(lambda b, s, o: ClassMeans(b.features, **o), features),
-        "1 level": Contestant(_levels, stacks[1]),
-        "2 levels": Contestant(_levels, stacks[2]),
-        "3 levels": Contestant(_levels, stacks[3]),
-        "joint": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates, is_joint=True),
-    }
 
 
 class Bench:
@@ -160,54 +106,66 @@ def run(
     """
     if TUNING_SEED in seeds:
         raise ValueError(f"seed {TUNING_SEED} tunes the methods; report others")
-    contestants = _chosen(_contestants(), methods)
+    chosen = _chosen(methods)
     if quick:
-        contestants = {name: each._replace(grid=each.grid[:2]) for name, each in contestants.items()}
+        chosen = {name: each._replace(grid=each.grid[:2]) for name, each in chosen.items()}
     protocol = FULL if full else QUICK if quick else Protocol()
     corpus = read(data or default_folder())
+    labels = sum(len(task.labels) for task in draw(corpus, protocol, seeds[0], tuning=False))
     loaded, tokenizer = load(model)
     source = "SmolLM2-135M-Instruct" if model is None else str(model)
     wording = Wording(tokenizer)
     base = Base(loaded, wording, Features(loaded, wording, DEPTHS))
     bench = Bench(base, corpus, protocol, cache, {"model": source})
-    rows = []
-    for name, contestant in contestants.items():
-        tuned = bench.tune(name, contestant)
-        found = [bench.result(name, contestant, tuned["setting"], seed) for seed in seeds]
-        row: dict[str, Any] = {"method": name, **tuned}
-        for score in (*SCORES, "seconds"):
-            values = [each[score] for each in found]
-            row |= {score: mean(values), f"± {score}": spread(values), f"{score}, seeds": values}
-        rows.append({**row, "matrices": [each["matrix"] for each in found]})
-    figures = {"part": "clinc", **asdict(protocol), "model": source, "seeds": seeds}
+    rows = [_row(bench, name, contestant, seeds) for name, contestant in chosen.items()]
+    figures = {"part": "clinc", **asdict(protocol), "labels": labels, "model": source, "seeds": seeds}
     return {**figures, "tuning_seed": TUNING_SEED, "rows": rows, "claims": _claims(rows)}
 
 
-def _chosen(contestants: dict[str, Contestant], methods: Sequence[str] | None) -> dict[str, Contestant]:
-    unknown = set(methods or ()) - set(contestants)
+def _chosen(methods: Sequence[str] | None) -> dict[str, Contestant]:
+    """All methods, or those that are named."""
+    known = contestants()
+    unknown = set(methods or ()) - set(known)
     if unknown:
-        raise ValueError(f"no method {', '.join(sorted(unknown))}; expected some of {', '.join(contestants)}")
-    return {name: each for name, each in contestants.items() if methods is None or name in methods}
+        raise ValueError(f"no method {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    return {name: each for name, each in known.items() if methods is None or name in methods}
+
+
+def _row(bench: Bench, name: str, contestant: Contestant, seeds: Sequence[int]) -> dict[str, Any]:
+    """A method's chosen setting, and its scores: mean and standard deviation over seeds, and each."""
+    tuned = bench.tune(name, contestant)
+    found = [bench.result(name, contestant, tuned["setting"], seed) for seed in seeds]
+    row: dict[str, Any] = {"method": name, **tuned}
+    for score in (*SCORES, "seconds"):
+        values = [each[score] for each in found]
+        row |= {score: mean(values), f"± {score}": spread(values), f"{score}, seeds": values}
+    return {**row, "matrices": [each["matrix"] for each in found]}
+
+
+COMPARISONS = (  # ours, theirs, in words
+    ("3 levels", "1 level", "three levels are ahead of one level"),
+    ("3 levels", "in context", "three levels are ahead of in-context learning"),
+    ("3 levels", "EWC", "three levels are ahead of EWC"),
+    ("3 levels, in context", "in context", "three levels and a context are ahead of a context alone"),
+)
 
 
 def _claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """Where both methods of a comparison were run."""
     row = {row["method"]: row for row in rows}
-    rivals = {"1 level": "one level", "in context": "in-context learning", "EWC": "EWC"}
     return [
         {
-            "claim": f"three levels are ahead of {text}",
-            "holds": row["3 levels"]["accuracy"] > row[rival]["accuracy"],
+            "claim": text,
+            "holds": row[ours]["accuracy"] > row[theirs]["accuracy"],
             "because": "final accuracy: "
-            + ", ".join(f"{name} {plus_minus(row[name], 'accuracy')}" for name in ("3 levels", rival)),
+            + ", ".join(f"{name} {plus_minus(row[name], 'accuracy')}" for name in (ours, theirs)),
         }
-        for rival, text in rivals.items()
-        if {"3 levels", rival} <= set(row)
+        for ours, theirs, text in COMPARISONS
+        if {ours, theirs} <= set(row)
     ]
 
 
 def display(figures: dict[str, Any]) -> None:
-    labels = 15 * figures["tasks"]
     title = f"CLINC150, {figures['tasks']} tasks one after the other, {len(figures['seeds'])} seeds"
     rows = []
     for row in figures["rows"]:
@@ -215,7 +173,7 @@ def display(figures: dict[str, Any]) -> None:
         setting = {key: value for key, value in row["setting"].items() if key != "levels"}
         chosen = ", ".join(f"{key} {value}" for key, value in setting.items())
         rows.append({"method": row["method"], "setting": chosen, **texts, "learning (s)": row["seconds"]})
-    show(f"{title} (chance with {labels} labels: {1 / labels:.3f})", rows)
+    show(f"{title} (chance with {figures['labels']} labels: {1 / figures['labels']:.3f})", rows)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
@@ -244,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of: {', '.join(_contestants())}")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of: {', '.join(contestants())}")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with clinc150.json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
