@@ -30,7 +30,7 @@ class Size:
     batch: int = 8  # sequences of a timed step
     tokens: int = 512
     steps: int = 200  # of training
-    train_batch: int = 4
+    train_batch: int = 2
     train_tokens: int = 256
     validation_batches: int = 40
 
@@ -48,11 +48,11 @@ QUICK = Size(
 )
 
 
-def new_model(size: Size, bf16: bool, seed: int) -> HopeForCausalLM:
-    """One Hope block with embedding and head, whose forward pass is under autocast if `bf16`."""
+def new_model(size: Size, bf16: bool, seed: int, ids: int = 256) -> HopeForCausalLM:
+    """One Hope block with embedding (`ids` rows) and head; its forward pass is under autocast if `bf16`."""
     torch.manual_seed(seed)
     config = HopeConfig(
-        vocab_size=256,
+        vocab_size=ids,
         hidden_size=size.width,
         num_hidden_layers=1,
         num_heads=size.heads,
@@ -101,9 +101,9 @@ def _train(size: Size, source: str, seed: int, lr: float) -> dict[str, float]:
     blocks = size.validation_batches * size.train_batch
     data = DataConfig(source=source, block_size=size.train_tokens, seed=seed, max_validation_blocks=blocks)
     bundle = build_data(data, size.steps * size.train_batch)
-    optim = OptimConfig(lr=lr, schedule="linear")
+    optim, ids = OptimConfig(lr=lr, schedule="linear"), len(bundle.tokenizer)
     contenders = [
-        Contender(name, new_model(size, name == "bf16", seed), optim, size.steps)
+        Contender(name, new_model(size, name == "bf16", seed, ids), optim, size.steps)
         for name in ("float32", "bf16")
     ]
     for batch in batches(bundle.train, size.train_batch, CPU):
