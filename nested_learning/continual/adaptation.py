@@ -29,7 +29,7 @@ class OuterReader(Reader):
         self.base = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.scale = 1.0
 
-    def learn(self, tokens: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
+    def learn(self, tokens: Tensor, mask: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
         # While deltas are installed, W_base + Σ Δ goes by the name of W_base.
         installed = dict(self.model.named_parameters())
         outer = {name: installed[name].requires_grad_() for name in self.base}
@@ -37,13 +37,13 @@ class OuterReader(Reader):
         with torch.enable_grad():
             losses, context = self.losses(tokens, context)
             if not len(losses):
-                return Pairs(losses, {}), context
+                return Pairs(losses, mask[1:], {}), context
             found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         for name, g in zip(outer, found[len(leaves) :], strict=True):
             if g is not None:
                 self._accumulate(self.base[name], g)
         inner = zip(leaves, found[: len(leaves)], strict=True)
-        return Pairs(losses.detach(), {key: g for key, g in inner if g is not None}), context
+        return Pairs(losses.detach(), mask[1:], {key: g for key, g in inner if g is not None}), context
 
     def _accumulate(self, parameter: Tensor, g: Tensor) -> None:
         if parameter.grad is None:
@@ -84,7 +84,7 @@ class Adapter:
         while len(ids):
             end = reader.plan.segments.end(row.position)
             piece, ids = ids[: end - row.position], ids[end - row.position :]
-            read, segment = reader.read_segment(row, piece)
+            read, segment = reader.read_segment(row, piece, torch.ones(len(piece), dtype=torch.bool))
             losses.append(read)
             if row.position == end:  # the text may end before the segment does
                 learn_from(reader.writers, row, segment, 0)

@@ -82,6 +82,7 @@ class Row:
         levels: fast to slow.
         position: tokens observed so far.
         tokens: ids [n] of the present window, the unread last one included.
+        mask: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
         version: changes whenever a delta does, and is never used for two contents.
@@ -90,6 +91,7 @@ class Row:
     levels: list[LevelState]
     position: int
     tokens: Tensor
+    mask: Tensor
     start: int = 0
     context: Context = field(default_factory=Context)
     version: int = field(default_factory=lambda: next(_versions))
@@ -97,7 +99,10 @@ class Row:
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
         return cls(
-            [LevelState() for _ in range(num_levels)], 0, torch.empty(0, dtype=torch.long, device=device)
+            [LevelState() for _ in range(num_levels)],
+            position=0,
+            tokens=torch.empty(0, dtype=torch.long, device=device),
+            mask=torch.empty(0, dtype=torch.bool),
         )
 
     def share(self) -> Row:
@@ -106,11 +111,13 @@ class Row:
 
     def reader(self) -> Row:
         """A row with these deltas that has read nothing."""
-        return dataclasses.replace(self, position=0, tokens=self.tokens[:0], start=0, context=Context())
+        fresh = dataclasses.replace(self, position=0)
+        fresh.clear_context()
+        return fresh
 
     def changed(self) -> None:
         self.version = next(_versions)
 
     def clear_context(self) -> None:
         """Forget the attention context; what was learned and the place within the chunks stay."""
-        self.tokens, self.start, self.context = self.tokens[:0], 0, Context()
+        self.tokens, self.mask, self.start, self.context = self.tokens[:0], self.mask[:0], 0, Context()

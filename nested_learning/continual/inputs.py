@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Mask = Tensor | Sequence[Any]
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
@@ -62,6 +63,35 @@ def read_batch(given: TextOrIds, tokenizer: Any, vocab_size: int, device: torch.
     else:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}")
     return Batch([_checked(row, vocab_size).to(device) for row in rows], kind)
+
+
+def read_masks(given: Mask | None, text_or_ids: TextOrIds, batch: Batch) -> list[Tensor]:
+    """Which tokens of each row are learned: bool [T_i] on the CPU.
+
+    Args:
+        given: of the shape of the ids, bool or 0 and 1; None for all True.
+        text_or_ids: that `batch` was read from.
+        batch: rows of ids.
+
+    Raises:
+        ValueError: a mask for text, of another shape, or with other values.
+    """
+    if given is None:
+        return [torch.ones(len(row), dtype=torch.bool) for row in batch.rows]
+    if isinstance(text_or_ids, str) or (
+        batch.kind == "list" and any(isinstance(item, str) for item in text_or_ids)
+    ):
+        raise ValueError("learn_mask has one value per token: give ids, not text, to go with it")
+    try:
+        masks = [torch.as_tensor(mask) for mask in ([given] if batch.kind == "one" else given)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"learn_mask must have the shape of the ids, got {given!r}") from error
+    shapes, expected = [tuple(m.shape) for m in masks], [tuple(row.shape) for row in batch.rows]
+    if shapes != expected:
+        raise ValueError(f"learn_mask must have the shape of the ids, rows of {expected}, got {shapes}")
+    if any(((mask != 0) & (mask != 1)).any() for mask in masks):
+        raise ValueError("learn_mask must be True or 1 for tokens that are learned, False or 0 for others")
+    return [mask.to("cpu", torch.bool) for mask in masks]
 
 
 def _encode(text: str, tokenizer: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.inputs import Batch, TextOrIds, read_batch
+from nested_learning.continual.inputs import Batch, Mask, TextOrIds, read_batch, read_masks
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
@@ -53,12 +53,18 @@ class Learner:
 
     # Learning ------------------------------------------------------------------------------------------
 
-    def observe(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
+    def observe(
+        self, text_or_ids: TextOrIds, *, row: int | None = None, learn_mask: Mask | None = None
+    ) -> Any:
         """Read, score, and learn at every boundary that is passed.
 
         Args:
             text_or_ids: a text or ids [T] for one row; a list of texts or of ids, or ids [B, T], for B rows.
             row: the row that one sequence is for, where there are several.
+            learn_mask: of the ids' shape, True (or 1) for a token that is to be learned: its prediction from
+                all before it counts in the chunk's sum. The others are read and scored alone, such as a
+                user's turns when only the answers are to be learned. None for all tokens. Not for text,
+                whose tokens are not known.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32
@@ -66,28 +72,31 @@ class Learner:
             The first token of a text has NaN: nothing predicts it.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, or another number of rows than before.
+            ValueError: no tokens, ids outside the vocabulary, another number of rows than before, or a mask
+                of another shape or kind.
 
         Warns:
             RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
         """
         batch = self._batch(text_or_ids)
+        masks = read_masks(learn_mask, text_or_ids, batch)
         if batch.kind != "one":
             self.memory.set_rows(len(batch.rows))
         self.writes = []
-        surprises = [self._observe_row(index, ids) for index, ids in self._assign(batch, row)]
-        return batch.restore(surprises)
+        pairs = zip(self._assign(batch, row), masks, strict=True)
+        return batch.restore([self._observe_row(index, ids, mask) for (index, ids), mask in pairs])
 
-    def _observe_row(self, index: int, ids: Tensor) -> Tensor:
+    def _observe_row(self, index: int, ids: Tensor, mask: Tensor) -> Tensor:
         row, segments = self.memory.rows[index], self.reader.plan.segments
         surprises = []
         while len(ids):
             left = segments.end(row.position) - row.position
             piece, ids = ids[:left], ids[left:]
+            learned, mask = mask[:left], mask[left:]
             if len(piece) < left:
-                surprises.append(self.reader.score(row, piece))
+                surprises.append(self.reader.score(row, piece, learned))
                 continue
-            losses, segment = self.reader.read_segment(row, piece)
+            losses, segment = self.reader.read_segment(row, piece, learned)
             surprises.append(losses)
             writes = learn_from(self.reader.writers, row, segment, index)
             self.writes += writes
@@ -151,7 +160,8 @@ class Learner:
         losses = []
         while len(ids):
             left = segments.end(row.position) - row.position
-            losses.append(self.reader.score(row, ids[:left]))
+            unlearned = torch.zeros(min(left, len(ids)), dtype=torch.bool)
+            losses.append(self.reader.score(row, ids[:left], unlearned))
             ids = ids[left:]
             row.start = len(row.tokens)  # the next segment may need a new window
         return torch.cat(losses)

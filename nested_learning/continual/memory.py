@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -216,6 +217,8 @@ class Memory:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         [row] = self._new_rows(1)
         row.position, row.start, row.tokens = values["position"], values["start"], own["tokens"]
+        mask = own.get("mask")  # a file without one is of a time when everything was learned
+        row.mask = torch.ones(len(row.tokens), dtype=torch.bool) if mask is None else mask.cpu()
         layers = values["context_layers"]
         row.context = Context(tuple((own[f"keys/{i}"], own[f"values/{i}"]) for i in range(layers)))
         row.context = row.context.to(self._model.dtype)
@@ -239,7 +242,7 @@ def _unlocked() -> Iterator[None]:
 
 
 def _row_tensors(row: Row) -> dict[str, Tensor]:
-    tensors = {"tokens": row.tokens}
+    tensors = {"tokens": row.tokens, "mask": row.mask}
     for i, (keys, values) in enumerate(row.context.layers):
         tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
     for index, state in enumerate(row.levels):

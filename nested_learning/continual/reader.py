@@ -53,26 +53,31 @@ class Pairs:
 
     Attributes:
         losses: [n] next-token losses in nats.
-        grads: gradient of their sum, by key (see `LevelWriter.keys`); empty where nothing learns from them.
-        total: the sum.
+        mask: bool [n] on the CPU, which of them are learned.
+        grads: gradient of the sum of those, by key (see `LevelWriter.keys`); empty where nothing learns.
+        total: that sum.
     """
 
     losses: Tensor
+    mask: Tensor
     grads: Slots
     total: float = 0.0
+
+    @property
+    def learned(self) -> int:
+        """How many are learned."""
+        return int(self.mask.sum())
 
 
 @dataclass(frozen=True)
 class Segment:
     """What a segment taught: `crossing`, the pair of the last token before it and its first token (no pair
-    at the start of a text), and `inside`, the pairs inside."""
+    at the start of a text), and `inside`, the pairs inside. `is_finite` tells whether all losses are, learned
+    or not."""
 
     crossing: Pairs
     inside: Pairs
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.crossing.total + self.inside.total)
+    is_finite: bool
 
 
 class Reader:
@@ -90,20 +95,27 @@ class Reader:
         self.plan = plan
         self.workspace = Workspace.of(model)
 
-    def score(self, row: Row, ids: Tensor) -> Tensor:
-        """Next-token losses [n] (nats) of tokens inside one segment; nothing is learned.
+    def score(self, row: Row, ids: Tensor, mask: Tensor) -> Tensor:
+        """Next-token losses [n] (nats) of tokens inside one segment; nothing is learned yet.
 
-        The row moves on by the n tokens. The loss of a token that nothing comes before is NaN.
+        `mask`, bool [n] on the CPU, is kept for the end of the segment. The row moves on by the n tokens.
+        The loss of a token that nothing comes before is NaN.
         """
         with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
             self._begin(row)
             tokens = torch.cat([row.tokens, ids])
             losses, context = self.losses(tokens[len(row.context) :], row.context)
-        row.tokens, row.context, row.position = tokens, context, row.position + len(ids)
+            mask = torch.cat([row.mask, mask])
+        row.tokens, row.mask, row.context, row.position = tokens, mask, context, row.position + len(ids)
         return _padded(losses, len(ids))
 
-    def read_segment(self, row: Row, ids: Tensor) -> tuple[Tensor, Segment]:
+    def read_segment(self, row: Row, ids: Tensor, mask: Tensor) -> tuple[Tensor, Segment]:
         """Read the segment that ends with `ids`; those of its tokens that were scored before once more.
+
+        Args:
+            row: that reads.
+            ids: [n].
+            mask: bool [n] on the CPU, whether levels learn to predict each.
 
         Returns:
             next-token losses [n] (nats) of `ids`, and what the segment taught. The row moves on by the n
@@ -115,16 +127,21 @@ class Reader:
         with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
             self._begin(row)
             tokens, start = torch.cat([row.tokens, ids]), row.start
-            pair = tokens[start - 1 : start + 1] if start else tokens[:0]
+            mask = torch.cat([row.mask, mask])
+            pair = slice(start - 1, start + 1) if start else slice(0)
             context = row.context.crop(max(start - 1, 0))
             with checkpointing:
-                crossing, context = self.learn(pair, context, leaves if crossing_learns else {})
-                inside, context = self.learn(tokens[start:], context, leaves)
-        row.tokens, row.start = tokens, len(tokens)
+                crossing, context = self.learn(
+                    tokens[pair], mask[pair], context, leaves if crossing_learns else {}
+                )
+                inside, context = self.learn(tokens[start:], mask[start:], context, leaves)
+        row.tokens, row.mask, row.start = tokens, mask, len(tokens)
         row.context, row.position = context, row.position + len(ids)
-        totals = torch.stack([crossing.losses.sum(), inside.losses.sum()]).tolist()
-        segment = Segment(*(replace(p, total=t) for p, t in zip((crossing, inside), totals, strict=True)))
-        return _padded(torch.cat([crossing.losses, inside.losses]), len(ids)), segment
+        losses = torch.cat([crossing.losses, inside.losses])
+        totals = [losses.sum(), *(masked_sum(part.losses, part.mask) for part in (crossing, inside))]
+        everything, *learned = torch.stack(totals).tolist()  # the only host synchronisation
+        crossing, inside = (replace(p, total=t) for p, t in zip((crossing, inside), learned, strict=True))
+        return _padded(losses, len(ids)), Segment(crossing, inside, math.isfinite(everything))
 
     def _begin(self, row: Row) -> None:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""
@@ -134,6 +151,7 @@ class Reader:
         if len(row.tokens) + length > self.plan.window:
             kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
             row.context, row.tokens = self._context(kept[:-1]), kept
+            row.mask = row.mask[len(row.mask) - len(kept) :]
         row.start = len(row.tokens)
 
     @torch.no_grad()
@@ -145,15 +163,18 @@ class Reader:
         self.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
         return Context.closed(cache)
 
-    def learn(self, tokens: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
+    def learn(self, tokens: Tensor, mask: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
         """The pairs of neighbouring `tokens`, and the context after reading all but the last."""
-        with torch.set_grad_enabled(bool(leaves)):
+        mask = mask[1:]
+        learns = bool(leaves) and bool(mask.any())
+        with torch.set_grad_enabled(learns):
             losses, context = self.losses(tokens, context)
-            if not leaves or not len(losses):
-                return Pairs(losses.detach(), {}), context
-            found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            if not learns:
+                return Pairs(losses, mask, {}), context
+            wanted = masked_sum(losses, mask)
+            found = torch.autograd.grad(wanted, list(leaves.values()), allow_unused=True)
         grads = {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
-        return Pairs(losses.detach(), grads), context
+        return Pairs(losses.detach(), mask, grads), context
 
     def losses(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
@@ -164,6 +185,13 @@ class Reader:
         logits = output.logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, tokens[1:], reduction="none"), Context.closed(cache)
+
+
+def masked_sum(losses: Tensor, mask: Tensor) -> Tensor:
+    """Sum [] of those losses [n] whose mask (bool [n] on the CPU) is True."""
+    if bool(mask.all()):
+        return losses.sum()
+    return torch.where(mask.to(losses.device, non_blocking=True), losses, 0.0).sum()
 
 
 def _padded(losses: Tensor, length: int) -> Tensor:

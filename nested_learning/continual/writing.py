@@ -31,9 +31,9 @@ class Write:
         level: index of the level, 0 is the fastest.
         row: of the batch.
         position: tokens observed at the boundary.
-        outcome: "written"; "gated", the chunk was not surprising enough; or "dropped", its loss or gradient
-            was NaN or infinite. The last two change nothing.
-        loss: mean next-token loss over the pairs of the chunk, in nats.
+        outcome: "written"; "gated", the chunk was not surprising enough; "masked", it had no token to learn;
+            or "dropped", its loss or gradient was NaN or infinite. Only the first changes anything.
+        loss: mean next-token loss over the pairs of the chunk that are learned, in nats; 0 if there are none.
         gradient_norm: of the summed gradient, before clipping.
     """
 
@@ -145,11 +145,13 @@ class LevelWriter:
 
     def write(self, state: LevelState) -> tuple[str, float, float]:
         """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
-        sums, loss = state.sums, state.loss / max(state.pairs, 1)
+        sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
         state.sums, state.loss, state.pairs = {}, 0.0, 0
         norm = _norm(sums)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return "dropped", loss, norm
+        if not pairs:
+            return "masked", loss, norm
         if self._is_gated(state, loss):
             return "gated", loss, norm
         state.own()
@@ -260,7 +262,7 @@ def learn_from(writers: Sequence[LevelWriter], row: Row, segment: Segment, row_i
         is_last = end % writer.size == 0
         for part in (segment.crossing, segment.inside) if start % writer.size else (segment.inside,):
             state.loss += part.total
-            state.pairs += len(part.losses)
+            state.pairs += part.learned
             if writer.learns:
                 # the pair that crosses a boundary of the faster level is not in what that level relays
                 is_relayed = part is segment.inside or start % writers[writer.index - 1].size != 0

@@ -42,24 +42,28 @@ class Oracle:
                         total += deltas[name]
                 self.model.get_parameter(name).copy_(total)
 
-    def _read(self, ids, targets, cache):
+    def _read(self, ids, targets, cache, weights=1.0):
         """Losses of `targets` given the cache and `ids`, their gradient; the cache grows by `ids`."""
         if not len(ids):
             return torch.empty(0, dtype=torch.float64), {}
         self.model.zero_grad()
         logits = self.model(ids[None], past_key_values=cache, use_cache=True).logits[0]
         losses = cross_entropy(logits, targets, reduction="none")
-        losses.sum().backward()
+        (losses * weights).sum().backward()
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return losses.detach(), {
             n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
         }
 
-    def observe(self, ids: Tensor) -> Tensor:
-        """Surprise per token; self.deltas and self.sums end where the text ends (at a segment's end)."""
+    def observe(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Surprise per token; self.deltas and self.sums end where the text ends (at a segment's end).
+
+        With `weights` [T], the levels learn the weighted sum of the losses.
+        """
         surprise = torch.full((len(ids),), math.nan, dtype=torch.float64)
         cache, begin_of_window = DynamicCache(), 0
+        weights = torch.ones(len(ids), dtype=torch.float64) if weights is None else weights
         sizes = [size for size, *_ in self.levels]
         ends = [t for t in range(1, len(ids) + 1) if any(t % size == 0 for size in sizes)]
         start = 0
@@ -70,9 +74,11 @@ class Oracle:
                 self._read(ids[begin_of_window : start - 1], ids[begin_of_window + 1 : start], cache)
             if start:
                 surprise[start : start + 1], crossing = self._read(
-                    ids[start - 1 : start], ids[start : start + 1], cache
+                    ids[start - 1 : start], ids[start : start + 1], cache, weights[start : start + 1]
                 )
-            losses, inside = self._read(ids[start : end - 1], ids[start + 1 : end], cache)
+            losses, inside = self._read(
+                ids[start : end - 1], ids[start + 1 : end], cache, weights[start + 1 : end]
+            )
             surprise[start + 1 : end] = losses
             for i, size in enumerate(sizes):
                 for name, total in self.sums[i].items():
@@ -88,6 +94,8 @@ class Oracle:
     def _write(self, i):
         _, lr, _, clip, _ = self.levels[i]
         norm = torch.sqrt(sum(g.square().sum() for g in self.sums[i].values()))
+        if float(norm) == 0.0:  # no token of the chunk was to be learned
+            return
         scale = 1.0 if clip is None else min(1.0, clip / float(norm))
         if self.optimizers[i] is not None:
             for name, delta in self.deltas[i].items():

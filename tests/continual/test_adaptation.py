@@ -21,8 +21,8 @@ class OuterOracle(Oracle):
         super().__init__(*args, **kwargs)
         self.outer = {}
 
-    def _read(self, ids, targets, cache):
-        losses, grads = super()._read(ids, targets, cache)
+    def _read(self, ids, targets, cache, weights=1.0):
+        losses, grads = super()._read(ids, targets, cache, weights)
         for name, g in grads.items():
             self.outer[name] = self.outer.get(name, 0) + g
         return losses, grads

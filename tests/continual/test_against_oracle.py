@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,26 @@ def test_chunk_sizes_that_do_not_divide_each_other(length):
             torch.testing.assert_close(
                 state.sums.get(name, torch.zeros_like(total)), total, rtol=1e-8, atol=1e-10
             )
+
+
+@pytest.mark.parametrize("pieces", [[40], [3, 14, 1, 22]])
+def test_only_what_the_mask_shows_is_learned(pieces):
+    """All tokens are scored; sums, norms and mean losses are those of the tokens in the mask."""
+    model = tiny_model()
+    learner = stack_levels(model, levels=[Level(4, 0.3), Level(5, 0.2), Level(20, 0.1)], window=21, overlap=6)
+    names = weights_of(model, [0, 1])
+    levels = [(4, 0.3, names, 1.0, None), (5, 0.2, names, 1.0, None), (20, 0.1, names, 1.0, None)]
+    oracle = Oracle(model, levels, window=21, overlap=6)
+    ids, mask = random_ids(40), torch.rand(40, generator=torch.Generator().manual_seed(1)) < 0.6
+    expected = oracle.observe(ids, mask.double())
+    writes, found = [], []
+    for piece, part in zip(ids.split(pieces), mask.split(pieces), strict=True):
+        found.append(learner.observe(piece, learn_mask=part))
+        writes += learner.writes
+    assert_same(learner, oracle, torch.cat(found), expected)
+    learned = torch.where(mask, expected, math.nan).view(2, 20)[:, 1:].nanmean(1)
+    slow = [write.loss for write in writes if write.level == 2]
+    assert slow == pytest.approx(learned.tolist())
 
 
 def test_the_first_chunk_is_the_gradient_of_the_ordinary_loss():

@@ -27,7 +27,7 @@ def learner_on(model=MODEL, levels=LEVELS, **options):
 def contents(learner, row=0):
     """All tensors and numbers of a row."""
     row = learner.memory.rows[row]
-    tensors = [row.tokens, *(t for pair in row.context.layers for t in pair)]
+    tensors = [row.tokens, row.mask, *(t for pair in row.context.layers for t in pair)]
     for state in row.levels:
         tensors += [t for _, t in sorted(state.deltas.items())] + [t for _, t in sorted(state.sums.items())]
         tensors += [t for _, stored in sorted(state.rule.items()) for _, t in sorted(stored.items())]
@@ -51,8 +51,10 @@ def assert_close_contents(first, second):
 def test_any_pieces_give_what_the_whole_gives(pieces, seed):
     ids = random_ids(sum(pieces), seed=seed)
     whole, streamed = learner_on(), learner_on()
-    expected = whole.observe(ids)
-    found = torch.cat([streamed.observe(piece) for piece in ids.split(pieces)])
+    mask = torch.rand(len(ids), generator=torch.Generator().manual_seed(seed)) < 0.8
+    expected = whole.observe(ids, learn_mask=mask)
+    parts = zip(ids.split(pieces), mask.split(pieces), strict=True)
+    found = torch.cat([streamed.observe(piece, learn_mask=part) for piece, part in parts])
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert_close_contents(contents(streamed), contents(whole))
 

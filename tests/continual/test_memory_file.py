@@ -44,7 +44,7 @@ def test_reading_goes_on_as_if_nothing_had_happened(tmp_path, rule):
     levels = [Level(4, 0.3, rule=rule, gate_quantile=0.2), *LEVELS[1:]]
     first, second = learner_on(levels=levels), learner_on(levels=levels)
     for learner in (first, second):
-        learner.observe(random_ids(2, 37))
+        learner.observe(random_ids(2, 37), learn_mask=random_ids(2, 37, seed=2) > 15)
     first.memory.save(tmp_path / "m")
     loaded = learner_on(levels=levels)
     loaded.memory.load(tmp_path / "m")
@@ -60,7 +60,7 @@ def test_the_file_has_nothing_of_the_base_model(saved):
         kinds = {name.split("/")[2] for name in file.keys() if name.split("/")[1].isdigit()}  # noqa: SIM118
         others = {name.split("/")[1] for name in file.keys()} - {"0", "1", "2"}  # noqa: SIM118
     assert kinds == {"delta", "sum", "rule"}
-    assert others == {"tokens", "keys", "values"}
+    assert others == {"tokens", "mask", "keys", "values"}
     assert learner.memory.nbytes < os.path.getsize(path) < learner.memory.nbytes + 40_000
 
 

@@ -22,6 +22,63 @@ def outcomes(learner, level=0):
     return [write.outcome for write in learner.writes if write.level == level]
 
 
+class TestLearnMask:
+    def test_all_true_changes_nothing(self):
+        ids = random_ids(2, 20)
+        plain, masked = (learner_on(Level(8, 0.3), Level(16, 0.2)) for _ in range(2))
+        plain.observe(ids)
+        masked.observe(ids, learn_mask=torch.ones(2, 20, dtype=torch.bool))
+        for row in range(2):
+            for name, delta in plain.memory.diff(row=row).items():
+                assert torch.equal(masked.memory.diff(row=row)[name], delta)
+
+    def test_a_chunk_without_a_token_to_learn_is_left_out(self):
+        """Not a step of the rule either, which would go on by its momentum."""
+        ids = random_ids(24)
+        learner, twin = (learner_on(Level(8, 0.3, rule="momentum", decay=0.5)) for _ in range(2))
+        learner.observe(ids[:8])
+        before = learner.memory.diff()
+        learner.observe(ids[8:], learn_mask=[0] * 8 + [1] * 8)
+        assert outcomes(learner) == ["masked", "written"]
+        learner.memory.restore(twin.memory.snapshot())
+        learner.observe(ids[:8])
+        learner.observe(ids[8:16], learn_mask=[False] * 8)
+        assert {name: d.tolist() for name, d in learner.memory.diff().items()} == {
+            name: d.tolist() for name, d in before.items()
+        }
+
+    def test_the_first_token_of_a_chunk_is_no_pair_of_it(self):
+        learner = learner_on(Level(8, 0.3))
+        learner.observe(random_ids(8), learn_mask=[1] + [0] * 7)
+        assert outcomes(learner) == ["masked"]
+        assert learner.memory.is_empty is False
+        assert not learner.memory.diff()
+
+    def test_rows_have_masks_of_their_own(self):
+        ids = random_ids(2, 8)
+        learner = learner_on(Level(8, 0.3))
+        learner.observe(list(ids), learn_mask=[[1] * 8, [0] * 8])
+        assert [write.outcome for write in learner.writes] == ["written", "masked"]
+
+    @pytest.mark.parametrize(
+        ("given", "mask", "message"),
+        [
+            (random_ids(4), [1, 0, 1], r"shape of the ids, rows of \[\(4,\)\], got \[\(3,\)\]"),
+            (random_ids(2, 4), torch.ones(4), "shape of the ids"),
+            (random_ids(2, 4), [[1] * 4], "shape of the ids"),
+            (random_ids(4), [0, 1, 2, 0], "must be True or 1"),
+            (random_ids(4), [0.0, float("nan"), 1.0, 0.0], "must be True or 1"),
+            (random_ids(4), [[1], [1, 2]], "shape of the ids"),
+            ("a text", [1, 1], "give ids, not text"),
+        ],
+    )
+    def test_refused(self, given, mask, message):
+        learner = stack_levels(MODEL, lambda text, **_: {"input_ids": [1, 2]}, levels=[Level(4, 0.1)])
+        with pytest.raises(ValueError, match=message):
+            learner.observe(given, learn_mask=mask)
+        assert learner.memory.is_empty
+
+
 class TestGate:
     def test_threshold(self):
         ids = random_ids(40)
