@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,15 +60,12 @@ def budget(reader: Reader, rows: int) -> Budget:
     learned = {t.name: t for w in writers for t in w.targets}
     base = sum(p.numel() * p.element_size() for p in parameters)
     effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
-    deltas = [_delta_bytes(writer) for writer in writers]
-    factors = sum(size for writer, size in zip(writers, deltas, strict=True) if writer.level.rank is not None)
+    levels = [level_bytes(writer) for writer in writers]
+    factors = sum(own.deltas for w, own in zip(writers, levels, strict=True) if w.level.rank is not None)
     per_row = {
-        "deltas": sum(deltas),
-        "sums": sum(size for writer, size in zip(writers[1:], deltas[1:], strict=True) if writer.learns),
-        "rules": sum(
-            size * (RULE_TENSORS[w.level.rule] if isinstance(w.level.rule, str) else 1)
-            for w, size in zip(writers, deltas, strict=True)
-        ),
+        "deltas": sum(own.deltas for own in levels),
+        "sums": sum(own.sums for own in levels),
+        "rules": sum(own.rules for own in levels),
         "context": _context_bytes(model, reader.plan.window),
     }
     shared = {
@@ -87,13 +84,22 @@ def budget(reader: Reader, rows: int) -> Budget:
     )
 
 
-def _delta_bytes(writer: LevelWriter) -> int:
-    total = 0
+class LevelBytes(NamedTuple):
+    """What one level holds for one row, in bytes; the attributes are those of `Budget`."""
+
+    deltas: int
+    sums: int
+    rules: int
+
+
+def level_bytes(writer: LevelWriter) -> LevelBytes:
+    """Of a level, once it has written."""
+    deltas, level = 0, writer.level
     for target in writer.targets:
         size = memory_dtype(target.weight).itemsize
-        rank = writer.level.rank
-        total += size * (target.weight.numel() if rank is None else rank * sum(target.features))
-    return total
+        deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
+    kept = RULE_TENSORS[level.rule] if isinstance(level.rule, str) else 1
+    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, kept * deltas)
 
 
 def _context_bytes(model: Any, window: int) -> int:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
+from nested_learning.continual.learner import Learner
 from nested_learning.levels.drafts import Draft, Drafts
 from nested_learning.levels.gradients import Trained, add_optimizers, as_optimizers
+from nested_learning.levels.learners import describe_learner
 from nested_learning.levels.registry import Described, Memory, Weights, describer_of
 from nested_learning.levels.structure import find_attention, name_of_weights
 from nested_learning.levels.system import (
@@ -27,7 +29,9 @@ FROZEN = "none: frozen (requires_grad=False)"
 UNTRAINED = "none: no optimizer trains it"
 
 
-def levels(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> NestedSystem:
+def levels(
+    model: nn.Module | Learner, optimizer: Optimizer | Sequence[Optimizer] | None = None
+) -> NestedSystem:
     """The nested system that a model and its optimizer are: memories by how often they are updated.
 
     Nothing is run. Modules are described by their class (`describes`) or, where there is no description, by
@@ -36,22 +40,30 @@ def levels(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None =
     parameter has had a gradient, or None for an optimizer that has no description.
 
     Args:
-        model: any module.
+        model: any module, or a learner of `nested_learning.continual`: its base model and its levels.
         optimizer: that trains it, or several (Muon and AdamW, say), each with some of the parameters. None:
             nothing is trained, weights change never.
 
     Raises:
         ValueError: an optimizer that trains no parameter of the model, or two that train the same one.
     """
+    parts: list[Described] = []
+    title = type(model).__name__
+    if isinstance(model, Learner):
+        parts, model = list(describe_learner(model)), model.model
+        title = f"{type(model).__name__} that keeps learning"
     optimizers = as_optimizers(optimizer)
     drafts = Drafts()
     trained = add_optimizers(drafts, optimizers, list(model.parameters()))
     walk = _Walk(model, drafts, trained, training=bool(optimizers))
+    walk.visited = sum(1 for _ in model.modules())  # the learner's weights come after every memory
+    walk.add_described("", parts)
+    walk.visited = 0
     for name, module, parent in _with_parents(model):
         walk.visit(name, module, parent)
     walk.connect()
     return NestedSystem(
-        name=type(model).__name__,
+        name=title,
         optimizer=" and ".join(type(one).__name__ for one in optimizers) or "none",
         levels=in_levels(drafts.components()),
         transfers=drafts.transfers(),
@@ -103,13 +115,14 @@ class _Walk:
         describe = describer_of(module)
         described = find_attention(module) if describe is None else describe(module)
         if described is not None:
-            self._add_described(name, list(described))
+            self.add_described(name, list(described))
         own = [p for p in module.parameters(recurse=False) if p not in self.claimed]
         if own:
             shared = any(p in self.besides_embeddings for p in own)
             self._add_weights(name, name_of_weights(module, parent, module is self.head, shared), own)
 
-    def _add_described(self, where: str, parts: list[Described]) -> None:
+    def add_described(self, where: str, parts: list[Described]) -> None:
+        """Draft the parts of the module `where`."""
         found: _Found = {}
         memories = [part for part in parts if isinstance(part, Memory)]
         for memory in memories:

@@ -1,0 +1,84 @@
+"""The description of a pretrained model with levels: `nested_learning.continual`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from nested_learning.continual.budget import level_bytes
+from nested_learning.continual.learner import Learner
+from nested_learning.continual.level import Level
+from nested_learning.levels.registry import Described, Memory, Weights
+from nested_learning.levels.system import Transfer, every_tokens
+
+
+def describe_learner(learner: Learner) -> Iterator[Described]:
+    """A memory per level, its delta Δ1, Δ2, …, beside the base weights that the deltas are added to.
+
+    Weights that the same levels learn on are one component. Every level's gradient is taken at W_base + Σ Δ,
+    so each is conditioned on the weights of the others.
+    """
+    writers = learner.reader.writers
+    names = [f"Δ{writer.index + 1} (chunk {writer.size})" for writer in writers]
+    for writer, name in zip(writers, names, strict=True):
+        yield Memory(
+            name=name,
+            frequency=every_tokens(writer.size),
+            state_bytes=sum(level_bytes(writer)),
+            context=f"chunks of {writer.size} tokens",
+            objective="the next-token loss",
+            rule=_rule(writer.level),
+            output="",
+        )
+    for levels, parameters in _weights(learner).items():
+        own = [names[index] for index in levels]
+        base = f"weights under {', '.join(f'Δ{index + 1}' for index in levels)}"
+        yield Weights(base, parameters)
+        yield Transfer(sources=(base,), targets=tuple(own), kind="initial state", what="W_base, where Δ is 0")
+    for writer, name in zip(writers, names, strict=True):
+        others = tuple(other for other in names if other != name)
+        if others and writer.learns:
+            what = "its gradient is taken at W_base + Σ Δ"
+            yield Transfer(sources=others, targets=(name,), kind="conditioning on weights", what=what)
+        if share := writer.level.consolidate:
+            yield Transfer(
+                sources=(names[writer.index - 1],),
+                targets=(name,),
+                kind="generation of weights",
+                what=f"consolidation: {share:g} of Δ moves every {writer.size} tokens",
+            )
+
+
+def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
+    """Parameters by the levels that learn on them."""
+    levels: dict[str, list[int]] = defaultdict(list)
+    weights = {}
+    for writer in learner.reader.writers:
+        for target in writer.targets:
+            levels[target.name].append(writer.index)
+            weights[target.name] = target.weight
+    found: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+    for name, indices in levels.items():
+        found[tuple(indices)].append(weights[name])
+    return found
+
+
+def _rule(level: Level) -> str:
+    """How a level writes, in a line."""
+    settings = level.describe()
+    parts = [f"{settings['rule']}, lr {level.lr:g} (eq 71)"]
+    if level.lr == 0:
+        parts = ["writes nothing itself (lr 0)"]
+    elif level.clip is not None:
+        parts.append(f"clipped to norm {level.clip:g}")
+    if level.rank is not None:
+        parts.append(f"rank {level.rank}")
+    if level.gate is not None:
+        parts.append(f"where the loss exceeds {level.gate:g}")
+    if level.gate_quantile is not None:
+        parts.append(f"where the loss exceeds the running quantile {level.gate_quantile:g}")
+    if level.decay:
+        parts.append(f"decay {level.decay:g} towards the base")
+    return "; ".join(parts)
