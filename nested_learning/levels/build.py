@@ -47,23 +47,28 @@ def levels(
     Raises:
         ValueError: an optimizer that trains no parameter of the model, or two that train the same one.
     """
-    parts: list[Described] = []
-    title = type(model).__name__
     if isinstance(model, Learner):
-        parts, model = list(describe_learner(model)), model.model
-        title = f"{type(model).__name__} that keeps learning"
+        base: nn.Module = model.model
+        return _levels(base, optimizer, f"{type(base).__name__} that keeps learning", describe_learner(model))
+    return _levels(model, optimizer, type(model).__name__, ())
+
+
+def _levels(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, name: str, parts: Iterable[Described]
+) -> NestedSystem:
+    """Of a model called `name`, around which there are further parts."""
     optimizers = as_optimizers(optimizer)
     drafts = Drafts()
     trained = add_optimizers(drafts, optimizers, list(model.parameters()))
     walk = _Walk(model, drafts, trained, training=bool(optimizers))
     walk.visited = sum(1 for _ in model.modules())  # the learner's weights come after every memory
-    walk.add_described("", parts)
+    walk.add_described("", list(parts))
     walk.visited = 0
-    for name, module, parent in _with_parents(model):
-        walk.visit(name, module, parent)
+    for where, module, parent in _with_parents(model):
+        walk.visit(where, module, parent)
     walk.connect()
     return NestedSystem(
-        name=title,
+        name=name,
         optimizer=" and ".join(type(one).__name__ for one in optimizers) or "none",
         levels=in_levels(drafts.components()),
         transfers=drafts.transfers(),
