@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 
@@ -61,7 +62,7 @@ def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
             weights[target.name] = target.weight
     found: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
     for name, indices in levels.items():
-        found[tuple(indices)].append(weights[name])
+        found[tuple(indices)].append(cast(nn.Parameter, weights[name]))
     return found
 
 
