@@ -1,13 +1,14 @@
 """The evidence for pretrained models that keep learning: `python -m benchmarks.pretrained PART [options]`.
 
 - `facts`: made-up facts read in a text longer than the window, asked in a new one; recall and damage.
+- `clinc`: class-incremental intents, domain after domain, labelled among all seen.
 - `language`: Kalamang, then a synthetic language, read as sentence pairs; translation into English (chrF).
 - `speed`: `observe` with three levels on all layers against forward and backward; bytes of a memory file.
 - `all`: one after the other.
 
-The first two compare no adaptation, the context, fine-tuning, LoRA, one level and three levels: same tokens,
-one pass, each method's learning rate found on a seed that is not reported. With --cache an interrupted part
-goes on where it stopped when the same command is given again.
+All but the last compare the context, fine-tuning, one level, three levels and more: same examples, one pass,
+each method's learning rate found on a seed that is not reported. With --cache an interrupted part goes on
+where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 from benchmarks.common import Cache, OutOfTime, show_claims
 from benchmarks.harness import record
-from benchmarks.pretrained import facts, language, speed
+from benchmarks.pretrained import clinc, facts, language, speed
 from benchmarks.pretrained.request import Request
 
-PARTS = {"facts": facts, "language": language, "speed": speed}
+PARTS = {"facts": facts, "clinc": clinc, "language": language, "speed": speed}
 SEEDS = [0, 1, 2]
 READS = [4]
+OPTIONS = ("seeds", "methods", "data", "reads", "full")  # of some parts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,13 +40,14 @@ def _parser() -> argparse.ArgumentParser:
         options = parts.add_parser(name)
         if name != "speed":
             options.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
-            options.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
             options.add_argument(
                 "--data",
                 type=Path,
                 default=Path(os.environ.get("NESTED_LEARNING_DATA", "../shared/data")),
                 help="folder of the texts (default: %(default)s)",
             )
+        if name not in ("speed", "all"):
+            options.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
         if name in ("facts", "all"):
             options.add_argument(
                 "--reads",
@@ -63,9 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         options.add_argument(
             "--max_minutes", type=float, help="start no run that would end later than this; needs --cache"
         )
-        options.add_argument(
+        size = options.add_mutually_exclusive_group()
+        size.add_argument(
             "--quick", action="store_true", help="tiny sizes: shows that it runs, the figures mean nothing"
         )
+        if name == "clinc":
+            more = "all 10 domains, 100 examples and 30 queries of each class"
+            size.add_argument("--full", action="store_true", help=more)
     return parser
 
 
@@ -75,7 +82,7 @@ def _request(given: argparse.Namespace) -> Request:
         raise ValueError(
             "--max_minutes is a positive number of minutes, and needs --cache FILE to go on from"
         )
-    values = {name: getattr(given, name) for name in ("seeds", "methods", "data", "reads") if name in given}
+    values = {name: getattr(given, name) for name in OPTIONS if name in given}
     if min(values.get("reads", [1])) < 1:
         raise ValueError(f"--reads is how often a fact is told, at least 1, got {given.reads}")
     return Request(Cache(given.cache, given.max_minutes), quick=given.quick, model=given.model, **values)

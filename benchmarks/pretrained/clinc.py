@@ -5,39 +5,30 @@ labels, and a query is labelled by the most probable of all labels seen so far. 
 class, are asked at the end; accuracy is measured on these. One of the two is asked after every task too, for
 forgetting (mean of the best accuracy of a task before the end, minus that at the end) and backward transfer.
 
-Each method gets the setting with the best accuracy on validation queries at the end of a stream that is not
-reported; then the seeds decide domains, their order, examples and queries (from the test split). Fine-tuning,
-EWC, replay and joint training learn from the labels' tokens, in batches of 8; levels from all tokens. "joint"
-has all tasks at once, shuffled.
+Each method gets the setting with the best accuracy on validation queries at the end of a stream of three
+tasks that is not reported; then the seeds decide domains, their order, examples and queries (from the test
+split). Whatever is trained learns from the labels' tokens: fine-tuning, EWC, replay and joint training in
+batches of 8 examples, levels at every 128 tokens, which are about as many. "joint" has all tasks at once,
+shuffled.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    Cache,
-    Claim,
-    OutOfTime,
-    mean,
-    new_figure,
-    plus_minus,
-    save,
-    show_claims,
-    spread,
-)
-from benchmarks.harness import record, show
+from benchmarks.common import Claim, mean, new_figure, plus_minus, save, spread
+from benchmarks.harness import show
 from benchmarks.pretrained.clinc_contestants import DEPTHS, Base, Contestant, Options, contestants
-from benchmarks.pretrained.clinc_data import FULL, Corpus, Protocol, default_folder, draw, merged, read
+from benchmarks.pretrained.clinc_data import FULL, Corpus, Protocol, draw, merged, read
 from benchmarks.pretrained.clinc_methods import Features, Wording
 from benchmarks.pretrained.clinc_scores import final_accuracy, learn_in_turn
-from benchmarks.pretrained.model import load
+from benchmarks.pretrained.request import Request
+from benchmarks.pretrained.trials import TUNING_SEED
 
-TUNING_SEED = 1000
 QUICK = Protocol(tasks=2, train=3, queries=2)
 SCORES = ("accuracy", "forgetting", "backward transfer")
 
@@ -46,23 +37,21 @@ class Bench:
     """Runs of methods, kept in the cache.
 
     Args:
-        base: what methods are made of.
+        request: model, cache and seeds.
         corpus: where tasks are drawn from.
         protocol: how much of it.
-        cache: of results.
-        identity: what else the results depend on.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        corpus: Corpus,
-        protocol: Protocol,
-        cache: Cache,
-        identity: Options,
-    ) -> None:
-        self.base, self.corpus, self.protocol, self.cache = base, corpus, protocol, cache
-        self.identity = {"part": "clinc", **asdict(protocol), **identity}
+    def __init__(self, request: Request, corpus: Corpus, protocol: Protocol) -> None:
+        self.request, self.corpus, self.protocol = request, corpus, protocol
+        self.identity = {"part": "clinc", "model": request.model_name, **asdict(protocol)}
+
+    @cached_property
+    def base(self) -> Base:
+        """What methods are made of."""
+        model, tokenizer = self.request.loaded
+        wording = Wording(tokenizer)
+        return Base(model, wording, Features(model, wording, DEPTHS))
 
     def tune(self, name: str, contestant: Contestant) -> Options:
         """The first setting of the grid with the highest validation accuracy, and all accuracies."""
@@ -87,39 +76,28 @@ class Bench:
             return (final_accuracy if tuning else learn_in_turn)(method, tasks)
 
         settings = {**self.identity, "method": name, "setting": setting, "seed": seed, "tuning": tuning}
-        return self.cache.get(settings, work)
+        return self.request.cache.get(settings, work)
 
 
-def run(
-    seeds: list[int],
-    quick: bool,
-    cache: Cache,
-    full: bool = False,
-    model: Path | None = None,
-    data: Path | None = None,
-    methods: Sequence[str] | None = None,
-) -> dict[str, Any]:
+def run(request: Request) -> dict[str, Any]:
     """Every method, tuned, on the seeds.
 
     Raises:
         ValueError: no such method, no such model, no CLINC150, or a seed that tuned the methods.
     """
-    if TUNING_SEED in seeds:
+    if TUNING_SEED in request.seeds:
         raise ValueError(f"seed {TUNING_SEED} tunes the methods; report others")
-    chosen = _chosen(methods)
-    if quick:
+    chosen = _chosen(request.methods)
+    if request.quick:
         chosen = {name: each._replace(grid=each.grid[:2]) for name, each in chosen.items()}
-    protocol = FULL if full else QUICK if quick else Protocol()
-    corpus = read(data or default_folder())
-    labels = sum(len(task.labels) for task in draw(corpus, protocol, seeds[0], tuning=False))
-    loaded, tokenizer = load(model)
-    source = "SmolLM2-135M-Instruct" if model is None else str(model)
-    wording = Wording(tokenizer)
-    base = Base(loaded, wording, Features(loaded, wording, DEPTHS))
-    bench = Bench(base, corpus, protocol, cache, {"model": source})
-    rows = [_row(bench, name, contestant, seeds) for name, contestant in chosen.items()]
-    figures = {"part": "clinc", **asdict(protocol), "labels": labels, "model": source, "seeds": seeds}
-    return {**figures, "tuning_seed": TUNING_SEED, "rows": rows, "claims": _claims(rows)}
+    protocol = FULL if request.full else QUICK if request.quick else Protocol()
+    corpus = read(request.data)
+    labels = sum(len(task.labels) for task in draw(corpus, protocol, request.seeds[0], tuning=False))
+    bench = Bench(request, corpus, protocol)
+    rows = [_row(bench, name, contestant, request.seeds) for name, contestant in chosen.items()]
+    figures = {**asdict(protocol), "labels": labels, "model": request.model_name}
+    figures |= {"seeds": list(request.seeds), "tuning_seed": TUNING_SEED}
+    return {**figures, "rows": rows, "claims": _claims(rows)}
 
 
 def _chosen(methods: Sequence[str] | None) -> dict[str, Contestant]:
@@ -193,52 +171,3 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     so_far.set(xlabel="tasks learned", ylabel="mean accuracy of the tasks so far", ylim=(0, 1))
     figure.legend(*so_far.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     save(figure, path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pretrained.clinc",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of: {', '.join(contestants())}")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with clinc150.json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG")
-    parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the result of every run here")
-    parser.add_argument("--max_minutes", type=float, help="start no run that would end later; needs --cache")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
-    size.add_argument("--full", action="store_true", help="all domains, 100 examples and 30 queries a class")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.max_minutes is not None and not (given.max_minutes > 0 and given.cache):
-        parser.error("--max_minutes is a positive number of minutes, and needs --cache FILE to go on from")
-    cache = None
-    try:
-        cache = Cache(given.cache, given.max_minutes)
-        sources = {"full": given.full, "model": given.model, "data": given.data, "methods": given.methods}
-        figures = run(given.seeds, given.quick, cache, **sources)
-    except ValueError as error:
-        parser.error(str(error))
-    except OutOfTime:
-        print(f"Out of time: {given.cache} keeps what is done; the same command goes on from there.")
-        raise SystemExit(3) from None
-    finally:
-        if cache is not None:
-            cache.flush()
-    display(figures)
-    show_claims(figures["claims"])
-    if given.plot:
-        plot(figures, given.plot)
-    return record({"quick": given.quick, "parts": {"clinc": figures}}, given.json)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,14 +29,16 @@ class Protocol:
         train: examples of each class.
         queries: of each class, asked when all tasks are learned.
         between: of those, asked after every task too.
-        validation: queries of each class when a method is tuned; they come from the validation split.
+        tuning_tasks: domains in the sequence that a method is tuned on, at most `tasks`.
+        validation: queries of each class there; they come from the validation split.
     """
 
     tasks: int = 5
     train: int = 20
     queries: int = 2
     between: int = 1
-    validation: int = 1
+    tuning_tasks: int = 3
+    validation: int = 2
 
 
 FULL = Protocol(tasks=10, train=100, queries=30, between=5)
@@ -73,12 +74,6 @@ class Corpus:
 def words(intent: str) -> str:
     """An intent's name as it is written in text."""
     return intent.replace("_", " ")
-
-
-def default_folder() -> Path:
-    """NESTED_LEARNING_DATA, or `shared/data` beside the repository."""
-    given = os.environ.get("NESTED_LEARNING_DATA")
-    return Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def read(folder: Path) -> Corpus:
@@ -129,7 +124,7 @@ def draw(corpus: Corpus, protocol: Protocol, seed: int, tuning: bool) -> list[Ta
         corpus: where from.
         protocol: how much.
         seed: of all choices.
-        tuning: take the queries from the validation split and not from the test split.
+        tuning: take `tuning_tasks` domains, and the queries from the validation split, not the test split.
 
     Raises:
         ValueError: the corpus has too few domains or examples.
@@ -138,6 +133,8 @@ def draw(corpus: Corpus, protocol: Protocol, seed: int, tuning: bool) -> list[Ta
         raise ValueError(f"{protocol.tasks} tasks need as many domains, the corpus has {len(corpus.domains)}")
     chance = random.Random(seed)
     domains = chance.sample(sorted(corpus.domains), protocol.tasks)
+    if tuning:
+        domains = domains[: protocol.tuning_tasks]
     return [_task(corpus, protocol, domain, chance, tuning) for domain in domains]
 
 

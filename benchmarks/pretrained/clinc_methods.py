@@ -205,8 +205,8 @@ class Levels:
     """The base model with levels that learn from the stream of examples as from any text.
 
     Examples are packed into blocks of the fastest chunk's length, none cut, the rest filled with line breaks;
-    each block is read from an empty context but for one token (`window`), as a query will be. Every token of
-    the text is learned alike, not only the labels.
+    each block is read from an empty context but for one token (`window`), as a query will be. The labels'
+    tokens are learned, not the utterances'.
 
     Args:
         model: the base model.
@@ -222,10 +222,14 @@ class Levels:
 
     def learn(self, task: Task) -> None:
         self.context.learn(task)
-        for block in packed(
-            [self.wording.example(e) for e in task.train], self.block, self.wording.line_break
-        ):
-            self.learner.observe(block)
+        ids, masks = [], []
+        for example in task.train:
+            prompt, label = self.wording.prompt(example.text), self.wording.label(example.label)
+            ids.append(prompt + label)
+            masks.append([0] * len(prompt) + [1] * len(label))
+        blocks = packed(ids, self.block, self.wording.line_break)
+        for block, mask in zip(blocks, packed(masks, self.block, [0]), strict=True):
+            self.learner.observe(block, learn_mask=mask)
 
     def predict(self, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
         with self.learner.active():

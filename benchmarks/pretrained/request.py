@@ -24,6 +24,7 @@ class Request:
         data: folder of the data.
         methods: names of those to run; None for all.
         reads: how often each fact is told.
+        full: the whole protocol of CLINC150, not the subset.
     """
 
     cache: Cache
@@ -33,6 +34,7 @@ class Request:
     data: Path = Path("../shared/data")
     methods: Sequence[str] | None = None
     reads: Sequence[int] = ()
+    full: bool = False
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from benchmarks.pretrained import clinc, clinc_training
+from benchmarks.pretrained.__main__ import main
 from benchmarks.pretrained.clinc_contestants import contestants
-from benchmarks.pretrained.clinc_data import Example, Protocol, Task, default_folder, draw, merged, read
+from benchmarks.pretrained.clinc_data import Example, Protocol, Task, draw, merged, read
 from benchmarks.pretrained.clinc_methods import (
     ClassMeans,
     Features,
@@ -34,7 +37,7 @@ DOMAINS = {
     "travel": ["book_hotel", "visa"],
 }
 LABELS = [[5, 6, 9], [5, 6, 7, 9], [5, 8, 9], [3, 9]]
-SMALL = Protocol(tasks=3, train=4, queries=3, between=1, validation=2)
+SMALL = Protocol(tasks=3, train=4, queries=3, between=1, tuning_tasks=2, validation=2)
 WORDING = Wording(byte_tokenizer())
 
 
@@ -190,6 +193,7 @@ def test_tasks(data):
         assert {len(task.queries) for task in tasks} == {6}
         assert all("test" in q.text or "same" in q.text for task in tasks for q in task.queries)
         tuning = draw(corpus, SMALL, seed, tuning=True)
+        assert [task.domain for task in tuning] == [task.domain for task in tasks][:2]
         assert {len(task.queries) for task in tuning} == {4}
         assert all("val" in q.text or "same" in q.text for task in tuning for q in task.queries)
     assert len({tuple(t.domain for t in draw(corpus, SMALL, seed, tuning=False)) for seed in range(20)}) > 1
@@ -197,9 +201,10 @@ def test_tasks(data):
 
 
 def test_the_tasks_of_clinc150():
-    if not (default_folder() / "clinc150.json").is_file():
+    folder = Path(os.environ.get("NESTED_LEARNING_DATA", "../shared/data"))
+    if not (folder / "clinc150.json").is_file():
         pytest.skip("clinc150.json is neither in NESTED_LEARNING_DATA nor in ../shared/data")
-    corpus = read(default_folder())
+    corpus = read(folder)
     for seed in range(3):
         tasks = draw(corpus, Protocol(), seed, tuning=False)
         check_tasks(tasks, Protocol(), 15)
@@ -270,6 +275,15 @@ def test_levels_leave_the_base_model_alone(model):
     assert method.learner.memory.diff()
     method.predict(["x"], ["abc", "de"])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_labels_are_what_levels_learn(model, monkeypatch):
+    """Each label's tokens once, in whatever block, and nothing else."""
+    method, seen = Levels(model, WORDING, [Level(64, 0.1)]), []
+    monkeypatch.setattr(method.learner, "observe", lambda ids, learn_mask: seen.append(ids[learn_mask == 1]))
+    task = some_task(["abc", "de"], count=5)
+    method.learn(task)
+    assert torch.cat(seen).tolist() == [t for e in task.train for t in WORDING.label(e.label)]
 
 
 def test_labels_are_what_fine_tuning_learns():
@@ -355,9 +369,9 @@ def folder(tmp_path_factory):
 def test_quick_run(tmp_path, folder, data):
     """Figures, plot and cache are written whole; a second run repeats the first from its cache."""
     files = {name: tmp_path / f"{name}.{end}" for name, end in (("f", "json"), ("p", "png"), ("c", "json"))}
-    line = ["--quick", "--seeds", "0", "--model", str(folder), "--data", str(data)]
+    line = ["clinc", "--quick", "--seeds", "0", "--model", str(folder), "--data", str(data)]
     line += ["--json", str(files["f"]), "--plot", str(files["p"]), "--cache", str(files["c"])]
-    figures = clinc.main(line)
+    figures = main(line)
     written = json.loads(files["f"].read_text())
     assert written == json.loads(json.dumps(figures))
     part = written["parts"]["clinc"]
@@ -368,19 +382,30 @@ def test_quick_run(tmp_path, folder, data):
     assert part["claims"][0]["holds"] == (row["3 levels"] > row["1 level"])
     assert files["p"].read_bytes().startswith(b"\x89PNG")
     results = files["c"].read_text()
-    assert clinc.main(line)["parts"] == figures["parts"]
+    assert main(line)["parts"] == figures["parts"]
     assert files["c"].read_text() == results
 
 
 def test_an_interrupted_run_goes_on(tmp_path, folder, data, capsys):
     cache = tmp_path / "c.json"
-    line = ["--quick", "--seeds", "0", "--model", str(folder), "--data", str(data), "--cache", str(cache)]
+    line = [
+        "clinc",
+        "--quick",
+        "--seeds",
+        "0",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--cache",
+        str(cache),
+    ]
     line += ["--methods", "no examples", "class means"]
     with pytest.raises(SystemExit) as stopped:
-        clinc.main([*line, "--max_minutes", "1e-9"])
+        main([*line, "--max_minutes", "1e-9"])
     assert stopped.value.code == 3
     assert "the same command goes on" in capsys.readouterr().out
-    rows = clinc.main(line)["parts"]["clinc"]["rows"]
+    rows = main(line)["parts"]["clinc"]["rows"]
     assert [row["method"] for row in rows] == ["no examples", "class means"]
 
 
@@ -398,6 +423,6 @@ def test_bad_input(tmp_path, folder, data, capsys):
         (known, "5 tasks need as many domains"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            clinc.main(line)
+            main(["clinc", *line])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
