@@ -31,11 +31,16 @@ class Contestant(NamedTuple):
     is_joint: bool = False
 
 
-def _stack(count: int, rate: float) -> Options:
-    """Levels that write every 64, 256 and 1,024 tokens; the slower, the smaller the share of the rate."""
-    ladder = [(64, 1.0), (256, 1.0), (1024, 1.0)][:count]
-    levels = [{"chunk_size": size, "lr": rate * share, "layers": "all"} for size, share in ladder]
-    return {"lr": rate, "levels": levels}
+CHUNKS = (128, 512, 2048)  # tokens: about 7 examples, 30, and 120 of a task's 300
+
+
+def _stack(count: int, rate: float, share: float = 1.0) -> Options:
+    """`count` levels on all layers; each has `share` of the rate of the next faster one."""
+    ladder = [
+        {"chunk_size": size, "lr": rate * share**index, "layers": "all"}
+        for index, size in enumerate(CHUNKS[:count])
+    ]
+    return {"lr": rate, "share": share, "levels": ladder}
 
 
 def _levels(base: Base, seed: int, options: Options) -> Method:
@@ -54,18 +59,21 @@ def contestants() -> dict[str, Contestant]:
         for pooling in ("mean", "last")
         for shrinkage in (0.1, 0.5)
     ]
-    penalties = [{"lr": lr, "strength": strength} for lr in RATES[:2] for strength in (1e2, 1e4, 1e6)]
-    stacks = {count: [_stack(count, rate) for rate in (0.1, 0.3)] for count in (1, 2, 3)}
+    penalties = [{"lr": RATES[1], "strength": strength} for strength in (1e2, 1e4, 1e6)]
+    stacks = {1: [_stack(1, rate) for rate in (0.3, 0.6, 1.0, 1.5)]}
+    for count in (2, 3):
+        stacks[count] = [_stack(count, rate, share) for rate in (0.6, 1.0) for share in (1.0, 0.25)]
+    in_context = [{**stack, "kept": 1} for stack in stacks[3][1::2]]
     return {
         "no examples": Contestant(lambda b, s, o: InContext(b.model, b.wording, kept=0), [{}]),
         "in context": Contestant(lambda b, s, o: InContext(b.model, b.wording, **o, seed=s), contexts),
         "fine-tuning": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates),
         "EWC": Contestant(lambda b, s, o: ElasticWeights(b.model, b.wording, **o), penalties),
-        "replay": Contestant(lambda b, s, o: Replay(b.model, b.wording, **o, kept=KEPT, seed=s), rates),
+        "replay": Contestant(lambda b, s, o: Replay(b.model, b.wording, **o, kept=KEPT, seed=s), rates[1:]),
         "class means": Contestant(lambda b, s, o: ClassMeans(b.features, **o), features),
         "1 level": Contestant(_levels, stacks[1]),
         "2 levels": Contestant(_levels, stacks[2]),
         "3 levels": Contestant(_levels, stacks[3]),
-        "3 levels, in context": Contestant(_levels, [{**stack, "kept": 1} for stack in stacks[3]]),
-        "joint": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates, is_joint=True),
+        "3 levels, in context": Contestant(_levels, in_context),
+        "joint": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates[1:], is_joint=True),
     }
