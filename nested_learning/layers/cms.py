@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from nested_learning._errors import unknown
 from nested_learning.layers.cms_level import (
     CMSLevel,
+    check_nested_gradient,
     check_options,
     check_positive,
     learning_levels,
     parse_levels,
 )
+from nested_learning.layers.cms_nested import initial_gradients, remember, start_context
 from nested_learning.layers.cms_regression import KeyValue, chunk_gradients
 from nested_learning.layers.cms_segments import Segments
 from nested_learning.layers.cms_writing import CMSState, LevelState, LevelWriter, Tensors
@@ -38,6 +41,7 @@ class ContinuumMemorySystem(nn.Module):
         "nested" (eq 72): the chain, where level l + 1 also learns the initial state of level l, from the
             gradients of its own chunk at the weights that were in force (first order), and level l starts
             from it again at each boundary of level l + 1. The same as "sequential" while nothing learns.
+            With `nested_gradient="exact"` the gradient is that through all writes of level l in the chunk.
         "independent" (eq 74): all blocks read the same input, y = x + Σ w_lh f_lh(x) over levels and their
             heads, w learned, 1 at first.
 
@@ -59,6 +63,9 @@ class ContinuumMemorySystem(nn.Module):
             that adding levels adds no parameters; a level's own `expansion` or `intermediate_size` overrides
             its part.
         norm_eps: epsilon of the RMS norms.
+        nested_gradient: with "nested", how a level's initial state is learned: "first_order", or "exact",
+            with "regression" alone, for a second run over each chunk of the slower level, whose keys and
+            values are kept (`cms_nested`).
 
     Attributes:
         learns: whether a level learns in context, so that there is a state.
@@ -77,6 +84,7 @@ class ContinuumMemorySystem(nn.Module):
         activation: str = "relu2",
         expansion: float = 4.0,
         norm_eps: float = 1e-6,
+        nested_gradient: str = "first_order",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -84,7 +92,8 @@ class ContinuumMemorySystem(nn.Module):
         check_positive("expansion", expansion)
         self.levels = parse_levels(levels)
         check_options(self.levels, variant, update)
-        self.variant, self.update = variant, update
+        check_nested_gradient(nested_gradient, variant, update)
+        self.variant, self.update, self.nested_gradient = variant, update, nested_gradient
         share = expansion / len(self.levels)
         self.blocks = nn.ModuleList(
             MLPBlock(
@@ -182,10 +191,15 @@ class ContinuumMemorySystem(nn.Module):
     def start(self, batch_size: int, dtype: torch.dtype) -> CMSState:
         """The state before the first token, for each row of a batch."""
         position = torch.zeros(batch_size, dtype=torch.long, device=self._block(0).up.weight.device)
-        own = {index: self._own(index, batch_size, dtype) for index in self._learning}
-        return CMSState.join(
-            position, {index: self._writer(index).start(W, self._slower(index)) for index, W in own.items()}
-        )
+        levels = {}
+        for index in self._learning:
+            own, slower = self._own(index, batch_size, dtype), self._slower(index)
+            levels[index] = self._writer(index).start(own, slower)
+            if slower is not None and self.nested_gradient == "exact":
+                up = own["up.weight"]
+                context = start_context(batch_size, slower.level.chunk_size, up.shape[-1], up)
+                levels[index] = levels[index]._replace(initial_sums={}, context=context)
+        return CMSState.join(position, levels)
 
     def current_weights(self, state: CMSState, dtype: torch.dtype) -> list[Weights | None]:
         """Per level the weights in force, as `forward` takes them; None for a static level."""
@@ -262,6 +276,7 @@ class ContinuumMemorySystem(nn.Module):
         keys, values = self.projections[str(index)](x, block, dtype)
         delta_rule_lr = writer.lr if writer.rule == "dgd" else None
         counter: Tensor | int = 0 if segments.aligned else position
+        exact = partial(initial_gradients, writer, block.activation) if level.context else None
         branches = []
         for segment in segments:
             weights = {name: W.to(x.dtype) for name, W in level.weights.items()}
@@ -280,10 +295,14 @@ class ContinuumMemorySystem(nn.Module):
                     None if scale is None else scale.to(dtype),
                     delta_rule_lr,
                 )
+                if level.context:
+                    pair = segment.of(keys), segment.of(values)
+                    kept = remember(level.context, *pair, write, segment.real, counter)
+                    level = level._replace(context=kept)
                 count = len(segment) if segment.real is None else segment.real.sum(1)
                 counter = counter + count
                 at = True if segment.real is None else count > 0
-                level = writer.finish(writer.add(level, grads), own, counter, at, slower)
+                level = writer.finish(writer.add(level, grads), own, counter, at, slower, exact)
         return segments.unpack(torch.cat(branches, 1)), level
 
     def _block(self, index: int) -> MLPBlock:
@@ -331,6 +350,11 @@ class ContinuumMemorySystem(nn.Module):
             raise ValueError(
                 f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
                 "belongs to another batch or a CMS with other levels"
+            )
+        if (state.context is None) != (self.start(1, x.dtype).context is None):
+            raise ValueError(
+                f"nested_gradient is {self.nested_gradient!r}, but the state is of a CMS with the other one: "
+                "the exact gradient needs the tokens of the unfinished chunk in the state"
             )
         return state
 

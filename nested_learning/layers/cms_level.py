@@ -12,6 +12,7 @@ from nested_learning._errors import unknown
 from nested_learning.layers.mlp import ACTIVATIONS
 
 VARIANTS = ("sequential", "nested", "independent")
+NESTED_GRADIENTS = ("first_order", "exact")
 UPDATES = ("none", "regression", "lm")
 # "dgd" is a rule for layers whose inputs are known; the others are memory forms of the optimizers.
 RULES = ("gd", "dgd", "momentum", "adam", "adagrad")
@@ -180,6 +181,18 @@ def check_options(levels: Sequence[CMSLevel], variant: str, update: str) -> None
                 "rule 'dgd' of a CMS level needs update 'regression' and another variant than 'nested': the "
                 "delta rule follows the inputs of one memory, 'lm' and initial states have sums of gradients"
             )
+
+
+def check_nested_gradient(name: str, variant: str, update: str) -> None:
+    """ValueError for an unknown nested gradient, or an exact one where there is none."""
+    if name not in NESTED_GRADIENTS:
+        raise unknown("nested_gradient of a CMS", str(name), NESTED_GRADIENTS)
+    if name == "exact" and (variant != "nested" or update != "regression"):
+        raise ValueError(
+            "nested_gradient 'exact' of a CMS needs variant 'nested', where a level learns another one's "
+            f"initial state, and update 'regression', got {variant!r} and {update!r} ('lm' would take "
+            "another pass of the whole model over each slow chunk)"
+        )
 
 
 def learning_levels(levels: Sequence[CMSLevel], variant: str, update: str) -> list[int]:

@@ -86,12 +86,33 @@ def summed_gradients(
         write: [B, T] bool, the tokens that count; None: all.
         scale: [e] factors of the hidden units.
     """
+    grads, phi, _ = _gradients(weights, key, value, activation, write, scale)
+    return grads, phi
+
+
+def chunk_loss_and_gradients(
+    weights: Tensors, key: Tensor, value: Tensor, activation: str, write: Tensor | None = None
+) -> tuple[Tensor, Tensors]:
+    """Σ_t L_t over all rows and tokens, 0-D, and Σ_t ∂L_t/∂W; arguments as of `summed_gradients`."""
+    grads, _, error = _gradients(weights, key, value, activation, write, None)
+    return 0.5 * value.shape[-1] * error.square().sum(), grads
+
+
+def _gradients(
+    weights: Tensors,
+    key: Tensor,
+    value: Tensor,
+    activation: str,
+    write: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensors, Tensor, Tensor]:
+    """Σ_t ∂L_t/∂W, φ [B, T, e], and (f(W; k) − v) / D [B, T, D], zero where nothing is learned."""
     features = Features(weights, key, activation, scale)
     error = (features.phi @ weights["down.weight"].mT - value) / value.shape[-1]
     if write is not None:
         error = error * write.unsqueeze(-1)
     grads = features.gradients(error @ weights["down.weight"])
-    return {**grads, "down.weight": error.mT @ features.phi}, features.phi
+    return {**grads, "down.weight": error.mT @ features.phi}, features.phi, error
 
 
 def delta_rule_change(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ class LevelState(NamedTuple):
     rule: what the inner rule carries, by matrix and field; empty for gradient descent.
     initial, initial_sums, initial_rule: the same for the initial state that the next slower level learns
         (variant "nested"); empty in the others.
+    context: the keys and values of the unfinished slow chunk, where that level takes the exact gradient
+        (`cms_nested`); then there are no `initial_sums`.
     """
 
     weights: Tensors
@@ -36,6 +38,7 @@ class LevelState(NamedTuple):
     initial: Tensors
     initial_sums: Tensors
     initial_rule: Tensors
+    context: Tensors
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class CMSState(State):
     Attributes:
         position: [B] int64, tokens read modulo the slowest chunk length (with "lm": those learned from or
             passed over, a multiple of the fastest).
-        weights, sums, rule, initial, initial_sums, initial_rule: see `LevelState`; the keys begin with the
-            level's index. None where no level has any.
+        weights, sums, rule, initial, initial_sums, initial_rule, context: see `LevelState`; the keys begin
+            with the level's index. None where no level has any.
     """
 
     position: Tensor
@@ -56,6 +59,7 @@ class CMSState(State):
     initial: Tensors | None
     initial_sums: Tensors | None
     initial_rule: Tensors | None
+    context: Tensors | None = None
 
     def level(self, index: int) -> LevelState:
         """One level's part."""
@@ -105,11 +109,11 @@ class LevelWriter(nn.Module):
         Copies, not views: the next optimizer step must not reach a state.
         """
         weights = {name: W.clone() for name, W in own.items()}
-        state = LevelState(weights, _zeros(weights), self._start_rule(weights), {}, {}, {})
+        state = LevelState(weights, _zeros(weights), self.start_rule(weights), {}, {}, {}, {})
         if slower is None:
             return state
         return state._replace(
-            initial=weights, initial_sums=_zeros(weights), initial_rule=slower._start_rule(weights)
+            initial=weights, initial_sums=_zeros(weights), initial_rule=slower.start_rule(weights)
         )
 
     def add(self, state: LevelState, grads: Tensors, initial_grads: Tensors | None = None) -> LevelState:
@@ -120,7 +124,13 @@ class LevelWriter(nn.Module):
         return state._replace(sums=sums, initial_sums=initial_sums)
 
     def finish(
-        self, state: LevelState, own: Tensors, position: Tensor | int, at: Rows, slower: LevelWriter | None
+        self,
+        state: LevelState,
+        own: Tensors,
+        position: Tensor | int,
+        at: Rows,
+        slower: LevelWriter | None,
+        exact: Callable[[LevelState], Tensors] | None = None,
     ) -> LevelState:
         """Write, in the rows that have just come to a boundary.
 
@@ -130,6 +140,8 @@ class LevelWriter(nn.Module):
             position: tokens so far, [B] int64 or one number for all rows.
             at: the rows that have moved to `position` by a token of theirs.
             slower: the writer that learns this level's initial state; None unless "nested".
+            exact: from a state at the end of a slow chunk to the gradients of its initial state; None takes
+                the sums (first order).
         """
         ends = _both(at, position % self.level.chunk_size == 0)
         if ends is False:
@@ -142,10 +154,15 @@ class LevelWriter(nn.Module):
         ends = _both(at, position % slower.level.chunk_size == 0)
         if ends is False:
             return state
-        learned, rule = slower.write(state.initial, own, state.initial_sums, state.initial_rule, ends)
+        sums = state.initial_sums
+        if exact is not None:
+            if isinstance(ends, Tensor) and not ends.any():  # waits for the device, but saves a whole run
+                return state
+            sums = exact(state)
+        learned, rule = slower.write(state.initial, own, sums, state.initial_rule, ends)
         return state._replace(
             weights=_choose(ends, learned, state.weights),
-            rule=_choose(ends, self._start_rule(learned), state.rule),
+            rule=_choose(ends, self.start_rule(learned), state.rule),
             initial=learned,
             initial_sums=_cleared(state.initial_sums, ends),
             initial_rule=rule,
@@ -187,7 +204,8 @@ class LevelWriter(nn.Module):
             after.update(_flat(name, state))
         return directions, after
 
-    def _start_rule(self, weights: Tensors) -> Tensors:
+    def start_rule(self, weights: Tensors) -> Tensors:
+        """What the inner rule carries before the first write."""
         memory = _memory_form(self.rule)
         if memory is None:
             return {}

@@ -18,8 +18,11 @@ FOUR = [{"chunk_size": 2}, {"chunk_size": 4}, {"chunk_size": 8}, {"chunk_size": 
 
 
 def system(levels, variant="sequential", seed=0, **options) -> ContinuumMemorySystem:
-    """In float64, every parameter random, widths of 4."""
+    """In float64, every parameter random, widths of 4. "nested, exact" is a variant with its gradient."""
     torch.manual_seed(seed)
+    variant, _, gradient = variant.partition(", ")
+    if gradient:
+        options["nested_gradient"] = gradient
     levels = [{"intermediate_size": 4, "lr": 0.3, **level} for level in levels]
     cms = ContinuumMemorySystem(WIDTH, levels, variant, "regression", **options).double()
     for name, parameter in cms.named_parameters():
@@ -42,7 +45,7 @@ def states_match(state: CMSState, levels, row: int) -> None:
                 torch.testing.assert_close(part.initial[name][row], level.init[name], **CLOSE)
 
 
-@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("variant", ["sequential", "nested", "nested, exact", "independent"])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 24, 25, 53])
 def test_four_levels_write_at_their_boundaries_what_the_loop_writes(variant, length):
     cms = system(FOUR, variant)
@@ -85,9 +88,9 @@ RULES = [
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)
-@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("variant", ["sequential", "nested", "nested, exact", "independent"])
 def test_rules_and_all_gradients_equal_the_loops(options, variant):
-    if options.get("rule") == "dgd" and variant == "nested":
+    if options.get("rule") == "dgd" and variant.startswith("nested"):
         pytest.skip("refused")
     heads = [{"heads": 2}, {}] if variant == "independent" else [{}, {}]
     cms = system([{"chunk_size": 3, **options, **heads[0]}, {"chunk_size": 6, **options}], variant)
@@ -108,7 +111,7 @@ def test_rules_and_all_gradients_equal_the_loops(options, variant):
         )
 
 
-@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+@pytest.mark.parametrize("variant", ["sequential", "nested", "nested, exact", "independent"])
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_pieces_padding_and_rows(variant, data):
@@ -135,6 +138,61 @@ def test_pieces_padding_and_rows(variant, data):
         torch.testing.assert_close(y[row, keep], alone[0], **CLOSE)
         for a, b in zip(state.select_rows(torch.tensor([row])).tensors(), after.tensors(), strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_the_exact_gradient_of_an_initial_state_is_the_slope_of_the_slow_chunks_loss():
+    """By finite differences of the loss through all inner writes; the first-order one is another."""
+    level = {"chunk_size": 2, "lr": 0.5, "clip": 0.7, "retention": 0.9, "rule": "momentum"}
+    steps = {}
+    for gradient in ("exact", "first_order"):
+        cms = system([level, {"chunk_size": 8, "lr": 1e-6, "clip": 1e9}], f"nested, {gradient}")
+        _, state = cms(tokens(1, 8))
+        own = dict(cms.blocks[0].named_parameters())
+        initial = state.level(0).initial
+        steps[gradient] = {name: (own[name] - W[0]).detach() / 1e-6 for name, W in initial.items()}
+
+    def loss(cms):
+        """Of the first level over the slow chunk, by the loop."""
+        level = oracle.OneLevel(cms, 0)
+        for t, u in enumerate(tokens(1, 8)[0]):
+            level.token(u, t + 1, True)
+            if t == 6:
+                level.slower = level.level.__class__(chunk_size=16)  # keep the losses past the boundary
+        return float(sum(level.chunk_losses).detach())
+
+    cms = system([level, {"chunk_size": 8, "lr": 1e-6, "clip": 1e9}], "nested")
+    distance = {"exact": 0.0, "first_order": 0.0}
+    for name in steps["exact"]:
+        weight = cms.get_parameter(f"blocks.0.{name}")
+        for place in itertools.product(*map(range, weight.shape)):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    weight[place] += sign * 1e-5
+                ends.append(loss(cms))
+                with torch.no_grad():
+                    weight[place] -= sign * 1e-5
+            slope = (ends[0] - ends[1]) / 2e-5
+            for gradient, found in steps.items():
+                distance[gradient] = max(distance[gradient], abs(float(found[name][place]) - slope))
+    assert distance["exact"] < 1e-6
+    assert distance["first_order"] > 1e-3
+
+
+def test_states_of_the_other_gradient_are_refused():
+    x = tokens(2, 3)
+    exact, first_order = (system(FOUR[:2], f"nested, {gradient}") for gradient in ("exact", "first_order"))
+    for one, other in ((exact, first_order), (first_order, exact)):
+        with pytest.raises(ValueError, match="of a CMS with the other one"):
+            one(x, other(x)[1])
+
+
+def test_the_exact_gradient_without_autograd():
+    cms = system(FOUR[:3], "nested, exact")
+    x = tokens(2, 21)
+    with torch.no_grad():
+        found = cms(x)[0]
+    assert torch.equal(found, cms(x)[0])
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
@@ -236,6 +294,17 @@ def test_float32_state_under_bfloat16():
             [{"chunk_size": 2, "rule": "dgd"}],
             {"update": "regression", "variant": "nested"},
             "another variant",
+        ),
+        ([{"chunk_size": 2}], {"nested_gradient": "second"}, "nested_gradient of a CMS|Did you mean"),
+        (
+            [{"chunk_size": 2}],
+            {"update": "regression", "nested_gradient": "exact"},
+            "needs variant 'nested'.*got 'sequential' and 'regression'",
+        ),
+        (
+            [{"chunk_size": 2}],
+            {"update": "lm", "variant": "nested", "nested_gradient": "exact"},
+            "would take another pass",
         ),
         ([{"chunk_size": 2, "rule": "sgd"}], {"update": "regression"}, "Did you mean 'gd'|expected one of"),
         (

@@ -71,6 +71,27 @@ def test_pieces_equal_whole(update, variant, ids, pieces):
     torch.testing.assert_close(static(ids).logits[:, :2], whole[:, :2], **EXACT)  # the first chunk
 
 
+def test_exact_initial_states_in_pieces_and_files(ids, tmp_path):
+    """The tokens of an unfinished slow chunk go with the cache; a cache of the other gradient is refused."""
+    first_order = model_of("regression", "nested")
+    model = model_of("regression", "nested", cms_nested_gradient="exact")
+    whole, cache = streamed(model, ids, [19])
+    got, pieced = streamed(model, ids, [3, 1, 8, 7])
+    torch.testing.assert_close(got, whole, **EXACT)
+    same_states(pieced, cache)
+    other = streamed(first_order, ids, [19])[0]
+    torch.testing.assert_close(other[:, :4], whole[:, :4], **EXACT)  # the second level's first chunk
+    assert (other[:, 4:] - whole[:, 4:]).abs().max() > 1e-6
+    _, half = streamed(model, ids[:, :11], [11])
+    half.save(tmp_path / "state.safetensors")
+    loaded = HopeCache.load(tmp_path / "state.safetensors", model)
+    with torch.no_grad():
+        rest = model(ids[:, 11:], past_key_values=loaded).logits
+    torch.testing.assert_close(rest, whole[:, 11:], **EXACT)
+    with pytest.raises(ValueError, match="another configuration"):
+        HopeCache.load(tmp_path / "state.safetensors", first_order)
+
+
 @pytest.mark.parametrize("pieces", [[22], [6, 15, 1]])
 def test_padding_and_other_rows_change_nothing(update, mixers, ids, pieces):
     model = model_of(update, mixers=mixers)

@@ -103,6 +103,8 @@ def test_what_every_transformers_config_accepts_still_works():
             "lr of a CMS level needs update 'regression' or 'lm'",
         ),
         ({"cms_update": "ml"}, "unknown CMS update 'ml'"),
+        ({"cms_nested_gradient": "exakt"}, "Did you mean 'exact'"),
+        ({"cms_nested_gradient": "exact"}, "needs variant 'nested'"),
         ({"cms_meta_gradient": "exakt"}, "Did you mean 'exact'"),
         ({"cms_meta_gradient": "exact"}, "belongs to cms_update 'lm', not to 'none'"),
         ({"cms_activation": "swigl"}, "Did you mean 'swiglu'"),

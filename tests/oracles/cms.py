@@ -74,6 +74,7 @@ class OneLevel:
         if self.nested:
             self.slower = cms.levels[index + 1]
             self.initial_rules, self.initial_sum = self.fresh_rules(self.slower), None
+            self.chunk_losses = []  # of the unfinished chunk of the slower level
         self.writes = []  # the counts of tokens at which the weights changed
 
     def fresh_rules(self, level):
@@ -117,8 +118,16 @@ class OneLevel:
         if self.nested:
             old = self.initial_sum or dict.fromkeys(grads, 0)
             self.initial_sum = {n: old[n] + g for n, g in grads.items()}
+            self.chunk_losses += losses
             if count % self.slower.chunk_size == 0:
                 rate = self.lr(self.cms, self.index + 1)
+                if self.cms.nested_gradient == "exact" and self.chunk_losses:
+                    names = list(self.init)
+                    through = torch.autograd.grad(
+                        sum(self.chunk_losses), [self.init[n] for n in names], create_graph=True
+                    )
+                    self.initial_sum = dict(zip(names, through, strict=True))
+                self.chunk_losses = []
                 self.init = write(
                     self.init, self.own, self.initial_sum, self.initial_rules, self.slower, rate
                 )

@@ -75,6 +75,8 @@ class HopeConfig(PreTrainedConfig):
         cms_meta_gradient: what training sees of the writes of `cms_update="lm"`: with "first_order" a written
             gradient is a constant, with "exact" a function of weights, states and embeddings, at the cost of
             second derivatives. Changes no output.
+        cms_nested_gradient: how `cms_variant="nested"` learns initial states: "first_order" or, with
+            `cms_update="regression"`, "exact"; see `ContinuumMemorySystem`.
         cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
         cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
         norm_eps: epsilon of the RMS norms of the blocks, the CMS and the output. The norms inside a mixer
@@ -111,6 +113,7 @@ class HopeConfig(PreTrainedConfig):
     cms_variant: str = "sequential"
     cms_update: str = "none"
     cms_meta_gradient: str = "first_order"
+    cms_nested_gradient: str = "first_order"
     cms_activation: str = "relu2"
     cms_expansion: float = 4.0
     norm_eps: float = 1e-6
@@ -195,6 +198,7 @@ class HopeConfig(PreTrainedConfig):
             activation=self.cms_activation,
             expansion=self.cms_expansion,
             norm_eps=self.norm_eps,
+            nested_gradient=self.cms_nested_gradient,
         )
 
     def fingerprint(self) -> str:
@@ -204,6 +208,8 @@ class HopeConfig(PreTrainedConfig):
         giving its default is the same, and so are 1 and 1.0.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in _STATE_FIELDS}
+        if self.cms_nested_gradient != "first_order":
+            fields["cms_nested_gradient"] = self.cms_nested_gradient
         fields["cms_levels"] = [level.unusual() for level in parse_levels(self.cms_levels or [])]
         fields["mixers"] = self.layer_mixers
         fields["mixer_options"] = {name: self._unusual_options(name) for name in set(self.layer_mixers)}

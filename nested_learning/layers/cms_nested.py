@@ -1,0 +1,91 @@
+"""Variant "nested", exactly: how a level's initial state moves the loss of a whole chunk of the next one.
+
+Within a chunk of level l + 1, level l starts from W_init and writes at every boundary of its own, so all its
+weights W_1, W_2, … are functions of W_init. To first order, level l + 1 adds up the gradients at the W_i that
+were in force; exactly, it takes
+
+    G = ∇_{W_init} Σ_i L_i(W_i(W_init)),   L_i the loss of the i-th chunk of level l,
+
+through every inner write, its clipping, rule and retention. For that the keys and values of the unfinished
+slow chunk are kept with the state, and at its boundary the inner level runs over them once more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nested_learning.layers.cms_regression import chunk_loss_and_gradients
+from nested_learning.layers.cms_writing import LevelState, LevelWriter, Tensors
+
+
+def start_context(batch_size: int, length: int, width: int, like: Tensor) -> Tensors:
+    """Room for the tokens of a slow chunk: "key" and "value" [B, C, D], "write" [B, C] bool."""
+    empty = like.new_zeros(batch_size, length, width)
+    write = torch.zeros(batch_size, length, dtype=torch.bool, device=like.device)
+    return {"key": empty, "value": empty, "write": write}
+
+
+def remember(
+    context: Tensors,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor | None,
+    real: Tensor | None,
+    position: Tensor | int,
+) -> Tensors:
+    """Put the tokens of a segment, which no slow boundary cuts, in their places of the slow chunk.
+
+    Args:
+        context: see `start_context`.
+        key, value: [B, S, D].
+        write: [B, S] bool, which of them are learned; None: all.
+        real: [B, S] bool, which columns hold tokens; None: all.
+        position: tokens before the segment, [B] int64 or one number for all rows.
+    """
+    B, S, _ = key.shape
+    length = context["write"].shape[1]
+    if write is None:
+        write = torch.ones(B, S, dtype=torch.bool, device=key.device)
+    if real is None:
+        column = torch.arange(S, device=key.device).expand(B, S)
+    else:
+        # Empty columns write back what stands beside the segment: before its first token or behind its last.
+        count = real.long().cumsum(1)
+        column = torch.where(real | (count == 0), count - 1, count)
+    start = position.view(-1, 1) if isinstance(position, Tensor) else position
+    slots = (start + column) % length
+    new = {"key": key, "value": value, "write": write}
+    return {name: _scattered(old, new[name].to(old.dtype), slots, real) for name, old in context.items()}
+
+
+def _scattered(old: Tensor, new: Tensor, slots: Tensor, real: Tensor | None) -> Tensor:
+    """`old` [B, C, ...] with `new` [B, S, ...] at `slots` [B, S], in the columns that are real."""
+    shape = (*slots.shape, *[1] * (old.dim() - 2))
+    index = slots.view(shape).expand_as(new)
+    if real is not None:
+        new = torch.where(real.view(shape), new, old.gather(1, index))
+    return old.scatter(1, index, new)
+
+
+def initial_gradients(writer: LevelWriter, activation: str, state: LevelState) -> Tensors:
+    """G of each matrix [B, out, in]; differentiable in everything that it is made of.
+
+    Args:
+        writer: of the inner level.
+        activation: of the block.
+        state: at the end of a slow chunk, with its tokens and the initial state that it began from.
+    """
+
+    def loss(initial: Tensors) -> Tensor:
+        weights, rule = initial, writer.start_rule(initial)
+        losses = []
+        chunks = (state.context[name].split(writer.level.chunk_size, 1) for name in ("key", "value", "write"))
+        for key, value, write in zip(*chunks, strict=True):
+            own, grads = chunk_loss_and_gradients(weights, key, value, activation, write)
+            losses.append(own)
+            weights, rule = writer.write(weights, initial, grads, rule, True)
+        return torch.stack(losses).sum()
+
+    grads: Tensors = torch.func.grad(loss)(state.initial)
+    return grads
