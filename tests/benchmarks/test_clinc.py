@@ -165,6 +165,8 @@ def test_the_matrix_of_a_method_that_forgets(data):
     assert found["matrix"] == [[1.0], [0.0, 1.0], [0.0, 0.0, 1.0]]
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert (found["forgetting"], found["backward transfer"]) == (1.0, -1.0)
+    assert found["confusion"] == [[0.0, 0.0, 1.0]] * 3
+    assert (found["right task"], found["last task"]) == (pytest.approx(1 / 3), 1.0)
     assert method.labels == [label for task in tasks for label in task.labels]
 
 
