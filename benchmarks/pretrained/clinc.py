@@ -10,8 +10,10 @@ share that get one of the domain learned last (there is as much of each).
 Each method gets the setting with the best accuracy on validation queries at the end of a stream of three
 tasks that is not reported; then the seeds decide domains, their order, examples and queries (from the test
 split). Whatever is trained learns from the labels' tokens: fine-tuning, EWC, replay and joint training in
-batches of 8 examples, levels at every 128 tokens, which are about as many. "joint" has all tasks at once,
-shuffled.
+batches of 8 examples, levels at every 128 tokens, which are about as many. One level answers as it is; of two
+or three the slowest answers, which every 512 or 2,048 tokens takes over a share of the next faster one and so
+is an average of what that one was ("averaged" fine-tuning has an average too). "summed" levels all learn and
+answer together. "joint" has all tasks at once, shuffled.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ def display(figures: dict[str, Any]) -> None:
     rows = []
     for row in figures["rows"]:
         texts = {score: "–" if row[score] is None else plus_minus(row, score) for score in SCORES}
-        setting = {key: value for key, value in row["setting"].items() if key != "levels"}
+        setting = {key: value for key, value in row["setting"].items() if key not in ("levels", "answers")}
         chosen = ", ".join(f"{key} {value}" for key, value in setting.items())
         rows.append({"method": row["method"], "setting": chosen, **texts, "learning (s)": row["seconds"]})
     show(f"{title} (chance with {figures['labels']} labels: {1 / figures['labels']:.3f})", rows)

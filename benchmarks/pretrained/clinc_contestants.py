@@ -34,8 +34,8 @@ class Contestant(NamedTuple):
 CHUNKS = (128, 512, 2048)  # tokens: about 7 examples, 30, and 120 of a task's 300
 
 
-def _stack(count: int, rate: float, share: float = 1.0) -> Options:
-    """`count` levels on all layers; each has `share` of the rate of the next faster one."""
+def _summed(count: int, rate: float, share: float = 1.0) -> Options:
+    """`count` levels that learn and answer together; each has `share` of the rate of the next faster one."""
     ladder = [
         {"chunk_size": size, "lr": rate * share**index, "layers": "all"}
         for index, size in enumerate(CHUNKS[:count])
@@ -43,10 +43,19 @@ def _stack(count: int, rate: float, share: float = 1.0) -> Options:
     return {"lr": rate, "share": share, "levels": ladder}
 
 
+def _consolidated(rate: float, *shares: float) -> Options:
+    """The fastest level learns; each slower one takes over a share of the one before; the slowest answers."""
+    slow = [
+        {"chunk_size": size, "lr": 0.0, "consolidate": share}
+        for size, share in zip(CHUNKS[1:], shares, strict=False)
+    ]
+    levels = [{"chunk_size": CHUNKS[0], "lr": rate}, *slow]
+    return {"lr": rate, "consolidate": list(shares), "levels": levels, "answers": [len(shares)]}
+
+
 def _levels(base: Base, seed: int, options: Options) -> Method:
-    return Levels(
-        base.model, base.wording, [Level(**each) for each in options["levels"]], options.get("kept", 0)
-    )
+    levels = [Level(**each) for each in options["levels"]]
+    return Levels(base.model, base.wording, levels, options.get("kept", 0), options.get("answers"))
 
 
 def contestants() -> dict[str, Contestant]:
@@ -59,21 +68,25 @@ def contestants() -> dict[str, Contestant]:
         for pooling in ("mean", "last")
         for shrinkage in (0.1, 0.5)
     ]
-    penalties = [{"lr": RATES[1], "strength": strength} for strength in (1e2, 1e4, 1e6)]
-    stacks = {1: [_stack(1, rate) for rate in (0.3, 0.6, 1.0, 1.5)]}
-    for count in (2, 3):
-        stacks[count] = [_stack(count, rate, share) for rate in (0.6, 1.0) for share in (1.0, 0.25)]
-    in_context = [{**stack, "kept": 1} for stack in stacks[3][1::2]]
+    penalties = [{"lr": lr, "strength": strength} for lr in RATES[1:] for strength in (1e3, 1e5)]
+    averages = [{"lr": lr, "average": share} for lr in RATES[1:] for share in (0.05, 0.1)]
+    one = [_summed(1, rate) for rate in (0.3, 0.6, 1.0, 1.5)]
+    two = [_consolidated(rate, share) for rate in (0.6, 1.0) for share in (0.05, 0.1)]
+    three = [_consolidated(rate, 0.2, share) for rate in (0.6, 1.0) for share in (0.2, 0.4)]
+    summed = [_summed(3, rate, share) for rate in (0.6, 1.0) for share in (1.0, 0.25)]
+    in_context = [{**options, "kept": 1} for options in three[::2]]
     return {
         "no examples": Contestant(lambda b, s, o: InContext(b.model, b.wording, kept=0), [{}]),
         "in context": Contestant(lambda b, s, o: InContext(b.model, b.wording, **o, seed=s), contexts),
         "fine-tuning": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates),
+        "fine-tuning, averaged": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), averages),
         "EWC": Contestant(lambda b, s, o: ElasticWeights(b.model, b.wording, **o), penalties),
         "replay": Contestant(lambda b, s, o: Replay(b.model, b.wording, **o, kept=KEPT, seed=s), rates[1:]),
         "class means": Contestant(lambda b, s, o: ClassMeans(b.features, **o), features),
-        "1 level": Contestant(_levels, stacks[1]),
-        "2 levels": Contestant(_levels, stacks[2]),
-        "3 levels": Contestant(_levels, stacks[3]),
+        "1 level": Contestant(_levels, one),
+        "2 levels": Contestant(_levels, two),
+        "3 levels": Contestant(_levels, three),
+        "3 levels, summed": Contestant(_levels, summed),
         "3 levels, in context": Contestant(_levels, in_context),
         "joint": Contestant(lambda b, s, o: FineTuning(b.model, b.wording, **o), rates[1:], is_joint=True),
     }

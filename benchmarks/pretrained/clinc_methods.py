@@ -213,10 +213,18 @@ class Levels:
         wording: of the examples.
         levels: fast to slow.
         kept: examples of each class that stand before a query, as in `InContext`.
+        answers: indices of the levels that are in force when queries are answered; None for all.
     """
 
-    def __init__(self, model: Any, wording: Wording, levels: Sequence[Level], kept: int = 0) -> None:
-        self.wording, self.block = wording, levels[0].chunk_size
+    def __init__(
+        self,
+        model: Any,
+        wording: Wording,
+        levels: Sequence[Level],
+        kept: int = 0,
+        answers: Sequence[int] | None = None,
+    ) -> None:
+        self.wording, self.block, self.answers = wording, levels[0].chunk_size, answers
         self.learner = stack_levels(model, levels=levels, window=self.block + 1, overlap=1)
         self.context = InContext(model, wording, kept)
 
@@ -232,7 +240,7 @@ class Levels:
             self.learner.observe(block, learn_mask=mask)
 
     def predict(self, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
-        with self.learner.active():
+        with self.learner.active(levels=self.answers):
             return self.context.predict(texts, labels)
 
 

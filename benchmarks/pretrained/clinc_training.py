@@ -20,6 +20,7 @@ from benchmarks.pretrained.clinc_methods import Wording, first_of_each, most_pro
 from nested_learning.continual.find import find_targets
 
 BATCH = 8  # examples
+AVERAGED = 4  # steps between two moves of an average: about the tokens of the second level's chunk
 IGNORED = -100
 
 
@@ -31,9 +32,13 @@ class FineTuning:
         wording: of the examples.
         lr: learning rate, constant; no weight decay.
         seed: of what is drawn in addition to the stream.
+        average: queries are answered by a moving average of the weights, which moves this share of its
+            distance after every fourth step; None: by the weights.
     """
 
-    def __init__(self, model: Any, wording: Wording, lr: float, seed: int = 0) -> None:
+    def __init__(
+        self, model: Any, wording: Wording, lr: float, seed: int = 0, average: float | None = None
+    ) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.wording, self.random = wording, random.Random(seed)
         self.weights = [target.weight for target in find_targets(self.model)]
@@ -41,6 +46,8 @@ class FineTuning:
             weight.requires_grad_()
         self.masters = [weight.detach().float() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.0)
+        self.share, self.steps = average, 0
+        self.average = [] if average is None else [master.clone() for master in self.masters]
 
     def learn(self, task: Task) -> None:
         for batch in self.batches(task):
@@ -48,10 +55,17 @@ class FineTuning:
                 master.grad = grad
             self.penalise()
             self.optimizer.step()
-            self._publish()
+            self._publish(self.masters)
+            self.steps += 1
+            if self.share is not None and self.steps % AVERAGED == 0:
+                torch._foreach_lerp_(self.average, self.masters, self.share)
 
     def predict(self, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
-        return most_probable(self.model, self.wording, texts, labels)
+        if self.average:
+            self._publish(self.average)
+        answers = most_probable(self.model, self.wording, texts, labels)
+        self._publish(self.masters)
+        return answers
 
     def batches(self, task: Task) -> Iterator[Sequence[Example]]:
         """The examples of the task in the order of the stream."""
@@ -69,8 +83,9 @@ class FineTuning:
         return [grad.float() for grad in torch.autograd.grad(loss, self.weights)]
 
     @torch.no_grad()
-    def _publish(self) -> None:
-        torch._foreach_copy_([weight.data for weight in self.weights], self.masters)
+    def _publish(self, weights: Sequence[Tensor]) -> None:
+        """Let the model have these weights."""
+        torch._foreach_copy_([weight.data for weight in self.weights], list(weights))
 
 
 class ElasticWeights(FineTuning):

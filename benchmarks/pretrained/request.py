@@ -44,7 +44,7 @@ class Request:
     @property
     def model_name(self) -> str:
         """For the settings of a result."""
-        return "SmolLM2-135M-Instruct" if self.model is None else self.model.name
+        return "SmolLM2-135M-Instruct" if self.model is None else str(self.model.resolve())
 
     def text(self, name: str) -> str:
         """A file of the data. ValueError if it is not there."""

@@ -30,6 +30,10 @@ class OuterReader(Reader):
         self.scale = 1.0
 
     def learn(self, tokens: Tensor, mask: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
+        if not bool(mask.all()):
+            raise ValueError(
+                "the outer loss is that of all tokens: read them with a mask that is True for all"
+            )
         # While deltas are installed, W_base + Σ Δ goes by the name of W_base.
         installed = dict(self.model.named_parameters())
         outer = {name: installed[name].requires_grad_() for name in self.base}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +85,7 @@ class Row:
         mask: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
-        version: changes whenever a delta does, and is never used for two contents.
+        version: changes whenever a delta does, and never stands for two contents.
     """
 
     levels: list[LevelState]
@@ -94,7 +94,7 @@ class Row:
     mask: Tensor
     start: int = 0
     context: Context = field(default_factory=Context)
-    version: int = field(default_factory=lambda: next(_versions))
+    version: Hashable = field(default_factory=lambda: next(_versions))
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -114,6 +114,13 @@ class Row:
         fresh = dataclasses.replace(self, position=0)
         fresh.clear_context()
         return fresh
+
+    def only(self, levels: tuple[int, ...] | None) -> Row:
+        """The row with the deltas of these levels alone; None for all. For reading, not for learning."""
+        if levels is None:
+            return self
+        kept = [state if index in levels else LevelState() for index, state in enumerate(self.levels)]
+        return dataclasses.replace(self, levels=kept, version=(self.version, levels))
 
     def changed(self) -> None:
         self.version = next(_versions)

@@ -84,13 +84,16 @@ def read_masks(given: Mask | None, text_or_ids: TextOrIds, batch: Batch) -> list
         raise ValueError("learn_mask has one value per token: give ids, not text, to go with it")
     try:
         masks = [torch.as_tensor(mask) for mask in ([given] if batch.kind == "one" else given)]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"learn_mask must have the shape of the ids, got {given!r}") from error
     shapes, expected = [tuple(m.shape) for m in masks], [tuple(row.shape) for row in batch.rows]
     if shapes != expected:
         raise ValueError(f"learn_mask must have the shape of the ids, rows of {expected}, got {shapes}")
-    if any(((mask != 0) & (mask != 1)).any() for mask in masks):
-        raise ValueError("learn_mask must be True or 1 for tokens that are learned, False or 0 for others")
+    wrong = [value for mask in masks for value in mask[(mask != 0) & (mask != 1)].tolist()]
+    if wrong:
+        raise ValueError(
+            f"learn_mask must be True or 1 for tokens that are learned, False or 0 for others, got {wrong[0]}"
+        )
     return [mask.to("cpu", torch.bool) for mask in masks]
 
 

@@ -62,9 +62,9 @@ class Learner:
             text_or_ids: a text or ids [T] for one row; a list of texts or of ids, or ids [B, T], for B rows.
             row: the row that one sequence is for, where there are several.
             learn_mask: of the ids' shape, True (or 1) for a token that is to be learned: its prediction from
-                all before it counts in the chunk's sum. The others are read and scored alone, such as a
-                user's turns when only the answers are to be learned. None for all tokens. Not for text,
-                whose tokens are not known.
+                all before it counts in the chunk's sum (not that of a chunk's first token, which no chunk
+                learns). The others are read and scored alone, such as a user's turns when only the answers
+                are to be learned. None for all tokens. Not for text, whose tokens are not known.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32
@@ -130,30 +130,44 @@ class Learner:
     # Using what was learned ------------------------------------------------------------------------------
 
     @contextmanager
-    def active(self, row: int = 0) -> Iterator[Any]:
+    def active(self, row: int = 0, *, levels: Sequence[int] | None = None) -> Iterator[Any]:
         """Inside the scope the base model itself runs with a row's deltas: for anything that takes a model.
 
         What is learned inside the scope shows in the next one. Other threads that use the same base model
         through learners wait.
 
+        Args:
+            row: whose deltas.
+            levels: indices of the levels in force, 0 is the fastest; None for all. A slow level that takes
+                over from a fast one (`Level.consolidate`) holds an average of what that one was; alone, it
+                answers from the average.
+
         Yields:
             the model.
+
+        Raises:
+            ValueError: there is no such row or level.
         """
-        with self.reader.workspace.installed(self.reader.writers, self.memory.row(row)):
+        chosen = self.memory.row(row).only(self._chosen(levels))
+        with self.reader.workspace.installed(self.reader.writers, chosen):
             yield self.model
 
-    def score(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
+    def score(
+        self, text_or_ids: TextOrIds, *, row: int | None = None, levels: Sequence[int] | None = None
+    ) -> Any:
         """Next-token losses as `observe` returns them, of a text of its own; nothing is learned.
 
         With one row of memory, any number of sequences is scored by it; with several rows each sequence
-        belongs to a row, as in `observe`.
+        belongs to a row, as in `observe`. `levels` as in `active`.
         """
+        chosen = self._chosen(levels)
         batch = self._batch(text_or_ids)
         if len(self.memory.rows) == 1 and row is None:
             pairs = [(0, ids) for ids in batch.rows]
         else:
             pairs = self._assign(batch, row)
-        return batch.restore([self._score_row(self.memory.rows[i].reader(), ids) for i, ids in pairs])
+        rows = [(self.memory.rows[i].only(chosen).reader(), ids) for i, ids in pairs]
+        return batch.restore([self._score_row(row, ids) for row, ids in rows])
 
     def _score_row(self, row: Row, ids: Tensor) -> Tensor:
         segments = self.reader.plan.segments
@@ -166,8 +180,10 @@ class Learner:
             row.start = len(row.tokens)  # the next segment may need a new window
         return torch.cat(losses)
 
-    def perplexity(self, text_or_ids: TextOrIds, *, row: int | None = None) -> Any:
-        """exp of the mean next-token loss of a text of its own; never learns.
+    def perplexity(
+        self, text_or_ids: TextOrIds, *, row: int | None = None, levels: Sequence[int] | None = None
+    ) -> Any:
+        """exp of the mean next-token loss of a text of its own; never learns. Arguments as of `score`.
 
         Returns:
             a float for one sequence, a list of floats for several.
@@ -178,7 +194,7 @@ class Learner:
         batch = self._batch(text_or_ids)
         if any(len(ids) < 2 for ids in batch.rows):
             raise ValueError("perplexity needs at least two tokens: the first one predicts the second")
-        losses = self.score(batch.rows[0] if batch.kind == "one" else batch.rows, row=row)
+        losses = self.score(batch.rows[0] if batch.kind == "one" else batch.rows, row=row, levels=levels)
         means = [
             math.exp(float(row_losses[1:].mean()))
             for row_losses in ([losses] if batch.kind == "one" else losses)
@@ -186,13 +202,21 @@ class Learner:
         return means[0] if batch.kind == "one" else means
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, *, row: int = 0) -> Tensor:
-        """Logits [B, T, V] of ids [B, T] with a row's deltas: the base model's own, bit for bit, where
-        nothing was learned."""
-        with self.active(row), evaluating(self.model):
+    def logits(self, ids: Tensor, *, row: int = 0, levels: Sequence[int] | None = None) -> Tensor:
+        """Logits [B, T, V] of ids [B, T] with a row's deltas (those of `levels`, see `active`): the base
+        model's own, bit for bit, where nothing was learned."""
+        with self.active(row, levels=levels), evaluating(self.model):
             return self.model(input_ids=ids.to(self.model.device)).logits
 
-    def generate(self, prompt: str | Tensor, *, learn: bool = False, row: int = 0, **options: Any) -> Any:
+    def generate(
+        self,
+        prompt: str | Tensor,
+        *,
+        learn: bool = False,
+        row: int = 0,
+        levels: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
         """Continue a prompt with what a row has learned; transformers' `generate`.
 
         Args:
@@ -200,6 +224,7 @@ class Learner:
                 what was observed.
             learn: observe prompt and continuation afterwards (one sequence only).
             row: whose deltas.
+            levels: which of them, as in `active`.
             options: of transformers' `generate`, such as max_new_tokens.
 
         Returns:
@@ -217,7 +242,7 @@ class Learner:
             )
         ids = torch.stack(batch.rows)
         options.setdefault("attention_mask", torch.ones_like(ids))
-        with self.active(row) as model, evaluating(model):
+        with self.active(row, levels=levels) as model, evaluating(model):
             output = model.generate(ids, **options)
         sequences = output if isinstance(output, Tensor) else output.sequences
         if learn:
@@ -229,6 +254,17 @@ class Learner:
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
         return budget(self.reader, len(self.memory.rows))
+
+    def _chosen(self, levels: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Indices of levels, ascending. ValueError for others."""
+        if levels is None:
+            return None
+        known = range(len(self.levels))
+        if isinstance(levels, int) or any(index not in known for index in levels):
+            raise ValueError(
+                f"levels must be a list of indices from 0 (the fastest) to {known[-1]}, got {levels!r}"
+            )
+        return tuple(sorted(set(levels)))
 
     # Rows ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ class Level:
 
         Δ ← (1 − decay) Δ − lr · rule(clip(G)),   G = Σ ∇_W of the next-token loss,
 
-    the sum (not the mean) over the chunk_size − 1 pairs of neighbouring tokens wholly inside the chunk.
+    the sum (not the mean) over the chunk_size − 1 pairs of neighbouring tokens wholly inside the chunk, or
+    over those of them whose second token `observe` was told to learn.
 
     Args:
         chunk_size: tokens between two writes, at least 2.

@@ -18,7 +18,7 @@ the scope and returns to it. One lock per base model keeps threads apart.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +39,7 @@ class _Buffers:
     """Effective weights by name, and the version of the row that they were made for."""
 
     weights: dict[str, Tensor]
-    version: int | None = None
+    version: Hashable | None = None
 
 
 @dataclass

@@ -328,6 +328,18 @@ class ContinuumMemorySystem(nn.Module):
             if p.dim() == 2
         }
 
+    def _context_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Of the tokens that a state keeps for exact gradients of initial states."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index in self._learning if self.nested_gradient == "exact" else ():
+            slower = self._slower(index)
+            if slower is not None:
+                tokens = (batch_size, slower.level.chunk_size)
+                width = self._block(index).up.weight.shape[1]
+                shapes |= {f"{index}.{name}": (*tokens, width) for name in ("key", "value")}
+                shapes[f"{index}.write"] = tokens
+        return shapes
+
     def _hidden_scale(self, index: int) -> Tensor | None:
         """Each head's weight at its hidden units [e]; None in a chain."""
         if self.variant != "independent":
@@ -351,10 +363,12 @@ class ContinuumMemorySystem(nn.Module):
                 f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
                 "belongs to another batch or a CMS with other levels"
             )
-        if (state.context is None) != (self.start(1, x.dtype).context is None):
+        held = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
+        if held != self._context_shapes(len(x)):
             raise ValueError(
-                f"nested_gradient is {self.nested_gradient!r}, but the state is of a CMS with the other one: "
-                "the exact gradient needs the tokens of the unfinished chunk in the state"
+                f"state keeps the tokens {held or 'of no unfinished chunk'}; nested_gradient "
+                f"{self.nested_gradient!r} of this CMS needs {self._context_shapes(len(x)) or 'none'}: it "
+                "belongs to another CMS; start without a state, or make this CMS like that one"
             )
         return state
 

@@ -47,25 +47,20 @@ def remember(
     length = context["write"].shape[1]
     if write is None:
         write = torch.ones(B, S, dtype=torch.bool, device=key.device)
-    if real is None:
-        column = torch.arange(S, device=key.device).expand(B, S)
-    else:
-        # Empty columns write back what stands beside the segment: before its first token or behind its last.
-        count = real.long().cumsum(1)
-        column = torch.where(real | (count == 0), count - 1, count)
     start = position.view(-1, 1) if isinstance(position, Tensor) else position
-    slots = (start + column) % length
+    if real is None:
+        slots = (start + torch.arange(S, device=key.device).expand(B, S)) % length
+    else:  # empty columns go to a slot behind the chunk, which is cut off
+        slots = torch.where(real, (start + real.long().cumsum(1) - 1) % length, length)
     new = {"key": key, "value": value, "write": write}
-    return {name: _scattered(old, new[name].to(old.dtype), slots, real) for name, old in context.items()}
+    return {name: _scattered(old, new[name].to(old.dtype), slots) for name, old in context.items()}
 
 
-def _scattered(old: Tensor, new: Tensor, slots: Tensor, real: Tensor | None) -> Tensor:
-    """`old` [B, C, ...] with `new` [B, S, ...] at `slots` [B, S], in the columns that are real."""
+def _scattered(old: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """`old` [B, C, ...] with `new` [B, S, ...] at `slots` [B, S], those below C."""
     shape = (*slots.shape, *[1] * (old.dim() - 2))
-    index = slots.view(shape).expand_as(new)
-    if real is not None:
-        new = torch.where(real.view(shape), new, old.gather(1, index))
-    return old.scatter(1, index, new)
+    spare = torch.cat([old, torch.zeros_like(old[:, :1])], 1)
+    return spare.scatter(1, slots.view(shape).expand_as(new), new)[:, :-1]
 
 
 def initial_gradients(writer: LevelWriter, activation: str, state: LevelState) -> Tensors:
@@ -87,5 +82,12 @@ def initial_gradients(writer: LevelWriter, activation: str, state: LevelState) -
             weights, rule = writer.write(weights, initial, grads, rule, True)
         return torch.stack(losses).sum()
 
-    grads: Tensors = torch.func.grad(loss)(state.initial)
-    return grads
+    if not torch.is_grad_enabled():
+        alone: Tensors = torch.func.grad(loss)(state.initial)
+        return alone
+    # Not torch.func.grad: gradient checkpointing works by hooks on saved tensors, which it refuses.
+    leaves = {
+        n: W.view_as(W) if W.requires_grad else W.detach().requires_grad_() for n, W in state.initial.items()
+    }
+    found = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+    return dict(zip(leaves, found, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,43 @@ def test_labels_are_what_fine_tuning_learns():
         kept = targets[row] != clinc_training.IGNORED
         assert targets[row][kept].tolist() == label
         assert kept.nonzero().flatten().tolist() == list(range(len(whole) - len(label) - 1, len(whole) - 1))
+
+
+def test_levels_answer_by_those_that_are_to(model):
+    task = some_task(["abc", "de"], count=5)
+    levels = [Level(64, 0.5), Level(128, 0.0, consolidate=0.5)]
+    slow = Levels(model, WORDING, levels, answers=[1])
+    slow.learn(task)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, delta = model.get_parameter(name), slow.learner.memory.diff(1)[name]
+    with slow.learner.active(levels=slow.answers) as answering:
+        torch.testing.assert_close(answering.state_dict()[name], base + delta)
+    seen = []
+    slow.learner.active = lambda levels: seen.append(levels) or nullcontext()
+    slow.predict(["x"], ["abc", "de"])
+    assert seen == [[1]]
+
+
+def test_fine_tuning_answers_by_its_average_and_goes_on_from_its_weights():
+    base, task = tiny_llama(), some_task(["abc", "de"], count=24)  # 6 batches: the average moves once
+    method, plain = FineTuning(base, WORDING, lr=1e-2, average=0.25), FineTuning(base, WORDING, lr=1e-2)
+    start = [master.clone() for master in plain.masters]
+    seen = {}
+
+    def asked(model, *_):
+        seen["weights"] = [w.detach().clone() for w in method.weights]
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clinc_training, "most_probable", asked)
+        method.learn(task)
+        method.predict(["x"], ["abc"])
+    batches = list(plain.batches(task))
+    plain.batches = lambda _: batches[:4]
+    plain.learn(task)
+    for found, first, after in zip(seen["weights"], start, plain.masters, strict=True):
+        torch.testing.assert_close(found, first + 0.25 * (after - first))
+    assert all(torch.equal(w, m) for w, m in zip(method.weights, method.masters, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

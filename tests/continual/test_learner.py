@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -159,6 +161,46 @@ def test_learning_lowers_the_loss_of_what_was_read(family):
     for _ in range(5):
         learner.observe(ids)
     assert learner.perplexity(ids) < 0.7 * before
+
+
+class TestSomeLevels:
+    def test_are_in_force_alone(self):
+        """What the model computes is W_base + Σ Δ over the chosen levels, whatever was asked before."""
+        model, ids = tiny_model(), random_ids(2, 9, seed=3)
+        learner = stack_levels(model, levels=[Level(4, 0.3), Level(8, 0.2), Level(16, 0.1, rank=2)])
+        learner.observe(random_ids(40))
+        found = {levels: learner.logits(ids, levels=levels) for levels in ((0,), (1, 2), (), None, (0,))}
+        for levels, logits in found.items():
+            copied = copy.deepcopy(model)
+            for level in range(3) if levels is None else levels:
+                for name, delta in learner.memory.diff(level).items():
+                    copied.get_parameter(name).data += delta
+            torch.testing.assert_close(logits, copied(ids).logits, rtol=1e-9, atol=1e-9)
+        assert torch.equal(found[()], model(ids).logits)
+        expected = torch.nn.functional.cross_entropy(found[(0,)][0, :-1], ids[0, 1:])
+        torch.testing.assert_close(learner.score(ids[0], levels=[0])[1:].mean(), expected)
+        assert learner.perplexity(ids[0], levels=[0]) != learner.perplexity(ids[0])
+        assert torch.equal(
+            learner.generate(ids[0], levels=[], max_new_tokens=2),
+            model.generate(ids[:1], max_new_tokens=2)[0],
+        )
+
+    def test_an_average_by_consolidation(self):
+        """A slow level that only takes over is the moving average of what all levels together were."""
+        learner = stack_levels(tiny_model(), levels=[Level(4, 0.3), Level(8, 0.0, consolidate=0.25)])
+        average = {}
+        for chunk in random_ids(48).split(8):
+            learner.observe(chunk)
+            for name, total in learner.memory.diff().items():
+                average[name] = 0.75 * average.get(name, 0) + 0.25 * total
+            for name, delta in learner.memory.diff(level=1).items():
+                torch.testing.assert_close(delta, average[name])
+
+    @pytest.mark.parametrize("levels", [[2], [-1], 0, ["fast"]])
+    def test_that_are_not_there(self, levels):
+        learner = stack_levels(tiny_model(), levels=[Level(4, 0.3), Level(8, 0.2)])
+        with pytest.raises(ValueError, match=r"indices from 0 .the fastest. to 1, got"):
+            learner.logits(random_ids(1, 3), levels=levels)
 
 
 def test_the_budget_counts_what_is_held():

@@ -54,6 +54,21 @@ def test_reading_goes_on_as_if_nothing_had_happened(tmp_path, rule):
         assert_equal_contents(contents(loaded, row), contents(second, row))
 
 
+def test_a_file_from_before_there_were_masks(saved):
+    """Everything was learned then."""
+    learner, path = saved
+
+    def without_mask(tensors, metadata):
+        del tensors["0/mask"]
+
+    rewrite(path, without_mask)
+    loaded = learner_on()
+    loaded.memory.load(path)
+    more = random_ids(30, seed=1)
+    assert torch.equal(loaded.observe(more), learner.observe(more))
+    assert_equal_contents(contents(loaded), contents(learner))
+
+
 def test_the_file_has_nothing_of_the_base_model(saved):
     learner, path = saved
     with safe_open(path, framework="pt") as file:

@@ -66,9 +66,10 @@ class TestLearnMask:
             (random_ids(4), [1, 0, 1], r"shape of the ids, rows of \[\(4,\)\], got \[\(3,\)\]"),
             (random_ids(2, 4), torch.ones(4), "shape of the ids"),
             (random_ids(2, 4), [[1] * 4], "shape of the ids"),
-            (random_ids(4), [0, 1, 2, 0], "must be True or 1"),
+            (random_ids(4), [0, 1, 2, 0], "must be True or 1.*got 2"),
             (random_ids(4), [0.0, float("nan"), 1.0, 0.0], "must be True or 1"),
             (random_ids(4), [[1], [1, 2]], "shape of the ids"),
+            (random_ids(4), [None, 1, 0, 1], "shape of the ids"),
             ("a text", [1, 1], "give ids, not text"),
         ],
     )
