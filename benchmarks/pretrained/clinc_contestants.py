@@ -69,12 +69,14 @@ def contestants() -> dict[str, Contestant]:
         for shrinkage in (0.1, 0.5)
     ]
     penalties = [{"lr": lr, "strength": strength} for lr in RATES[1:] for strength in (1e3, 1e5)]
+    penalties += [{"lr": lr, "strength": strength} for lr in (3e-4, 1e-3) for strength in (1e6, 1e7)]
     averages = [{"lr": lr, "average": share} for lr in RATES[1:] for share in (0.05, 0.1)]
     one = [_summed(1, rate) for rate in (0.3, 0.6, 1.0, 1.5)]
     two = [_consolidated(rate, share) for rate in (0.6, 1.0) for share in (0.05, 0.1)]
     three = [_consolidated(rate, 0.2, share) for rate in (0.6, 1.0) for share in (0.2, 0.4)]
+    three += [_consolidated(1.0, 0.2, 0.8), _consolidated(1.0, 0.4, 0.4), _consolidated(1.5, 0.4, 0.4)]
     summed = [_summed(3, rate, share) for rate in (0.6, 1.0) for share in (1.0, 0.25)]
-    in_context = [{**options, "kept": 1} for options in three[::2]]
+    in_context = [{**options, "kept": 1} for options in three[:4:2]]
     return {
         "no examples": Contestant(lambda b, s, o: InContext(b.model, b.wording, kept=0), [{}]),
         "in context": Contestant(lambda b, s, o: InContext(b.model, b.wording, **o, seed=s), contexts),

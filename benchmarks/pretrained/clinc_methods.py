@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.pretrained.blocks import packed
 from benchmarks.pretrained.clinc_data import Example, Task
 from benchmarks.pretrained.trie import Trie, read_context
 from nested_learning.continual import Level, stack_levels
@@ -242,17 +243,3 @@ class Levels:
     def predict(self, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
         with self.learner.active(levels=self.answers):
             return self.context.predict(texts, labels)
-
-
-def packed(pieces: Sequence[Sequence[int]], size: int, filler: Sequence[int]) -> list[Tensor]:
-    """Pieces in their order in blocks [size]; only one that is longer than a block goes over several."""
-    blocks: list[list[int]] = [[]]
-    for piece in pieces:
-        if blocks[-1] and len(blocks[-1]) + len(piece) > size:
-            blocks.append([])
-        blocks[-1] += piece
-        while len(blocks[-1]) > size:
-            blocks.append(blocks[-1][size:])
-            del blocks[-2][size:]
-    filled = (block + list(filler) * (size - len(block)) for block in blocks)
-    return [torch.tensor(block[:size]) for block in filled]

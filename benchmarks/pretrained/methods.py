@@ -22,6 +22,9 @@ from nested_learning.continual import Level, stack_levels
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 MLP = ["gate_proj", "up_proj", "down_proj"]
 RANK = 8  # of LoRA
+IGNORED = -100  # as a target
+AVERAGED = "three levels, averaged"
+TAKEN_OVER = (0.2, 0.4)  # of the next faster level, at each write: as on CLINC150
 CLIP = 1.0  # largest norm of the gradient of a mean loss
 
 
@@ -45,8 +48,8 @@ class Method:
 class Student(Protocol):
     """Something that reads once and keeps what it can."""
 
-    def learn(self, ids: Tensor) -> None:
-        """Read ids [T]; those after the last whole chunk may go unlearned."""
+    def learn(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        """Read ids [T] and learn those in the boolean mask [T]; those after the last chunk may be left."""
 
     def active(self) -> AbstractContextManager[View]:
         """To be asked, inside the scope."""
@@ -58,7 +61,7 @@ class Unchanged:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def learn(self, ids: Tensor) -> None:
+    def learn(self, ids: Tensor, mask: Tensor | None = None) -> None:
         pass
 
     def active(self) -> AbstractContextManager[View]:
@@ -72,7 +75,7 @@ class InContext:
         self.model, self.window = model, window
         self.kept = torch.empty(0, dtype=torch.long)
 
-    def learn(self, ids: Tensor) -> None:
+    def learn(self, ids: Tensor, mask: Tensor | None = None) -> None:
         self.kept = torch.cat([self.kept, ids])[-self.window :]
 
     def active(self) -> AbstractContextManager[View]:
@@ -80,17 +83,28 @@ class InContext:
 
 
 class Levels:
-    """`nested_learning.continual`: deltas that are written at several frequencies."""
+    """`nested_learning.continual`: deltas that are written at several frequencies.
 
-    def __init__(self, model: Any, levels: Sequence[Level]) -> None:
-        self.learner = stack_levels(model, levels=levels)
+    Args:
+        model: the base model.
+        levels: fast to slow.
+        alone: each chunk of the fastest level is read from an empty context but for one token; else after
+            what came before it, as far as the default window goes.
+        answers: indices of the levels that are in force when it is asked; None for all.
+    """
 
-    def learn(self, ids: Tensor) -> None:
-        self.learner.observe(ids)
+    def __init__(
+        self, model: Any, levels: Sequence[Level], alone: bool = False, answers: Sequence[int] | None = None
+    ) -> None:
+        window = {"window": levels[0].chunk_size + 1, "overlap": 1} if alone else {}
+        self.learner, self.answers = stack_levels(model, levels=levels, **window), answers
+
+    def learn(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        self.learner.observe(ids, learn_mask=mask)
 
     @contextmanager
     def active(self) -> Iterator[View]:
-        with self.learner.active() as model:
+        with self.learner.active(levels=self.answers) as model:
             yield View(model)
 
 
@@ -105,13 +119,14 @@ class Tuned:
         self.masters = [p.detach().float().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=rate, weight_decay=0.0, fused=True)
 
-    def learn(self, ids: Tensor) -> None:
-        for chunk in ids.split(self.chunk):
-            if len(chunk) > 1:
-                self._step(chunk)
+    def learn(self, ids: Tensor, mask: Tensor | None = None) -> None:
+        targets = ids if mask is None else ids.masked_fill(~mask, IGNORED)
+        for chunk, target in zip(ids.split(self.chunk), targets.split(self.chunk), strict=True):
+            if (target[1:] != IGNORED).any():
+                self._step(chunk, target)
 
-    def _step(self, ids: Tensor) -> None:
-        loss = self.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss
+    def _step(self, ids: Tensor, targets: Tensor) -> None:
+        loss = self.model(input_ids=ids[None], labels=targets[None], use_cache=False).loss
         found = torch.autograd.grad(loss, self.parameters)
         for master, g in zip(self.masters, found, strict=True):
             master.grad = g.float()
@@ -160,18 +175,20 @@ class Plan:
     """What the methods of a part have in common, and the rates that each may choose from.
 
     Fine-tuning and LoRA see each chunk by itself, as training does; levels see it after earlier ones, as far
-    as their default window goes.
+    as their default window goes, or by itself too.
 
     Args:
         chunks: tokens between two writes of the three levels, fast to slow. One level has the fastest; so
             do the steps of fine-tuning and LoRA.
         window: tokens that the context holds.
-        rates: by method.
+        rates: by method; "three levels, averaged" only takes part where it has rates.
+        alone: levels see each of the fastest level's chunks by itself.
     """
 
     chunks: tuple[int, int, int]
     window: int
     rates: dict[str, tuple[float, ...]]
+    alone: bool = False
 
 
 def adam_levels(chunks: Sequence[int], rate: float) -> list[Level]:
@@ -179,16 +196,38 @@ def adam_levels(chunks: Sequence[int], rate: float) -> list[Level]:
     return [Level(chunk, rate, rule="adam") for chunk in chunks]
 
 
+def averaged_levels(chunks: Sequence[int], rate: float) -> list[Level]:
+    """The fastest learns, by Adam; each slower one is a moving average of the one before."""
+    fast, middle, slow = chunks
+    return [
+        Level(fast, rate, rule="adam"),
+        Level(middle, 0.0, consolidate=TAKEN_OVER[0]),
+        Level(slow, 0.0, consolidate=TAKEN_OVER[1]),
+    ]
+
+
 def standard(plan: Plan) -> list[Method]:
     """All methods, each with the same tokens in the same order, in one pass."""
     fast, rates = plan.chunks[0], plan.rates
 
-    def stacked(levels: Callable[[float], Sequence[Level]]) -> dict[str, Any]:
+    def stacked(
+        levels: Callable[[float], Sequence[Level]], answers: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        settings: dict[str, Any] = {"levels": [level.describe() for level in levels(1.0)]}
+        if plan.alone:
+            settings["alone"] = True
+        if answers is not None:
+            settings["answers"] = list(answers)
         return {
-            "settings": {"levels": [level.describe() for level in levels(1.0)]},
-            "open": lambda model, rate: nullcontext(Levels(model, levels(rate))),
+            "settings": settings,
+            "open": lambda model, rate: nullcontext(Levels(model, levels(rate), plan.alone, answers)),
         }
 
+    averaged = [
+        Method(name, **stacked(lambda rate: averaged_levels(plan.chunks, rate), [2]), rates=rates[name])
+        for name in (AVERAGED,)
+        if name in rates
+    ]
     return [
         Method("no adaptation", {}, lambda model, _: nullcontext(Unchanged(model))),
         Method(
@@ -214,4 +253,5 @@ def standard(plan: Plan) -> list[Method]:
             **stacked(lambda rate: adam_levels(plan.chunks, rate)),
             rates=rates["three levels"],
         ),
+        *averaged,
     ]

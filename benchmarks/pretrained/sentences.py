@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.pretrained.blocks import packed
 from benchmarks.pretrained.invented import encode
 
 ENGLISH = (
@@ -44,11 +45,6 @@ class Pair:
         """What is read before the translation."""
         return f"{self.language}: {self.sentence}\nEnglish:"
 
-    @property
-    def text(self) -> str:
-        """As it is read."""
-        return f"{self.prompt} {self.english}\n\n"
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -57,9 +53,18 @@ class Lesson:
     train: list[Pair]
     test: list[Pair]
 
-    def ids(self, tokenizer: Any) -> Tensor:
-        """Ids [T] of the text that is read."""
-        return torch.tensor([i for pair in self.train for i in encode(tokenizer, pair.text)])
+    def blocks(self, tokenizer: Any, size: int) -> tuple[Tensor, Tensor]:
+        """Ids [T] of the text that is read, and which of them are English [T], to the line's end.
+
+        They are blocks of `size` ids one after the other, filled up with line breaks; only a pair that is
+        longer than a block is in two.
+        """
+        ids, english, line_break = [], [], encode(tokenizer, "\n")
+        for pair in self.train:
+            prompt, answer = encode(tokenizer, pair.prompt), encode(tokenizer, f" {pair.english}\n")
+            ids.append(prompt + answer + line_break)
+            english.append([0] * len(prompt) + [1] * len(answer) + [0] * len(line_break))
+        return torch.cat(packed(ids, size, line_break)), torch.cat(packed(english, size, [0])).bool()
 
 
 def kalamang(text: str) -> list[Pair]:

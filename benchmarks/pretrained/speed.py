@@ -127,5 +127,5 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     rate.set_ylabel("tokens/s, of forward and backward")
     size.set_ylabel("file, MB")
     size.set_yscale("log")
-    rate.legend()
+    rate.legend(loc="lower right")
     save(figure, path)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from benchmarks.pretrained import clinc, clinc_training
 from benchmarks.pretrained.__main__ import main
+from benchmarks.pretrained.blocks import packed
 from benchmarks.pretrained.clinc_contestants import contestants
 from benchmarks.pretrained.clinc_data import Example, Protocol, Task, draw, merged, read
 from benchmarks.pretrained.clinc_methods import (
@@ -24,7 +25,6 @@ from benchmarks.pretrained.clinc_methods import (
     Wording,
     first_of_each,
     most_probable,
-    packed,
 )
 from benchmarks.pretrained.clinc_scores import backward_transfer, forgetting, learn_in_turn
 from benchmarks.pretrained.clinc_training import ElasticWeights, FineTuning, Replay, collate

@@ -278,6 +278,40 @@ def test_the_context_is_the_end_of_what_was_read(model):
         assert view.context.tolist() == list(range(3, 11))
 
 
+@pytest.mark.parametrize(
+    "name", ["fine-tuning", pytest.param("LoRA", marks=needs_peft), "one level", methods.AVERAGED]
+)
+def test_only_what_is_masked_in_is_learned(model, name):
+    """With a mask other targets do not matter, and alone a chunk has but one token before it."""
+    plan = methods.Plan((8, 16, 32), 64, {**dict.fromkeys(language.PLAN.rates, (0.01,))}, alone=True)
+    [method] = [each for each in methods.standard(plan) if each.name == name]
+    text, probe = torch.arange(97, 129).repeat(2), torch.arange(97, 120)
+    mask = torch.zeros(64, dtype=torch.bool)
+    mask[1::8] = True  # the second of every chunk
+    found = []
+    seen = mask | mask.roll(-1) | mask.roll(-2)
+    for ids in (text, text.where(seen, 50), text.where(mask, 50)):
+        with method.open(model, 0.01) as student:
+            student.learn(ids, mask)
+            with student.active() as view:
+                found.append(ask(view, [probe], 1)[0].losses)
+    [base] = ask(View(model), [probe], 1)
+    assert not torch.allclose(found[0], base.losses)
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_averaged_levels_are_asked_by_the_slowest(model):
+    levels = methods.averaged_levels((8, 16, 32), 0.01)
+    student = methods.Levels(model, levels, True, [2])
+    text, [base] = torch.arange(97, 129), ask(View(model), [torch.arange(97, 120)], 1)
+    for learned in (False, True):  # the slowest writes at its boundary, not before
+        student.learn(text[:16])
+        with student.active() as view:
+            [now] = ask(view, [torch.arange(97, 120)], 1)
+        assert torch.equal(now.losses, base.losses) is not learned
+
+
 def test_one_level_and_three_share_the_fastest(model):
     found = {each.name: each for each in methods.standard(facts.PLAN)}
     three, one = (found[name].settings["levels"] for name in ("three levels", "one level"))
@@ -385,11 +419,22 @@ def test_lessons_do_not_overlap():
     a, b = lessons(pairs, 10, 5, 0)
     sides = [pair.english for part in (a.train, a.test, b.train, b.test) for pair in part]
     assert len(set(sides)) == 30
-    text = byte_tokenizer().decode(b.ids(byte_tokenizer()))
-    assert all(pair.text in text for pair in b.train)
+    text = byte_tokenizer().decode(b.blocks(byte_tokenizer(), 64)[0])
+    assert all(f"{pair.prompt} {pair.english}\n\n" in text for pair in b.train)
     assert not any(pair.english + "\n" in text for pair in (*b.test, *a.test))
     with pytest.raises(ValueError, match="need 32, there are 30"):
         lessons(pairs, 11, 5, 0)
+
+
+def test_a_lesson_is_in_blocks_and_english_is_marked():
+    tokenizer = byte_tokenizer()
+    pairs = [Pair("Velsan", f"s{i}", f"it is {i}") for i in range(4)]
+    ids, english = language.Lesson(pairs, []).blocks(tokenizer, 64)
+    assert len(ids) == len(english) == 2 * 64  # two pairs of 30 bytes fit in a block
+    for block, own in zip(ids.split(64), (pairs[:2], pairs[2:]), strict=True):
+        written = "".join(f"{pair.prompt} {pair.english}\n\n" for pair in own)
+        assert tokenizer.decode(block) == written + "\n" * (64 - len(written))
+    assert tokenizer.decode(ids[english]) == " it is 0\n it is 1\n it is 2\n it is 3\n"
 
 
 def test_translations_are_scored_to_the_line_break(model, monkeypatch):
