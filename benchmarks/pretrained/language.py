@@ -53,10 +53,10 @@ PLAN = Plan(
     chunks=(256, 1024, 2048),
     window=4096,
     rates={
-        "fine-tuning": (5e-5, 1e-4, 2e-4),
+        "fine-tuning": (1e-4, 2e-4, 4e-4),
         "LoRA": (3e-4, 1e-3, 3e-3),
-        "one level": (5e-5, 1e-4, 2e-4),
-        "three levels": (5e-5, 1e-4, 2e-4),
+        "one level": (1e-4, 2e-4, 4e-4),
+        "three levels": (1e-4, 2e-4, 4e-4),
         AVERAGED: (1e-4, 2e-4, 4e-4),
     },
     alone=True,
