@@ -55,7 +55,7 @@ PLAN = Plan(
     rates={
         "fine-tuning": (1e-4, 2e-4, 4e-4),
         "LoRA": (3e-4, 1e-3, 3e-3),
-        "one level": (1e-4, 2e-4, 4e-4),
+        "one level": (5e-5, 1e-4, 2e-4),
         "three levels": (1e-4, 2e-4, 4e-4),
         AVERAGED: (1e-4, 2e-4, 4e-4),
     },
