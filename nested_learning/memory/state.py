@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 
 S = TypeVar("S", bound="State")
 TensorFn = Callable[[Tensor], Tensor]
+# The weights of a memory or a block: matrix name -> tensor. Where they are a memory layer's, each tensor is
+# [B, N, H, out, in]: batch, memories, heads.
+Weights = dict[str, Tensor]
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
