@@ -1,6 +1,6 @@
 """How many functions of the package a call walks through: what a reader has to follow.
 
-    python -m tests.house.walk [NAME]      # the figures of CONTRIBUTING; with a name the functions themselves
+    python -m tests.house.walk [NAME]    # the figures of CONTRIBUTING; with a name the functions too
 
 Distinct (file, qualified name) pairs, counted by sys.setprofile in the second call, on one thread. Lambdas and
 comprehensions belong to the function they stand in.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -34,14 +34,10 @@ def walk(call: Callable[[], object]) -> Walk:
     own = str(ROOT)
 
     def seen(frame: FrameType, event: str, _: Any) -> None:
-        code: CodeType = frame.f_code
+        code = frame.f_code
         if event == "call" and code.co_filename.startswith(own) and code.co_name not in _INNER:
-            found.add(
-                (
-                    str(Path(code.co_filename).relative_to(ROOT)),
-                    getattr(code, "co_qualname", f"{code.co_name}:{code.co_firstlineno}"),
-                )
-            )
+            name = getattr(code, "co_qualname", f"{code.co_name}:{code.co_firstlineno}")  # from Python 3.11
+            found.add((str(Path(code.co_filename).relative_to(ROOT)), name))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
