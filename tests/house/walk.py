@@ -2,8 +2,8 @@
 
     python -m tests.house.walk [NAME]    # the figures of CONTRIBUTING; with a name the functions too
 
-Distinct (file, qualified name) pairs, counted by sys.setprofile in the second call, on one thread. Lambdas and
-comprehensions belong to the function they stand in.
+Distinct (file, qualified name) pairs, counted by sys.setprofile in the second call, on one thread. Lambdas
+and comprehensions belong to the function they stand in.
 """
 
 from __future__ import annotations
