@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import slopes
-from nested_learning.layers.memory_layer import MemoryLayer
-from nested_learning.memory.description import RULE_NAMES, RuleName, learning_rule
+from nested_learning.layers.memory import MemoryLayer
 from nested_learning.memory.objective import L2
+from nested_learning.memory.system import RULE_NAMES, RuleName, learning_rule
 from tests.oracles import memory_layer as oracle
 
 TOLERANCE = 2e-3  # float32 against float64, relative to the largest entry of each tensor

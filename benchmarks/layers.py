@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import gate
 from benchmarks.harness import forward, interleaved, parameters, parser, record, show, slopes
-from nested_learning.layers.memory_layer import set_compile_step
+from nested_learning.layers.memory import set_compile_step
 from nested_learning.layers.registry import MIXERS, build_mixer
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}

@@ -18,7 +18,7 @@ from benchmarks import gate
 from benchmarks.harness import interleaved, parameters, parser, record, show, slopes
 from nested_learning import HopeConfig
 from nested_learning.layers import SelfModifyingTitans
-from nested_learning.layers.memory_layer import set_recompute
+from nested_learning.layers.memory import set_recompute
 from nested_learning.models.hope.modeling_hope import HopeBlock
 from nested_learning.training.memory_probe import in_fresh_process
 from nested_learning.training.report import peak_rss

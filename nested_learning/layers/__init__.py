@@ -2,22 +2,30 @@
 
 from nested_learning.layers.attention import Attention, SlidingWindowAttention
 from nested_learning.layers.cms import CMSLevel, CMSState, ContinuumMemorySystem
-from nested_learning.layers.composed import ComposedMemory
 from nested_learning.layers.drop_in import carry_states, replace_linears
 from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
-from nested_learning.layers.matrix_memories import (
+from nested_learning.layers.memory import (
+    DLA,
+    TTTMLP,
+    ComposedMemory,
     DeltaNet,
     GatedDeltaNet,
     LinearAttention,
+    Memora,
+    MemoryLayer,
+    MemoryRow,
+    Moneta,
     OjaNet,
     RetNet,
+    SelfModifyingTitans,
+    Titans,
     TTTLinear,
+    Yaad,
+    set_compile_step,
+    set_recompute,
 )
 from nested_learning.layers.memory_as_context import MemoryAsContext
-from nested_learning.layers.memory_layer import MemoryLayer
 from nested_learning.layers.mlp import MLPBlock
-from nested_learning.layers.mlp_memories import DLA, TTTMLP, Memora, Moneta, Yaad
-from nested_learning.layers.presets import SelfModifyingTitans, Titans
 from nested_learning.layers.registry import MIXERS, register_mixer
 from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
 from nested_learning.layers.titans_blocks import MemoryAsGate, MemoryAsLayer
@@ -41,6 +49,7 @@ __all__ = [
     "MemoryAsGate",
     "MemoryAsLayer",
     "MemoryLayer",
+    "MemoryRow",
     "Moneta",
     "OjaNet",
     "RetNet",
@@ -53,4 +62,6 @@ __all__ = [
     "carry_states",
     "register_mixer",
     "replace_linears",
+    "set_compile_step",
+    "set_recompute",
 ]

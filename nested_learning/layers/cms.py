@@ -24,7 +24,7 @@ from nested_learning.layers.cms_segments import Segments
 from nested_learning.layers.cms_writing import CMSState, LevelState, LevelWriter, Tensors
 from nested_learning.layers.mlp import ACTIVATIONS, MLPBlock, Weights
 from nested_learning.memory.state import State
-from nested_learning.ops.precision import full_precision
+from nested_learning.ops.context import full_precision
 
 __all__ = ["CMSLevel", "CMSState", "ContinuumMemorySystem", "parse_levels"]
 

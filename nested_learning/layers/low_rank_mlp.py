@@ -12,8 +12,8 @@ from nested_learning.layers.token_inputs import as_sequence, check_count, check_
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
+from nested_learning.ops.context import full_precision
 from nested_learning.ops.norm import unit
-from nested_learning.ops.precision import full_precision
 
 _RETENTION_BIAS = 4.0  # α about 0.98: an average over some fifty tokens
 

@@ -14,7 +14,7 @@ from nested_learning.layers.attention import rotate
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.titans_blocks import build_memory
 from nested_learning.layers.token_inputs import check_count, check_sequence
-from nested_learning.memory.scan import MemoryState
+from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import row_layout

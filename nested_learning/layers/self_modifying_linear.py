@@ -15,8 +15,8 @@ from nested_learning.layers.token_inputs import as_sequence, check_count, check_
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
+from nested_learning.ops.context import full_precision
 from nested_learning.ops.norm import unit
-from nested_learning.ops.precision import full_precision
 
 Mode = Literal["normalised", "literal"]
 MODES = ("normalised", "literal")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention import AttentionState
-from nested_learning.layers.memory_layer import MemoryLayer
+from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.persistent import PersistentWindowAttention
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.memory.scan import MemoryState
+from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 
 

@@ -25,11 +25,7 @@ def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> t
         ValueError: where shape, dtype or device do not fit.
         FloatingPointError: for values that are not finite, with NESTED_LEARNING_CHECK=1.
     """
-    if x.dim() not in (2, 3) or x.shape[-1] != width or not x.shape[-2]:
-        raise ValueError(
-            f"x must be [B, T >= 1, {width}], or [B, {width}] for one token per row; got {tuple(x.shape)}"
-        )
-    check_tokens(x, mask, weight)
+    check_sequence(x, width, mask, weight, or_token=True)
     if mask is not None:
         x = x.masked_fill(~mask.unsqueeze(-1), 0)
     if x.dim() == 2:
@@ -37,15 +33,16 @@ def as_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> t
     return x, mask
 
 
-def check_sequence(x: Tensor, width: int, mask: Tensor | None, weight: Tensor) -> None:
-    """As `as_sequence` does, for layers that take [B, T, width] alone and know padding."""
-    if x.dim() != 3 or x.shape[-1] != width or x.shape[1] < 1:
-        raise ValueError(f"x must be [B, T >= 1, {width}], got {tuple(x.shape)}")
-    check_tokens(x, mask, weight)
+def check_sequence(
+    x: Tensor, width: int, mask: Tensor | None, weight: Tensor, or_token: bool = False
+) -> None:
+    """Raise unless x is [B, T, width], or with `or_token` [B, width], and goes with mask and layer.
 
-
-def check_tokens(x: Tensor, mask: Tensor | None, weight: Tensor) -> None:
-    """Dtypes, devices and values of x [..., width] and mask [...]; see `as_sequence`."""
+    Arguments and errors as in `as_sequence`.
+    """
+    if x.dim() not in ((2, 3) if or_token else (3,)) or x.shape[-1] != width or not x.shape[-2]:
+        also = f", or [B, {width}] for one token per row; got" if or_token else ", got"
+        raise ValueError(f"x must be [B, T >= 1, {width}]{also} {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the layer on {weight.device}; move one with .to(device)")
     autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

@@ -1,12 +1,12 @@
-"""What an associative memory is: architecture, objective, rule, retention as data; its state; the scan."""
+"""Associative memories: architecture, objective, rule and retention as data, their state, what runs them."""
 
 from nested_learning.memory.architecture import ARCHITECTURES, Architecture, Matrix, ResidualMLP, SwiGLU
 from nested_learning.memory.compose import compose
-from nested_learning.memory.description import MatrixRule, MemorySystem, learning_rule
 from nested_learning.memory.objective import L2, OBJECTIVES, Dot, Huber, Lp, Objective, Oja
 from nested_learning.memory.retention import Retention
-from nested_learning.memory.scan import MemoryState
-from nested_learning.memory.state import State
+from nested_learning.memory.running import MemoryState
+from nested_learning.memory.state import State, Weights
+from nested_learning.memory.system import MatrixRule, MemorySystem, learning_rule
 
 __all__ = [
     "ARCHITECTURES",
@@ -26,6 +26,7 @@ __all__ = [
     "Retention",
     "State",
     "SwiGLU",
+    "Weights",
     "compose",
     "learning_rule",
 ]

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nested_learning._errors import unknown
-from nested_learning.memory.architecture import ARCHITECTURES, Architecture, ResidualMLP
-from nested_learning.memory.description import (
+from nested_learning.memory.architecture import ARCHITECTURES, Architecture
+from nested_learning.memory.objective import OBJECTIVES, Dot, Lp, Objective
+from nested_learning.memory.retention import Decay, Form, Retention
+from nested_learning.memory.system import (
     Gradient,
     MemorySystem,
     Rate,
@@ -17,8 +19,6 @@ from nested_learning.memory.description import (
     RuleName,
     learning_rule,
 )
-from nested_learning.memory.objective import OBJECTIVES, Dot, Lp, Objective
-from nested_learning.memory.retention import Decay, Form, Retention
 
 
 def compose(
@@ -136,8 +136,7 @@ def stable_eta_max(objective: Objective, rule: RuleName, gradient: Gradient, chu
         return 1.0
     if rule != "gd":
         return 0.5
-    steepness = max(1.0, objective.p * (objective.p - 1)) if isinstance(objective, Lp) else 1.0
-    return min(0.5, 4 / max(chunk_size, 1)) / steepness
+    return min(0.5, 4 / max(chunk_size, 1)) / objective.steepness
 
 
 def _architecture(name: str, options: dict[str, Any]) -> Architecture:
@@ -152,13 +151,7 @@ def _architecture(name: str, options: dict[str, Any]) -> Architecture:
                 f"{', '.join(accepted) or 'none'}; leave it out"
             )
     built = cls(**options)
-    if isinstance(built, ResidualMLP) and built.depth == 1:
-        for option in ("expansion", "activation"):
-            if option in options:
-                raise ValueError(
-                    f"{option}={options[option]!r} describes hidden layers, but depth=1 has none; "
-                    "leave it out"
-                )
+    built.check_options(options)
     return built
 
 

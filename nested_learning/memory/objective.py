@@ -1,6 +1,8 @@
-"""Objectives of a memory: what an inner step minimises, as the direction that it writes.
+"""Objectives of a memory: the loss that an inner step minimises, as the direction that it writes.
 
-e = M(k) − v̂ is the error at the key. `direction` is minus the gradient at the memory's output.
+e = M(k) − v̂ is the error at the key. `direction` is minus the gradient at the memory's output. What else a
+layer has to know of an objective (how steep it is, whether a closed form exists) are attributes of its class,
+so that a new one needs no change elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 
 class AtKey(NamedTuple):
-    """What an objective sees of each token; [..., C, d] unless noted."""
+    """A chunk's tokens as an objective sees them; [..., C, d] unless noted."""
 
     value: Tensor  # v̂, the target
     residual: Tensor  # what the weights are to answer: v̂ − k of a memory with a skip connection, else v̂
@@ -27,10 +29,32 @@ class AtKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Base of the objectives."""
+    """Base of the objectives.
+
+    Attributes:
+        name: by which `compose` and configurations call it.
+        has_width: whether a data-dependent width per token, a gate of its own, enters the gradient.
+        bounded: whether the gradient is at most a constant times 1 + ‖e‖; else it is clipped where a write
+            could run away.
+        sees_answer: whether the gradient depends on what is stored; −⟨M(k), v̂⟩ does not see it.
+        has_token_form: whether a matrix memory has a closed form with the gradient taken at every token.
+        goes_with_dgd: whether DGD, which erases the answer and writes the target, has a meaning for it.
+        transposed: whether the engine runs on Mᵀ, with the value as its input and the key as its target.
+    """
 
     name: ClassVar[str]
-    has_width: ClassVar[bool] = False  # a data-dependent width per token
+    has_width: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
+    sees_answer: ClassVar[bool] = True
+    has_token_form: ClassVar[bool] = False
+    goes_with_dgd: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
+
+    @property
+    def steepness(self) -> float:
+        """Largest slope of the gradient in the error for ‖e‖ ≤ 1, that of ½‖e‖² being 1: the learning rate
+        at which a chunk cannot overshoot is divided by it."""
+        return 1.0
 
     def direction(self, at: AtKey) -> Tensor:
         """Minus the gradient at the memory's output [..., C, d]."""
@@ -47,6 +71,9 @@ class Dot(Objective):
     """
 
     name: ClassVar[str] = "dot"
+    sees_answer: ClassVar[bool] = False
+    has_token_form: ClassVar[bool] = True
+    goes_with_dgd: ClassVar[bool] = True
     of_residual: bool = True
 
     def direction(self, at: AtKey) -> Tensor:
@@ -58,6 +85,8 @@ class L2(Objective):
     """½‖e‖² (spec section 3; the ½ is ours)."""
 
     name: ClassVar[str] = "l2"
+    has_token_form: ClassVar[bool] = True
+    goes_with_dgd: ClassVar[bool] = True
 
     def direction(self, at: AtKey) -> Tensor:
         return at.residual - at.answer
@@ -69,11 +98,16 @@ class Lp(Objective):
     |e| = √(e² + 10⁻⁶)."""
 
     name: ClassVar[str] = "lp"
+    bounded: ClassVar[bool] = False
     p: float = 3.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.p < float("inf"):
             raise ValueError(f"p must be a number of at least 1, got {self.p!r}: below 1 nothing is convex")
+
+    @property
+    def steepness(self) -> float:
+        return max(1.0, self.p * (self.p - 1))
 
     def direction(self, at: AtKey) -> Tensor:
         e = at.error
@@ -103,6 +137,8 @@ class Oja(Objective):
     """
 
     name: ClassVar[str] = "oja"
+    has_token_form: ClassVar[bool] = True
+    transposed: ClassVar[bool] = True
 
     def direction(self, at: AtKey) -> Tensor:
         return at.residual - at.answer

@@ -27,7 +27,7 @@ from nested_learning import (
 )
 from nested_learning.continual import stack_levels
 from nested_learning.layers import LowRankSelfModifyingMLP, SelfModifyingLinear, SlidingWindowAttention
-from nested_learning.layers.memory_layer import MemoryLayer
+from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import MIXERS, build_mixer
 from nested_learning.levels import every_steps, levels
 from nested_learning.models import HopeConfig

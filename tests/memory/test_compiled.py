@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nested_learning import HopeConfig, HopeForCausalLM
-from nested_learning.layers.memory_layer import set_compile_step
+from nested_learning.layers.memory import set_compile_step
 from nested_learning.layers.registry import build_mixer
-from nested_learning.memory import compiled
+from nested_learning.memory.engines import compiled
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from nested_learning.layers import ComposedMemory
 from nested_learning.memory.architecture import Matrix, ResidualMLP
 from nested_learning.memory.compose import compose, compose_parts
-from nested_learning.memory.description import MatrixRule, MemorySystem, learning_rule
 from nested_learning.memory.objective import L2, Huber
+from nested_learning.memory.system import MatrixRule, MemorySystem, learning_rule
 
 TOKEN = {"architecture": "matrix", "gradient": "token"}
 

@@ -6,42 +6,56 @@ import pytest
 import torch
 
 from nested_learning.layers import MIXERS, DeltaNet
-from nested_learning.memory import kernels
 from nested_learning.memory.compose import compose
+from nested_learning.memory.engines import fla
+from nested_learning.memory.running import Call
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS = ["linear_attention", "retnet", "deltanet", "gated_deltanet"]
+
+
+def call(**changes):
+    """Facts of a call that goes by the kernels where they are installed."""
+    facts = dict.fromkeys(Call._fields, False)
+    facts |= {
+        "device": "cuda",
+        "dtype": torch.bfloat16,
+        "backend": "auto",
+        "whole_chunks": True,
+        "grad": True,
+    }
+    return Call(**{**facts, **changes})
 
 
 def test_what_has_a_kernel():
     for name in ROWS:
-        assert kernels.covers(MIXERS[name](hidden_size=8, num_heads=2).system)
+        assert fla.covers(MIXERS[name](hidden_size=8, num_heads=2).system)
     for name in ("oja", "ttt_linear", "titans", "self_modifying_titans"):
-        assert not kernels.covers(MIXERS[name](hidden_size=8, num_heads=2).system)
+        assert not fla.covers(MIXERS[name](hidden_size=8, num_heads=2).system)
     dgd = compose(architecture="matrix", objective="dot", rule="dgd", gradient="token")
-    assert not kernels.covers(dgd)
+    assert not fla.covers(dgd)
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_auto_takes_the_kernels_only_for_half_precision_on_cuda_where_they_are(monkeypatch, there):
-    monkeypatch.setattr(kernels, "installed", lambda: there)
+    monkeypatch.setattr(fla, "installed", lambda: there)
     system = DeltaNet(8, 2).system
-    assert kernels.applies("auto", system, CUDA, torch.bfloat16) is there
-    assert not kernels.applies("auto", system, CUDA, torch.float32)
-    assert not kernels.applies("auto", system, CPU, torch.bfloat16)
-    assert not kernels.applies("torch", system, CUDA, torch.bfloat16)
-    assert not kernels.applies("auto", MIXERS["oja"](8, 2).system, CUDA, torch.bfloat16)
+    assert fla.can_run(system, call()) is there
+    assert not fla.can_run(system, call(dtype=torch.float32))
+    assert not fla.can_run(system, call(device="cpu"))
+    assert not fla.can_run(system, call(backend="torch"))
+    assert not fla.can_run(system, call(surprise=True))
+    assert not fla.can_run(MIXERS["oja"](8, 2).system, call())
 
 
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of"):
         DeltaNet(8, 2, backend="triton")  # type: ignore[arg-type]
-    monkeypatch.setattr(kernels, "installed", lambda: False)
+    monkeypatch.setattr(fla, "installed", lambda: False)
     with pytest.raises(ImportError, match="needs the package flash-linear-attention"):
         DeltaNet(8, 2, backend="fla")
-    monkeypatch.setattr(kernels, "installed", lambda: True)
+    monkeypatch.setattr(fla, "installed", lambda: True)
     with pytest.raises(ValueError, match="no kernel for this memory"):
-        kernels.check_backend("fla", MIXERS["titans"](8, 2).system)
+        fla.check_backend("fla", MIXERS["titans"](8, 2).system)
     with pytest.raises(ValueError, match="runs on CUDA, but x is on cpu"):
         DeltaNet(8, 2, backend="fla")(torch.randn(1, 3, 8))
 

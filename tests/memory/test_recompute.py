@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nested_learning import HopeConfig, HopeForCausalLM
-from nested_learning.layers.memory_layer import MemoryLayer, set_recompute
+from nested_learning.layers.memory import MemoryLayer, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer
 
 MEMORY_LAYERS = sorted(  # "memory" is no row of the table: it composes one from parts

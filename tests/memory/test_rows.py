@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nested_learning.layers import memory_layer
+from nested_learning.layers.memory import layer as memory_layer
 from nested_learning.layers.registry import build_mixer
 
 
@@ -31,8 +31,8 @@ def test_groups_change_nothing(name, padded, monkeypatch):
     whole, state = run(layer, x, mask)
     whole += run(layer, more, None, state)[0]
     calls = []
-    read = layer._read_rows
-    monkeypatch.setattr(layer, "_read_rows", lambda x, *args: calls.append(len(x)) or read(x, *args))
+    read = layer._read
+    monkeypatch.setattr(layer, "_read", lambda x, *args: calls.append(len(x)) or read(x, *args))
     monkeypatch.setattr(memory_layer, "ROWS", 2 * 4 * 8)
     grouped, after = run(layer, x, mask)
     grouped += run(layer, more, None, after)[0]

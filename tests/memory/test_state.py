@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from nested_learning.layers import SelfModifyingTitans
-from nested_learning.memory.scan import MemoryState
+from nested_learning.memory.running import MemoryState
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nested_learning.ops import blocks
-from nested_learning.ops.gated_norm import gated_norm
+from nested_learning.ops import heads as ops
+from nested_learning.ops.heads import gated_norm
 
 EPS = 1e-6
 
@@ -27,7 +27,7 @@ def definition(y, gate, weight):
 
 @pytest.mark.parametrize("block", [1, 40, 1_000_000])
 def test_equals_the_definition(block, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(ops, "BLOCK", block)
     leaves = inputs()
     actual, expected = gated_norm(*leaves, EPS), definition(*leaves)
     slope = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
@@ -37,7 +37,7 @@ def test_equals_the_definition(block, monkeypatch):
 
 
 def test_second_derivatives(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 1)
+    monkeypatch.setattr(ops, "BLOCK", 1)
     leaves = inputs()
     assert torch.autograd.gradcheck(lambda *t: gated_norm(*t, EPS), leaves)
     assert torch.autograd.gradgradcheck(lambda *t: gated_norm(*t, EPS), leaves)

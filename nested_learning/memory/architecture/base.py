@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nested_learning.memory.retention import Retention
+from nested_learning.memory.state import Weights
 
 # How a matrix of the memory acts on an input: linear(name, x) is x Wᵀ for fixed weights, or a read of
 # weights that move from token to token.
 Linear = Callable[[str, Tensor], Tensor]
-Weights = Mapping[str, Tensor]
 
 
 class Trace(NamedTuple):
@@ -24,7 +24,7 @@ class Trace(NamedTuple):
     answer: Tensor  # what the weights add to the skip connection, or all of M(x) without one
     inputs: dict[str, Tensor]  # per matrix W its input x
     outputs: dict[str, Tensor]  # and W x
-    kept: dict[str, Tensor]  # what else the architecture's gradient needs
+    kept: dict[str, Tensor]  # further tensors that the architecture's gradient needs
 
     def halves(self) -> tuple[Trace, Trace]:
         """The first and the second half of the tokens."""
@@ -37,17 +37,33 @@ class Trace(NamedTuple):
 class Down(NamedTuple):
     """Minus the gradient at the memory's output [..., C, d], for the two kinds of matrices."""
 
-    output: Tensor  # for the output matrix itself
-    hidden: Tensor  # to be carried back to the others
+    output: Tensor  # of the output matrix itself
+    hidden: Tensor  # carried back to the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Base of the architectures: the map that a memory is, one per head of width d."""
+    """Base of the architectures: the map that a memory is, one per head of width d.
+
+    Attributes:
+        name: by which `compose` and configurations call it.
+        skip: whether M(x) = x + answer.
+        output: the matrix at the output.
+        linear: whether M(x) = W x, of which a gradient at every token has a closed form.
+    """
 
     name: ClassVar[str]
-    skip: ClassVar[bool]  # whether M(x) = x + answer
-    output: ClassVar[str]  # the matrix at the output
+    skip: ClassVar[bool]
+    output: ClassVar[str]
+    linear: ClassVar[bool] = False
+
+    @property
+    def normalises_output(self) -> bool:
+        """Whether a norm follows the output matrix, so that the gradient grows as that matrix fades."""
+        return False
+
+    def check_options(self, given: dict[str, Any]) -> None:
+        """ValueError for an option among those `given` that says nothing in this architecture."""
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from nested_learning.memory.architecture.base import Architecture, Down, Linear, Trace, Weights
+from nested_learning.memory.architecture.base import Architecture, Down, Linear, Trace
 from nested_learning.memory.retention import Retention
+from nested_learning.memory.state import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Matrix(Architecture):
     name: ClassVar[str] = "matrix"
     skip: ClassVar[bool] = False
     output: ClassVar[str] = "W"
+    linear: ClassVar[bool] = True
 
     @property
     def matrices(self) -> tuple[str, ...]:

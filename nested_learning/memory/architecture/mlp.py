@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,12 +13,12 @@ from nested_learning.memory.architecture.base import (
     Down,
     Linear,
     Trace,
-    Weights,
     hidden_width,
     init_hidden_,
     init_output_,
 )
 from nested_learning.memory.retention import Retention
+from nested_learning.memory.state import Weights
 from nested_learning.ops import mlp_memory
 
 LARGEST_DEPTH = 4
@@ -53,6 +53,19 @@ class ResidualMLP(Architecture):
             raise ValueError(f"activation must be one of {mlp_memory.ACTIVATIONS}, got {self.activation!r}")
         if self.norm not in ("hidden", "output"):
             raise ValueError(f"norm must be 'hidden' or 'output', got {self.norm!r}")
+
+    @property
+    def normalises_output(self) -> bool:
+        return self.norm == "output"
+
+    def check_options(self, given: dict[str, Any]) -> None:
+        if self.depth > 1:
+            return
+        for option in ("expansion", "activation"):
+            if option in given:
+                raise ValueError(
+                    f"{option}={given[option]!r} describes hidden layers, but depth=1 has none; leave it out"
+                )
 
     @property
     def hidden(self) -> list[str]:

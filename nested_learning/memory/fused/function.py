@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nested_learning.memory.signals import Readouts, StepInputs
+from nested_learning.memory.running import Inputs as StepInputs
+from nested_learning.memory.running import Readouts
 
 Weights = Mapping[str, Tensor]  # matrix name -> [B, N, H, out, in]
 # The same run by the generic step: y [B, H, T, d], weights and momentum after the last chunk, from the

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import MemorySystem, learning_rule
 from nested_learning.memory.fused.function import Generic, chunks_of
 from nested_learning.memory.fused.scratch import Scratch
 from nested_learning.memory.fused.self_modifying_backward import ChunkInputs, backward_chunk
@@ -27,10 +26,12 @@ from nested_learning.memory.fused.self_modifying_chunk import (
 )
 from nested_learning.memory.objective import L2
 from nested_learning.memory.retention import Retention
-from nested_learning.memory.signals import Readouts, StepInputs
+from nested_learning.memory.running import Inputs as StepInputs
+from nested_learning.memory.running import Readouts
+from nested_learning.memory.system import MemorySystem, learning_rule
 
 if TYPE_CHECKING:
-    from nested_learning.memory.step import RunningWeights
+    from nested_learning.memory.running import MemoryState as RunningWeights
 
 _GENERATED = (("k", "v", "eta", "alpha"), ("k", "v", "q", "eta", "alpha"))
 _RULE = learning_rule(ResidualMLP(), L2(), "dgd")
@@ -137,8 +138,8 @@ class SelfModifying:
             {"W1": given.W1[0], "W2": given.W2_init},  # of W1's initial value nothing is used but its shape
             {"W1": given.W1, "W2": given.W2},
             None,
-            StepInputs({"k": given.k, "v": given.v, "q": given.q}, None, None),
-            Readouts(given.weight, given.bias),
+            StepInputs({"k": given.k, "v": given.v, "q": given.q}, None, Readouts(given.weight, given.bias)),
+            None,
         )
         return y, after["W1"], after["W2"]
 

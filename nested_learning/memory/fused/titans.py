@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.description import MemorySystem, learning_rule
 from nested_learning.memory.fused.function import Generic, chunks_of
 from nested_learning.memory.fused.scratch import Scratch
 from nested_learning.memory.fused.titans_backward import backward_chunk
 from nested_learning.memory.fused.titans_chunk import Gates, Saved, finish, forward_chunk, gates
 from nested_learning.memory.objective import L2
 from nested_learning.memory.retention import Retention
-from nested_learning.memory.signals import StepInputs
+from nested_learning.memory.running import Inputs as StepInputs
+from nested_learning.memory.system import MemorySystem, learning_rule
 
 if TYPE_CHECKING:
-    from nested_learning.memory.step import RunningWeights
+    from nested_learning.memory.running import MemoryState as RunningWeights
 
 _RULE = learning_rule(ResidualMLP(), L2(), "gd")
 
@@ -153,7 +153,7 @@ class Titans:
             {"W1": given.W1[0], "W2": given.W2_init},  # of W1's initial value nothing is used but its shape
             {"W1": given.W1, "W2": given.W2},
             {"W1": given.S1, "W2": given.S2},
-            StepInputs({"k": given.k, "v": given.v, "q": given.q}, given.logits, None),
+            StepInputs({"k": given.k, "v": given.v, "q": given.q}, given.logits),
             None,
         )
         assert S is not None

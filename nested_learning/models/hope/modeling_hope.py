@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms_writing import LevelWriter
-from nested_learning.layers.memory_layer import set_compile_step, set_recompute
+from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check

@@ -7,9 +7,10 @@ Gamma_ts = gamma_t / gamma_s for s <= t, and likewise for mu. `log_*` arguments 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.ops.delta_rule.triangular import solve_unit_lower
@@ -23,58 +24,30 @@ class Decay:
     """Products of decays within a chunk, from their logarithms [..., C].
 
     Attributes (gamma_t = prod_{s<=t} of the decays):
-        since_start: [..., C] gamma_t;  before_start: [..., C] gamma_{t-1}, 1 at the first token.
+        since_start: [..., C] gamma_t.
         between: [..., C, C] Gamma_ts = gamma_t / gamma_s for s <= t, else 0.
-        before: [..., C, C] Gamma_{t-1,s} for s < t, else 0: what is left of a write at s when t arrives.
 
     Differences of the cumulative logs are masked before the exponential: above the diagonal they are
     positive and may overflow, and inf * 0 is NaN in the backward pass.
     """
 
     def __init__(self, log_decay: Tensor) -> None:
-        self._log = log_decay.clamp_min(_LOG_FLOOR)
-        self._total = self._log.cumsum(-1)  # [..., C]
+        total = log_decay.clamp_min(_LOG_FLOOR).cumsum(-1)  # [..., C]
         C = log_decay.shape[-1]
-        self._causal = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()
-        self._made: dict[str, Tensor] = {}
-
-    @property
-    def since_start(self) -> Tensor:
-        return self._once("since_start", lambda: self._total.exp())
+        future = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).triu(1)
+        difference = total.unsqueeze(-1) - total.unsqueeze(-2)
+        self.since_start = total.exp()
+        self.between = difference.masked_fill(future, float("-inf")).exp()
 
     @property
     def before_start(self) -> Tensor:
-        return self._once("before_start", lambda: (self._total - self._log).exp())
-
-    @property
-    def between(self) -> Tensor:
-        return self._once(
-            "between",
-            lambda: _masked_exp(self._total.unsqueeze(-1) - self._total.unsqueeze(-2), self._causal),
-        )
-
-    @property
-    def before(self) -> Tensor:
-        def make() -> Tensor:
-            difference = (self._total - self._log).unsqueeze(-1) - self._total.unsqueeze(-2)
-            return _masked_exp(difference, self._causal.tril(-1))
-
-        return self._once("before", make)
-
-    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Not functools.cached_property, whose lock torch.compile cannot trace on Python 3.11."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
-
-
-def _masked_exp(difference: Tensor, keep: Tensor) -> Tensor:
-    return difference.masked_fill(~keep, float("-inf")).exp()
+        """[..., C] gamma_{t-1}, 1 at the first token: what is left of W0 when t arrives."""
+        return F.pad(self.since_start[..., :-1], (1, 0), value=1.0)
 
 
 def _shift_rows(P: Tensor) -> Tensor:
     """Rows one down, zeros in the first: what holds before the token of that row. P [..., C, C]."""
-    return torch.nn.functional.pad(P[..., :-1, :], (0, 0, 1, 0))
+    return F.pad(P[..., :-1, :], (0, 0, 1, 0))
 
 
 class Chunk:
@@ -124,8 +97,8 @@ class Chunk:
         if Wx is None:
             Wx = x @ self.W.mT
         left = alpha.before_start.unsqueeze(-1)  # of W when the token arrives
-        # strictly lower triangular, as alpha.before is
-        system = gram * (rate * alpha.before)
+        # strictly lower triangular, as the shifted Gamma is
+        system = gram * (rate * _shift_rows(alpha.between))
         if self.mu is None and self.W_init is None:
             return solve_unit_lower(system, torch.addcmul(self.a, rate * left, Wx, value=-1))
         held = self._held(gram, Wx)
@@ -170,22 +143,22 @@ class Chunk:
         return left * (q @ self.W) + ((q @ written.mT) * self.alpha.between) @ self.x
 
     def answer_before(self) -> Tensor:
-        """W_{t-1} x_t [..., C, d_out]: what the weights answer as token t arrives."""
+        """W_{t-1} x_t [..., C, d_out]: the answer of the weights as token t arrives."""
         gram = self.x @ self.x.mT
         held = self._held(gram, self.x @ self.W.mT)
         if self.mu is None:
-            return held + (gram * self.alpha.before) @ (self.a if self.B is None else self.B)
-        return held if self.B is None else held + (gram * self.alpha.before) @ self.B
+            return held + (gram * _shift_rows(self.alpha.between)) @ (self.a if self.B is None else self.B)
+        return held if self.B is None else held + (gram * _shift_rows(self.alpha.between)) @ self.B
 
     def _held(self, gram: Tensor, Wx: Tensor) -> Tensor:
-        """What of W_{t-1} x_t does not depend on the erases within the chunk, nor on plain writes."""
+        """Part of W_{t-1} x_t that depends neither on the erases within the chunk nor on plain writes."""
         x, left = self.x, self.alpha.before_start.unsqueeze(-1)  # of W when the token arrives
         held = left * Wx if self.W_init is None else torch.lerp(x @ self.W_init.mT, Wx, left)
         if self.mu is None:
             return held
         held = held + (gram * _shift_rows(self.P)) @ self.a
         if self.S is not None:
-            c_before = torch.nn.functional.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
+            c_before = F.pad(self.c[..., :-1], (1, 0)).unsqueeze(-1)
             held = held + c_before * (x @ self.S.mT)
         return held
 

@@ -32,16 +32,6 @@ def solve_unit_lower(L: Tensor, R: Tensor) -> Tensor:
 def inverse_unit_lower(L: Tensor) -> Tensor:
     """(I + L)⁻¹ [..., C, C] for strictly lower triangular L [..., C, C]."""
     C = L.shape[-1]
-    size = _BLOCK
-    while size < C:
-        size *= 2
-    if C > _BLOCK and size != C:
-        L = F.pad(L, (0, size - C, 0, size - C))
-    return _inverse(L)[..., :C, :C]
-
-
-def _inverse(L: Tensor) -> Tensor:
-    C = L.shape[-1]
     if C <= _BLOCK:
         # I − L + L² − … = (I − L)(I + L²)(I + L⁴)…
         power = L
@@ -50,8 +40,11 @@ def _inverse(L: Tensor) -> Tensor:
             power = power @ power
             X = X + X @ power
         return X
+    size = 1 << (C - 1).bit_length()
+    if size != C:  # the two halves must be of one size; the identity below L stays by itself
+        return inverse_unit_lower(F.pad(L, (0, size - C, 0, size - C)))[..., :C, :C]
     half = C // 2
-    blocks = _inverse(torch.stack([L[..., :half, :half], L[..., half:, half:]]))
+    blocks = inverse_unit_lower(torch.stack([L[..., :half, :half], L[..., half:, half:]]))
     X = torch.zeros_like(L)
     X[..., :half, :half], X[..., half:, half:] = blocks[0], blocks[1]
     X[..., half:, :half] = -(blocks[1] @ (L[..., half:, :half] @ blocks[0]))

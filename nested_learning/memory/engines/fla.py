@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nested_learning.memory.description import MemorySystem
-from nested_learning.memory.objective import L2, Dot
-from nested_learning.memory.signals import StepInputs, generate_signals
-from nested_learning.memory.step import RunningWeights
+from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
+from nested_learning.memory.signals import gates
+from nested_learning.memory.state import Weights
+from nested_learning.memory.system import MemorySystem
 
 Backend = Literal["auto", "torch", "fla"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -28,10 +28,9 @@ def covers(system: MemorySystem) -> bool:
     """Whether there is a kernel for this memory: a matrix with gradients at every token, no momentum, GD."""
     return (
         system.exact
-        and not system.transposed
+        and not system.objective.transposed
         and not system.momentum
         and not any(rule.erase for rule in system.rule.values())
-        and isinstance(system.objective, Dot | L2)
     )
 
 
@@ -55,40 +54,43 @@ def check_backend(backend: str, system: MemorySystem) -> None:
         )
 
 
-def applies(backend: Backend, system: MemorySystem, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a call on this device runs by the kernels.
+def can_run(system: MemorySystem, call: Call) -> bool:
+    """Whether a run goes by the kernels, which give no surprise.
 
-    Their products are in half precision, so "auto" takes them only where the layer's own projections, of
-    `dtype`, are.
+    Their products are in half precision, so "auto" takes them only where the layer's own projections are.
 
     Raises:
         ValueError: for backend="fla" where the tensors are not on a GPU.
     """
-    if backend == "fla":
-        if device.type != "cuda":
-            raise ValueError(f"backend='fla' runs on CUDA, but x is on {device}; use backend='auto'")
-        return True
-    half = dtype in (torch.bfloat16, torch.float16)
-    return backend == "auto" and device.type == "cuda" and half and covers(system) and installed()
+    if call.backend == "fla" and call.device != "cuda":
+        raise ValueError(f"backend='fla' runs on CUDA, but x is on {call.device}; use backend='auto'")
+    half = call.dtype in (torch.bfloat16, torch.float16)
+    wanted = call.backend == "fla" or (call.backend == "auto" and call.device == "cuda" and half)
+    return wanted and not call.surprise and not call.one_token and covers(system) and installed()
 
 
 def run(
-    system: MemorySystem, weights: RunningWeights, inputs: StepInputs, dtype: torch.dtype
-) -> tuple[Tensor, RunningWeights]:
-    """As `scan`, without the surprise: y [B, H, T, d] and the weights after the sequence.
+    system: MemorySystem,
+    initial: Weights,
+    state: MemoryState,
+    inputs: Inputs,
+    boundaries: Boundaries,
+    how: How,
+) -> tuple[Tensor, MemoryState, Tensor | None]:
+    """As `generic.run`, without the surprise.
 
-    Keys, values and queries enter the products in `dtype` (bfloat16 where that is float32); decays, rates and
-    the state are float32.
+    Keys, values and queries enter the products in the projections' precision (bfloat16 where that is
+    float32); decays, rates and the state are float32.
     """
-    signals = generate_signals(system, weights.anchor, inputs, None)
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    q, k, v = (t.transpose(1, 2).to(half).contiguous() for t in (signals.q, signals.k, signals.v))
-    eta, log_alpha = (t.transpose(1, 2).float().contiguous() for t in (signals.eta, signals.log_alpha))
+    gate = gates(system, inputs.gates, inputs.paths["k"], inputs.real)
+    half = how.dtype if how.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    q, k, v = (inputs.paths[name].transpose(1, 2).to(half).contiguous() for name in ("q", "k", "v"))
+    eta, log_alpha = (t.transpose(1, 2).float().contiguous() for t in (gate.eta, gate.log_alpha))
     name = system.architecture.output
-    W = weights.current[name].squeeze(1)  # [B, H, d_out, d_in]
+    W = state.current[name].squeeze(1)  # [B, H, d_out, d_in]
     # the kernels' state is [B, H, key, value]: the transpose
     options = {"scale": 1.0, "initial_state": W.mT.float().contiguous(), "output_final_state": True}
-    if isinstance(system.objective, L2):
+    if system.objective.sees_answer:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         y, S = chunk_gated_delta_rule(q, k, v, g=log_alpha, beta=eta, **options)
@@ -98,4 +100,5 @@ def run(
         # a rate of one, and zero for padding
         y, S = chunk_simple_gla(q, k, (v * eta.unsqueeze(-1)).to(half), g=log_alpha, **options)
     final = {name: S.mT.to(W.dtype).unsqueeze(1).contiguous()}
-    return y.transpose(1, 2).to(signals.q.dtype), RunningWeights(final, final, None)
+    after = MemoryState(final, final, None, state.position, state.conv_tail)
+    return y.transpose(1, 2).to(inputs.paths["q"].dtype), after, None

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nested_learning.ops import blocks
-from nested_learning.ops.short_conv import Heads, unit_heads
+from nested_learning.ops import heads as ops
+from nested_learning.ops.heads import Heads, unit_heads
 
 CASES = [
     # rows, tokens, taps (0: no convolution), unit, heads, head width
@@ -50,7 +50,7 @@ def by_library(x, history, weight, heads):
 @pytest.mark.parametrize("from_zeros", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_library(case, from_zeros, block, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(ops, "BLOCK", block)
     heads = Heads(case[3], case[4])
     x, history, weight = inputs(*case)
     history = None if from_zeros else history
@@ -66,7 +66,7 @@ def test_equals_the_library(case, from_zeros, block, monkeypatch):
 
 @pytest.mark.parametrize("case", [*CASES[1:4], CASES[5]], ids=str)
 def test_second_derivatives(case, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 1)
+    monkeypatch.setattr(ops, "BLOCK", 1)
     x, history, weight = inputs(*case)
     leaves = (x,) if weight is None else (x, history, weight)
 
@@ -78,7 +78,7 @@ def test_second_derivatives(case, monkeypatch):
 
 
 def test_transforms_see_the_composition(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 1)
+    monkeypatch.setattr(ops, "BLOCK", 1)
     case = CASES[0]
     x, history, weight = inputs(*case)
     heads = Heads(case[3], case[4])

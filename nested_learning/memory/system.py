@@ -1,4 +1,4 @@
-"""What a set of associative memories is, as data: architecture, objective, rule, retention, schedule.
+"""A set of associative memories as data: architecture, objective, rule, retention, schedule.
 
 A sequence layer is one `MemorySystem`. A new model is a new value of it, not a new scan.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nested_learning._errors import unknown
-from nested_learning.memory.architecture import Architecture, Matrix, ResidualMLP
-from nested_learning.memory.objective import L2, Dot, Lp, Objective, Oja
+from nested_learning.memory.architecture import Architecture, ResidualMLP
+from nested_learning.memory.objective import Dot, Objective
 from nested_learning.memory.retention import Retention
 
 Read = Literal["token", "chunk"]
@@ -19,7 +19,7 @@ Gradient = Literal["anchor", "token"]
 Rate = Literal["gated", "one"]
 RuleName = Literal["gd", "dgd", "dgd_literal"]
 
-# Signals that a memory may generate (spec section 3); what is not generated is a static projection.
+# Signals that a memory may generate (eq 86); the others are static projections.
 GENERATORS = ("k", "v", "q", "eta", "alpha")
 RULE_NAMES: tuple[RuleName, ...] = ("gd", "dgd", "dgd_literal")
 
@@ -31,7 +31,7 @@ class MatrixRule:
     Attributes:
         objective: the inner loss whose gradient is written.
         erase: subtract the answer to the current input first: DGD (eq 57) rather than gradient descent.
-        retain: what the retention α pulls the weights towards.
+        retain: value that the retention α pulls the weights towards, by the decay 1 − α per token.
         clip: largest norm of a token's gradient, None for no limit.
     """
 
@@ -59,7 +59,7 @@ def learning_rule(
     """
     if rule not in RULE_NAMES:
         raise unknown("rule", rule, RULE_NAMES)
-    if rule != "gd" and not isinstance(objective, Dot | L2):
+    if rule != "gd" and not objective.goes_with_dgd:
         raise ValueError(
             f"rule={rule!r} with objective={objective.name!r}: DGD erases the answer to the key and writes "
             "the target, so its pull is that of an L2 objective already; use objective='l2' or 'dot', or "
@@ -72,7 +72,7 @@ def learning_rule(
     # fades to zero the gradient of the hidden normalisation grows without bound (measured).
     hidden = MatrixRule(objective=objective, erase=False, retain="initial", clip=1.0)
     linear = retention is None or retention.form == "linear"
-    normalised = getattr(architecture, "norm", "hidden") == "output"
+    normalised = architecture.normalises_output
     output = MatrixRule(
         objective=Dot() if rule == "dgd" else objective,
         erase=rule == "dgd",
@@ -80,7 +80,7 @@ def learning_rule(
         # normalisation of W1 h grow, and their gradients with them, as W fades.
         retain="zero" if linear and not normalised else "initial",
         # Where neither the gradient nor the input of the output matrix is bounded.
-        clip=1.0 if not linear or normalised or isinstance(objective, Lp) else None,
+        clip=1.0 if not linear or normalised or not objective.bounded else None,
     )
     return {name: output if name == architecture.output else hidden for name in architecture.matrices}
 
@@ -92,7 +92,7 @@ class MemorySystem:
     Attributes:
         architecture: the map that each memory is.
         rule: per weight matrix, how it learns; `learning_rule` makes it.
-        retention: how the weights fade.
+        retention: share α of the weights that a token leaves; they decay by 1 − α.
         gradient: where an inner step takes its gradient: at the "anchor", the weights of the last chunk
             boundary, or at every "token", exactly, which a matrix memory with a dot, L2 or Oja objective has
             in closed form.
@@ -107,13 +107,14 @@ class MemorySystem:
         projection_chunk_size: the same for the generating memories.
         read: "token" reads the weights after each token's write, "chunk" the anchor (eq 90 literally).
         eta_max: upper bound of the inner learning rate η_t.
+        objective, exact, memories, chunk_sizes, step, period, gates: derived from the others.
 
     Raises:
         ValueError: for parts that make no sense together, with the reason.
     """
 
     architecture: Architecture = field(default_factory=ResidualMLP)
-    rule: Rule
+    rule: Rule = field(hash=False)
     retention: Retention = field(default_factory=Retention)
     gradient: Gradient = "anchor"
     rate: Rate = "gated"
@@ -127,14 +128,50 @@ class MemorySystem:
     read: Read = "token"
     eta_max: float = 0.5
 
+    # What follows from the parts, worked out once: layers and engines ask for it at every call.
+    objective: Objective = field(init=False, repr=False, compare=False)  # of the output matrix
+    exact: bool = field(init=False, repr=False, compare=False)  # no anchor enters the result
+    memories: tuple[str, ...] = field(init=False, repr=False, compare=False)  # along the memory axis
+    chunk_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in that order
+    step: int = field(init=False, repr=False, compare=False)  # shortest chunk: tokens of one engine step
+    period: int = field(init=False, repr=False, compare=False)  # tokens until all boundaries coincide again
+    gates: tuple[str, ...] = field(init=False, repr=False, compare=False)  # scalar signals per head and token
+
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_generated()
+        self._check_retention()
+        self._check_token_gradient()
+        projection = self.chunk_size if self.projection_chunk_size is None else self.projection_chunk_size
+        exact = self.gradient == "token"
+        chunk_sizes = (projection,) * len(self.generated) + (self.chunk_size,)
+        gates = {
+            "eta": self.rate == "gated",
+            "alpha": self.retention.decay == "gated",
+            "mu": self.momentum,
+            "width": any(rule.objective.has_width for rule in self.rule.values()),
+        }
+        derived: dict[str, Any] = {
+            "projection_chunk_size": projection,
+            "objective": self.rule[self.architecture.output].objective,
+            "exact": exact,
+            "memories": (*self.generated, "memory"),  # the memory that is read out is the last
+            "chunk_sizes": chunk_sizes,
+            "step": min(chunk_sizes),
+            "period": 1 if exact else max(chunk_sizes),
+            "gates": tuple(name for name, present in gates.items() if present),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        sizes = {"chunk_size": self.chunk_size, "projection_chunk_size": self.projection_chunk_size}
         if self.projection_chunk_size is None:
-            object.__setattr__(self, "projection_chunk_size", self.chunk_size)
-        for name in ("chunk_size", "projection_chunk_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        small, large = sorted((self.chunk_size, self._projection_chunk))
+            del sizes["projection_chunk_size"]
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        small, large = min(filter(None, sizes.values())), max(filter(None, sizes.values()))
         if large % small:
             raise ValueError(
                 f"one chunk length must divide the other, got chunk_size={self.chunk_size} and "
@@ -162,9 +199,6 @@ class MemorySystem:
                 f"rule has matrices {sorted(self.rule)}, the {self.architecture.name} memory has "
                 f"{sorted(self.architecture.matrices)}"
             )
-        self._check_generated()
-        self._check_retention()
-        self._check_token_gradient()
 
     def _check_generated(self) -> None:
         given = set(self.generated)
@@ -196,25 +230,24 @@ class MemorySystem:
     def _check_token_gradient(self) -> None:
         objective = self.rule[self.architecture.output].objective
         if self.gradient == "anchor":
-            if isinstance(objective, Oja):
+            if objective.transposed:
                 raise ValueError(
                     "Oja's objective came with gradient='anchor', but it is here with gradient='token' only, "
                     "where it has its exact form"
                 )
             return
-        if not isinstance(self.architecture, Matrix) or not isinstance(objective, Dot | L2 | Oja):
+        if not self.architecture.linear or not objective.has_token_form:
             raise ValueError(
                 "gradient='token' needs a matrix memory with a dot, L2 or Oja objective, whose gradients at "
                 f"every token have a closed form, got {self.architecture.name!r} with {objective.name!r}; "
                 "use gradient='anchor'"
             )
-        pulls = not isinstance(objective, Dot)
-        if pulls and any(rule.erase for rule in self.rule.values()):
+        if objective.sees_answer and any(rule.erase for rule in self.rule.values()):
             raise ValueError(
                 f"DGD with {objective.name!r} gradients at every token would erase twice; use rule='gd', "
                 "which is the delta rule here"
             )
-        if pulls and self.momentum:
+        if objective.sees_answer and self.momentum:
             raise ValueError(
                 f"momentum of {objective.name!r} gradients at every token has no chunk-parallel form: each "
                 "gradient depends on all earlier momenta; use gradient='anchor', or momentum=False"
@@ -231,54 +264,3 @@ class MemorySystem:
                 "gradient='token' goes with static projections, read='token' and linear retention, as it has "
                 f"no anchor that could generate signals or be read; got {got}; use gradient='anchor'"
             )
-
-    @property
-    def _projection_chunk(self) -> int:
-        assert self.projection_chunk_size is not None  # __post_init__
-        return self.projection_chunk_size
-
-    @property
-    def objective(self) -> Objective:
-        """The objective of the output matrix."""
-        return self.rule[self.architecture.output].objective
-
-    @property
-    def exact(self) -> bool:
-        """Whether chunks are only a way of computing: no anchor enters the result."""
-        return self.gradient == "token"
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the engine runs on Mᵀ, with the value as its input and the key as its target."""
-        return isinstance(self.objective, Oja)
-
-    @property
-    def memories(self) -> tuple[str, ...]:
-        """Names along the memory axis of the stacked weights; the memory that is read out is the last."""
-        return (*self.generated, "memory")
-
-    @property
-    def chunk_sizes(self) -> tuple[int, ...]:
-        """Chunk length of each memory, in the order of `memories`."""
-        return (self._projection_chunk,) * len(self.generated) + (self.chunk_size,)
-
-    @property
-    def step(self) -> int:
-        """Tokens that one step of the scan takes: the shortest chunk among the memories."""
-        return min(self.chunk_sizes)
-
-    @property
-    def period(self) -> int:
-        """Tokens after which all boundaries fall together again; 1 where boundaries mean nothing."""
-        return 1 if self.exact else max(self.chunk_sizes)
-
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """The scalar signals per head and token: rate, retention, momentum decay, width of the objective."""
-        here = {
-            "eta": self.rate == "gated",
-            "alpha": self.retention.decay == "gated",
-            "mu": self.momentum,
-            "width": any(rule.objective.has_width for rule in self.rule.values()),
-        }
-        return tuple(name for name, present in here.items() if present)

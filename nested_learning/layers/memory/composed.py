@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nested_learning.layers.memory_layer import MemoryLayer
+from nested_learning.layers.memory.layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer
 from nested_learning.memory.compose import compose_parts
 

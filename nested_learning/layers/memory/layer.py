@@ -1,0 +1,407 @@
+"""The sequence layer made of memories: projections around one run of their system (spec section 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nested_learning.layers.memory.history import packed_history
+from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.memory import check, engine
+from nested_learning.memory.engines.fla import Backend, check_backend
+from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
+from nested_learning.memory.state import Weights
+from nested_learning.memory.system import MemorySystem
+from nested_learning.ops.context import full_precision, traced
+from nested_learning.ops.heads import Heads, gated_norm, last_inputs, unit_heads
+from nested_learning.ops.packing import RowLayout, row_layout
+from nested_learning.ops.recompute import recomputed
+
+PATHS = ("k", "v", "q")
+# Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88, width about 1.
+_GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0, "width": 0.5}
+# Tokens after which a memory has decayed to a half at that alpha, about 38.
+SHORTEST_HALF_LIFE = math.log(2) / math.log1p(math.exp(-_GATE_BIAS["alpha"]))
+
+# Numbers of one path in one chunk, of all rows that a CPU reads together (measured, docs/log.md).
+ROWS = 262_144
+
+
+class MemoryLayer(nn.Module):
+    """A sequence layer whose state is a set of associative memories, described by a `MemorySystem`.
+
+    Every head of every memory is a small map that learns while it reads: the forward pass writes to a
+    state that goes in and comes out and never to a parameter, so rows of a batch are independent and the
+    gradient flows through the writes to the initial memories, which are meta-learned.
+
+    Args:
+        hidden_size: D, the width of the input.
+        num_heads: H; head width d = D / H.
+        system: the memories, their rule and schedule.
+        conv_size: width K of the causal depthwise convolution in front of the memories; 0 for none.
+        max_half_life: longest half-life of a memory's content at the start of training, in tokens: the heads'
+            half-lives are spread geometrically from `SHORTEST_HALF_LIFE` to this; None gives all heads the
+            shortest.
+        backend: library that computes a matrix memory: "torch", "fla" for the kernels of
+            flash-linear-attention on a GPU, or "auto" for these where they are installed and the projections
+            are in half precision.
+
+    Attributes:
+        recompute: see `set_recompute`.
+        compile_step: see `set_compile_step`.
+
+    Raises:
+        ValueError: when hidden_size is not a multiple of num_heads, conv_size is negative, or max_half_life
+            is shorter than the shortest.
+    """
+
+    has_surprise: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        system: MemorySystem,
+        conv_size: int = 4,
+        max_half_life: float | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_backend(backend, system)
+        self.backend: Backend = backend
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}; "
+                "each head needs the same whole width"
+            )
+        if not isinstance(conv_size, int) or isinstance(conv_size, bool) or conv_size < 0:
+            raise ValueError(f"conv_size must be 0 (no convolution) or a positive integer, got {conv_size!r}")
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
+        _check_half_life(max_half_life, system)
+        self.system, self.conv_size, self.max_half_life = system, conv_size, max_half_life
+        self.recompute: str | None = None
+        self.compile_step = False
+
+        channels = len(PATHS) * hidden_size
+        self.in_proj = nn.Linear(hidden_size, channels, bias=False)
+        self.conv = (
+            nn.Conv1d(channels, channels, conv_size, groups=channels, bias=False) if conv_size else None
+        )
+        shapes = system.architecture.shapes(self.head_dim)
+        count = len(system.memories)
+        self.initial = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
+        )
+        # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
+        self.gates_generated = "eta" in system.generated
+        fan_in = self.head_dim if self.gates_generated else hidden_size
+        self.gates = nn.ModuleDict({gate: nn.Linear(fan_in, num_heads) for gate in system.gates})
+        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter (spec section 3; scales are this project's, measured)."""
+        for linear in (self.in_proj, self.gate_proj, self.out_proj):
+            nn.init.normal_(linear.weight, std=0.5 * linear.in_features**-0.5)
+        if self.conv is not None:
+            nn.init.normal_(self.conv.weight, std=self.conv_size**-0.5)
+        scale = self.head_dim**0.5 if self.gates_generated else 1.0
+        for name in self.system.gates:
+            gate = cast(nn.Linear, self.gates[name])
+            nn.init.normal_(gate.weight, std=0.02 * scale)
+            nn.init.constant_(gate.bias, _GATE_BIAS[name])
+            if name == "alpha" and self.max_half_life is not None:
+                gate.bias.copy_(_spread_bias(self.num_heads, self.max_half_life))
+        nn.init.ones_(self.out_norm.weight)
+        self.system.architecture.init_(dict(self.initial.items()), self.system.retention)
+
+    def extra_repr(self) -> str:
+        s = self.system
+        return (
+            f"{self.hidden_size}, num_heads={self.num_heads}, memories={'/'.join(s.memories)}, "
+            f"chunk_size={s.chunk_size}, projection_chunk_size={s.projection_chunk_size}, read={s.read!r}, "
+            f"momentum={s.momentum}"
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemoryState | None = None,
+        mask: Tensor | None = None,
+        return_surprise: bool = False,
+    ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
+        """Read a sequence, learning from it.
+
+        Args:
+            x: [B, T, hidden_size], any floating dtype. The memories run in float32 (float64 for float64).
+            state: from an earlier call on the same rows; None starts from the initial memories.
+            mask: [B, T] bool, True = real token. A padded token changes nothing and its output is zero.
+            return_surprise: also return [B, T], the error ‖M(k) − v̂‖ of the memory that is read out,
+                over all heads, at its anchor (detached; zero for padding).
+
+        Returns: y [B, T, hidden_size] in x's dtype (that of the autocast region, if one is active), the
+            state after the sequence, and the surprise if asked for.
+
+        Raises:
+            ValueError: when x, mask or state do not fit.
+        """
+        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
+        if state is not None:
+            self._check_state(state, len(x))
+        work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
+        if len(x) * work > ROWS and x.device.type == "cpu" and not traced():
+            y, state, surprise = self._read_in_groups(x, state, mask, return_surprise, max(1, ROWS // work))
+        else:
+            y, state, surprise = self._read(x, state, mask, return_surprise)
+        return (y, state) if surprise is None else (y, state, surprise)
+
+    def recall(self, q: Tensor, state: MemoryState | None = None) -> Tensor:
+        """Read the memory at its anchor, the weights of the last chunk boundary, without writing.
+
+        Args:
+            q: [B, H, T, head_dim] queries, float32 or float64; L2-normalise them where the memory's are.
+            state: from a call on the same rows; None for the initial memories.
+
+        Returns: M(q) [B, H, T, head_dim].
+        """
+        rows = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        weights = self._start(state, rows, q.dtype).anchor
+        fixed = {name: self.system.retention.weights(A)[:, -1] for name, A in weights.items()}
+        if self.system.objective.transposed:
+            fixed = {name: W.mT for name, W in fixed.items()}
+        return self.system.architecture.read(q, lambda name, x: x @ fixed[name].mT)
+
+    def initial_weights(self, batch_size: int, dtype: torch.dtype) -> Weights:
+        """The meta-learned initial memories for each row of a batch, per matrix [B, N, H, out, in].
+
+        Copies, not views: they become a state, which the next optimizer step must not reach.
+        """
+        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in self.initial.items()}
+
+    # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
+
+    def _read(
+        self, x: Tensor, state: MemoryState | None, real: Tensor | None, want_surprise: bool
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """`forward` on rows that are read together."""
+        place = self._place(x, state, real)
+        start = self._start(state, place.position, torch.promote_types(x.dtype, torch.float32))
+        if self.recompute is None or not torch.is_grad_enabled() or check.enabled():
+            y, after, surprise, _ = self._read_segment(place, start, None, want_surprise)
+        else:  # the checks count chunks from the start of the sequence
+            y, after, surprise = self._read_recomputed(place, start, want_surprise)
+        if place.layout is not None:
+            y = place.layout.unpack(y)
+            surprise = None if surprise is None else place.layout.unpack(surprise)
+        elif real is not None:
+            y = y.masked_fill(~real.unsqueeze(-1), 0)
+            surprise = None if surprise is None else surprise * real
+        return y, after, surprise
+
+    def _read_recomputed(
+        self, place: Place, state: MemoryState, want_surprise: bool
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """`_read_segment` on segments of √n of n chunks, each computed again by the backward pass."""
+        chunk = max(self.system.chunk_sizes)
+        size = chunk * max(1, math.isqrt(math.ceil(place.x.shape[1] / chunk)))
+        history, ys, surprises = None, [], []
+        for segment in place.segments(size):
+            arguments = (segment, state, history, want_surprise)
+            y, state, surprise, history = recomputed(self._read_segment, arguments, list(self.parameters()))
+            ys.append(y)
+            surprises.append(surprise)
+        joined = torch.cat([s.detach() for s in surprises if s is not None], 1) if want_surprise else None
+        return torch.cat(ys, dim=1), state, joined
+
+    def _read_segment(
+        self, place: Place, state: MemoryState, history: Tensor | None, want_surprise: bool
+    ) -> tuple[Tensor, MemoryState, Tensor | None, Tensor | None]:
+        """y [B, C, D], the state after the segment, the surprise [B, C], the next segment's history."""
+        x, dtype = place.x, torch.promote_types(place.x.dtype, torch.float32)
+        paths, gate, (logits, readouts) = self.in_proj(x), self.gate_proj(x), self._gates(x, dtype)
+        how = How(self.backend, gate.dtype, want_surprise, self.compile_step)
+        with full_precision(x.device):
+            vectors, tail, history = self._prepare(paths.to(dtype), place, state.conv_tail, history)
+            inputs = Inputs(vectors, logits, readouts, place.real)
+            state = MemoryState(state.anchor, state.current, state.momentum, state.position, tail)
+            initial = {name: W.to(dtype) for name, W in self.initial.items()}
+            y, state, surprise = engine.run(self.system, initial, state, inputs, place.boundaries, how)
+            assert self.out_norm.eps is not None  # __init__
+            y = gated_norm(y.transpose(1, 2), gate, self.out_norm.weight.to(dtype), self.out_norm.eps)
+        return self.out_proj(y), state, surprise, history
+
+    def _prepare(
+        self, paths: Tensor, place: Place, tail: Tensor | None, history: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """From projections [B, C, 3D] to the memories' inputs, by path [B, H, C, d].
+
+        Also returns the convolution's tail after the segment, and the columns before the next segment (of
+        rows that are packed; elsewhere they are the tail).
+        """
+        before, weight, length = None, None, self.conv_size - 1
+        if self.conv is not None:
+            weight = self.conv.weight.to(paths.dtype)
+            if place.layout is not None:
+                first = int(place.boundaries.first)
+                paths, before, tail, history = packed_history(
+                    paths, place.layout, first, length, tail, history
+                )
+            else:
+                before, tail = tail, last_inputs(tail, paths, length)
+                if before is not None and place.real is not None:  # one token, which may be padding
+                    tail = torch.where(place.real.unsqueeze(-1), tail, before)
+        heads = Heads(tuple(name in self.system.unit for name in PATHS), self.num_heads)
+        vectors = unit_heads(paths, before, weight, heads)
+        return dict(zip(PATHS, vectors, strict=True)), tail, history
+
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Readouts | None]:
+        """Sources of the gates: logits [gates, B, H, C] that are linear in x, or readouts of memories."""
+        if not self.system.gates:
+            return None, None
+        gates = cast(list[nn.Linear], [self.gates[name] for name in self.system.gates])
+        weights: list[Tensor] = [gate.weight for gate in gates]
+        biases: list[Tensor] = [gate.bias for gate in gates]
+        if self.gates_generated:
+            return None, Readouts(torch.stack(weights).to(dtype), torch.stack(biases).to(dtype))
+        logits = F.linear(x, torch.cat(weights), torch.cat(biases)).to(dtype)  # [B, C, gates · H]
+        return logits.unflatten(-1, (len(gates), -1)).permute(2, 0, 3, 1), None
+
+    # Where the tokens stand, what they start from -----------------------------------------------------------
+
+    def _place(self, x: Tensor, state: MemoryState | None, real: Tensor | None) -> Place:
+        """The columns that the memories read, and where their chunks end."""
+        B, T, _ = x.shape
+        period = self.system.period
+        if state is None and real is None:
+            position = torch.full((B,), T % period, dtype=torch.long, device=x.device)
+            return Place(x, None, Boundaries(common=True), position)
+        if state is not None and T == 1:
+            end = state.position + (1 if real is None else real[:, 0])
+            boundaries = Boundaries(False, state.position, end=None if real is None else end)
+            return Place(x, real, boundaries, end % period)
+        if real is None:
+            real = torch.ones(B, T, dtype=torch.bool, device=x.device)
+        if state is None:
+            layout = row_layout(real, torch.zeros(B, dtype=torch.long, device=x.device), T)
+        else:
+            layout = row_layout(real, state.position, period - 1 + T)
+        boundaries = Boundaries(False, 0, layout.offset, layout.end)
+        return Place(layout.pack(x), layout.filled, boundaries, layout.end % period, layout)
+
+    def _start(self, state: MemoryState | None, position: Tensor, dtype: torch.dtype) -> MemoryState:
+        """The state that the run starts from, with the `position` that it will end at."""
+        if state is None:
+            weights = self.initial_weights(len(position), dtype)
+            return MemoryState(weights, weights, None, position)
+        if any(W.dtype != dtype for W in state.current.values()):  # from a session in another precision
+            state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
+
+    def _read_in_groups(
+        self, x: Tensor, state: MemoryState | None, real: Tensor | None, want_surprise: bool, most: int
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """`_read` on groups of equal size, of at most so many rows: as many as stay in a CPU's caches from
+        chunk to chunk."""
+        groups = -(-len(x) // most)
+        size = -(-len(x) // groups)
+        ys, states, surprises = [], [], []
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            before = None if state is None else state.slice_rows(rows)
+            y, after, surprise = self._read(
+                x[rows], before, None if real is None else real[rows], want_surprise
+            )
+            ys.append(y)
+            states.append(after)
+            surprises.append(surprise)
+        joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
+        return torch.cat(ys), MemoryState.join_rows(states), joined
+
+    def _check_state(self, state: MemoryState, rows: int) -> None:
+        if not isinstance(state, MemoryState):
+            raise ValueError(
+                f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"
+            )
+        if state.position.shape[0] != rows:
+            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {rows}")
+        device = self.in_proj.weight.device
+        elsewhere = {t.device for t in (state.position, *state.current.values())} - {device}
+        if elsewhere:
+            raise ValueError(
+                f"state is on {', '.join(sorted(map(str, elsewhere)))}, the layer on {device}; move it with "
+                "state.to(device)"
+            )
+        if check.enabled():
+            check.check_values("state", **state.to_tensors())
+        memories = {name: tuple(W.shape) for name, W in self.initial.items()}
+        expected: dict[str, object] = {
+            "anchor": memories,
+            "current": memories,
+            "momentum": memories if self.system.momentum else None,
+            "conv_tail": (self.conv_size - 1, len(PATHS) * self.hidden_size) if self.conv_size else None,
+        }
+        for name, wanted in expected.items():
+            got = _shapes_per_row(getattr(state, name))
+            if got != wanted:
+                raise ValueError(
+                    f"state.{name} has shapes {got} per row, this layer's {wanted}: the state belongs to a "
+                    "layer with other options"
+                )
+
+
+class Place(NamedTuple):
+    """The columns of a call, or of one segment of it: where each row's tokens stand."""
+
+    x: Tensor  # [B, C, D]
+    real: Tensor | None  # [B, C] bool, False = a column without a token; None: there is none
+    boundaries: Boundaries  # counted from the first column
+    position: Tensor  # [B] of the state after the call
+    layout: RowLayout | None = None  # where the rows' tokens were packed to; None: they stand as they came
+
+    def segments(self, size: int) -> list[Place]:
+        """Cut into segments of `size` columns, of which all chunk lengths are divisors."""
+        if size >= self.x.shape[1]:
+            return [self]
+        xs = self.x.split(size, dim=1)
+        reals = (None,) * len(xs) if self.real is None else self.real.split(size, dim=1)
+        return [
+            Place(x, real, self.boundaries._replace(first=i * size), self.position, self.layout)
+            for i, (x, real) in enumerate(zip(xs, reals, strict=True))
+        ]
+
+
+def _check_half_life(longest: float | None, system: MemorySystem) -> None:
+    if longest is None:
+        return
+    if not SHORTEST_HALF_LIFE <= longest < math.inf:
+        raise ValueError(
+            f"max_half_life must be at least {SHORTEST_HALF_LIFE:.1f} tokens, got {longest!r}; "
+            "leave it at None for the same half-life in all heads"
+        )
+    if "alpha" not in system.gates:
+        raise ValueError(
+            f"max_half_life={longest} starts a data-dependent retention, but this memory's is "
+            f"{system.retention.decay!r}; leave it at None"
+        )
+
+
+def _spread_bias(num_heads: int, longest: float) -> Tensor:
+    """Biases b [H] with half-lives of sigmoid(b) from the shortest to `longest`, in equal ratios."""
+    steps = torch.linspace(0, 1, num_heads, dtype=torch.float64)
+    half_lives = SHORTEST_HALF_LIFE * (longest / SHORTEST_HALF_LIFE) ** steps
+    log_alpha = -math.log(2) / half_lives
+    return log_alpha - torch.log(-torch.expm1(log_alpha))  # the logit of alpha
+
+
+def _shapes_per_row(value: Tensor | Weights | None) -> object:
+    """The shapes of a state's field without its batch dimension."""
+    if isinstance(value, dict):
+        return {name: tuple(tensor.shape[1:]) for name, tensor in value.items()}
+    return None if value is None else tuple(value.shape[1:])

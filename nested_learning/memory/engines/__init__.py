@@ -1,0 +1,1 @@
+"""Engines: ways to run a system of memories over tokens, each with `can_run` and `run`; see engine.py."""

@@ -1,0 +1,21 @@
+"""Surroundings of a call: autocast around recurrences, and whether something follows the Python code."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off inside an autocast region: states and solves stay float32 where the model around
+    them is not. Devices without autocast (meta) need nothing."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def traced() -> bool:
+    """Whether Python code is followed symbolically, by torch.compile or torch.func, which then sees more in
+    plain operations than in what is arranged for speed."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
