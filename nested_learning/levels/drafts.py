@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from nested_learning.levels.system import Component, Transfer, TransferKind
+from nested_learning.levels.components import Component, Transfer, TransferKind
 
 
 @dataclass(eq=False)
@@ -17,11 +17,11 @@ class Draft:
     """A component to be: its bytes, modules and needs grow as they are found.
 
     Attributes:
-        component: without its final name, `where` and `needs`.
-        where: names of modules.
-        needs: other drafts, in the order in which they were found.
-        parameters: of weights.
-        last_seen: of weights: the number of the module that registered the last of them.
+        component: the component without its final name, `where` and `needs`.
+        where: names of the modules that have one.
+        needs: drafts whose state its update needs, in the order in which they were found.
+        parameters: the parameters that weights are; empty for memories and optimizers.
+        last_seen: number of the module that registered the last of these parameters.
     """
 
     component: Component
@@ -62,7 +62,7 @@ class Drafts:
 
     @property
     def weights(self) -> list[Draft]:
-        """Those of weights."""
+        """Drafts of weights."""
         return [draft for draft in self._drafts.values() if draft.component.kind == "weights"]
 
     def by_name(self) -> dict[str, list[Draft]]:
@@ -86,7 +86,7 @@ class Drafts:
         ]
 
     def transfers(self) -> tuple[Transfer, ...]:
-        """From several to several where every source reaches every target."""
+        """Everything that passes, from several sources to several targets where each reaches all of them."""
         names = self._names()
         reached: dict[tuple[str, TransferKind, str], dict[str, None]] = defaultdict(dict)
         for source, target, kind, what in self._passes:
@@ -102,7 +102,7 @@ class Drafts:
         )
 
     def _names(self) -> dict[Draft, str]:
-        """Where a name is not unique, its components get their frequencies, and then numbers, behind it."""
+        """Unique names: one that several drafts have is followed by frequencies, and then by numbers."""
         counts = Counter(draft.component.name for draft in self._drafts.values())
         taken: Counter[str] = Counter()
         names = {}
