@@ -55,7 +55,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> type:
-    """The describing class by its name before other packages had a class of that name, with a warning."""
+    """A describing class by its deprecated name, with a warning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     new = _RENAMED[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
 from nested_learning.continual.learner import Learner
-from nested_learning.levels.components import NEVER, Component, Frequency, Transfer, every_steps
+from nested_learning.levels.components import NEVER, Component, Transfer, every_steps
 from nested_learning.levels.describe.learners import describe_learner
 from nested_learning.levels.describe.registry import (
     Described,
@@ -155,19 +154,17 @@ class _Walk:
 
     def _add_memory(self, where: str, memory: DescribedMemory) -> Draft:
         static = memory.frequency.unit == "step" and not self.training
-        draft = self.drafts.find(
-            Component(
-                name=memory.name,
-                kind="memory",
-                frequency=NEVER if static else memory.frequency,
-                state_per=memory.state_per,
-                context=memory.context,
-                objective=memory.objective,
-                rule=memory.rule,
-            )
+        component = Component(
+            name=memory.name,
+            kind="memory",
+            frequency=NEVER if static else memory.frequency,
+            state_per=memory.state_per,
+            context=memory.context,
+            objective=memory.objective,
+            rule=memory.rule,
         )
+        draft = self.drafts.add(component, memory.state_bytes, measured=False)
         draft.where[where] = None
-        draft.add_bytes(memory.state_bytes, measured=False)
         return draft
 
     def _add_weights(
@@ -179,37 +176,25 @@ class _Walk:
             if parameter in self.claimed:  # named twice by one description
                 continue
             self.claimed.add(parameter)
-            frequency, rule = self._training_of(parameter)
-            learned = frequency != NEVER
+            trained = self.trained.get(parameter) if parameter.requires_grad else None
             component = Component(
                 name=name,
                 kind="weights",
-                frequency=frequency,
-                context="training batches" if learned else "none",
-                objective="the training loss" if learned else "none",
+                frequency=every_steps(trained.period) if trained else NEVER,
+                context="training batches" if trained else "none",
+                objective="the training loss" if trained else "none",
             )
-            draft = self.drafts.find(component)
+            draft = self.drafts.add(component, parameter.nbytes, measured=True)
             draft.where[where] = None
             draft.parameters[parameter] = None
             draft.last_seen = place
-            draft.add_bytes(parameter.nbytes, measured=True)
-            if learned:
-                draft.needs.update(dict.fromkeys(self.trained[parameter].needs))
-            rules = dict.fromkeys([*filter(None, draft.component.rule.split("; ")), rule])
-            draft.component = dataclasses.replace(
-                draft.component,
-                parameters=draft.component.parameters + parameter.numel(),
-                rule="; ".join(rules),
-            )
+            if trained:
+                draft.rules[trained.step] = None
+                draft.needs.update(dict.fromkeys(trained.needs))
+            else:
+                draft.rules[UNTRAINED if parameter.requires_grad else FROZEN] = None
             made[draft] = None
         return list(made)
-
-    def _training_of(self, parameter: nn.Parameter) -> tuple[Frequency, str]:
-        if not parameter.requires_grad:
-            return NEVER, FROZEN
-        if parameter not in self.trained:
-            return NEVER, UNTRAINED
-        return every_steps(self.trained[parameter].period), self.trained[parameter].step
 
     def connect(self) -> None:
         """Draft what passes: described transfers, gradients, steps, memories' output to later weights."""

@@ -17,10 +17,12 @@ class Draft:
     """A component to be: its bytes, modules and needs grow as they are found.
 
     Attributes:
-        component: the component without its final name, `where` and `needs`.
+        component: the component without its final name and what the fields below say; the rule of weights
+            is empty.
         where: names of the modules that have one.
         needs: drafts whose state its update needs, in the order in which they were found.
         parameters: the parameters that weights are; empty for memories and optimizers.
+        rules: how these parameters are trained.
         last_seen: number of the module that registered the last of these parameters.
     """
 
@@ -28,16 +30,8 @@ class Draft:
     where: dict[str, None] = field(default_factory=dict)
     needs: dict[Draft, None] = field(default_factory=dict)
     parameters: dict[nn.Parameter, None] = field(default_factory=dict)
+    rules: dict[str, None] = field(default_factory=dict)
     last_seen: int = 0
-
-    def add_bytes(self, count: int | None, measured: bool) -> None:
-        """Add to the state's bytes; one part that is not known, or not measured, makes it all so."""
-        before = self.component.state_bytes
-        self.component = dataclasses.replace(
-            self.component,
-            state_bytes=None if count is None or before is None else before + count,
-            measured=self.component.measured and measured,
-        )
 
 
 class Drafts:
@@ -47,10 +41,20 @@ class Drafts:
         self._drafts: dict[Component, Draft] = {}
         self._passes: dict[tuple[Draft, Draft, TransferKind, str], None] = {}
 
-    def find(self, component: Component) -> Draft:
-        """The draft that was begun for such a component; a new one, without state, if there is none."""
+    def add(self, component: Component, state_bytes: int | None, measured: bool) -> Draft:
+        """The draft that was begun for such a component, or a new one, with so many bytes more.
+
+        One part whose bytes are not known, or not measured, makes it all so.
+        """
         empty = dataclasses.replace(component, state_bytes=0, measured=True)
-        return self._drafts.setdefault(empty, Draft(empty))
+        draft = self._drafts.setdefault(empty, Draft(empty))
+        before = draft.component.state_bytes
+        draft.component = dataclasses.replace(
+            draft.component,
+            state_bytes=None if state_bytes is None or before is None else before + state_bytes,
+            measured=draft.component.measured and measured,
+        )
+        return draft
 
     def add_pass(
         self, sources: Iterable[Draft], targets: Iterable[Draft], kind: TransferKind, what: str
@@ -79,6 +83,8 @@ class Drafts:
             dataclasses.replace(
                 draft.component,
                 name=names[draft],
+                parameters=sum(parameter.numel() for parameter in draft.parameters),
+                rule="; ".join(draft.rules) or draft.component.rule,
                 where=tuple(draft.where),
                 needs=tuple(names[other] for other in draft.needs),
             )

@@ -96,18 +96,16 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
 def _add_memory(
     drafts: Drafts, optimizer: Optimizer, memory: DescribedGradientMemory, held: int | None
 ) -> Draft:
-    draft = drafts.find(
-        Component(
-            name=f"{type(optimizer).__name__}: {memory.name}",
-            kind="optimizer",
-            frequency=NEVER if memory.every is None else every_steps(memory.every),
-            context=memory.context,
-            objective=memory.objective,
-            rule=memory.rule,
-        )
+    """Draft a memory with the bytes that are held of it, or with the predicted ones for None."""
+    component = Component(
+        name=f"{type(optimizer).__name__}: {memory.name}",
+        kind="optimizer",
+        frequency=NEVER if memory.every is None else every_steps(memory.every),
+        context=memory.context,
+        objective=memory.objective,
+        rule=memory.rule,
     )
-    draft.add_bytes(memory.state_bytes if held is None else held, measured=held is not None)
-    return draft
+    return drafts.add(component, memory.state_bytes if held is None else held, measured=held is not None)
 
 
 def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) -> Trained:

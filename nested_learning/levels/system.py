@@ -16,7 +16,7 @@ from nested_learning.levels.render.text import table, to_text, tree
 
 @dataclass(frozen=True)
 class NestedSystem:
-    """What `levels` returns. `print` shows it as text, `rich.print` as a table and a tree.
+    """A model and its optimizers as levels. `print` shows it as text, `rich.print` as a table and a tree.
 
     Attributes:
         name: the class of the model.

@@ -87,7 +87,7 @@ def _memory_layer(layer: MemoryLayer) -> Iterator[Described]:
 
 
 def _frequency(system: MemorySystem, memory: str, chunk_size: int) -> Frequency:
-    """How often what is read of a memory changes.
+    """How often the weights of a memory that are read change.
 
     The generating memories are read at their anchors. The memory that is read out may be read after every
     token's write.

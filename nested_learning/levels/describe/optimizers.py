@@ -17,8 +17,8 @@ from nested_learning import optimizers as ours
 from nested_learning.levels.describe.registry import (
     DescribedGradientMemory,
     OptimizerRule,
+    describer_of,
     describes_optimizer,
-    optimizer_describer_of,
 )
 from nested_learning.levels.describe.torch_optimizers import (
     ADAGRAD_OBJECTIVE,
@@ -39,7 +39,7 @@ def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
     group = {**group, "params": [p for p in group["params"] if p.requires_grad]}
     if not group["params"]:
         return []
-    describe = optimizer_describer_of(optimizer) or _unknown
+    describe = describer_of(optimizer) or _unknown
     return list(describe(optimizer, group))
 
 
@@ -92,21 +92,21 @@ def _memory_optimizer(optimizer: ours.MemoryOptimizer, group: Group) -> Iterator
 def _momentum(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
     """A rule per preconditioner: the one given for some parameters, and the group's for the others."""
     given = [p for p in group["params"] if "given" in optimizer.state.get(p, {})]
-    ids = {id(p) for p in given}
-    rest = [p for p in group["params"] if id(p) not in ids]
+    rest = [p for p in group["params"] if "given" not in optimizer.state.get(p, {})]
     for params, kind in ((given, "given"), (rest, group["preconditioner"])):
         if not params:
             continue
         before = tuple(_preconditioner(optimizer, params, kind))
         rule = _momentum_rule(optimizer, group, "P " if before else "")
-        momentum = momentum_of(params, rule, "momentum", work_dtype)
+        needs = tuple(memory.name for memory in before)
+        momentum = momentum_of(params, rule, "momentum", work_dtype, needs)
         if before:
-            needs = tuple(memory.name for memory in before)
-            momentum = dataclasses.replace(momentum, objective="−⟨m, P g⟩", needs=needs)
+            momentum = dataclasses.replace(momentum, objective="−⟨m, P g⟩")
         yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(*before, momentum))
 
 
 def _momentum_rule(optimizer: Optimizer, group: Group, value: str) -> str:
+    """The rule of the momentum that takes `value` times the gradient: "P " or nothing."""
     if isinstance(optimizer, ours.DeltaMomentum):
         key = "gᵀg/‖g‖²" if group["scale"] == "normalised" else "gᵀg"
         return f"delta rule: m ← {group['momentum']:g} m − {group['beta']:g} m {key} + {value}g (eq 49)"

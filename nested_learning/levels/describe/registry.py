@@ -116,8 +116,7 @@ class OptimizerRule:
 
 OptimizerDescriber = Callable[[Any, Group], Iterable[OptimizerRule]]
 
-_MODULES: dict[type[nn.Module], Describer] = {}
-_OPTIMIZERS: dict[type[Optimizer], OptimizerDescriber] = {}
+_DESCRIBERS: dict[type, Callable[..., Any]] = {}
 D = TypeVar("D", bound=Callable[..., Any])
 
 
@@ -129,7 +128,7 @@ def describes(*classes: type[nn.Module]) -> Callable[[Describer], Describer]:
     to them, and weights that come later in the model are conditioned on the memory's output. The later
     registration of a class counts.
     """
-    return _adder(_MODULES, classes, nn.Module)
+    return _adder(classes, nn.Module)
 
 
 def describes_optimizer(*classes: type[Optimizer]) -> Callable[[OptimizerDescriber], OptimizerDescriber]:
@@ -139,10 +138,10 @@ def describes_optimizer(*classes: type[Optimizer]) -> Callable[[OptimizerDescrib
     and yields an `OptimizerRule` per way in which the group's parameters are trained. The later registration
     of a class counts.
     """
-    return _adder(_OPTIMIZERS, classes, Optimizer)
+    return _adder(classes, Optimizer)
 
 
-def _adder(table: dict[Any, Any], classes: Sequence[type], base: type) -> Callable[[D], D]:
+def _adder(classes: Sequence[type], base: type) -> Callable[[D], D]:
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise ValueError(f"expected subclasses of {base.__name__}, got {cls!r}")
@@ -150,17 +149,12 @@ def _adder(table: dict[Any, Any], classes: Sequence[type], base: type) -> Callab
         raise ValueError(f"name the subclasses of {base.__name__} that the function describes")
 
     def add(function: D) -> D:
-        table.update(dict.fromkeys(classes, function))
+        _DESCRIBERS.update(dict.fromkeys(classes, function))
         return function
 
     return add
 
 
-def describer_of(module: nn.Module) -> Describer | None:
-    """The entry for a module's class or its nearest base class."""
-    return next((_MODULES[cls] for cls in type(module).__mro__ if cls in _MODULES), None)
-
-
-def optimizer_describer_of(optimizer: Optimizer) -> OptimizerDescriber | None:
-    """The entry for an optimizer's class or its nearest base class."""
-    return next((_OPTIMIZERS[cls] for cls in type(optimizer).__mro__ if cls in _OPTIMIZERS), None)
+def describer_of(described: nn.Module | Optimizer) -> Callable[..., Any] | None:
+    """The function for the class of a module or optimizer, or for its nearest base class."""
+    return next((_DESCRIBERS[cls] for cls in type(described).__mro__ if cls in _DESCRIBERS), None)

@@ -6,7 +6,6 @@ state after a step.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -43,11 +42,16 @@ def momentum_of(
     rule: str,
     key: str = "momentum_buffer",
     dtype: Callable[[Tensor], torch.dtype] | None = None,
+    needs: tuple[str, ...] = (),
 ) -> DescribedGradientMemory:
-    """A momentum of each parameter's shape, in the state under `key`; its objective is −⟨m, g⟩."""
-    state_bytes = like_bytes(params, 1, dtype)
+    """A momentum of each parameter's shape, in the state under `key`."""
     return DescribedGradientMemory(
-        name="momentum", keys=(key,), state_bytes=state_bytes, objective=DOT, rule=rule
+        name="momentum",
+        keys=(key,),
+        state_bytes=like_bytes(params, 1, dtype),
+        objective=DOT,
+        rule=rule,
+        needs=needs,
     )
 
 
@@ -111,8 +115,7 @@ def _rmsprop(optimizer: torch.optim.RMSprop, group: Group) -> Iterator[Optimizer
     if group["momentum"] == 0:
         yield OptimizerRule(params=params, step="W ← W − lr·g/(√v + ε)", memories=(square,))
         return
-    momentum = momentum_of(params, f"m ← {group['momentum']:g} m + g/(√v + ε)")
-    momentum = dataclasses.replace(momentum, needs=(square.name,))
+    momentum = momentum_of(params, f"m ← {group['momentum']:g} m + g/(√v + ε)", needs=(square.name,))
     yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(square, momentum))
 
 

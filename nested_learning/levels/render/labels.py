@@ -10,7 +10,7 @@ End = str | DescribedLevel  # of a transfer: a component by its name, or all of 
 
 
 def state_label(component: Component) -> str:
-    """`262,144 B per sequence`; `unknown` where it is."""
+    """The bytes of a component's state, such as `262,144 B per sequence`, or `unknown`."""
     if component.state_bytes is None:
         return "unknown"
     per = "" if component.state_per == "model" else f" per {component.state_per}"
