@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,13 +70,12 @@ def find_attention(module: nn.Module) -> Iterator[Described] | None:
     parts += dict(module.named_buffers(recurse=False))
     if not _ATTENTION_CLASS.search(type(module).__name__) or any(_RECURRENT.search(part) for part in parts):
         return None
-    window = _window(module)
-    pairs = [(key, value) for key, value in _KEYS.items() if key in children and value in children]
-    if pairs:
-        key, value = (children[name] for name in pairs[0])
-        return softmax_attention(module, _bytes_per_token(key, value), window)
+    for key, value in _KEYS.items():
+        if key in children and value in children:
+            bytes_per_token = _bytes_per_token(children[key], children[value])
+            return softmax_attention(module, bytes_per_token, _window(module))
     if _FUSED & children.keys():
-        return softmax_attention(module, _bytes_from_config(module), window)
+        return softmax_attention(module, _bytes_from_config(module), _window(module))
     return None
 
 
@@ -92,17 +90,11 @@ def _window(module: nn.Module) -> int | None:
 
 
 def _bytes_per_token(key: nn.Module, value: nn.Module) -> int | None:
-    widths = [_out_features(projection) for projection in (key, value)]
-    weight = getattr(key, "weight", None)
-    if None in widths or not isinstance(weight, torch.Tensor):
+    """Bytes of a key and a value by the widths of their projections, None where these are no linear maps."""
+    if not isinstance(key, LINEAR) or not isinstance(value, LINEAR):
         return None
-    return sum(width or 0 for width in widths) * weight.dtype.itemsize
-
-
-def _out_features(projection: nn.Module) -> int | None:
-    if isinstance(projection, Conv1D):
-        return projection.nf
-    return projection.out_features if isinstance(projection, nn.Linear) else None
+    width = sum(part.nf if isinstance(part, Conv1D) else part.out_features for part in (key, value))
+    return width * key.weight.dtype.itemsize
 
 
 def _bytes_from_config(module: nn.Module) -> int | None:
