@@ -1,4 +1,4 @@
-"""Where a model's parameters are, at which frequency each part changes, and what its state weighs."""
+"""The parameters of a model by part, how often each part changes, and the bytes of its state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nested_learning.training.optim import build_optimizer
 class Part:
     """A group of parameters that serve one purpose.
 
-    Args:
+    Attributes:
         name: what they are.
-        parameters: how many, over all layers.
+        parameters: their number over all layers.
         updates: how often their values, or the states that start from them, change.
     """
 

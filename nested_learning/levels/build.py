@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
 from nested_learning.continual.learner import Learner
+from nested_learning.levels.components import NEVER, Component, Transfer, every_steps
+from nested_learning.levels.describe.learners import describe_learner
+from nested_learning.levels.describe.registry import (
+    Described,
+    DescribedMemory,
+    DescribedWeights,
+    describer_of,
+)
+from nested_learning.levels.describe.structure import find_attention, name_of_weights
 from nested_learning.levels.drafts import Draft, Drafts
 from nested_learning.levels.gradients import Trained, add_optimizers, as_optimizers
-from nested_learning.levels.learners import describe_learner
-from nested_learning.levels.registry import Described, Memory, Weights, describer_of
-from nested_learning.levels.structure import find_attention, name_of_weights
-from nested_learning.levels.system import (
-    NEVER,
-    Component,
-    Frequency,
-    NestedSystem,
-    Transfer,
-    every_steps,
-    in_levels,
-)
+from nested_learning.levels.order import in_levels
+from nested_learning.levels.system import NestedSystem
 
 FROZEN = "none: frozen (requires_grad=False)"
 UNTRAINED = "none: no optimizer trains it"
@@ -41,31 +39,27 @@ def levels(
 
     Args:
         model: any module, or a learner of `nested_learning.continual`: its base model and its levels.
-        optimizer: that trains it, or several (Muon and AdamW, say), each with some of the parameters. None:
-            nothing is trained, weights change never.
+        optimizer: the optimizer that trains it, or several (Muon and AdamW, say), each with some of the
+            parameters. None: nothing is trained, weights change never.
 
     Raises:
         ValueError: an optimizer that trains no parameter of the model, or two that train the same one.
     """
+    around: list[Described] = []
     if isinstance(model, Learner):
         base: nn.Module = model.model
-        return _levels(base, optimizer, f"{type(base).__name__} that keeps learning", describe_learner(model))
-    return _levels(model, optimizer, type(model).__name__, ())
-
-
-def _levels(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, name: str, parts: Iterable[Described]
-) -> NestedSystem:
-    """Of a model called `name`, around which there are further parts."""
+        name, around = f"{type(base).__name__} that keeps learning", list(describe_learner(model))
+    else:
+        base, name = model, type(model).__name__
     optimizers = as_optimizers(optimizer)
     drafts = Drafts()
-    trained = add_optimizers(drafts, optimizers, list(model.parameters()))
-    walk = _Walk(model, drafts, trained, training=bool(optimizers))
-    walk.visited = sum(1 for _ in model.modules())  # the learner's weights come after every memory
-    walk.add_described("", list(parts))
-    walk.visited = 0
-    for where, module, parent in _with_parents(model):
-        walk.visit(where, module, parent)
+    trained = add_optimizers(drafts, optimizers, list(base.parameters()))
+    walk = _Walk(base, drafts, trained, training=bool(optimizers))
+    modules = dict(base.named_modules())
+    walk.add_described("", around, place=len(modules))  # a learner's weights come after every memory
+    for place, (where, module) in enumerate(modules.items(), 1):
+        parent = modules[where.rpartition(".")[0]] if where else None
+        walk.visit(where, module, parent, place)
     walk.connect()
     return NestedSystem(
         name=name,
@@ -75,14 +69,7 @@ def _levels(
     )
 
 
-def _with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """(name, module, the module around it), parents before children, in the order of registration."""
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        yield name, module, modules[name.rpartition(".")[0]] if name else None
-
-
-_Found = dict[str, list[Draft]]  # what a description named
+_Found = dict[str, list[Draft]]  # drafts by the names in a description
 
 
 def _named(found: _Found, names: Iterable[str], where: str) -> list[Draft]:
@@ -99,11 +86,10 @@ class _Walk:
         self, model: nn.Module, drafts: Drafts, trained: dict[Tensor, Trained], training: bool
     ) -> None:
         self.drafts, self.trained, self.training = drafts, trained, training
-        self.visited = 0
         self.claimed: set[nn.Parameter] = set()
-        # By memory: what it gives to the weights after it, since which module, and the weights around it.
+        # By memory: its output, the place of the first module that has one, and the weights around it.
         self.outputs: dict[Draft, tuple[str, int, set[nn.Parameter]]] = {}
-        # Transfers that descriptions name, with the parts of the module that they are of.
+        # Transfers that descriptions name, each with its module and the drafts of that module's parts.
         self.given: list[tuple[str, Transfer, _Found]] = []
         self.besides_embeddings = {
             p
@@ -114,22 +100,25 @@ class _Walk:
         get_head = getattr(model, "get_output_embeddings", None)
         self.head = get_head() if callable(get_head) else None
 
-    def visit(self, name: str, module: nn.Module, parent: nn.Module | None) -> None:
-        """Describe a module, by class or structure, and the parameters that it holds itself."""
-        self.visited += 1
+    def visit(self, where: str, module: nn.Module, parent: nn.Module | None, place: int) -> None:
+        """Draft a module's parts, described by class or structure, and the parameters that it holds itself.
+
+        `place` counts modules in the order of their registration.
+        """
         describe = describer_of(module)
         described = find_attention(module) if describe is None else describe(module)
         if described is not None:
-            self.add_described(name, list(described))
+            self.add_described(where, list(described), place)
         own = [p for p in module.parameters(recurse=False) if p not in self.claimed]
         if own:
             shared = any(p in self.besides_embeddings for p in own)
-            self._add_weights(name, name_of_weights(module, parent, module is self.head, shared), own)
+            name = name_of_weights(module, parent, module is self.head, shared)
+            self._add_weights(where, name, own, place)
 
-    def add_described(self, where: str, parts: list[Described]) -> None:
-        """Draft the parts of the module `where`."""
+    def add_described(self, where: str, parts: list[Described], place: int) -> None:
+        """Draft the described parts of the module called `where`."""
         found: _Found = {}
-        memories = [part for part in parts if isinstance(part, Memory)]
+        memories = [part for part in parts if isinstance(part, DescribedMemory)]
         for memory in memories:
             found[memory.name] = [self._add_memory(where, memory)]
         for memory in memories:
@@ -137,10 +126,10 @@ class _Walk:
             found[memory.name][0].needs.update(dict.fromkeys(needed))
         around: set[nn.Parameter] = set()
         for part in parts:
-            if isinstance(part, Weights):
+            if isinstance(part, DescribedWeights):
                 free = [p for p in part.parameters if p not in self.claimed]
                 around.update(free)
-                found[part.name] = self._add_weights(where, part.name, free)
+                found[part.name] = self._add_weights(where, part.name, free, place)
                 starting = _named(found, part.initial_of, where)
                 reading = _named(found, part.generates, where)
                 self._connect_weights(found[part.name], starting, reading)
@@ -150,7 +139,7 @@ class _Walk:
         for memory in memories:
             if memory.output:
                 (draft,) = found[memory.name]
-                _, since, before = self.outputs.get(draft, ("", self.visited, set()))
+                _, since, before = self.outputs.get(draft, ("", place, set()))
                 self.outputs[draft] = memory.output, since, before | around
 
     def _connect_weights(self, made: list[Draft], starting: list[Draft], reading: list[Draft]) -> None:
@@ -163,64 +152,52 @@ class _Walk:
                 through = [*starting, *reading]
                 self.drafts.add_pass(through, [draft], "backpropagation", "gradient through reads and writes")
 
-    def _add_memory(self, where: str, memory: Memory) -> Draft:
+    def _add_memory(self, where: str, memory: DescribedMemory) -> Draft:
         static = memory.frequency.unit == "step" and not self.training
-        draft = self.drafts.find(
-            Component(
-                name=memory.name,
-                kind="memory",
-                frequency=NEVER if static else memory.frequency,
-                state_per=memory.state_per,
-                context=memory.context,
-                objective=memory.objective,
-                rule=memory.rule,
-            )
+        component = Component(
+            name=memory.name,
+            kind="memory",
+            frequency=NEVER if static else memory.frequency,
+            state_per=memory.state_per,
+            context=memory.context,
+            objective=memory.objective,
+            rule=memory.rule,
         )
+        draft = self.drafts.add(component, memory.state_bytes, measured=False)
         draft.where[where] = None
-        draft.add_bytes(memory.state_bytes, measured=False)
         return draft
 
-    def _add_weights(self, where: str, name: str, parameters: Iterable[nn.Parameter]) -> list[Draft]:
-        """The parameters as one component per frequency."""
+    def _add_weights(
+        self, where: str, name: str, parameters: Iterable[nn.Parameter], place: int
+    ) -> list[Draft]:
+        """Draft the parameters as one component per frequency."""
         made: dict[Draft, None] = {}
         for parameter in parameters:
             if parameter in self.claimed:  # named twice by one description
                 continue
             self.claimed.add(parameter)
-            frequency, rule = self._training_of(parameter)
-            learned = frequency != NEVER
+            trained = self.trained.get(parameter) if parameter.requires_grad else None
             component = Component(
                 name=name,
                 kind="weights",
-                frequency=frequency,
-                context="training batches" if learned else "none",
-                objective="the training loss" if learned else "none",
+                frequency=every_steps(trained.period) if trained else NEVER,
+                context="training batches" if trained else "none",
+                objective="the training loss" if trained else "none",
             )
-            draft = self.drafts.find(component)
+            draft = self.drafts.add(component, parameter.nbytes, measured=True)
             draft.where[where] = None
             draft.parameters[parameter] = None
-            draft.last_seen = self.visited
-            draft.add_bytes(parameter.nbytes, measured=True)
-            if learned:
-                draft.needs.update(dict.fromkeys(self.trained[parameter].needs))
-            rules = dict.fromkeys([*filter(None, draft.component.rule.split("; ")), rule])
-            draft.component = dataclasses.replace(
-                draft.component,
-                parameters=draft.component.parameters + parameter.numel(),
-                rule="; ".join(rules),
-            )
+            draft.last_seen = place
+            if trained:
+                draft.rules[trained.step] = None
+                draft.needs.update(dict.fromkeys(trained.needs))
+            else:
+                draft.rules[UNTRAINED if parameter.requires_grad else FROZEN] = None
             made[draft] = None
         return list(made)
 
-    def _training_of(self, parameter: nn.Parameter) -> tuple[Frequency, str]:
-        if not parameter.requires_grad:
-            return NEVER, FROZEN
-        if parameter not in self.trained:
-            return NEVER, UNTRAINED
-        return every_steps(self.trained[parameter].period), self.trained[parameter].step
-
     def connect(self) -> None:
-        """What descriptions name; then gradients and steps, and from memories to the weights after them."""
+        """Draft what passes: described transfers, gradients, steps, memories' output to later weights."""
         everywhere = self.drafts.by_name()
         for where, transfer, found in self.given:
             sources, targets = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from nested_learning.levels.system import Component, Transfer, TransferKind
+from nested_learning.levels.components import Component, Transfer, TransferKind
 
 
 @dataclass(eq=False)
@@ -17,27 +17,21 @@ class Draft:
     """A component to be: its bytes, modules and needs grow as they are found.
 
     Attributes:
-        component: without its final name, `where` and `needs`.
-        where: names of modules.
-        needs: other drafts, in the order in which they were found.
-        parameters: of weights.
-        last_seen: of weights: the number of the module that registered the last of them.
+        component: the component without its final name and what the fields below say; the rule of weights
+            is empty.
+        where: names of the modules that have one.
+        needs: drafts whose state its update needs, in the order in which they were found.
+        parameters: the parameters that weights are; empty for memories and optimizers.
+        rules: how these parameters are trained.
+        last_seen: number of the module that registered the last of these parameters.
     """
 
     component: Component
     where: dict[str, None] = field(default_factory=dict)
     needs: dict[Draft, None] = field(default_factory=dict)
     parameters: dict[nn.Parameter, None] = field(default_factory=dict)
+    rules: dict[str, None] = field(default_factory=dict)
     last_seen: int = 0
-
-    def add_bytes(self, count: int | None, measured: bool) -> None:
-        """Add to the state's bytes; one part that is not known, or not measured, makes it all so."""
-        before = self.component.state_bytes
-        self.component = dataclasses.replace(
-            self.component,
-            state_bytes=None if count is None or before is None else before + count,
-            measured=self.component.measured and measured,
-        )
 
 
 class Drafts:
@@ -47,10 +41,20 @@ class Drafts:
         self._drafts: dict[Component, Draft] = {}
         self._passes: dict[tuple[Draft, Draft, TransferKind, str], None] = {}
 
-    def find(self, component: Component) -> Draft:
-        """The draft that was begun for such a component; a new one, without state, if there is none."""
+    def add(self, component: Component, state_bytes: int | None, measured: bool) -> Draft:
+        """The draft that was begun for such a component, or a new one, with so many bytes more.
+
+        One part whose bytes are not known, or not measured, makes it all so.
+        """
         empty = dataclasses.replace(component, state_bytes=0, measured=True)
-        return self._drafts.setdefault(empty, Draft(empty))
+        draft = self._drafts.setdefault(empty, Draft(empty))
+        before = draft.component.state_bytes
+        draft.component = dataclasses.replace(
+            draft.component,
+            state_bytes=None if state_bytes is None or before is None else before + state_bytes,
+            measured=draft.component.measured and measured,
+        )
+        return draft
 
     def add_pass(
         self, sources: Iterable[Draft], targets: Iterable[Draft], kind: TransferKind, what: str
@@ -62,7 +66,7 @@ class Drafts:
 
     @property
     def weights(self) -> list[Draft]:
-        """Those of weights."""
+        """Drafts of weights."""
         return [draft for draft in self._drafts.values() if draft.component.kind == "weights"]
 
     def by_name(self) -> dict[str, list[Draft]]:
@@ -79,6 +83,8 @@ class Drafts:
             dataclasses.replace(
                 draft.component,
                 name=names[draft],
+                parameters=sum(parameter.numel() for parameter in draft.parameters),
+                rule="; ".join(draft.rules) or draft.component.rule,
                 where=tuple(draft.where),
                 needs=tuple(names[other] for other in draft.needs),
             )
@@ -86,7 +92,7 @@ class Drafts:
         ]
 
     def transfers(self) -> tuple[Transfer, ...]:
-        """From several to several where every source reaches every target."""
+        """Everything that passes, from several sources to several targets where each reaches all of them."""
         names = self._names()
         reached: dict[tuple[str, TransferKind, str], dict[str, None]] = defaultdict(dict)
         for source, target, kind, what in self._passes:
@@ -102,7 +108,7 @@ class Drafts:
         )
 
     def _names(self) -> dict[Draft, str]:
-        """Where a name is not unique, its components get their frequencies, and then numbers, behind it."""
+        """Unique names: one that several drafts have is followed by frequencies, and then by numbers."""
         counts = Counter(draft.component.name for draft in self._drafts.values())
         taken: Counter[str] = Counter()
         names = {}

@@ -9,25 +9,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nested_learning.levels.components import NEVER, Component, every_steps
+from nested_learning.levels.describe.optimizers import rules_of
+from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
 from nested_learning.levels.drafts import Draft, Drafts
-from nested_learning.levels.optimizers import rules_of
-from nested_learning.levels.registry import GradientMemory, OptimizerRule
-from nested_learning.levels.system import NEVER, Component, every_steps
 from nested_learning.optimizers.base import tensor_bytes
 
-States = list[dict[Tensor, dict[str, Any]]]  # an optimizer's, and that of the one inside it, by parameter
+# The states of an optimizer and of those inside of it, each by parameter.
+NestedStates = list[dict[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What an optimizer does with a parameter.
+    """How an optimizer trains a parameter.
 
     Attributes:
-        step: how it moves.
+        step: how the parameter moves.
         period: optimizer steps from one move to the next.
         needs: memories that take part.
-        reads: those that the step reads itself.
-        fed: those that the gradient goes to.
+        reads: memories that the step reads itself.
+        fed: memories that the gradient goes to.
     """
 
     step: str
@@ -38,7 +39,7 @@ class Trained:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers that a caller gave, those of accelerate (which the Trainer has) unwrapped."""
+    """The optimizers that a caller gave, unwrapped where they are accelerate's (the Trainer has those)."""
     given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):
@@ -50,7 +51,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
 def add_optimizers(
     drafts: Drafts, optimizers: list[Optimizer], parameters: Collection[nn.Parameter]
 ) -> dict[Tensor, Trained]:
-    """Draft the memories of all optimizers; returns what becomes of each parameter that one trains.
+    """Draft the memories of all optimizers; returns how each parameter is trained that one trains.
 
     Raises:
         ValueError: an optimizer trains none of the parameters, or one of another optimizer's.
@@ -82,29 +83,29 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
                 memories[memory.name] = _add_memory(drafts, optimizer, memory, held)
                 found += held or 0
             trained.update(dict.fromkeys(rule.params, _connect(drafts, rule, memories)))
-    # What no rule accounts for, such as the state of parameters that were frozen since.
-    held = sum(tensor_bytes(state) for by_parameter in states for state in by_parameter.values())
-    if stepped and held > found:
-        rest = GradientMemory(
+    # No rule accounts for some state, such as that of parameters that were frozen since.
+    total = sum(tensor_bytes(state) for by_parameter in states for state in by_parameter.values())
+    if stepped and total > found:
+        rest = DescribedGradientMemory(
             name="other state", keys=(), state_bytes=None, objective="unknown", rule="unknown"
         )
-        _add_memory(drafts, optimizer, rest, held - found)
+        _add_memory(drafts, optimizer, rest, total - found)
     return trained
 
 
-def _add_memory(drafts: Drafts, optimizer: Optimizer, memory: GradientMemory, held: int | None) -> Draft:
-    draft = drafts.find(
-        Component(
-            name=f"{type(optimizer).__name__}: {memory.name}",
-            kind="optimizer",
-            frequency=NEVER if memory.every is None else every_steps(memory.every),
-            context=memory.context,
-            objective=memory.objective,
-            rule=memory.rule,
-        )
+def _add_memory(
+    drafts: Drafts, optimizer: Optimizer, memory: DescribedGradientMemory, held: int | None
+) -> Draft:
+    """Draft a memory with the bytes that are held of it, or with the predicted ones for None."""
+    component = Component(
+        name=f"{type(optimizer).__name__}: {memory.name}",
+        kind="optimizer",
+        frequency=NEVER if memory.every is None else every_steps(memory.every),
+        context=memory.context,
+        objective=memory.objective,
+        rule=memory.rule,
     )
-    draft.add_bytes(memory.state_bytes if held is None else held, measured=held is not None)
-    return draft
+    return drafts.add(component, memory.state_bytes if held is None else held, measured=held is not None)
 
 
 def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) -> Trained:
@@ -122,16 +123,17 @@ def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) ->
     )
 
 
-def _states(optimizer: Optimizer) -> States:
+def _states(optimizer: Optimizer) -> NestedStates:
     inner = getattr(optimizer, "inner", None)
     return [dict(optimizer.state)] + (_states(inner) if isinstance(inner, Optimizer) else [])
 
 
-def _has_stepped(states: States) -> bool:
+def _has_stepped(states: NestedStates) -> bool:
     """Whether there is any state but preconditioners that were given, which are there from the start."""
     return any(set(state) - {"given"} for by_parameter in states for state in by_parameter.values())
 
 
-def _held(states: States, params: Sequence[Tensor], keys: tuple[str, ...]) -> int:
+def _held(states: NestedStates, params: Sequence[Tensor], keys: tuple[str, ...]) -> int:
+    """Bytes that the states of these parameters hold under these keys."""
     found = [by_parameter[p] for by_parameter in states for p in params if p in by_parameter]
     return sum(tensor_bytes(state[key]) for state in found for key in keys if key in state)

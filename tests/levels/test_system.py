@@ -9,24 +9,25 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import nested_learning
 from nested_learning import HopeForCausalLM, preset
 from nested_learning.levels import (
     INFINITE,
     NEVER,
     Component,
+    DescribedGradientMemory,
+    DescribedMemory,
+    DescribedWeights,
     Frequency,
-    GradientMemory,
-    Memory,
     OptimizerRule,
     Transfer,
-    Weights,
     describes,
     describes_optimizer,
     every_steps,
     every_tokens,
     levels,
 )
-from nested_learning.levels.system import in_levels
+from nested_learning.levels.order import in_levels
 
 
 def component(name, frequency, needs=()):
@@ -92,7 +93,7 @@ class Hebbian(nn.Module):
 
 @describes(Hebbian)
 def _hebbian(layer):
-    yield Memory(
+    yield DescribedMemory(
         name="outer products",
         frequency=every_tokens(8),
         state_bytes=64,
@@ -100,8 +101,8 @@ def _hebbian(layer):
         objective="−⟨Mk, v⟩",
         rule="M ← M + v kᵀ",
     )
-    yield Weights("keys", layer.keys.parameters(), generates=("outer products",))
-    yield Weights("start", [layer.start], initial_of=("outer products",))
+    yield DescribedWeights("keys", layer.keys.parameters(), generates=("outer products",))
+    yield DescribedWeights("start", [layer.start], initial_of=("outer products",))
     yield Transfer(
         sources=("outer products",), targets=("keys",), kind="generation of weights", what="next keys"
     )
@@ -118,7 +119,7 @@ class Slow(torch.optim.Optimizer):
 
 @describes_optimizer(Slow)
 def _slow(optimizer, group):
-    memory = GradientMemory(name="m", keys=("m",), state_bytes=7, objective="", rule="", every=2)
+    memory = DescribedGradientMemory(name="m", keys=("m",), state_bytes=7, objective="", rule="", every=2)
     yield OptimizerRule(params=group["params"], step="W ← W", memories=(memory,), period=2)
 
 
@@ -145,7 +146,7 @@ def test_one_name_for_two_things_becomes_two_names():
 
     @describes(Fast)
     def _(layer):
-        yield Memory(
+        yield DescribedMemory(
             name="outer products",
             frequency=every_tokens(),
             state_bytes=None,
@@ -167,7 +168,7 @@ def test_a_description_that_names_what_is_not_there():
 
     @describes(Wrong)
     def _(layer):
-        yield Weights("map", layer.parameters(), generates=("memry",))
+        yield DescribedWeights("map", layer.parameters(), generates=("memry",))
 
     with pytest.raises(ValueError, match="description of module 'a': 'memry'"):
         levels(nn.ModuleDict({"a": Wrong(2, 2)}))
@@ -178,6 +179,19 @@ def test_descriptions_are_of_modules_and_optimizers():
         describes(torch.optim.SGD)
     with pytest.raises(ValueError, match="subclasses of Optimizer"):
         describes_optimizer()
+
+
+@pytest.mark.parametrize("old", ["GradientMemory", "Level", "Memory", "Weights"])
+def test_old_names_of_describing_classes_warn_and_work(old):
+    new = f"Described{old}"
+    with pytest.warns(DeprecationWarning, match=rf"levels\.{old} is deprecated, use {new}$") as caught:
+        assert getattr(nested_learning.levels, old) is getattr(nested_learning.levels, new)
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=new):
+        exec(f"from nested_learning.levels import {old}", {})
+    assert old not in nested_learning.levels.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'Memories'"):
+        _ = nested_learning.levels.Memories
 
 
 # Ways out -----------------------------------------------------------------------------------------------

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nested_learning.levels.registry import Described, Memory, Weights, describes
-from nested_learning.levels.system import INFINITE, every_steps, every_tokens
+from nested_learning.levels.components import INFINITE, every_steps, every_tokens
+from nested_learning.levels.describe.registry import Described, DescribedMemory, DescribedWeights, describes
 
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (
@@ -25,7 +24,7 @@ CONVOLUTIONS = (
 ATTENTION_OBJECTIVE = "Σ s(k, q) ½‖v − M‖², s = exp⟨k, q⟩ (Nadaraya-Watson)"
 ATTENTION_RULE = "closed form: nothing is trained, keys and values are kept"
 
-# What attention layers call their projections: of keys and of values, or of several at once.
+# Names that attention layers give to their projections to keys and to values, or to several at once.
 _KEYS = {"k_proj": "v_proj", "key": "value", "k": "v", "k_lin": "v_lin", "key_proj": "value_proj"}
 _KEYS |= {"to_k": "to_v", "linear_k": "linear_v", "project_k": "project_v", "wk": "wv"}
 _FUSED = {"qkv", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "to_qkv", "kv_proj", "to_kv", "kv_b_proj"}
@@ -40,15 +39,15 @@ def softmax_attention(
     """The description of softmax attention: a non-parametric memory of all tokens in context (eq 62-63).
 
     Args:
-        module: whose parameters are the projections around it.
-        bytes_per_token: of the keys and values kept for each token; None where that is not known.
+        module: the module whose parameters are the projections around it.
+        bytes_per_token: bytes of the keys and values kept for each token; None where that is not known.
         window: number of tokens that each one sees; None for all.
     """
     name, context, state_bytes = "softmax attention", "all tokens, as keys and values", bytes_per_token
     if window is not None:
         name, context = f"{name} (window {window})", f"the last {window} tokens, as keys and values"
         state_bytes = None if bytes_per_token is None else max(window - 1, 1) * bytes_per_token
-    yield Memory(
+    yield DescribedMemory(
         name=name,
         frequency=INFINITE,
         state_bytes=state_bytes,
@@ -57,7 +56,7 @@ def softmax_attention(
         objective=ATTENTION_OBJECTIVE,
         rule=ATTENTION_RULE,
     )
-    yield Weights("attention projections", module.parameters(), generates=(name,))
+    yield DescribedWeights("attention projections", module.parameters(), generates=(name,))
 
 
 def find_attention(module: nn.Module) -> Iterator[Described] | None:
@@ -71,18 +70,17 @@ def find_attention(module: nn.Module) -> Iterator[Described] | None:
     parts += dict(module.named_buffers(recurse=False))
     if not _ATTENTION_CLASS.search(type(module).__name__) or any(_RECURRENT.search(part) for part in parts):
         return None
-    window = _window(module)
-    pairs = [(key, value) for key, value in _KEYS.items() if key in children and value in children]
-    if pairs:
-        key, value = (children[name] for name in pairs[0])
-        return softmax_attention(module, _bytes_per_token(key, value), window)
+    for key, value in _KEYS.items():
+        if key in children and value in children:
+            bytes_per_token = _bytes_per_token(children[key], children[value])
+            return softmax_attention(module, bytes_per_token, _window(module))
     if _FUSED & children.keys():
-        return softmax_attention(module, _bytes_from_config(module), window)
+        return softmax_attention(module, _bytes_from_config(module), _window(module))
     return None
 
 
 def _window(module: nn.Module) -> int | None:
-    """Tokens that each one sees: what the layer says, else the model's configuration for this layer."""
+    """Number of tokens that each one sees, from the layer or else from the model's configuration."""
     config = getattr(module, "config", None)
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
@@ -92,21 +90,15 @@ def _window(module: nn.Module) -> int | None:
 
 
 def _bytes_per_token(key: nn.Module, value: nn.Module) -> int | None:
-    widths = [_out_features(projection) for projection in (key, value)]
-    weight = getattr(key, "weight", None)
-    if None in widths or not isinstance(weight, torch.Tensor):
+    """Bytes of a key and a value by the widths of their projections, None where these are no linear maps."""
+    if not isinstance(key, LINEAR) or not isinstance(value, LINEAR):
         return None
-    return sum(width or 0 for width in widths) * weight.dtype.itemsize
-
-
-def _out_features(projection: nn.Module) -> int | None:
-    if isinstance(projection, Conv1D):
-        return projection.nf
-    return projection.out_features if isinstance(projection, nn.Linear) else None
+    width = sum(part.nf if isinstance(part, Conv1D) else part.out_features for part in (key, value))
+    return width * key.weight.dtype.itemsize
 
 
 def _bytes_from_config(module: nn.Module) -> int | None:
-    """For fused projections: two vectors of the heads' widths, if the model's configuration tells them."""
+    """Bytes per token behind fused projections: two vectors, if the configuration tells the heads' widths."""
     config = getattr(module, "config", None)
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
@@ -115,13 +107,13 @@ def _bytes_from_config(module: nn.Module) -> int | None:
     head_dim = getattr(config, "head_dim", None) or width // heads
     kv_heads = getattr(config, "num_key_value_heads", None)
     if kv_heads is None and (hasattr(config, "multi_query") or hasattr(config, "num_kv_heads")):
-        return None  # these say it in ways of their own
+        return None  # these models say how many key and value heads there are in ways of their own
     return 2 * (kv_heads or heads) * head_dim * next(module.parameters()).dtype.itemsize
 
 
 @describes(nn.MultiheadAttention)
 def _multihead_attention(module: nn.MultiheadAttention) -> Iterator[Described]:
-    # it takes keys and values anew at every call: 2 · embed_dim numbers for each of the call's tokens
+    # Keys and values are made anew at every call: 2 · embed_dim numbers for each of the call's tokens.
     yield from softmax_attention(module, 2 * module.embed_dim * module.out_proj.weight.dtype.itemsize)
 
 
@@ -129,8 +121,8 @@ def _multihead_attention(module: nn.MultiheadAttention) -> Iterator[Described]:
 def _recurrence(module: nn.RNNBase) -> Iterator[Described]:
     directions = 2 if module.bidirectional else 1
     width = module.proj_size or module.hidden_size
-    width += module.hidden_size if module.mode == "LSTM" else 0  # the cells
-    yield Memory(
+    width += module.hidden_size if module.mode == "LSTM" else 0  # its cells
+    yield DescribedMemory(
         name="recurrent state",
         frequency=every_tokens(),
         state_bytes=module.num_layers * directions * width * next(module.parameters()).dtype.itemsize,
@@ -138,14 +130,14 @@ def _recurrence(module: nn.RNNBase) -> Iterator[Described]:
         objective="none of its own: the map is trained by the levels below",
         rule=f"{module.mode}: h_t = f(x_t, h_t−1)",
     )
-    yield Weights("recurrence", module.parameters(), generates=("recurrent state",))
+    yield DescribedWeights("recurrence", module.parameters(), generates=("recurrent state",))
 
 
 @describes(nn.modules.batchnorm._NormBase)
 def _running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[Described]:
     """Batch and instance norm with running statistics; without them the module is plain weights."""
     if module.running_mean is not None:
-        yield Memory(
+        yield DescribedMemory(
             name="running statistics",
             frequency=every_steps(),
             state_bytes=sum(buffer.nbytes for buffer in module.buffers()),
@@ -155,17 +147,17 @@ def _running_statistics(module: nn.modules.batchnorm._NormBase) -> Iterator[Desc
             rule="exponential average at every forward pass in training",
             output="mean and variance, in evaluation",
         )
-    yield Weights("norms", module.parameters())
+    yield DescribedWeights("norms", module.parameters())
 
 
 def name_of_weights(module: nn.Module, parent: nn.Module | None, is_head: bool, shared: bool) -> str:
-    """What the parameters that a module itself holds are, by its class and surroundings.
+    """Name of the weights that a module itself holds, by its class and surroundings.
 
     Args:
-        module: that holds them.
+        module: the module that holds them.
         parent: the module around it, None for the whole model.
-        is_head: it is what transformers calls the output embeddings.
-        shared: its parameters are those of a module that is no embedding, too.
+        is_head: whether transformers calls it the output embeddings.
+        shared: whether a module that is no embedding has these parameters too.
     """
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
@@ -182,7 +174,7 @@ def name_of_weights(module: nn.Module, parent: nn.Module | None, is_head: bool, 
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Two or more linear maps and nothing else with parameters, in a module that runs them itself."""
+    """Whether a module that runs its children holds two or more linear maps and no other parameters."""
     own = any(True for _ in module.parameters(recurse=False))
     if own or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False

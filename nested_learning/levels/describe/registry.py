@@ -1,9 +1,9 @@
-"""Who describes what: modules and optimizers say by class which memories they are.
+"""The table of descriptions: modules and optimizers say by class which memories they are.
 
     @describes(MyLayer)
     def _(layer):
-        yield Memory(name="my memory", frequency=every_tokens(), context="tokens", ...)
-        yield Weights("my projections", [layer.proj.weight], generates=("my memory",))
+        yield DescribedMemory(name="my memory", frequency=every_tokens(), context="tokens", ...)
+        yield DescribedWeights("my projections", [layer.proj.weight], generates=("my memory",))
 
 A module without an entry is described by its structure (see `structure`). Entries hold for subclasses too,
 the nearest class counts.
@@ -12,25 +12,24 @@ the nearest class counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nested_learning.levels.system import Frequency, Holder, Transfer
-
-Group = dict[str, Any]
+from nested_learning.levels.components import Frequency, Holder, Transfer
+from nested_learning.optimizers.base import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class DescribedMemory:
     """A part of a module that changes, or remembers, while the module runs, without an optimizer.
 
     Attributes:
         name: memories of one name and description, in however many modules, become one component.
-        frequency: of its updates. One in optimizer steps is one in training steps: never without training.
-        state_bytes: of one such module; None where it is not known.
+        frequency: how often it is updated. Optimizer steps mean training steps: never without training.
+        state_bytes: bytes of the state in one such module; None where that is not known.
         state_per: what the bytes are for, see `Component`.
         context, objective, rule: see `Component`.
         output: what the weights after this module are conditioned on; "" where other memories of the module
@@ -50,12 +49,13 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Weights:
+class DescribedWeights:
     """Parameters that serve one purpose; the optimizer decides their frequency.
 
     Attributes:
         name: weights of one name, in however many modules, become one component per frequency.
-        parameters: of this module or the modules in it. What no entry names is found by structure.
+        parameters: parameters of this module or the modules in it. Those that no description names are
+            named by the structure of the model.
         initial_of: names of the module's memories whose initial state they are.
         generates: names of the module's memories whose context (keys, values, …) they make.
     """
@@ -67,22 +67,22 @@ class Weights:
 
 
 # A transfer names memories and weights of the same module, or else any of the model.
-Described = Memory | Weights | Transfer
+Described = DescribedMemory | DescribedWeights | Transfer
 Describer = Callable[[Any], Iterable[Described]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientMemory:
+class DescribedGradientMemory:
     """A memory of gradients that an optimizer holds for some of its parameters.
 
     Attributes:
-        name: behind the optimizer's name.
+        name: its name in the system, to which the optimizer's is added.
         keys: entries of `optimizer.state[p]` that hold it.
-        state_bytes: once every parameter has had a gradient; None where it is not known.
+        state_bytes: bytes of the state once every parameter has had a gradient; None where not known.
         objective, rule: see `Component`.
-        every: optimizer steps between two updates; None for what is never updated.
+        every: optimizer steps between two updates; None for a memory that is never updated.
         context: see `Component`.
-        reads_gradients: the model's gradients are its context, not another memory's output alone.
+        reads_gradients: whether the model's gradients are its context, not another memory's output alone.
         needs: names of memories of the same rule whose state its update needs.
     """
 
@@ -102,33 +102,33 @@ class OptimizerRule:
     """How an optimizer trains some of the parameters of a group.
 
     Attributes:
-        params: those parameters.
+        params: the parameters that it trains in this way.
         step: how they move.
-        memories: that take part; the step reads those that no other needs.
-        period: optimizer steps between two of their updates.
+        memories: memories that take part; the step reads those that no other needs.
+        period: optimizer steps from one move to the next.
     """
 
     params: Sequence[Tensor]
     step: str
-    memories: tuple[GradientMemory, ...] = field(default=())
+    memories: tuple[DescribedGradientMemory, ...] = ()
     period: int = 1
 
 
 OptimizerDescriber = Callable[[Any, Group], Iterable[OptimizerRule]]
 
-_MODULES: dict[type[nn.Module], Describer] = {}
-_OPTIMIZERS: dict[type[Optimizer], OptimizerDescriber] = {}
+_DESCRIBERS: dict[type, Callable[..., Any]] = {}
 D = TypeVar("D", bound=Callable[..., Any])
 
 
 def describes(*classes: type[nn.Module]) -> Callable[[Describer], Describer]:
     """Decorator: the function describes modules of these classes.
 
-    It takes a module and yields its `Memory`s, its `Weights`, and `Transfer`s between them beyond the usual
-    ones: weights make a memory's context or initial state, gradients flow back to them, and weights that
-    come later in the model are conditioned on the memory's output. The later registration of a class counts.
+    It takes a module and yields a `DescribedMemory` or `DescribedWeights` per part, and each `Transfer`
+    between them beyond the usual ones: weights make a memory's context or initial state, gradients flow back
+    to them, and weights that come later in the model are conditioned on the memory's output. The later
+    registration of a class counts.
     """
-    return _adder(_MODULES, classes, nn.Module)
+    return _adder(classes, nn.Module)
 
 
 def describes_optimizer(*classes: type[Optimizer]) -> Callable[[OptimizerDescriber], OptimizerDescriber]:
@@ -138,10 +138,10 @@ def describes_optimizer(*classes: type[Optimizer]) -> Callable[[OptimizerDescrib
     and yields an `OptimizerRule` per way in which the group's parameters are trained. The later registration
     of a class counts.
     """
-    return _adder(_OPTIMIZERS, classes, Optimizer)
+    return _adder(classes, Optimizer)
 
 
-def _adder(table: dict[Any, Any], classes: Sequence[type], base: type) -> Callable[[D], D]:
+def _adder(classes: Sequence[type], base: type) -> Callable[[D], D]:
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise ValueError(f"expected subclasses of {base.__name__}, got {cls!r}")
@@ -149,17 +149,12 @@ def _adder(table: dict[Any, Any], classes: Sequence[type], base: type) -> Callab
         raise ValueError(f"name the subclasses of {base.__name__} that the function describes")
 
     def add(function: D) -> D:
-        table.update(dict.fromkeys(classes, function))
+        _DESCRIBERS.update(dict.fromkeys(classes, function))
         return function
 
     return add
 
 
-def describer_of(module: nn.Module) -> Describer | None:
-    """The entry for a module's class or its nearest base class."""
-    return next((_MODULES[cls] for cls in type(module).__mro__ if cls in _MODULES), None)
-
-
-def optimizer_describer_of(optimizer: Optimizer) -> OptimizerDescriber | None:
-    """The entry for an optimizer's class or its nearest base class."""
-    return next((_OPTIMIZERS[cls] for cls in type(optimizer).__mro__ if cls in _OPTIMIZERS), None)
+def describer_of(described: nn.Module | Optimizer) -> Callable[..., Any] | None:
+    """The function for the class of a module or optimizer, or for its nearest base class."""
+    return next((_DESCRIBERS[cls] for cls in type(described).__mro__ if cls in _DESCRIBERS), None)

@@ -14,52 +14,50 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nested_learning import optimizers as ours
-from nested_learning.levels.registry import (
-    GradientMemory,
-    Group,
+from nested_learning.levels.describe.registry import (
+    DescribedGradientMemory,
     OptimizerRule,
+    describer_of,
     describes_optimizer,
-    optimizer_describer_of,
 )
-from nested_learning.levels.torch_optimizers import (
+from nested_learning.levels.describe.torch_optimizers import (
     ADAGRAD_OBJECTIVE,
     ADAM_OBJECTIVE,
     ADAM_STEP,
     DOT,
     adam_rule,
+    average,
     like_bytes,
+    momentum_of,
 )
 from nested_learning.optimizers import row_memory
-from nested_learning.optimizers.base import as_matrix, tensor_bytes, work_dtype
+from nested_learning.optimizers.base import Group, as_matrix, tensor_bytes, work_dtype
 
 
 def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
-    """How the optimizer trains the parameters of a group; those that need no gradient are left out.
-
-    An optimizer without a description is taken at its word: a memory that holds the tensors of its state.
-    """
+    """How the optimizer trains the parameters of a group; those that need no gradient are left out."""
     group = {**group, "params": [p for p in group["params"] if p.requires_grad]}
     if not group["params"]:
         return []
-    describe = optimizer_describer_of(optimizer)
-    if describe is not None:
-        return list(describe(optimizer, group))
-    return [_unknown(optimizer, group)]
+    describe = describer_of(optimizer) or _unknown
+    return list(describe(optimizer, group))
 
 
-def _unknown(optimizer: Optimizer, group: Group) -> OptimizerRule:
+def _unknown(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
+    """An optimizer without a description, taken at its word: a memory of the tensors of its state."""
     states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
     keys = tuple(dict.fromkeys(key for state in states for key in state if tensor_bytes(state[key])))
-    memory = GradientMemory(
+    memory = DescribedGradientMemory(
         name="state",
         keys=keys,
         state_bytes=None,
         objective="unknown: the optimizer has no description",
         rule=f"unknown; holds {', '.join(map(str, keys))}" if keys else "unknown; nothing is held yet",
     )
-    return OptimizerRule(params=group["params"], step="unknown rule, assumed every step", memories=(memory,))
+    yield OptimizerRule(params=group["params"], step="unknown rule, assumed every step", memories=(memory,))
 
 
+# Name, objective and rule of the memory forms of this package; other forms are shown by their class.
 CLASSICS = {
     ours.GDMemory: ("last gradient", "−⟨m, g⟩, of the last gradient alone", "m ← g (eq 1)"),
     ours.MomentumMemory: ("momentum", DOT, "m ← α m + g (eq 33)"),
@@ -68,14 +66,14 @@ CLASSICS = {
 }
 
 
-def memory_form(memory: ours.GradientMemory, params: Sequence[Tensor]) -> GradientMemory:
+def memory_form(memory: ours.GradientMemory, params: Sequence[Tensor]) -> DescribedGradientMemory:
     """The description of a memory form (init, update, read) that serves these parameters."""
     unnamed = (type(memory).__name__, "that of its class", "that of its class")
     name, objective, rule = CLASSICS.get(type(memory), unnamed)
     states = [memory.init(torch.empty(p.shape, dtype=work_dtype(p), device="meta")) for p in params]
     if isinstance(memory, ours.AdamMemory):
         rule = adam_rule(*memory.betas)
-    return GradientMemory(
+    return DescribedGradientMemory(
         name=name,
         keys=tuple(states[0]._fields),
         state_bytes=tensor_bytes(states),
@@ -92,27 +90,23 @@ def _memory_optimizer(optimizer: ours.MemoryOptimizer, group: Group) -> Iterator
 
 @describes_optimizer(ours.PreconditionedMomentum, ours.DeltaMomentum, ours.FeatureMomentum)
 def _momentum(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
-    """By preconditioner: given for some parameters, else what the group says."""
+    """A rule per preconditioner: the one given for some parameters, and the group's for the others."""
     given = [p for p in group["params"] if "given" in optimizer.state.get(p, {})]
-    ids = {id(p) for p in given}
-    rest = [p for p in group["params"] if id(p) not in ids]
+    rest = [p for p in group["params"] if "given" not in optimizer.state.get(p, {})]
     for params, kind in ((given, "given"), (rest, group["preconditioner"])):
-        if params:
-            preconditioner = _preconditioner(optimizer, params, kind)
-            momentum = GradientMemory(
-                name="momentum",
-                keys=("momentum",),
-                state_bytes=like_bytes(params, 1, work_dtype),
-                objective=DOT if preconditioner is None else "−⟨m, P g⟩",
-                rule=_momentum_rule(optimizer, group, preconditioner is not None),
-                needs=() if preconditioner is None else (preconditioner.name,),
-            )
-            memories = (momentum,) if preconditioner is None else (preconditioner, momentum)
-            yield OptimizerRule(params=params, step="W ← W − lr·m", memories=memories)
+        if not params:
+            continue
+        before = tuple(_preconditioner(optimizer, params, kind))
+        rule = _momentum_rule(optimizer, group, "P " if before else "")
+        needs = tuple(memory.name for memory in before)
+        momentum = momentum_of(params, rule, "momentum", work_dtype, needs)
+        if before:
+            momentum = dataclasses.replace(momentum, objective="−⟨m, P g⟩")
+        yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(*before, momentum))
 
 
-def _momentum_rule(optimizer: Optimizer, group: Group, preconditioned: bool) -> str:
-    value = "P " if preconditioned else ""
+def _momentum_rule(optimizer: Optimizer, group: Group, value: str) -> str:
+    """The rule of the momentum that takes `value` times the gradient: "P " or nothing."""
     if isinstance(optimizer, ours.DeltaMomentum):
         key = "gᵀg/‖g‖²" if group["scale"] == "normalised" else "gᵀg"
         return f"delta rule: m ← {group['momentum']:g} m − {group['beta']:g} m {key} + {value}g (eq 49)"
@@ -121,84 +115,79 @@ def _momentum_rule(optimizer: Optimizer, group: Group, preconditioned: bool) -> 
     return f"m ← {group['momentum']:g} m + {value}g (eq 47)"
 
 
-def _preconditioner(optimizer: Optimizer, params: Sequence[Tensor], kind: str) -> GradientMemory | None:
-    if kind == "identity":
-        return None
+def _preconditioner(
+    optimizer: Optimizer, params: Sequence[Tensor], kind: str
+) -> Iterator[DescribedGradientMemory]:
+    """The memory that a preconditioner of this kind is; none for the identity."""
     if kind == "given":
-        held = sum(tensor_bytes(optimizer.state[p]["given"]) for p in params)
-        return GradientMemory(
+        yield DescribedGradientMemory(
             name="given preconditioner",
             keys=("given",),
-            state_bytes=held,
+            state_bytes=sum(tensor_bytes(optimizer.state[p]["given"]) for p in params),
             objective="none",
             rule="fixed",
             every=None,
             context="none",
             reads_gradients=False,
         )
-    if kind == "diagonal":
-        return GradientMemory(
+    elif kind == "diagonal":
+        yield DescribedGradientMemory(
             name="diagonal preconditioner",
             keys=("square",),
             state_bytes=like_bytes(params, 1, work_dtype),
             objective="½‖v − g²‖²",
             rule="average of g², P = 1/(√v̂ + ε)",
         )
-    sides = [(min(as_matrix(p).shape), work_dtype(p).itemsize) for p in params]
-    return GradientMemory(
-        name="learned preconditioner",
-        keys=("preconditioner",),
-        state_bytes=sum(side * side * itemsize for side, itemsize in sides),
-        objective="½‖P ĝ − NewtonSchulz(g)‖² (eq 41)",
-        rule="gradient descent, P ← P − ζ(P ĝ − V)ĝᵀ",
-    )
+    elif kind == "learned":
+        sides = [(min(as_matrix(p).shape), work_dtype(p).itemsize) for p in params]
+        yield DescribedGradientMemory(
+            name="learned preconditioner",
+            keys=("preconditioner",),
+            state_bytes=sum(side * side * itemsize for side, itemsize in sides),
+            objective="½‖P ĝ − NewtonSchulz(g)‖² (eq 41)",
+            rule="gradient descent, P ← P − ζ(P ĝ − V)ĝᵀ",
+        )
 
 
-def _matrices_and_rest(group: Group) -> tuple[list[Tensor], Iterator[OptimizerRule]]:
-    """The matrices of a group that Newton-Schulz serves, and the rule of the parameters for AdamW."""
-    matrices = [p for p in group["params"] if p.ndim == 2 and not group["adamw_only"]]
-    rest = [p for p in group["params"] if p.ndim != 2 or group["adamw_only"]]
+def _matrices_and_rest(group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices of a group that Newton-Schulz serves, and the parameters that AdamW trains."""
+    params = group["params"]
+    matrices = [p for p in params if p.ndim == 2 and not group["adamw_only"]]
+    return matrices, [p for p in params if p.ndim != 2 or group["adamw_only"]]
 
-    def adamw() -> Iterator[OptimizerRule]:
-        if rest:
-            memory = memory_form(ours.AdamMemory(tuple(group["adamw_betas"]), group["adamw_eps"]), rest)
-            memory = dataclasses.replace(memory, name="moments of AdamW's part")
-            yield OptimizerRule(params=rest, step=ADAM_STEP, memories=(memory,))
 
-    return matrices, adamw()
+def _adamw(group: Group, params: list[Tensor]) -> Iterator[OptimizerRule]:
+    """The rule of the parameters that AdamW trains, if there are any."""
+    if params:
+        memory = memory_form(ours.AdamMemory(tuple(group["adamw_betas"]), group["adamw_eps"]), params)
+        memory = dataclasses.replace(memory, name="moments of AdamW's part")
+        yield OptimizerRule(params=params, step=ADAM_STEP, memories=(memory,))
 
 
 @describes_optimizer(ours.OrthogonalMomentum)
 def _orthogonal(optimizer: ours.OrthogonalMomentum, group: Group) -> Iterator[OptimizerRule]:
-    matrices, adamw = _matrices_and_rest(group)
+    matrices, rest = _matrices_and_rest(group)
     if matrices:
-        mu = group["momentum"]
-        memory = GradientMemory(
-            name="momentum",
-            keys=("momentum",),
-            state_bytes=like_bytes(matrices, 1, work_dtype),
-            objective=DOT,
-            rule=f"m ← {mu:g} m + {1 - mu:g} g",
-        )
+        momentum = momentum_of(matrices, average("m", "g", group["momentum"]), "momentum", work_dtype)
         step = f"W ← W − lr·NewtonSchulz(m), {group['iteration']} (eq 52)"
-        yield OptimizerRule(params=matrices, step=step, memories=(memory,))
-    yield from adamw
+        yield OptimizerRule(params=matrices, step=step, memories=(momentum,))
+    yield from _adamw(group, rest)
 
 
 @describes_optimizer(ours.M3)
 def _m3(optimizer: ours.M3, group: Group) -> Iterator[OptimizerRule]:
     """M₂ takes each gradient as it comes; what the step reads of it, O₂, changes once per block."""
-    matrices, adamw = _matrices_and_rest(group)
+    matrices, rest = _matrices_and_rest(group)
     if matrices:
         beta1, beta2, beta3 = (f"{beta:g}" for beta in group["betas"])
-        fast = GradientMemory(
+        fast = DescribedGradientMemory(
             name="fast momentum",
             keys=("momentum", "square"),
             state_bytes=like_bytes(matrices, 2, work_dtype),
             objective=DOT,
             rule=f"M₁ from g with β₁ = {beta1}, V from g² with β₂ = {beta2}",
         )
-        slow = GradientMemory(
+        slow = DescribedGradientMemory(
             name="slow momentum",
             keys=("slow", "slow_direction"),
             state_bytes=like_bytes(matrices, 2, work_dtype),
@@ -210,7 +199,7 @@ def _m3(optimizer: ours.M3, group: Group) -> Iterator[OptimizerRule]:
         read = f"β₁M₁ + {1 - group['betas'][0]:g} g" if group["nesterov"] else "M₁"
         step = f"W ← W − lr·(NewtonSchulz({read}) + {group['alpha']:g} O₂)/(√V + ε) (Algorithm 1)"
         yield OptimizerRule(params=matrices, step=step, memories=(fast, slow))
-    yield from adamw
+    yield from _adamw(group, rest)
 
 
 DEEP_OBJECTIVES = {
@@ -223,7 +212,7 @@ DEEP_OBJECTIVES = {
 @describes_optimizer(ours.DeepMomentumGD)
 def _deep_momentum(optimizer: ours.DeepMomentumGD, group: Group) -> Iterator[OptimizerRule]:
     shared = optimizer._memories(group)
-    memory = GradientMemory(
+    memory = DescribedGradientMemory(
         name="deep momentum",
         keys=("weights", "initial", "previous"),
         state_bytes=sum(_network_bytes(group, members[0]) for members in shared),
@@ -235,7 +224,7 @@ def _deep_momentum(optimizer: ours.DeepMomentumGD, group: Group) -> Iterator[Opt
 
 
 def _network_bytes(group: Group, owner: Tensor) -> int:
-    """θ and θ₀, and the last mean row where the objective compares with it."""
+    """Bytes of a network θ and its initial θ₀, and of the last mean row where the objective reads it."""
     shape, dtype = as_matrix(owner).shape, work_dtype(owner)
     like = torch.empty(0, dtype=dtype, device="meta")
     network = row_memory.init(shape, group["depth"], group["hidden_size"], group["rank"], like, group["seed"])
@@ -267,24 +256,23 @@ def _multi_frequency(optimizer: ours.MultiFrequency, group: Group) -> Iterator[O
     """The inner optimizer's rules at the group's period, and the sum of gradients in between."""
     period = group["period"]
     for rule in rules_of(optimizer.inner, group):
-        memories = tuple(_slowed(memory, period) for memory in rule.memories)
+        memories = tuple(
+            dataclasses.replace(memory, every=None if memory.every is None else memory.every * period)
+            for memory in rule.memories
+        )
         if period > 1:
-            total = GradientMemory(
+            total = DescribedGradientMemory(
                 name=f"{optimizer.reduction} of {period} gradients",
                 keys=("accumulated",),
                 state_bytes=like_bytes(rule.params, 1, work_dtype),
                 objective=DOT,
                 rule=f"adds g up, handed on and cleared every {period} steps (eq 71)",
             )
-            memories = (total, *(_after(memory, total) for memory in memories))
+            memories = (total, *(_after(total, memory) for memory in memories))
         yield dataclasses.replace(rule, memories=memories, period=period * rule.period)
 
 
-def _slowed(memory: GradientMemory, period: int) -> GradientMemory:
-    return memory if memory.every is None else dataclasses.replace(memory, every=memory.every * period)
-
-
-def _after(memory: GradientMemory, total: GradientMemory) -> GradientMemory:
+def _after(total: DescribedGradientMemory, memory: DescribedGradientMemory) -> DescribedGradientMemory:
     """The memory with what `total` adds up as its context, in place of single gradients."""
     if not memory.reads_gradients:
         return memory

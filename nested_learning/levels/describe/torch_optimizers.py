@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nested_learning.levels.registry import GradientMemory, Group, OptimizerRule, describes_optimizer
+from nested_learning.levels.describe.registry import (
+    DescribedGradientMemory,
+    OptimizerRule,
+    describes_optimizer,
+)
+from nested_learning.optimizers.base import Group
 
 DOT = "−⟨m, g⟩"
 ADAM_OBJECTIVE = "Σ‖m ⊙ gᵢ − √(Σg²)‖² + λ‖m‖² (eq 101-105)"
@@ -26,10 +31,33 @@ def like_bytes(
     return sum(copies * p.numel() * (p.dtype if dtype is None else dtype(p)).itemsize for p in params)
 
 
-def _counters(params: Sequence[Tensor], fused: bool = False) -> int:
-    """torch's step counts: a tensor per parameter, of the default dtype where that is float64."""
+def _counter_bytes(params: Sequence[Tensor], fused: bool = False) -> int:
+    """Bytes of torch's step counts: a tensor per parameter, of the default dtype where that is float64."""
     wide = torch.get_default_dtype() == torch.float64 and not fused
     return len(params) * (torch.float64 if wide else torch.float32).itemsize
+
+
+def momentum_of(
+    params: Sequence[Tensor],
+    rule: str,
+    key: str = "momentum_buffer",
+    dtype: Callable[[Tensor], torch.dtype] | None = None,
+    needs: tuple[str, ...] = (),
+) -> DescribedGradientMemory:
+    """A momentum of each parameter's shape, in the state under `key`."""
+    return DescribedGradientMemory(
+        name="momentum",
+        keys=(key,),
+        state_bytes=like_bytes(params, 1, dtype),
+        objective=DOT,
+        rule=rule,
+        needs=needs,
+    )
+
+
+def average(name: str, value: str, decay: float) -> str:
+    """The rule of an exponential average, `m ← 0.9 m + 0.1 g`."""
+    return f"{name} ← {decay:g} {name} + {1 - decay:g} {value}"
 
 
 @describes_optimizer(torch.optim.SGD)
@@ -38,24 +66,18 @@ def _sgd(optimizer: torch.optim.SGD, group: Group) -> Iterator[OptimizerRule]:
     if group["momentum"] == 0:
         yield OptimizerRule(params=params, step="W ← W − lr·g")
         return
-    memory = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=like_bytes(params, 1),
-        objective=DOT,
-        rule=f"m ← {group['momentum']:g} m + g (eq 33)",
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(memory,))
+    momentum = momentum_of(params, f"m ← {group['momentum']:g} m + g (eq 33)")
+    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(momentum,))
 
 
 @describes_optimizer(torch.optim.Adam, torch.optim.AdamW)
 def _adam(optimizer: torch.optim.Adam, group: Group) -> Iterator[OptimizerRule]:
     params = group["params"]
-    memory = GradientMemory(
+    memory = DescribedGradientMemory(
         name="moments",
         keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"),
         state_bytes=like_bytes(params, 3 if group["amsgrad"] else 2)
-        + _counters(params, bool(group["fused"])),
+        + _counter_bytes(params, bool(group["fused"])),
         objective=ADAM_OBJECTIVE,
         rule=adam_rule(*group["betas"]),
     )
@@ -63,16 +85,17 @@ def _adam(optimizer: torch.optim.Adam, group: Group) -> Iterator[OptimizerRule]:
 
 
 def adam_rule(beta1: float, beta2: float) -> str:
+    """The rule of Adam's memory, with its decays."""
     return f"averages of g and g², β = {float(beta1):g}, {float(beta2):g}"
 
 
 @describes_optimizer(torch.optim.Adagrad)
 def _adagrad(optimizer: torch.optim.Adagrad, group: Group) -> Iterator[OptimizerRule]:
     params = group["params"]
-    memory = GradientMemory(
+    memory = DescribedGradientMemory(
         name="sum of squares",
         keys=("sum", "step"),
-        state_bytes=like_bytes(params, 1) + _counters(params, bool(group.get("fused"))),
+        state_bytes=like_bytes(params, 1) + _counter_bytes(params, bool(group.get("fused"))),
         objective=ADAGRAD_OBJECTIVE,
         rule="H ← H + g²",
     )
@@ -82,35 +105,22 @@ def _adagrad(optimizer: torch.optim.Adagrad, group: Group) -> Iterator[Optimizer
 @describes_optimizer(torch.optim.RMSprop)
 def _rmsprop(optimizer: torch.optim.RMSprop, group: Group) -> Iterator[OptimizerRule]:
     params = group["params"]
-    square = GradientMemory(
+    square = DescribedGradientMemory(
         name="square average",
         keys=("square_avg", "grad_avg", "step"),
-        state_bytes=like_bytes(params, 2 if group["centered"] else 1) + _counters(params),
+        state_bytes=like_bytes(params, 2 if group["centered"] else 1) + _counter_bytes(params),
         objective="½‖v − g²‖²" + (", and ½‖m − g‖²" if group["centered"] else ""),
-        rule=f"v ← {group['alpha']:g} v + {1 - group['alpha']:g} g²",
+        rule=average("v", "g²", group["alpha"]),
     )
     if group["momentum"] == 0:
         yield OptimizerRule(params=params, step="W ← W − lr·g/(√v + ε)", memories=(square,))
         return
-    momentum = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=like_bytes(params, 1),
-        objective=DOT,
-        rule=f"m ← {group['momentum']:g} m + g/(√v + ε)",
-        needs=("square average",),
-    )
+    momentum = momentum_of(params, f"m ← {group['momentum']:g} m + g/(√v + ε)", needs=(square.name,))
     yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(square, momentum))
 
 
 @describes_optimizer(torch.optim.Muon)
 def _muon(optimizer: torch.optim.Muon, group: Group) -> Iterator[OptimizerRule]:
-    params, mu = group["params"], group["momentum"]
-    memory = GradientMemory(
-        name="momentum",
-        keys=("momentum_buffer",),
-        state_bytes=like_bytes(params, 1),
-        objective=DOT,
-        rule=f"m ← {mu:g} m + {1 - mu:g} g",
-    )
-    yield OptimizerRule(params=params, step="W ← W − lr·NewtonSchulz(m) (eq 52)", memories=(memory,))
+    params = group["params"]
+    momentum = momentum_of(params, average("m", "g", group["momentum"]))
+    yield OptimizerRule(params=params, step="W ← W − lr·NewtonSchulz(m) (eq 52)", memories=(momentum,))

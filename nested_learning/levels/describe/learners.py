@@ -11,8 +11,9 @@ from torch import nn
 from nested_learning.continual.budget import level_bytes
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
-from nested_learning.levels.registry import Described, Memory, Weights
-from nested_learning.levels.system import Transfer, every_tokens
+from nested_learning.levels.components import Transfer, every_tokens
+from nested_learning.levels.describe.layers import written
+from nested_learning.levels.describe.registry import Described, DescribedMemory, DescribedWeights
 
 
 def describe_learner(learner: Learner) -> Iterator[Described]:
@@ -24,7 +25,7 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
     writers = learner.reader.writers
     names = [f"Δ{writer.index + 1} (chunk {writer.size})" for writer in writers]
     for writer, name in zip(writers, names, strict=True):
-        yield Memory(
+        yield DescribedMemory(
             name=name,
             frequency=every_tokens(writer.size),
             state_bytes=sum(level_bytes(writer)),
@@ -36,7 +37,7 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
     for levels, parameters in _weights(learner).items():
         own = [names[index] for index in levels]
         base = f"weights under {', '.join(f'Δ{index + 1}' for index in levels)}"
-        yield Weights(base, parameters)
+        yield DescribedWeights(base, parameters)
         yield Transfer(sources=(base,), targets=tuple(own), kind="initial state", what="W_base, where Δ is 0")
     for writer, name in zip(writers, names, strict=True):
         others = tuple(other for other in names if other != name)
@@ -68,12 +69,7 @@ def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
 
 def _rule(level: Level) -> str:
     """How a level writes, in a line."""
-    settings = level.describe()
-    parts = [f"{settings['rule']}, lr {level.lr:g} (eq 71)"]
-    if level.lr == 0:
-        parts = ["writes nothing itself (lr 0)"]
-    elif level.clip is not None:
-        parts.append(f"clipped to norm {level.clip:g}")
+    parts = written(f"{level.describe()['rule']}, lr {level.lr:g} (eq 71)", level.lr, level.clip)
     if level.rank is not None:
         parts.append(f"rank {level.rank}")
     if level.gate is not None:

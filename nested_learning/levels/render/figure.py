@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nested_learning._files import replacing
-from nested_learning.levels.system import Component, Level, NestedSystem, TransferKind
-from nested_learning.levels.text import state_text
+from nested_learning.levels.components import Component, DescribedLevel, Transfer, TransferKind
+from nested_learning.levels.render.labels import state_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,12 @@ BOX_WIDTH, BOX_HEIGHT, GAP, HEADER, LANE, MARGIN = 2.6, 0.8, 0.15, 0.4, 0.3, 0.4
 Link = tuple[int, int, TransferKind]  # from level, to level, how
 
 
-def save_png(system: NestedSystem, path: str | os.PathLike[str]) -> None:
+def save_png(
+    title: str,
+    levels: Sequence[DescribedLevel],
+    transfers: Sequence[Transfer],
+    path: str | os.PathLike[str],
+) -> None:
     """Write the picture, whole or not at all.
 
     Arrows are between levels, one per kind of transfer; what passes within a level is not drawn.
@@ -39,8 +45,8 @@ def save_png(system: NestedSystem, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    links = _links(system)
-    heights = [_height(level) for level in system.levels]
+    links = _links(levels, transfers)
+    heights = [HEADER + math.ceil(len(level.components) / PER_ROW) * (BOX_HEIGHT + GAP) for level in levels]
     bands_width = PER_ROW * (BOX_WIDTH + GAP) + GAP
     width, height = bands_width + LANE * (len(links) + 1), sum(heights) + GAP * len(heights)
     figure = Figure(figsize=(width + 2 * GAP, height + 2 * MARGIN))
@@ -49,26 +55,22 @@ def save_png(system: NestedSystem, path: str | os.PathLike[str]) -> None:
     inside = GAP / whole_width, MARGIN / whole_height, width / whole_width, height / whole_height
     axes = figure.add_axes(inside, xlim=(0, width), ylim=(-max(height, GAP), 0))  # in inches
     axes.axis("off")
-    title = f"{system.name}, optimizer {system.optimizer}, {system.parameters:,} parameters"
     axes.set_title(title, loc="left")
     bands: dict[int, tuple[float, float]] = {}
     top = 0.0
-    for level, height in zip(system.levels, heights, strict=True):
+    for level, height in zip(levels, heights, strict=True):
         _draw_level(axes, level, top, bands_width, height)
         bands[level.number] = top, height
         top -= height + GAP
     _draw_links(axes, links, bands, bands_width)
-    handles = [Line2D([], [], color=COLORS[kind], label=kind) for kind in _kinds(links)]
+    kinds = dict.fromkeys(kind for _, _, kind in links)
+    handles = [Line2D([], [], color=COLORS[kind], label=kind) for kind in kinds]
     figure.legend(handles=handles, loc="lower left", ncols=len(COLORS), frameon=False)
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _height(level: Level) -> float:
-    return HEADER + math.ceil(len(level.components) / PER_ROW) * (BOX_HEIGHT + GAP)
-
-
-def _draw_level(axes: Axes, level: Level, top: float, width: float, height: float) -> None:
+def _draw_level(axes: Axes, level: DescribedLevel, top: float, width: float, height: float) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((0, top - height), width, height, facecolor="#f6f6f6", edgecolor="#999999"))
@@ -77,27 +79,25 @@ def _draw_level(axes: Axes, level: Level, top: float, width: float, height: floa
         row, column = divmod(place, PER_ROW)
         x = GAP + column * (BOX_WIDTH + GAP)
         y = top - HEADER - (row + 1) * BOX_HEIGHT - row * GAP
-        face = FACES[component.kind]
-        axes.add_patch(Rectangle((x, y), BOX_WIDTH, BOX_HEIGHT, facecolor=face, edgecolor="#666666"))
-        axes.text(
-            x + BOX_WIDTH / 2, y + BOX_HEIGHT / 2, _label(component), ha="center", va="center", fontsize=8
-        )
+        box = Rectangle((x, y), BOX_WIDTH, BOX_HEIGHT, facecolor=FACES[component.kind], edgecolor="#666666")
+        axes.add_patch(box)
+        middle = x + BOX_WIDTH / 2, y + BOX_HEIGHT / 2
+        axes.text(*middle, _label(component), ha="center", va="center", fontsize=8)
 
 
 def _label(component: Component) -> str:
     lines = textwrap.wrap(component.name, NAME_WIDTH)
-    if component.parameters:
-        lines.append(f"{component.parameters:,} parameters")
-    else:
-        lines.append(f"state {state_text(component)}")
+    count = f"{component.parameters:,} parameters"
+    lines.append(count if component.parameters else f"state {state_label(component)}")
     return "\n".join(lines).replace("$", r"\$")  # a dollar would begin a formula
 
 
-def _links(system: NestedSystem) -> list[Link]:
-    number = {component.name: level.number for level in system.levels for component in level.components}
+def _links(levels: Sequence[DescribedLevel], transfers: Sequence[Transfer]) -> list[Link]:
+    """Pairs of levels between which something passes, once per kind, the nearest first."""
+    number = {component.name: level.number for level in levels for component in level.components}
     found = {
         (number[source], number[target], transfer.kind): None
-        for transfer in system.transfers
+        for transfer in transfers
         for source in transfer.sources
         for target in transfer.targets
         if number[source] != number[target]
@@ -106,7 +106,7 @@ def _links(system: NestedSystem) -> list[Link]:
 
 
 def _draw_links(axes: Axes, links: list[Link], bands: dict[int, tuple[float, float]], width: float) -> None:
-    """Each from the side of one band out to a lane of its own and back to the other band."""
+    """Draw each link from the side of one band out to a lane of its own and back to the other band."""
     ports = {number: [link for link in links if number in link[:2]] for number in bands}
 
     def port(number: int, link: Link) -> float:
@@ -119,7 +119,3 @@ def _draw_links(axes: Axes, links: list[Link], bands: dict[int, tuple[float, flo
         axes.plot([width, x, x], [start, start, end], color=COLORS[kind], linewidth=1.4)
         arrow = {"arrowstyle": "-|>", "color": COLORS[kind], "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", xy=(width, end), xytext=(x, end), arrowprops=arrow)
-
-
-def _kinds(links: list[Link]) -> list[TransferKind]:
-    return list(dict.fromkeys(kind for _, _, kind in links))

@@ -1,0 +1,1 @@
+"""Descriptions of modules and optimizers: which memories and weights they are."""
