@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nested_learning.layers.attention import SlidingWindowAttention
+from nested_learning.layers.attention.softmax import SlidingWindowAttention
 from nested_learning.layers.token_inputs import check_count
 
 

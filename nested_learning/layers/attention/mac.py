@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.attention import rotate
+from nested_learning.layers.attention.mag_mal import build_memory
+from nested_learning.layers.attention.softmax import rotate
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.titans_blocks import build_memory
 from nested_learning.layers.token_inputs import check_count, check_sequence
 from nested_learning.memory.scan import MemoryState
 from nested_learning.memory.state import State

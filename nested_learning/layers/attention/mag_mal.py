@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.attention import AttentionState
+from nested_learning.layers.attention.persistent import PersistentWindowAttention
+from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.memory_layer import MemoryLayer
-from nested_learning.layers.persistent import PersistentWindowAttention
 from nested_learning.layers.registry import build_mixer, register_mixer
 from nested_learning.memory.scan import MemoryState
 from nested_learning.memory.state import State

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.self_modifying_linear import (
+from nested_learning.layers.drop_in.self_modifying_linear import (
     Mode,
     SelfModifyingLinear,
     SelfModifyingLinearState,
