@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
-from nested_learning.layers.attention.softmax import rotate
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence
+from nested_learning.layers.token_inputs import check_count, check_sequence, check_state
 from nested_learning.memory.scan import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.norm import unit
@@ -22,10 +22,13 @@ from nested_learning.ops.packing import row_layout
 
 @dataclass(frozen=True)
 class ContextState(State):
-    """The memory, and the keys and values of the tokens of the running segment.
+    """The memory, and keys and values of the tokens so far of each row's running segment.
 
-    key, value: [B, 2, H, C, d], for what was recalled and for the tokens themselves; columns from the row's
-    position on are empty.  position: [B] int64, real tokens modulo C.
+    Attributes:
+        memory: state of the memory, whose chunks are the segments.
+        key, value: [B, 2, H, C, d], of what was recalled and of the tokens themselves; zero in the columns
+            that hold no token yet, those from `position` on.
+        position: [B] int64, number of real tokens in the running segment, below C.
     """
 
     memory: MemoryState
@@ -36,21 +39,24 @@ class ContextState(State):
 
 @register_mixer("mac")
 class MemoryAsContext(nn.Module):
-    """Titans MAC. Tokens come in segments S of C: h = M(S W_q) is recalled from the memory as it stood at the
-    end of the segment before, attention runs causally over [p; h; S], its output y updates the memory, and
-    the layer gives W_o (RMSnorm(y) ⊙ SiLU(RMSnorm(M(y)))).
+    """Titans MAC: attention within a segment, to its tokens and to what the memory recalls for them.
+
+    A segment S, here and in that paper, is C successive tokens of a row. h = M(S W_q) is recalled from the
+    memory as it stood at the end of the segment before, attention runs causally over [p; h; S], its output y
+    updates the memory, and the layer gives W_o (RMSnorm(y) ⊙ SiLU(RMSnorm(M(y)))).
 
     Token t of a segment sees h_s of s ≤ t only **(ours: h_s is a function of token s, so a later one would
-    tell the future)**. M(y) is read token by token where the memory is.
+    tell the future)**. M(y) is read as the memory layer reads, token by token in 'titans', where the paper
+    reads after the segment **(ours, for the same reason)**.
 
     Args:
-        hidden_size: D, the width of the input.
-        num_heads: heads of memory and attention; the head width must be even.
-        segment: tokens C of a segment; also the memory's chunk length.
+        hidden_size: width D of input and output.
+        num_heads: number H of heads of memory and attention; the head width d = D / H must be even.
+        segment: number C of tokens in a segment; also the memory's chunk length.
         persistent_tokens: number of learned tokens p in front of every segment.
         memory: name of the memory layer, a row of the table with a chunk length of its own.
-        memory_options: its options, without chunk_size.
-        rope_theta: base of the rotary frequencies; h_s stands at the position of token s.
+        memory_options: options of the memory layer, without chunk_size.
+        rope_theta: base of the rotary frequencies; h_s stands at the position of token s, p at none.
 
     Raises:
         ValueError: for options that do not fit.
@@ -82,10 +88,7 @@ class MemoryAsContext(nn.Module):
                 f"have anchors every {segment} tokens; use 'titans', 'self_modifying_titans' or another row "
                 "whose gradients are taken per chunk"
             )
-        if (hidden_size // num_heads) % 2:
-            raise ValueError(f"attention needs an even head width, got {hidden_size} / {num_heads}")
-        if not rope_theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {rope_theta}")
+        check_rotary(hidden_size, num_heads, rope_theta)
         check_count("persistent_tokens", persistent_tokens, least=0)
         self.hidden_size, self.num_heads, self.segment = hidden_size, num_heads, segment
         self.head_dim, self.rope_theta = hidden_size // num_heads, rope_theta
@@ -103,7 +106,7 @@ class MemoryAsContext(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise what has a rule of its own; plain projections are left alone."""
+        """Initialise memory and persistent tokens; plain projections and norms are left alone."""
         self.memory.reset_parameters()
         nn.init.normal_(self.persistent)
 
@@ -116,61 +119,68 @@ class MemoryAsContext(nn.Module):
     ) -> tuple[Tensor, ContextState] | tuple[Tensor, ContextState, Tensor]:
         """x [B, T, D] to y [B, T, D]; arguments, results and errors as in `MemoryLayer.forward`."""
         self._check(x, state, mask)
-        B, T, _ = x.shape
-        position = x.new_zeros(B, dtype=torch.long) if state is None else state.position
-        if T == 1:  # one token for each row, wherever its row stands inside its segment
-            real = x.new_ones(B, 1, dtype=torch.bool) if mask is None else mask
-            y, state, surprise = self._segment(x, real, position.unsqueeze(1), state)
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        position = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position
+        if x.shape[1] == 1:  # one token of each row, wherever the row stands inside its segment
+            y, state, surprise = self._read_segment(x, state, real, position.unsqueeze(1))
             y, surprise = y * real.unsqueeze(-1), surprise * real
         else:
-            whole = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-            before = 0 if state is None else self.segment - 1
-            columns = -(-(before + T) // self.segment) * self.segment
-            layout = row_layout(whole, position, columns)
-            outputs, surprises = [], []
-            packed, filled = layout.pack(x), layout.filled
-            for piece, here in zip(packed.split(self.segment, 1), filled.split(self.segment, 1), strict=True):
-                column = torch.arange(self.segment, device=x.device).expand(B, -1)
-                y, state, surprise = self._segment(piece, here, column, state)
-                outputs.append(y)
-                surprises.append(surprise)
-            y = layout.unpack(torch.cat(outputs, dim=1))
-            surprise = layout.unpack(torch.cat(surprises, dim=1))
-        assert state is not None
+            y, state, surprise = self._read_sequence(x, state, real, position)
         return (y, state, surprise) if return_surprise else (y, state)
 
-    def _segment(
-        self, x: Tensor, filled: Tensor, column: Tensor, state: ContextState | None
+    def _read_sequence(
+        self, x: Tensor, state: ContextState | None, real: Tensor, position: Tensor
     ) -> tuple[Tensor, ContextState, Tensor]:
-        """Tokens x [B, S, D] of one segment at the columns [B, S] of it, where `filled` [B, S]."""
-        S = x.shape[1]
+        """Segment after segment, in a layout in which all rows begin one at the same column."""
+        B, T, _ = x.shape
+        before = 0 if state is None else self.segment - 1  # most that a row's running segment holds already
+        columns = -(-(before + T) // self.segment) * self.segment
+        layout = row_layout(real, position, columns)
+        column = torch.arange(self.segment, device=x.device).expand(B, -1)
+        outputs, surprises = [], []
+        parts = (packed.split(self.segment, dim=1) for packed in (layout.pack(x), layout.filled))
+        for tokens, filled in zip(*parts, strict=True):
+            y, state, surprise = self._read_segment(tokens, state, filled, column)
+            outputs.append(y)
+            surprises.append(surprise)
+        assert state is not None  # there is a segment, as T ≥ 1
+        return layout.unpack(torch.cat(outputs, 1)), state, layout.unpack(torch.cat(surprises, 1))
+
+    def _read_segment(
+        self, x: Tensor, state: ContextState | None, real: Tensor, column: Tensor
+    ) -> tuple[Tensor, ContextState, Tensor]:
+        """Tokens x [B, S, D] at the columns [B, S] of the running segment: all C of them, or one."""
         memory = None if state is None else state.memory
         query, key, value = self._project(x, self._recall(x, memory), column)
-        if state is not None and S == 1:
-            at = column[:, None, None, :, None].expand_as(key)
-            write = filled[:, None, None, :, None]
-            key = _put(state.key.to(key.dtype), at, key, write)
-            value = _put(state.value.to(value.dtype), at, value, write)
-        elif state is not None:
-            old = (~filled & (column < state.position.unsqueeze(1)))[:, None, None, :, None]
-            key = torch.where(old, state.key.to(key.dtype), key)
-            value = torch.where(old, state.value.to(value.dtype), value)
-        elif S == 1:
-            at = column[:, None, None, :, None].expand_as(key)
-            empty = key.new_zeros(*key.shape[:3], self.segment, key.shape[-1])
-            key, value = empty.scatter(3, at, key), empty.scatter(3, at, value)
+        every = torch.arange(self.segment, device=x.device)  # column of the segment
+        key, value = self._insert(state, key, value, real & (every == column))
         y = self.attention_out(self._attend(query, key, value, column).transpose(1, 2).flatten(2))
-        remembered, memory, surprise = self.memory(y, memory, filled, return_surprise=True)
-        gate = self.memory_norm(remembered.to(self.memory_norm.weight.dtype)).to(y.dtype)
-        attended = self.attention_norm(y.to(self.attention_norm.weight.dtype)).to(y.dtype)
+        remembered, memory, surprise = self.memory(y, memory, real, return_surprise=True)
+        gate = normed(self.memory_norm, remembered).to(y.dtype)
+        attended = normed(self.attention_norm, y).to(y.dtype)
         position = memory.position % self.segment
-        # columns from the position on are empty, whatever stood there in the segment before
-        live = (torch.arange(self.segment, device=x.device) < position.unsqueeze(1))[:, None, None, :, None]
-        new = ContextState(memory, key * live, value * live, position)
-        return self.out_proj(attended * F.silu(gate)), new, surprise
+        # A segment that is complete leaves nothing behind: its position is 0.
+        kept = (every < position.unsqueeze(1))[:, None, None, :, None]
+        state = ContextState(memory, key * kept, value * kept, position)
+        return self.out_proj(attended * F.silu(gate)), state, surprise
+
+    def _insert(
+        self, state: ContextState | None, key: Tensor, value: Tensor, here: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, 2, H, C, d] of the running segment: the state's, and at `here` [B, C] new ones.
+
+        The new ones [B, 2, H, S, d] belong to all C columns, or, with S = 1, to the one marked in each row.
+        """
+        here = here[:, None, None, :, None]
+        if state is None:
+            return torch.where(here, key, 0), torch.where(here, value, 0)
+        return (
+            torch.where(here, key, state.key.to(key.dtype)),
+            torch.where(here, value, state.value.to(value.dtype)),
+        )
 
     def _recall(self, x: Tensor, state: MemoryState | None) -> Tensor:
-        """h = M(x W_q) [B, S, D] at the end of the last segment."""
+        """h = M(x W_q) [B, S, D] at the end of the last segment, per head normalised, then projected."""
         q = F.silu(self.recall_proj(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q = unit(q.to(torch.promote_types(q.dtype, torch.float32)))
         h = F.rms_norm(self.memory.recall(q, state), (self.head_dim,))
@@ -180,44 +190,24 @@ class MemoryAsContext(nn.Module):
         """Queries of the tokens [B, H, S, d]; keys and values [B, 2, H, S, d] of h and the tokens."""
         qkv = self.qkv_proj(torch.stack([h, x], dim=1))  # [B, 2, S, 3D]
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
-        query = rotate(self._norm(self.q_norm, query[:, 1]), column, self.rope_theta)
-        keys = rotate(self._norm(self.k_norm, key).flatten(1, 2), column, self.rope_theta)
+        query = rotate(normed(self.q_norm, query[:, 1]), column, self.rope_theta)
+        keys = rotate(normed(self.k_norm, key).flatten(1, 2), column, self.rope_theta)
         return query.to(value.dtype), keys.unflatten(1, (2, -1)).to(value.dtype), value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor) -> Tensor:
-        """Causally over [p; h; S] within the segment: [B, H, S, d]."""
-        B, P, C = query.shape[0], len(self.persistent), key.shape[3]
+        """Causal attention over [p; h; S] within the segment, [B, H, S, d]."""
+        B, P, C = len(query), len(self.persistent), self.segment
         p = self.qkv_proj(self.persistent.to(self.qkv_proj.weight.dtype))
         _, p_key, p_value = p.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
-        p_key = self._norm(self.k_norm, p_key)  # [H, P, d]
-        keys = [p_key.to(key.dtype).expand(B, -1, -1, -1), key[:, 0], key[:, 1]]
-        values = [p_value.to(value.dtype).expand(B, -1, -1, -1), value[:, 0], value[:, 1]]
+        p_key = normed(self.k_norm, p_key).to(key.dtype)  # [H, P, d]
+        keys = torch.cat([p_key.expand(B, -1, -1, -1), *key.unbind(1)], dim=2)
+        values = torch.cat([p_value.to(value.dtype).expand(B, -1, -1, -1), *value.unbind(1)], dim=2)
         causal = torch.arange(C, device=column.device) <= column.unsqueeze(-1)  # [B, S, C]
-        allowed = torch.cat([causal.new_ones(B, column.shape[1], P), causal, causal], dim=-1)
-        return F.scaled_dot_product_attention(
-            query, torch.cat(keys, 2), torch.cat(values, 2), attn_mask=allowed.unsqueeze(1)
-        )
-
-    @staticmethod
-    def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        """Under autocast projections are bfloat16 but scales float32: normalise in float32."""
-        return norm(x.to(norm.weight.dtype))
+        allowed = F.pad(causal.repeat(1, 1, 2), (P, 0), value=True)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed.unsqueeze(1))
 
     def _check(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> None:
         check_sequence(x, self.hidden_size, mask, self.qkv_proj.weight)
-        if state is None:
-            return
-        if not isinstance(state, ContextState):
-            raise ValueError(
-                f"state must be a ContextState, got {type(state).__name__}: it is another layer's"
-            )
-        expected = (x.shape[0], 2, self.num_heads, self.segment, self.head_dim)
-        if tuple(state.key.shape) != expected:
-            raise ValueError(
-                f"state has keys of shape {tuple(state.key.shape)}, this layer and input need {expected}"
-            )
-
-
-def _put(into: Tensor, at: Tensor, value: Tensor, where: Tensor) -> Tensor:
-    """`into` [B, 2, H, C, d] with `value` [B, 2, H, 1, d] at the columns `at`, for rows marked in `where`."""
-    return into.scatter(3, at, torch.where(where, value, into.gather(3, at)))
+        if state is not None:
+            shape = len(x), 2, self.num_heads, self.segment, self.head_dim
+            check_state(state, ContextState, x, {"key": shape, "value": shape, "position": (len(x),)})
