@@ -43,11 +43,11 @@ class MemoryAsContext(nn.Module):
 
     A segment S, here and in that paper, is C successive tokens of a row. h = M(S W_q) is recalled from the
     memory as it stood at the end of the segment before, attention runs causally over [p; h; S], its output y
-    updates the memory, and the layer gives W_o (RMSnorm(y) ⊙ SiLU(RMSnorm(M(y)))).
+    at the tokens of S updates the memory, and the layer gives W_o (RMSnorm(y) ⊙ SiLU(RMSnorm(M(y)))).
 
     Token t of a segment sees h_s of s ≤ t only **(ours: h_s is a function of token s, so a later one would
     tell the future)**. M(y) is read as the memory layer reads, token by token in 'titans', where the paper
-    reads after the segment **(ours, for the same reason)**.
+    has the memory after the whole segment **(ours, for the same reason)**.
 
     Args:
         hidden_size: width D of input and output.

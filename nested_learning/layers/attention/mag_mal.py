@@ -137,8 +137,8 @@ class MemoryAsGate(_MemoryAndAttention):
 class MemoryAsLayer(_MemoryAndAttention):
     """Titans MAL: the memory compresses [p; x], attention over the window reads what it gives.
 
-    y = SWA([p; RMSnorm(M([p; x]))]), where M's outputs at p are left out. The norm, with learned scales, and
-    attention's own look at p, instead of at M's outputs there, are **(ours)**.
+    y = SWA([p; RMSnorm(M([p; x]))]), of M's outputs those at x. The norm, with learned scales, is **(ours)**;
+    so is that attention sees p itself, where the paper has M's outputs at p.
 
     Args:
         hidden_size: width D of input and output.
