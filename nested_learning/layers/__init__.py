@@ -1,9 +1,19 @@
 """Layers on [B, T, D] inputs: each takes a state and returns it, `y, state = layer(x, state, mask)`."""
 
-from nested_learning.layers.attention import Attention, SlidingWindowAttention
+from nested_learning.layers.attention import (
+    Attention,
+    MemoryAsContext,
+    MemoryAsGate,
+    MemoryAsLayer,
+    SlidingWindowAttention,
+)
 from nested_learning.layers.cms import CMSLevel, CMSState, ContinuumMemorySystem
-from nested_learning.layers.drop_in import carry_states, replace_linears
-from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
+from nested_learning.layers.drop_in import (
+    LowRankSelfModifyingMLP,
+    SelfModifyingLinear,
+    carry_states,
+    replace_linears,
+)
 from nested_learning.layers.memory import (
     DLA,
     TTTMLP,
@@ -24,11 +34,8 @@ from nested_learning.layers.memory import (
     set_compile_step,
     set_recompute,
 )
-from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.mlp import MLPBlock
 from nested_learning.layers.registry import MIXERS, register_mixer
-from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
-from nested_learning.layers.titans_blocks import MemoryAsGate, MemoryAsLayer
 
 __all__ = [
     "DLA",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.layers import LowRankSelfModifyingMLP
-from nested_learning.layers.low_rank_mlp import LowRankMLPState
+from nested_learning.layers.drop_in import LowRankMLPState
 
 DIM = 4
 

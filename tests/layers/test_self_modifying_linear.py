@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nested_learning.layers import SelfModifyingLinear
-from nested_learning.layers.low_rank_mlp import LowRankMLPState
-from nested_learning.layers.self_modifying_linear import SelfModifyingLinearState
+from nested_learning.layers.drop_in import LowRankMLPState, SelfModifyingLinearState
 
 MODES = ["normalised", "literal"]
 D_IN, D_OUT = 5, 3

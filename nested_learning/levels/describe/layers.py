@@ -7,14 +7,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from nested_learning.layers.attention import Attention
+from nested_learning.layers.attention import Attention, MemoryAsContext
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms_level import CMSLevel, learning_levels
-from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
+from nested_learning.layers.drop_in import LowRankSelfModifyingMLP, SelfModifyingLinear
 from nested_learning.layers.memory import MemoryLayer
-from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.registry import MIXERS
-from nested_learning.layers.self_modifying_linear import SelfModifyingLinear
 from nested_learning.levels.components import INFINITE, Frequency, Transfer, every_tokens
 from nested_learning.levels.describe.registry import Described, DescribedMemory, DescribedWeights, describes
 from nested_learning.levels.describe.structure import ATTENTION_OBJECTIVE, ATTENTION_RULE, softmax_attention

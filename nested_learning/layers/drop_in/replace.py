@@ -7,12 +7,13 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.self_modifying_linear import (
+from nested_learning.layers.drop_in.self_modifying_linear import (
     Mode,
     SelfModifyingLinear,
     SelfModifyingLinearState,
@@ -20,31 +21,20 @@ from nested_learning.layers.self_modifying_linear import (
 from nested_learning.memory import check
 
 
+@dataclass(eq=False)
 class CarriedStates:
     """The states of a network's drop-in layers while `carry_states` is active.
 
     Attributes:
+        names: module name of each drop-in layer of the network.
         states: by module name, the state after the last call of each layer that has been called.
         mask: bool [B, T], True = real token, of the calls that follow; None: all are real. Assign to it
             where calls in one `with` block differ.
     """
 
-    def __init__(
-        self,
-        names: Mapping[DropInLinear, str],
-        states: Mapping[str, SelfModifyingLinearState],
-        mask: Tensor | None,
-    ) -> None:
-        self._names, self.states, self.mask = names, dict(states), mask
-
-    def call(self, layer: DropInLinear, x: Tensor) -> Tensor:
-        """Apply `layer` from its state so far, and keep the state after; a layer not of the network starts
-        from none."""
-        name = self._names.get(layer)
-        if name is None:
-            return layer.apply_to(x, None, None)[0]
-        y, self.states[name] = layer.apply_to(x, self.states.get(name), self.mask)
-        return y
+    names: Mapping[DropInLinear, str]
+    states: dict[str, SelfModifyingLinearState]
+    mask: Tensor | None
 
 
 # Scoped to the `with` block and to its thread or task: the modules themselves hold no state.
@@ -69,16 +59,12 @@ class DropInLinear(SelfModifyingLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, in_features] or [B, in_features] -> [..., out_features]."""
         carried = _carried.get()
-        return self.apply_to(x, None, None)[0] if carried is None else carried.call(self, x)
-
-    def apply_to(
-        self, x: Tensor, state: SelfModifyingLinearState | None, mask: Tensor | None
-    ) -> tuple[Tensor, SelfModifyingLinearState]:
-        """`SelfModifyingLinear.forward`, with the state as a value."""
-        if not check.enabled():
-            return super().forward(x, state, mask)
-        with check.layer_name(self.path):
-            return super().forward(x, state, mask)
+        name = None if carried is None else carried.names.get(self)
+        with check.scope(self.path):
+            if carried is None or name is None:  # a layer outside of the network whose states are carried
+                return super().forward(x)[0]
+            y, carried.states[name] = super().forward(x, carried.states.get(name), carried.mask)
+            return y
 
 
 @contextmanager
@@ -94,18 +80,18 @@ def carry_states(
         with carry_states(model, carried.states) as carried:  # later: goes on where the first call ended
             model(second)
 
-    Not together with activation checkpointing: its second forward pass would start from other states. That of
-    transformers is refused; do not use `torch.utils.checkpoint` around these layers either.
+    Not together with activation checkpointing: its second forward pass would start from other states. The
+    checkpointing of transformers is refused; do not use `torch.utils.checkpoint` around these layers either.
 
     Args:
-        model: in which `replace_linears` has put drop-in layers.
-        states: by module name, where to start, as `carried.states` of an earlier block; a layer that is not
-            in it starts from W_0. The mapping is copied, never written to.
+        model: network in which `replace_linears` has put drop-in layers.
+        states: state to start from by module name, as `carried.states` of an earlier block; a layer that is
+            not in it starts from W_0. The mapping is copied, never written to.
         mask: bool [B, T], True = real token; None: all tokens are real.
 
     Raises:
-        ValueError: for a model without drop-in layers, or that checkpoints activations, or a state of a layer
-            that it does not have.
+        ValueError: for a model without drop-in layers, one that checkpoints activations, or a state of a
+            layer that the model does not have.
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, DropInLinear)}
     if not names:
@@ -120,7 +106,7 @@ def carry_states(
     for name in states or {}:
         if name not in names.values():
             raise unknown("drop-in layer", name, names.values())
-    carried = CarriedStates(names, states or {}, mask)
+    carried = CarriedStates(names, dict(states or {}), mask)
     token = _carried.set(carried)
     try:
         yield carried
@@ -145,15 +131,15 @@ def replace_linears(
 
     Args:
         model: any network that calls its linear layers as y = layer(x) on [B, T, D] or [B, D].
-        names: module names as of `model.named_modules()`, or patterns of them: "*.down_proj",
+        names: module names as in `model.named_modules()`, or patterns of them: "*.down_proj",
             "model.layers.[01].*".
-        mode, chunk_size, value_rank, eta_max: as of `SelfModifyingLinear`.
+        mode, chunk_size, value_rank, eta_max: as in `SelfModifyingLinear`.
 
     Returns: the names of the replaced modules.
 
     Raises:
         ValueError: for a name or pattern that no nn.Linear has; the model is then unchanged. Subclasses of
-            nn.Linear do not count: what they do differently would be lost.
+            nn.Linear do not count: the replacement would lose what they do differently.
     """
     # Every name of a module that occurs more than once is replaced, by one and the same layer.
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and type(m) is nn.Linear}
@@ -163,10 +149,13 @@ def replace_linears(
         if not matched:
             raise _no_such_linear(model, pattern, list(linears))
         chosen |= matched
-    layers = {
-        linear: _drop_in(linear, mode, chunk_size, value_rank, eta_max)
-        for linear in dict.fromkeys(chosen.values())
-    }
+    layers: dict[nn.Linear, DropInLinear] = {}
+    for linear in dict.fromkeys(chosen.values()):
+        sizes = linear.in_features, linear.out_features
+        layer = DropInLinear(*sizes, False, chunk_size, mode, value_rank, eta_max)
+        layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layers[linear] = layer.train(linear.training)
     replaced = {name: layers[linear] for name, linear in linears.items() if linear in layers}
     for name, layer in replaced.items():
         layer.path = name
@@ -174,21 +163,8 @@ def replace_linears(
     return list(replaced)
 
 
-def _drop_in(
-    linear: nn.Linear, mode: Mode, chunk_size: int, value_rank: int, eta_max: float | None
-) -> DropInLinear:
-    """A drop-in layer around the very weight and bias of `linear`."""
-    layer = DropInLinear(
-        linear.in_features, linear.out_features, False, chunk_size, mode, value_rank, eta_max
-    )
-    layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
-    layer.weight = linear.weight
-    layer.bias = linear.bias
-    return layer.train(linear.training)
-
-
 def _no_such_linear(model: nn.Module, pattern: str, known: list[str]) -> ValueError:
-    """What came, what it is if it is a module of another kind, and the nearest name or pattern."""
+    """The error for a pattern without a match: its module's kind if it has another, or the nearest name."""
     if pattern in dict(model.named_modules()):
         kind = type(model.get_submodule(pattern)).__name__
         return ValueError(f"{pattern!r} is a {kind}; only modules of the class nn.Linear itself are replaced")

@@ -1,4 +1,4 @@
-"""Titans in a model (arXiv 2501.00663, §4): the memory as a gate (MAG) and as a layer (MAL)."""
+"""Titans in a model (arXiv 2501.00663, §4): the memory as a gate (MAG, §4.2) and as a layer (MAL, §4.3)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.attention import AttentionState
+from nested_learning.layers.attention.heads import normed
+from nested_learning.layers.attention.persistent import PersistentWindowAttention
+from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.memory import MemoryLayer
-from nested_learning.layers.persistent import PersistentWindowAttention
 from nested_learning.layers.registry import build_mixer, register_mixer
+from nested_learning.layers.token_inputs import check_state
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 
 
 @dataclass(frozen=True)
 class MemoryAttentionState(State):
-    """The states of the two branches."""
+    """States of the memory, which has read the persistent tokens first, and of the attention."""
 
     memory: MemoryState
     attention: AttentionState
@@ -41,10 +43,12 @@ def build_memory(
 
 
 class _MemoryAndAttention(nn.Module):
-    """A memory layer and sliding-window attention, both behind learned persistent tokens.
+    """A memory M and sliding-window attention SWA, both behind learned persistent tokens p.
 
-    The memory reads the persistent tokens at the start of a sequence; for attention they are keys and values
-    that never leave the window.
+    The memory reads p at the start of a sequence; for attention they are keys and values that never leave the
+    window. A subclass says how the two are joined.
+
+    Args: as in `MemoryAsLayer`.
     """
 
     has_surprise: ClassVar[bool] = True
@@ -62,9 +66,13 @@ class _MemoryAndAttention(nn.Module):
         self.memory = build_memory(memory, hidden_size, num_heads, memory_options)
         self.attention = PersistentWindowAttention(hidden_size, num_heads, window, persistent_tokens)
         self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self._add_joint(hidden_size)
+
+    def _add_joint(self, hidden_size: int) -> None:
+        """Add the parameters of `_join`."""
 
     def reset_parameters(self) -> None:
-        """Initialise what has a rule of its own; plain projections are left alone."""
+        """Initialise memory and persistent tokens; plain projections and norms are left alone."""
         self.memory.reset_parameters()
         self.attention.reset_parameters()
 
@@ -76,31 +84,30 @@ class _MemoryAndAttention(nn.Module):
         return_surprise: bool = False,
     ) -> tuple[Tensor, MemoryAttentionState] | tuple[Tensor, MemoryAttentionState, Tensor]:
         """x [B, T, D] to y [B, T, D]; arguments, results and errors as in `MemoryLayer.forward`."""
-        if state is not None and not isinstance(state, MemoryAttentionState):
-            raise ValueError(
-                f"state must be a MemoryAttentionState, got {type(state).__name__}: it is another layer's"
-            )
-        remembered, memory_state, surprise = self._remember(x, None if state is None else state.memory, mask)
-        remembered = self.memory_norm(remembered.to(self.memory_norm.weight.dtype)).to(remembered.dtype)
-        y, attention_state = self._combine(x, remembered, None if state is None else state.attention, mask)
-        new = MemoryAttentionState(memory_state, attention_state)
+        if state is not None:
+            check_state(state, MemoryAttentionState, x, {})
+        real = mask
+        remembered, memory, surprise = self._remember(x, None if state is None else state.memory, real)
+        remembered = normed(self.memory_norm, remembered).to(remembered.dtype)
+        y, attention = self._join(x, remembered, None if state is None else state.attention, real)
+        new = MemoryAttentionState(memory, attention)
         return (y, new, surprise) if return_surprise else (y, new)
 
     def _remember(
-        self, x: Tensor, state: MemoryState | None, mask: Tensor | None
+        self, x: Tensor, state: MemoryState | None, real: Tensor | None
     ) -> tuple[Tensor, MemoryState, Tensor]:
-        """M([p; x]) without its first outputs, and the surprise [B, T]."""
+        """M([p; x]) at the tokens x [B, T, D], the state, and the surprise [B, T]."""
         P = len(self.attention.persistent) if state is None else 0
         if P and x.dim() == 3:  # the memory layer itself refuses other shapes
-            front = self.attention.persistent.to(x.dtype).expand(len(x), -1, -1)
-            x = torch.cat([front, x], dim=1)
-            mask = None if mask is None else F.pad(mask, (P, 0), value=True)
-        y, state, surprise = self.memory(x, state, mask, return_surprise=True)
+            x = torch.cat([self.attention.persistent.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            real = None if real is None else F.pad(real, (P, 0), value=True)
+        y, state, surprise = self.memory(x, state, real, return_surprise=True)
         return y[:, P:], state, surprise[:, P:]
 
-    def _combine(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, mask: Tensor | None
+    def _join(
+        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
+        """y [B, T, D] from the input and RMSnorm(M([p; x])), and the state of attention."""
         raise NotImplementedError
 
 
@@ -108,30 +115,21 @@ class _MemoryAndAttention(nn.Module):
 class MemoryAsGate(_MemoryAndAttention):
     """Titans MAG: attention over the window and the memory in parallel, one gating the other.
 
-    y = W_o (RMSnorm(SWA([p; x])) ⊙ SiLU(RMSnorm(M([p; x])))), both norms with learned scales; the paper
-    leaves the non-linearity open, and SiLU on the memory's branch is ours.
+    y = W_o (RMSnorm(SWA([p; x])) ⊙ SiLU(RMSnorm(M([p; x])))), both norms with learned scales. The paper
+    leaves the non-linearity open; SiLU on the memory's branch and W_o are **(ours)**.
 
     Args: as in `MemoryAsLayer`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        window: int = 64,
-        persistent_tokens: int = 4,
-        memory: str = "titans",
-        memory_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(hidden_size, num_heads, window, persistent_tokens, memory, memory_options)
+    def _add_joint(self, hidden_size: int) -> None:
         self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def _combine(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, mask: Tensor | None
+    def _join(
+        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        attended, state = self.attention(x, state, mask)
-        attended = self.attention_norm(attended.to(self.attention_norm.weight.dtype)).to(attended.dtype)
+        attended, state = self.attention(x, state, real)
+        attended = normed(self.attention_norm, attended).to(attended.dtype)
         return self.out_proj(attended * F.silu(remembered)), state
 
 
@@ -139,21 +137,22 @@ class MemoryAsGate(_MemoryAndAttention):
 class MemoryAsLayer(_MemoryAndAttention):
     """Titans MAL: the memory compresses [p; x], attention over the window reads what it gives.
 
-    y = SWA(RMSnorm(M([p; x]))), the norm with learned scales (ours).
+    y = SWA([p; RMSnorm(M([p; x]))]), of M's outputs those at x. The norm, with learned scales, is **(ours)**;
+    so is that attention sees p itself, where the paper has M's outputs at p.
 
     Args:
-        hidden_size: D, the width of the input.
-        num_heads: heads of memory and attention.
-        window: tokens that attention sees, itself included.
+        hidden_size: width D of input and output.
+        num_heads: number of heads of memory and attention.
+        window: number of tokens that attention sees, the token itself included.
         persistent_tokens: number of learned tokens p in front.
         memory: name of the memory layer, a row of the table.
-        memory_options: its options.
+        memory_options: options of the memory layer.
 
     Raises:
         ValueError: for options that do not fit, as in the two layers.
     """
 
-    def _combine(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, mask: Tensor | None
+    def _join(
+        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
     ) -> tuple[Tensor, AttentionState]:
-        return self.attention(remembered, state, mask)
+        return self.attention(remembered, state, real)

@@ -1,4 +1,4 @@
-"""A linear layer that goes on learning along the sequence: its weight is a matrix memory trained by DGD."""
+"""A linear layer whose weight is a memory: it goes on learning along the sequence, by DGD (eq 56-57)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nested_learning.ops.norm import unit
 
 Mode = Literal["normalised", "literal"]
 MODES = ("normalised", "literal")
-# Start of the gates: eta in the middle of its range, alpha about 0.98.
+# Biases of the gates at the start: eta in the middle of its range, alpha about 0.98.
 _GATE_BIAS = (0.0, 4.0)
 
 
@@ -29,8 +29,8 @@ class SelfModifyingLinearState(State):
     """The state of a `SelfModifyingLinear`.
 
     Attributes:
-        delta: [B, out_features, in_features] float32 (float64 for float64 inputs), W_t − W_0 of each row:
-            what the row's tokens have changed.
+        delta: [B, out_features, in_features] float32 (float64 for float64 inputs), the change W_t − W_0 that
+            each row's tokens have made.
     """
 
     delta: Tensor
@@ -46,14 +46,18 @@ class SelfModifyingLinear(nn.Module):
         v_t = z_t + U V z_t,   v̂_t = W_0 v_t,
         η_t = η_max sigmoid(⟨w_η, z_t⟩ + b_η),   α_t = sigmoid(⟨w_α, z_t⟩ + b_α).
 
+    Here α_t is the retention, the part that is kept, and 1 − α_t the decay.
+
     *normalised* (the default): DGD (arXiv 2512.24695, eq 56-57) with the dot-product objective, i.e. the
     delta rule, at the rate that solves eq 56 exactly; unit-norm inputs and retention towards W_0 **(ours)**:
 
         z_t = x_t / ‖x_t‖,   η′_t = η_t / (1 + η_t ‖z_t‖²),
         W_t = W_0 + α_t (W_{t−1} − W_0) − η′_t (W_{t−1} z_t − v̂_t) z_tᵀ.
 
-    It contracts towards W z = v̂ at any η. *literal*: eq 57 and 88 as printed, with the L2 objective, whose
-    fixed point is half the target, and retention to zero:
+    It contracts towards W z = v̂ at any η.
+
+    *literal*: eq 57 and 88 as printed, with the L2 objective, whose fixed point is half the target, and
+    retention towards zero:
 
         z_t = x_t,   W_t = W_{t−1} (α_t I − η_t x_t x_tᵀ) − η_t (W_{t−1} x_t − v̂_t) x_tᵀ.
 
@@ -70,8 +74,8 @@ class SelfModifyingLinear(nn.Module):
     gradient at once. With s = 1 the read is the paper's.
 
     Args:
-        in_features, out_features, bias: as of nn.Linear.
-        chunk_size: tokens that are worked off together; it changes the cost, not the result.
+        in_features, out_features, bias: as in nn.Linear.
+        chunk_size: number of tokens that are worked off together; it changes the cost, not the result.
         mode: "normalised" or "literal".
         value_rank: rank of U V.
         eta_max: upper bound of η_t; None for 1 (normalised), or 0.5 / in_features (literal: stable for inputs
@@ -117,7 +121,7 @@ class SelfModifyingLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Weight and bias as nn.Linear draws them; the rest so that the layer starts as that nn.Linear."""
+        """Draw weight and bias as nn.Linear does, and the rest so that the layer starts as that nn.Linear."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -126,7 +130,7 @@ class SelfModifyingLinear(nn.Module):
 
     @torch.no_grad()
     def reset_memory(self) -> None:
-        """Initialise what an nn.Linear does not have, and leave weight and bias alone."""
+        """Initialise the parameters that an nn.Linear does not have; leave weight and bias alone."""
         nn.init.normal_(self.value_down, std=self.value_rank**-0.5)  # ‖V z‖ is about ‖z‖
         nn.init.zeros_(self.value_up)
         nn.init.zeros_(self.gates.weight)
@@ -176,10 +180,14 @@ class SelfModifyingLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features), SelfModifyingLinearState(delta)
 
     def _learn(self, x: Tensor, delta: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(W_{t−1} − W_0) x_t at every token [B, T, out], and W_T − W_0.
+        """(W_{t−1} − W_0) x_t at every token [B, T, out], and W_T − W_0 [B, out, in].
 
-        Runs on D = W − W_0: with W = W_0 + D put into the equations above, W_0 moves from the erase term
-        to the write, and D starts at an exact zero.
+        Runs on D = W − W_0, which starts at an exact zero. W = W_0 + D put into the class's equations moves
+        W_0 from the erase term to the write:
+
+            normalised:  D_t = α_t D_{t−1} − η′_t (D_{t−1} z_t) z_tᵀ + η′_t (v̂_t − W_0 z_t) z_tᵀ
+            literal:     D_t = −W_0 + α_t (D_{t−1} + W_0) − 2 η_t (D_{t−1} x_t) x_tᵀ
+                               + η_t (v̂_t − 2 W_0 x_t) x_tᵀ
         """
         W0, V, U = (p.to(x.dtype) for p in (self.weight, self.value_down, self.value_up))
         z = unit(x) if self.mode == "normalised" else x
@@ -188,12 +196,13 @@ class SelfModifyingLinear(nn.Module):
         log_alpha = F.logsigmoid(logits[..., 1])
         if real is not None:
             log_alpha = log_alpha.masked_fill(~real, 0)  # the other terms vanish with z = 0
-        target = (z @ V.mT) @ (W0 @ U).mT  # v̂ − W_0 z
+        target = (z @ V.mT) @ (W0 @ U).mT  # v̂ − W_0 z = W_0 U V z
         if self.mode == "normalised":
-            rate = eta / (1 + eta * z.square().sum(-1))
-            erase, retained = rate, None
+            rate = eta / (1 + eta * z.square().sum(-1))  # η′, which solves eq 56 for any ‖z‖
+            erase, kept = rate, None  # D decays to zero
         else:
-            rate, erase, retained = eta, 2 * eta, -W0  # D = −W_0 is W = 0; the gradient erases as well
+            rate, erase = eta, 2 * eta  # eq 57 erases once, and the gradient of the L2 objective once more
+            kept = -W0  # D decays to −W_0, i.e. W to zero
             target = target - F.linear(z, W0)
         # One column more than tokens: column t writes token t − 1 and reads token t.
         out, delta, _ = delta_rule.chunked(
@@ -203,7 +212,7 @@ class SelfModifyingLinear(nn.Module):
             F.pad(log_alpha, (1, 0)),
             erase=F.pad(erase, (1, 0)),
             q=F.pad(x, (0, 0, 0, 1)),
-            W_init=retained,
+            W_init=kept,
             chunk_size=self.chunk_size,
         )
         assert out is not None  # queries were given

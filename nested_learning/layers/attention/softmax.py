@@ -1,4 +1,4 @@
-"""Softmax attention with rotary positions as a mixer: the memory that keeps every token (eq 62-63)."""
+"""Softmax attention: a memory without parameters that keeps every token, or those of a window (eq 62-63)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.layers.token_inputs import check_count, check_sequence
 from nested_learning.memory.state import State
 
 
@@ -18,8 +19,9 @@ from nested_learning.memory.state import State
 class AttentionState(State):
     """Keys and values of the tokens so far.
 
-    key, value: [B, H_kv, S, d], keys after rotation; positions: [B, S] int64, counting each row's real tokens
-    from 0, −1 where the column holds padding.
+    Attributes:
+        key, value: [B, H_kv, S, d], keys after rotation.
+        positions: [B, S] int64, each token's place among its row's real tokens, from 0; −1 for padding.
     """
 
     key: Tensor
@@ -27,37 +29,25 @@ class AttentionState(State):
     positions: Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding of x [B, H, T, d] at positions [B or 1, T].
-
-    Pairs dimension i with i + d/2, rotated by position · theta^(−2i/d). Computed in float32 at least; the
-    frequencies are no buffer, so nothing has to survive a load from a checkpoint.
-    """
-    half = x.shape[-1] // 2
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    exponent = torch.arange(half, device=x.device, dtype=dtype) / half
-    angle = positions[:, None, :, None].to(dtype) * theta**-exponent
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 @register_mixer("attention")
 class Attention(nn.Module):
     """Causal multi-head attention: rotary positions, query-key norm, grouped queries, key-value state.
+
+    In each head, y_t = Σ_{s ≤ t} softmax_s(⟨k_s, q_t⟩ / √d) v_s: the vector with the least squared error to
+    the values so far, weighted by exp(⟨k_s, q_t⟩ / √d) (Nadaraya-Watson; arXiv 2512.24695, eq 62).
 
     Positions count the real tokens of each row, so padding on either side changes no other token.
 
     Args:
         hidden_size: width D of input and output.
         num_heads: number H of query heads; the head width d = D / H must be even.
-        num_kv_heads: number of key and value heads, each shared by H / num_kv_heads query heads (default H).
+        num_kv_heads: number H_kv of key and value heads, each shared by H / H_kv query heads (default H).
         rope_theta: base of the rotary frequencies.
         qk_norm: RMS-normalise queries and keys per head, with learned scales.
         norm_eps: epsilon of that norm.
 
     Raises:
-        ValueError: for sizes that do not divide.
+        ValueError: for sizes that do not divide, or a rope_theta that is not positive.
     """
 
     has_surprise: ClassVar[bool] = False
@@ -74,20 +64,13 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-            raise ValueError(
-                f"attention needs an even head width hidden_size / num_heads, got {hidden_size} / {num_heads}"
-            )
+        check_count("num_heads", num_heads)
+        check_count("num_kv_heads", num_kv_heads)
+        check_rotary(hidden_size, num_heads, rope_theta)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}")
-        if not rope_theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {rope_theta}")
         self.hidden_size, self.head_dim = hidden_size, hidden_size // num_heads
-        self.num_kv_heads = num_kv_heads
-        self.grouped = num_kv_heads != num_heads
+        self.num_kv_heads, self.grouped = num_kv_heads, num_kv_heads != num_heads
         self.rope_theta = rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -103,9 +86,9 @@ class Attention(nn.Module):
 
         Args:
             x: [B, T, D].
-            state: of the tokens before, None at the start. One of another dtype (a session saved by the
-                model in another precision) is converted to that of the new keys and values.
-            mask: [B, T] bool, True for real tokens; None if all are.
+            state: from an earlier call on the same rows, None at the start. One of another dtype (a session
+                saved by the model in another precision) is converted to that of the new keys and values.
+            mask: [B, T] bool, True = real token; None if all are.
 
         Returns:
             y [B, T, D], zero at padded positions, and the state with the new tokens in it.
@@ -114,25 +97,25 @@ class Attention(nn.Module):
             ValueError: when x, mask or state do not fit.
         """
         self._check(x, state, mask)
-        positions = self._positions(x, state, mask)
+        real = mask
+        positions = self._positions(x, state, real)
         query, key, value = self._project(x, positions)
+        key_positions = positions
         if state is not None:
             key = torch.cat([state.key.to(key.dtype), key], dim=2)
             value = torch.cat([state.value.to(value.dtype), value], dim=2)
             key_positions = torch.cat([state.positions, positions], dim=1)
-        else:
-            key_positions = positions
 
         # Only a whole, unpadded sequence has the plain triangle, for which there are faster kernels.
-        triangle = state is None and mask is None and (self.window is None or x.shape[1] <= self.window)
+        triangle = state is None and real is None and (self.window is None or x.shape[1] <= self.window)
         y = self._attend(query, key, value, None if triangle else self._allowed(positions, key_positions))
         y = self.out_proj(y.transpose(1, 2).flatten(2))
-        if mask is not None:
-            y = y.masked_fill(~mask[..., None], 0)
-        return y, self._remember(AttentionState(key, value, key_positions), padded=mask is not None)
+        if real is not None:
+            y = y.masked_fill(~real[..., None], 0)
+        return y, self._remember(AttentionState(key, value, key_positions), padded=real is not None)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-        """[B, H, T, d]; `allowed` [B, T, S] bool, None for the plain causal triangle."""
+        """y [B, H, T, d] of eq 62; `allowed` [B or 1, T, S] bool, None for the plain causal triangle."""
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -157,33 +140,34 @@ class Attention(nn.Module):
                 f"[{x.shape[0]}, {self.num_kv_heads}, S, {self.head_dim}] twice and [{x.shape[0]}, S]"
             )
 
-    def _positions(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> Tensor:
-        """Position [B, T] of each token among its row's real tokens, −1 for padding."""
+    def _positions(self, x: Tensor, state: AttentionState | None, real: Tensor | None) -> Tensor:
+        """Place [B, T] of each token among its row's real tokens, −1 for padding."""
         batch_size, length, _ = x.shape
-        if mask is None:
+        if real is None:
             positions = torch.arange(length, device=x.device).expand(batch_size, length)
         else:
-            positions = mask.long().cumsum(dim=1) - 1
+            positions = real.long().cumsum(dim=1) - 1
         if state is not None:
             positions = positions + state.positions.amax(dim=1, keepdim=True) + 1
-        return positions if mask is None else positions.masked_fill(~mask, -1)
+        return positions if real is None else positions.masked_fill(~real, -1)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, T, d] and keys [B, H_kv, T, d], values [B, H_kv, T, d], all of one dtype."""
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projections are bfloat16 but the scales float32: normalise in float32.
-            query = self.q_norm(query.to(self.q_norm.weight.dtype))
-            key = self.k_norm(key.to(self.k_norm.weight.dtype))
-        query = rotate(query, positions, self.rope_theta)
-        key = rotate(key, positions, self.rope_theta)
+        query = normed(self.q_norm, self._heads(self.q_proj, x))
+        key, value = self._keys_and_values(x)
+        query, key = (rotate(vectors, positions, self.rope_theta) for vectors in (query, key))
         return query.to(value.dtype), key.to(value.dtype), value
 
+    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before rotation and values [..., H_kv, T, d] of x [..., T, D]."""
+        return normed(self.k_norm, self._heads(self.k_proj, x)), self._heads(self.v_proj, x)
+
+    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """x [..., T, D] projected, [..., heads, T, d]."""
+        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+
     def _allowed(self, positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Which keys each query may see, [B, T, S] bool."""
+        """Whether a query may see a key, [B, T, S] bool: real, not later, within the window (eq 63)."""
         query, key = positions[:, :, None], key_positions[:, None, :]
         allowed = (key >= 0) & (key <= query)
         if self.window is not None:
@@ -192,10 +176,10 @@ class Attention(nn.Module):
         return allowed | (query < 0)
 
     def _remember(self, state: AttentionState, padded: bool) -> AttentionState:
-        """What of the state later tokens can still see: with a window, only its last real tokens."""
+        """The part of the state that later tokens can still see: with a window, its last real tokens."""
         if self.window is None:
             return state
-        keep = max(self.window - 1, 1)  # one at least: it carries the position
+        keep = max(self.window - 1, 1)  # one at least: it carries the row's position
         key, value, positions = state.key, state.value, state.positions
         if padded:
             # Move padding to the front, so that the cut below never drops a real token for it; a state
@@ -209,7 +193,9 @@ class Attention(nn.Module):
 
 @register_mixer("sliding_window_attention")
 class SlidingWindowAttention(Attention):
-    """Attention of each token to itself and the `window` − 1 real tokens before it; its state is bounded.
+    """Attention of each token to itself and the `window` − 1 real tokens before it (eq 63).
+
+    Its state holds the last window − 1 tokens at most, one at least.
 
     Args:
         window: number of tokens seen, at least 1. The others are those of `Attention`.

@@ -32,8 +32,8 @@ class LowRankMLPState(State):
 class LowRankSelfModifyingMLP(nn.Module):
     """y_t = (W + ΔW_t) σ(W_up x_t + b_up) + b with ΔW_t = Σ_{i ≤ rank} u_i v_iᵀ of each row's own context.
 
-    The layer keeps a decaying average of what it has read and generates the factors from its direction
-    **(ours)**; σ is the GELU, ĉ = c/‖c‖:
+    The layer keeps a decaying average c of what it has read and generates the factors from its direction
+    ĉ = c/‖c‖ **(ours)**. σ is the GELU; α_t is the retention, the part that is kept, and 1 − α_t the decay:
 
         α_t = sigmoid(⟨w, x_t⟩ + b_α),   c_t = α_t c_{t−1} + (1 − α_t) P x_t,   c_0 = 0,
         u_{i,t} = U_i ĉ_t  [dim],   v_{i,t} = V_i ĉ_t  [hidden_size].
@@ -43,11 +43,11 @@ class LowRankSelfModifyingMLP(nn.Module):
     zero: the layer is exactly the MLP without ΔW and, as V does not, U receives a gradient at once.
 
     Args:
-        dim: width of the input and output.
+        dim: width of input and output.
         rank: largest rank of ΔW.
         hidden_size: hidden width; None for 4 · dim.
         context_size: width of c; None for dim / 4, rounded up.
-        chunk_size: tokens that are worked off together; it changes the cost, not the result.
+        chunk_size: number of tokens that are worked off together; it changes the cost, not the result.
 
     Raises:
         ValueError: for a size below 1.
@@ -120,12 +120,12 @@ class LowRankSelfModifyingMLP(nn.Module):
         return y.view(x.shape), LowRankMLPState(last)
 
     def weight_change(self, state: LowRankMLPState) -> Tensor:
-        """ΔW of each row [B, dim, hidden_size] as the state's context generates it."""
+        """ΔW of each row [B, dim, hidden_size], as the state's context generates it."""
         u, v = self._factors(state.context, self.left.weight.dtype)
         return u.mT @ v
 
     def _read(self, x: Tensor, state: LowRankMLPState | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """c_t at every token [B, T, context_size], and the last."""
+        """c_t at every token [B, T, context_size], and c_T [B, context_size]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with full_precision(x.device):
             x = x.to(dtype)
@@ -138,7 +138,7 @@ class LowRankSelfModifyingMLP(nn.Module):
                 start = x.new_zeros(x.shape[0], self.context_size, 1)
             else:
                 start = state.context.to(dtype).unsqueeze(-1)
-            # The context is a linear memory with one constant input, without erase.
+            # The context is a matrix memory [context_size, 1] whose one input is always 1, without erase.
             ones = x.new_ones(x.shape[1], 1)
             context, last, _ = delta_rule.chunked(
                 start, ones, write, log_alpha, q=ones, chunk_size=self.chunk_size

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.attention import SlidingWindowAttention
+from nested_learning.layers.attention.softmax import SlidingWindowAttention
 from nested_learning.layers.token_inputs import check_count
 
 
 class PersistentWindowAttention(SlidingWindowAttention):
-    """Sliding-window attention in which learned tokens p in front never leave the window (Titans, arXiv
-    2501.00663, §3.3: knowledge of the task, independent of the input).
+    """Sliding-window attention over [p; x], where the learned tokens p never leave the window.
 
-    The tokens have no position: they are not rotated.
+    They hold knowledge of the task, independent of the input (Titans, arXiv 2501.00663, §3.3). They have no
+    position, so their keys are not rotated, and they take no room in the window.
 
     Args:
         hidden_size, num_heads, window: as in `SlidingWindowAttention`.
-        persistent_tokens: their number, 0 or more.
+        persistent_tokens: number of learned tokens p, 0 or more.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, window: int, persistent_tokens: int) -> None:
@@ -28,7 +29,7 @@ class PersistentWindowAttention(SlidingWindowAttention):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Like normalised inputs: N(0, 1)."""
+        """Draw p from N(0, 1), the scale of normalised inputs."""
         nn.init.normal_(self.persistent)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
@@ -37,12 +38,9 @@ class PersistentWindowAttention(SlidingWindowAttention):
             return super()._attend(query, key, value, allowed)
         if allowed is None:
             allowed = torch.ones(1, T, T, dtype=torch.bool, device=query.device).tril()
-        extra = []
-        for projection, norm in ((self.k_proj, self.k_norm), (self.v_proj, None)):
-            heads = projection(self.persistent.to(projection.weight.dtype)).unflatten(-1, (-1, self.head_dim))
-            if norm is not None:
-                heads = norm(heads.to(norm.weight.dtype))
-            extra.append(heads.transpose(0, 1).expand(len(query), -1, -1, -1).to(value.dtype))
-        key, value = torch.cat([extra[0], key], dim=2), torch.cat([extra[1], value], dim=2)
-        seen = allowed.new_ones(1, 1, 1).expand(*allowed.shape[:2], P)
-        return super()._attend(query, key, value, torch.cat([seen, allowed], dim=-1))
+        p_key, p_value = (
+            vectors.expand(len(value), -1, -1, -1).to(value.dtype)  # in this order rows are summed in float32
+            for vectors in self._keys_and_values(self.persistent.to(self.k_proj.weight.dtype))
+        )
+        key, value = torch.cat([p_key, key], dim=2), torch.cat([p_value, value], dim=2)
+        return super()._attend(query, key, value, F.pad(allowed, (P, 0), value=True))
