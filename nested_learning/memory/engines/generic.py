@@ -113,7 +113,7 @@ def step(
     return y, {name: W for name, (W, _) in after.items()}, momentum, surprise
 
 
-class Write(NamedTuple):
+class MatrixWrite(NamedTuple):
     """What one matrix is to learn at each token of a chunk, before the learning rate."""
 
     x: Tensor  # [B, N or 1, H, C, d_in] its input
@@ -134,7 +134,7 @@ def _targets(system: MemorySystem, weights: Weights, s: Signals) -> tuple[Tensor
 
 def _writes(
     system: MemorySystem, weights: Weights, s: Signals, key: Tensor, target: Tensor, trace: Trace
-) -> tuple[dict[str, Write], Tensor]:
+) -> tuple[dict[str, MatrixWrite], Tensor]:
     """The writes of one inner step at the anchor, and the error M(k) − v̂ [B, N, H, C, d]."""
     architecture, rule = system.architecture, system.rule
     width = None if s.gates.width is None else s.gates.width.unsqueeze(1)
@@ -145,7 +145,7 @@ def _writes(
     below = down if hidden == output else hidden.direction(at)
     directions = architecture.directions(trace, Down(down, below), weights)
     return {
-        name: Write(trace.inputs[name], _clipped(d, rule[name]), trace.outputs[name])
+        name: MatrixWrite(trace.inputs[name], _clipped(d, rule[name]), trace.outputs[name])
         for name, d in directions.items()
     }, at.error
 

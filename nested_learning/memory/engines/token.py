@@ -19,7 +19,7 @@ from nested_learning.memory.system import MemorySystem
 from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
 
 
-class Written(NamedTuple):
+class TokenWrite(NamedTuple):
     """Writes of one token into all memories; [B, N, H, ·, 1]."""
 
     u: Tensor  # hidden key, the input of W1
@@ -78,7 +78,7 @@ def _signals(
     return vectors[:, :1], vectors[:, 1:2], q, gates[:, :1] * system.eta_max, gates[:, 1:]
 
 
-def _write(anchor: Weights, k: Tensor, v: Tensor) -> Written:
+def _write(anchor: Weights, k: Tensor, v: Tensor) -> TokenWrite:
     """The targets of eq 87 and the gradient in eq 88 of all memories, at the anchor."""
     W1 = anchor["W1"]
     z = anchor["W2"] @ torch.cat([k, v], dim=-1)  # [B, N, H, e, 2]
@@ -89,7 +89,7 @@ def _write(anchor: Weights, k: Tensor, v: Tensor) -> Written:
     u = hidden[..., :1]
     g = W1.mT @ error
     across = torch.addcmul(g, u, (u * g).sum(-2, keepdim=True), value=-1).mul_(f[..., :1])
-    return Written(u, residual, error, _bounded(torch.ops.aten.silu_backward(across, z[..., :1])))
+    return TokenWrite(u, residual, error, _bounded(torch.ops.aten.silu_backward(across, z[..., :1])))
 
 
 def _hidden(z: Tensor) -> tuple[Tensor, Tensor]:
