@@ -55,7 +55,7 @@ class Each(NamedTuple):
 
     def check(self, name: str, value: Any) -> tuple[Any, ...]:
         try:
-            fits = self.length in (None, len(value))
+            fits = self.length in (None, len(value)) and not isinstance(value, str)
         except TypeError:  # a single number
             fits = False
         if not fits:

@@ -250,6 +250,7 @@ class M3(_MatrixRule):
             )
 
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Algorithm 1 as printed, or the same with averages; the bias corrections belong to the averages."""
         beta1, beta2, _ = group["betas"]
         exact = group["paper_exact"]
         states = [self.state[p] for p in params]
