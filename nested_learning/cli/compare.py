@@ -1,4 +1,4 @@
-"""`nested-learning compare`."""
+"""The command `nested-learning compare`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def run(argv: list[str]) -> int:
     parser = new_parser("compare", "MODEL MODEL ... ", DESCRIPTION)
     parser.add_argument("models", nargs="+", type=str, help="presets or training YAMLs")
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-3], help="peak learning rates to try")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of initialisation and data order")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="seeds of initialisation and data order"
+    )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences per step")
     parser.add_argument(

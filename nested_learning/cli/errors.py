@@ -1,4 +1,4 @@
-"""Which errors are the user's input, and how to say them."""
+"""Errors that bad input causes, and their messages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 def bad_input(error: Exception) -> str | None:
     """The message for an error that bad input causes, or None for an error of the program.
 
-    ValueError is what this package raises for what it is given, OSError what files do, SafetensorError
-    what a damaged weights file does. Everything else keeps its traceback.
+    ValueError comes from this package's checks of its input, OSError from files, SafetensorError from a
+    damaged file of weights. Every other error keeps its traceback.
     """
     from safetensors import SafetensorError
 

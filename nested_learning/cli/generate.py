@@ -1,4 +1,4 @@
-"""`nested-learning generate`."""
+"""The command `nested-learning generate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ examples:
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """What to generate.
+    """The text to continue, and the sampling.
 
     Args:
         prompt: text to continue; may be empty
@@ -36,7 +36,7 @@ class GenerateConfig:
             likeliest token
         top_k: sample among the k likeliest tokens only; 0 for all
         top_p: sample among the likeliest tokens that together have this probability
-        seed: of the sampling
+        seed: seed of the sampling
         save_state: file to write the state to after generating
         load_state: file to read the state from before the prompt
     """
@@ -94,8 +94,8 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
     """Generate after the prompt, or after the loaded state and the prompt.
 
     Args:
-        model_folder: see `load_model`.
-        config: what to generate.
+        model_folder: folder of a saved model or of a completed run, as for `load_model`.
+        config: the prompt and the sampling.
         stream: print prompt and text to stdout as they come.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How commands print: rich tables on a terminal, plain text in a pipe, JSON alone with --json."""
+"""Printing of the commands: rich tables on a terminal, plain text in a pipe, JSON alone with --json."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NAME = "nested-learning"
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
+    """Print a value as JSON on stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout. The first column is a name, the others are numbers, set to the right."""
+    """Print a table on stdout. The first column is a name, the others are numbers, set to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -40,7 +40,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def program() -> str:
-    """How the user can call this program again: its name, or its path where the name is not found."""
+    """The words that call this program again: its name, or its path where the name is not found."""
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("nested_learning", "__main__.py"):
         return "python -m nested_learning"
@@ -48,7 +48,7 @@ def program() -> str:
 
 
 def say(message: str = "") -> None:
-    """A line on stderr: progress and remarks, never results."""
+    """Print a line on stderr: progress and remarks, never results."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Command lines to typed values: what the commands share on top of jsonargparse."""
+"""Command lines to typed values: the part that the commands share, on top of jsonargparse."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def parse(
     """The values of a command line.
 
     Args:
-        parser: of the command.
+        parser: the parser of the command.
         argv: the arguments; dashes and underscores inside a flag are the same.
         aliases: short flags and what they stand for.
-        open_groups: groups below which any key is let through, to be checked by whom it is for.
+        open_groups: groups below which any key is let through; the code that takes it checks it.
         defaults: include the values of flags that were not given.
 
     Raises:

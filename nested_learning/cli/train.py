@@ -1,4 +1,4 @@
-"""`nested-learning train`."""
+"""The command `nested-learning train`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
     except TrainingDiverged as error:
         say(f"error: {error}")
         return 1
-    PartialState().destroy_process_group()  # of torchrun; nothing to do for a single process
+    PartialState().destroy_process_group()  # the group that torchrun made; a single process has none
     if outcome.signal is not None:
         return _interrupted(outcome)
     if outcome.result is not None:  # only the first of several processes has it

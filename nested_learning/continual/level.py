@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from nested_learning.continual.rules import resolve_rule
-from nested_learning.optimizers.base import COUNT, NON_NEGATIVE, POSITIVE, Bound
+from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE, POSITIVE, Bound
 from nested_learning.optimizers.memory_forms import GradientMemory
 
 SHARE = Bound(high=1.0)

@@ -56,14 +56,13 @@ def quintic(
     if tall:  # the Gram matrix of the short side is the smaller one
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    batch = X.shape[:-2]
+    X = X.flatten(0, -3) if batch else X
+    fused = torch.baddbmm if batch else torch.addmm  # beta · first + alpha · second @ third
     for _ in range(steps):
         A = X @ X.mT
-        if X.ndim == 2:
-            X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-        else:
-            A, X = A.flatten(0, -3), X.flatten(0, -3)
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-            X = X.unflatten(0, G.shape[:-2])
+        X = fused(X, fused(A, A, A, beta=b, alpha=c), X, beta=a)  # X ← aX + (bA + cA²)X
+    X = X.unflatten(0, batch) if batch else X
     return X.mT if tall else X
 
 
@@ -91,6 +90,6 @@ def cubic(G: Tensor, steps: int = 50, step_size: float = 0.1, eps: float = DEFAU
     target = target / target.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     O = target  # noqa: E741
     for _ in range(steps):
-        # O(OᵀO − I) = (OOᵀ)O − O, with the Gram matrix of the short side
+        # eq 44 with O(OᵀO − I) = (OOᵀ)O − O, so that the Gram matrix is the one of the short side
         O = (1 + step_size) * O + step_size * target - 2 * step_size * (O @ O.mT) @ O  # noqa: E741
     return O.mT if tall else O

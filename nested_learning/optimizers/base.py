@@ -1,62 +1,30 @@
-"""What every optimizer here shares: groups, checks, closures, skipped steps, checkpoints.
+"""The base of every optimizer here: groups, checks, closures, skipped steps, checkpoints.
 
-A subclass states its hyperparameters (`defaults` and the `bounds` of each) and one method,
-`_directions`, that turns a group's gradients into directions u; the base applies
+A subclass names its `options`, the hyperparameters of a group with the check of each, hands over the
+arguments of its constructor, and has one method, `_directions`, that turns the gradients of a group into
+directions u. The base applies
 
     W ← (1 − lr · weight_decay) W − lr · u.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
+from nested_learning.optimizers.checks import FLAG, NON_NEGATIVE, Check
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
 
-# what torch, its schedulers and users keep in a group besides hyperparameters
+# keys that torch, its schedulers and users keep in a group besides hyperparameters
 FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "swa_lr"}
-
-
-class Bound(NamedTuple):
-    """Accepted range of a number: low ≤ x ≤ high, without the end that is `open`."""
-
-    low: float = 0.0
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-    integer: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        kind = "whole number" if self.integer else "number"
-        sign = ">" if self.open_low else ">="
-        upto = "" if self.high == math.inf else f" and {'<' if self.open_high else '<='} {self.high:g}"
-        expected = f"a finite {kind} {sign} {self.low:g}{upto}"
-        right_type = not isinstance(value, bool) and isinstance(value, int if self.integer else (int, float))
-        if (
-            not right_type
-            or not math.isfinite(value)
-            or not self.low <= value <= self.high
-            or (self.open_low and value == self.low)
-            or (self.open_high and value == self.high)
-        ):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-NON_NEGATIVE = Bound()
-POSITIVE = Bound(open_low=True)
-FRACTION = Bound(high=1.0)
-DECAY = Bound(high=1.0, open_high=True)
-COUNT = Bound(low=1, integer=True)
-COMMON_BOUNDS = {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE}
 
 
 def work_dtype(p: Tensor) -> torch.dtype:
@@ -67,6 +35,14 @@ def work_dtype(p: Tensor) -> torch.dtype:
 def as_matrix(t: Tensor) -> Tensor:
     """The (out, in) view that the matrix rules use: (n,) is one row (1, n); (out, a, b, …) is flattened."""
     return t.reshape(1, -1) if t.ndim < 2 else t.flatten(1)
+
+
+def entry(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
+    """The tensor `name` of a parameter's state; it starts as zeros like `like`."""
+    if name not in state:
+        state[name] = torch.zeros_like(like)
+    tensor: Tensor = state[name]
+    return tensor
 
 
 def root_mean_square(g: Tensor) -> Tensor:
@@ -101,25 +77,24 @@ class BaseOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer.
-        defaults: hyperparameters of a group that does not name them.
-        error_if_nonfinite: raise FloatingPointError when a gradient has a NaN or infinite element. By
-            default such a step changes nothing, neither weights nor state, and `skipped_steps` counts it.
+        arguments: `locals()` of the subclass's constructor. The arguments that `options` names are the
+            defaults of a group that does not name them, checked. With `error_if_nonfinite` a gradient that
+            has a NaN or infinite element raises FloatingPointError; without it such a step changes neither
+            weights nor state, and `skipped_steps` counts it.
 
     Raises:
         ValueError: a hyperparameter is out of its range, a group has an unknown key, a parameter is
             complex or integer, a gradient is sparse or complex, or a state_dict does not fit.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
-    flags: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[dict[str, Check]] = {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "maximize": FLAG}
     parameter_shaped: ClassVar[tuple[str, ...]] = ()  # state entries that have their parameter's shape
 
-    def __init__(self, params: Params, defaults: dict[str, Any], error_if_nonfinite: bool = False) -> None:
-        self.error_if_nonfinite = error_if_nonfinite
-        self._options = tuple(defaults)  # torch adds keys of its own to `defaults` after a load
+    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
+        self.error_if_nonfinite: bool = arguments["error_if_nonfinite"]
         self.skipped_steps = 0
-        super().__init__(params, defaults)
+        named = [name for name in arguments if name in self.options]
+        super().__init__(params, {name: self.options[name].check(name, arguments[name]) for name in named})
 
     # -- groups
 
@@ -127,9 +102,9 @@ class BaseOptimizer(Optimizer):
         """Add parameters, with hyperparameters of their own or the optimizer's defaults."""
         if isinstance(param_group, dict):
             for key in param_group:
-                if key not in self._options and key not in FOREIGN_KEYS:
-                    raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self._options)
-            self._check_hyperparameters({**self.defaults, **param_group})
+                if key not in self.options and key not in FOREIGN_KEYS:
+                    raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self.options)
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -139,17 +114,10 @@ class BaseOptimizer(Optimizer):
                     f"shape {tuple(p.shape)}. Store a complex parameter as its real and imaginary parts."
                 )
 
-    def _check_hyperparameters(self, group: Group) -> None:
-        for name, bound in {**COMMON_BOUNDS, **self.bounds}.items():
-            values = group[name] if isinstance(group[name], (tuple, list)) else [group[name]]
-            for value in values:
-                bound.check(name, value)
-        for name, accepted in self.choices.items():
-            if group[name] not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {group[name]!r}")
-        for name in ("maximize", *self.flags):
-            if not isinstance(group[name], bool):
-                raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+    def _check_group(self, group: Group) -> None:
+        """Check every option of a group; a subclass adds the checks of options against each other."""
+        for name, option in self.options.items():
+            option.check(name, group[name])
 
     # -- the step
 
@@ -165,11 +133,15 @@ class BaseOptimizer(Optimizer):
         return loss
 
     def _apply(self) -> None:
+        """Move the parameters of every group, for gradients that are usable."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            if params:
-                directions = self._directions(group, params, self._gradients(group, params))
-                self._move(group, params, directions)
+            if not params:
+                continue
+            grads = [p.grad.to(work_dtype(p)) for p in params if p.grad is not None]
+            if group["maximize"]:
+                grads = list(torch._foreach_neg(grads))
+            self._move(group, params, self._directions(group, params, grads))
 
     def _gradients_are_usable(self) -> bool:
         """Refuse sparse and complex gradients; count, or raise for, non-finite ones."""
@@ -203,10 +175,6 @@ class BaseOptimizer(Optimizer):
             f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
             "changed. Lower the learning rate, clip the gradients, or pass error_if_nonfinite=False to skip."
         )
-
-    def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
-        grads = [p.grad.to(work_dtype(p)) for p in params if p.grad is not None]
-        return list(torch._foreach_neg(grads)) if group["maximize"] else grads
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """The directions u, in the parameters' shapes; updates `self.state`, leaves `grads` alone."""
@@ -261,7 +229,7 @@ class BaseOptimizer(Optimizer):
             raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
         name = state_dict.get("optimizer", {}).get("name", mine)
         groups = state_dict["param_groups"]
-        lacking = sorted({key for group in groups for key in self._options if key not in group})
+        lacking = sorted({key for group in groups for key in self.options if key not in group})
         if name != mine or lacking:
             why = f"its groups lack {', '.join(lacking)}" if name == mine else f"it was saved by {name}"
             raise ValueError(

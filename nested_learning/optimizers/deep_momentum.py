@@ -10,22 +10,16 @@ from torch import Tensor, nn
 
 from nested_learning.optimizers import row_memory
 from nested_learning.optimizers.base import (
-    COUNT,
-    FRACTION,
-    NON_NEGATIVE,
     BaseOptimizer,
-    Bound,
     Group,
     Params,
     as_matrix,
     root_mean_square,
     work_dtype,
 )
-from nested_learning.optimizers.row_memory import Objective, Weights
+from nested_learning.optimizers.checks import FLAG, FRACTION, NON_NEGATIVE, Bound, Check, Choice
 
-
-def _factors(group: Group) -> int:
-    return 1 if group["rank"] is None else 2
+OPTIONAL_COUNT = Bound(low=1, integer=True, optional=True)
 
 
 class DeepMomentumGD(BaseOptimizer):
@@ -57,7 +51,7 @@ class DeepMomentumGD(BaseOptimizer):
     Args:
         params: parameters or groups.
         lr: learning rate.
-        memory_lr: of the internal objective.
+        memory_lr: learning rate of the internal objective.
         momentum: α.
         objective: "dot", "l2" or "surrogate".
         value: P as a function of a gradient matrix (out, in), for all groups; g itself by default.
@@ -66,22 +60,26 @@ class DeepMomentumGD(BaseOptimizer):
         rank: each of f's layers as a product of two of this rank, where that is smaller; full by default.
         shared_memory: one memory per matrix shape in a group. False: one per parameter.
         recompute: keep no activations of f for its gradient but compute them again: slower, less memory.
-        meta_lr: of `meta_step`.
-        seed: of θ₀. The same everywhere, so that replicas of a model stay equal.
+        meta_lr: learning rate of `meta_step`.
+        seed: seed of θ₀, the same in all processes, so that replicas of a model stay equal.
         weight_decay: decoupled, times lr.
         maximize: ascend instead of descend.
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {
+    options: ClassVar[dict[str, Check]] = {
+        **BaseOptimizer.options,
         "memory_lr": NON_NEGATIVE,
-        "meta_lr": NON_NEGATIVE,
         "momentum": FRACTION,
+        "objective": Choice(tuple(row_memory.OBJECTIVES)),
         "depth": Bound(low=2, integer=True),
+        "hidden_size": OPTIONAL_COUNT,
+        "rank": OPTIONAL_COUNT,
+        "shared_memory": FLAG,
+        "recompute": FLAG,
+        "meta_lr": NON_NEGATIVE,
         "seed": Bound(integer=True),
     }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"objective": tuple(row_memory.OBJECTIVES)}
-    flags = ("shared_memory", "recompute")
 
     def __init__(
         self,
@@ -105,30 +103,9 @@ class DeepMomentumGD(BaseOptimizer):
         self.value = value
         self._create_graph = False
         self._internal_losses: dict[int, list[Tensor]] = {}
-        self._leaves: list[tuple[Group, dict[str, Any], Weights]] | None = None
+        self._leaves: list[tuple[Group, dict[str, Any], list[Tensor]]] | None = None
         self._updated: dict[Tensor, Tensor] = {}
-        defaults = {
-            "lr": lr,
-            "memory_lr": memory_lr,
-            "momentum": momentum,
-            "objective": objective,
-            "depth": depth,
-            "hidden_size": hidden_size,
-            "rank": rank,
-            "shared_memory": shared_memory,
-            "recompute": recompute,
-            "meta_lr": meta_lr,
-            "seed": seed,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, error_if_nonfinite)
-
-    def _check_hyperparameters(self, group: Group) -> None:
-        super()._check_hyperparameters(group)
-        for name in ("hidden_size", "rank"):
-            if group[name] is not None:
-                COUNT.check(name, group[name])
+        super().__init__(params, locals())
 
     # -- the step
 
@@ -191,46 +168,45 @@ class DeepMomentumGD(BaseOptimizer):
         """Train the memory of `owner` on the rows of all matrices, then read each: (m(u) each, L⁽²⁾)."""
         state = self.state[owner]
         if not state:
-            shape = as_matrix(owner).shape
-            state["initial"] = row_memory.init(
-                shape, group["depth"], group["hidden_size"], group["rank"], matrices[0], group["seed"]
-            )
+            shape, sizes = as_matrix(owner).shape, (group["depth"], group["hidden_size"], group["rank"])
+            state["initial"] = row_memory.init(shape, *sizes, like=matrices[0], seed=group["seed"])
             state["weights"] = [w.clone() for w in state["initial"]]
         tiny = torch.finfo(matrices[0].dtype).tiny
         scales = [root_mean_square(g).clamp(min=tiny) for g in matrices]
-        rows = torch.cat([g / s for g, s in zip(matrices, scales, strict=True)])
-        values = rows if self.value is None else torch.cat(self._values(matrices, scales))
+        rows = torch.cat([g / s for g, s in zip(matrices, scales, strict=True)])  # û = u/s
+        values = rows
+        if self.value is not None:
+            values = torch.cat([self._value_of(g) / s for g, s in zip(matrices, scales, strict=True)])
         with torch.enable_grad():
             weights, loss, mean_row = self._train_memory(group, state, rows, values)
-        output = row_memory.read(weights, rows, _factors(group), group["recompute"])
+        answer = row_memory.read(weights, rows, group["depth"], group["recompute"])
         state["weights"] = [w.detach() for w in weights]
         if group["objective"] == "surrogate":
             state["previous"] = mean_row.detach()
-        parts = output.split([len(g) for g in matrices])
-        return [s * part for s, part in zip(scales, parts, strict=True)], loss
+        parts = answer.split([len(g) for g in matrices])
+        return [s * part for s, part in zip(scales, parts, strict=True)], loss  # eq 50: m(u) = s m̂(û)
 
-    def _values(self, matrices: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+    def _value_of(self, g: Tensor) -> Tensor:
         assert self.value is not None
-        values = [self.value(g) for g in matrices]
-        for value, g in zip(values, matrices, strict=True):
-            if value.shape != g.shape:
-                raise ValueError(
-                    f"value must return a matrix of the gradient's shape {tuple(g.shape)}, "
-                    f"got {tuple(value.shape)}"
-                )
-        return [value / s for value, s in zip(values, scales, strict=True)]
+        value = self.value(g)
+        if value.shape != g.shape:
+            raise ValueError(
+                f"value must return a matrix of the gradient's shape {tuple(g.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        return value
 
     def _train_memory(
         self, group: Group, state: dict[str, Any], rows: Tensor, values: Tensor
-    ) -> tuple[Weights, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """θ after one step of the internal objective, the objective before it, and m̂'s mean row."""
         leaves = [w.detach().clone().requires_grad_() for w in state["weights"]]
-        answer = row_memory.read(leaves, rows, _factors(group), group["recompute"])
-        objective: Objective = row_memory.OBJECTIVES[group["objective"]]
-        loss = objective(answer, values, state.get("previous"))
+        answer = row_memory.read(leaves, rows, group["depth"], group["recompute"])
+        loss = row_memory.OBJECTIVES[group["objective"]](answer, values, state.get("previous"))
         gradients = torch.autograd.grad(
             loss, leaves, create_graph=self._create_graph, allow_unused=True, materialize_grads=True
         )
+        # θ₀ + α(θ − θ₀) as θ − (1 − α)(θ − θ₀), so that a θ that stands at θ₀ stays there exactly
         forgotten = 1 - group["momentum"]
         weights = [
             leaf - forgotten * (w - w0) - group["memory_lr"] * d
@@ -286,7 +262,7 @@ class DeepMomentumGD(BaseOptimizer):
             torch._foreach_sub_(state["weights"], moves)
             torch._foreach_sub_(state["initial"], moves)
 
-    def _need_graph(self) -> list[tuple[Group, dict[str, Any], Weights]]:
+    def _need_graph(self) -> list[tuple[Group, dict[str, Any], list[Tensor]]]:
         if self._leaves is None:
             raise ValueError("the memories' graph is not there: call step(create_graph=True) just before")
         return self._leaves

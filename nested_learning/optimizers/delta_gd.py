@@ -1,4 +1,4 @@
-"""Delta gradient descent as an optimizer of linear layers, eq 57: forget what W answers, then write."""
+"""Delta gradient descent as an optimizer of linear layers, eq 57: forget the answer of W, then write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.base import NON_NEGATIVE, BaseOptimizer, Bound, Group, Params, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, work_dtype
+from nested_learning.optimizers.checks import NON_NEGATIVE, Check
 from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -32,7 +33,7 @@ class DeltaGD(BaseOptimizer):
     Inputs are collected by hooks, when a layer's gradient is computed: evaluation, and forwards without
     backward, leave no trace; gradients that are accumulated over several backwards are averaged with all
     their inputs; autocast and GradScaler need nothing special. Under torch.distributed the inputs of all
-    processes count. `zero_grad` and `step` drop what was collected.
+    processes count. `zero_grad` and `step` drop the collected inputs.
 
         with DeltaGD(model.parameters(), lr=0.1).attach(model) as optimizer:
             ...  # any training loop; the hooks are gone afterwards, as after optimizer.detach()
@@ -41,19 +42,19 @@ class DeltaGD(BaseOptimizer):
     forward was not called, as those of nn.MultiheadAttention) are trained by `inner` at
     lr · inner_lr_scale. A convolution's W is (out, in·kernel), its x a patch.
     State: none for W between steps, (in·kernel)² elements per layer from backward to step, in float32 or
-    float64; for other parameters that of `inner`. A step costs (in·kernel)³/3 multiplications per layer.
+    float64; for other parameters the state of `inner`. A step costs (in·kernel)³/3 multiplications per layer.
 
     Args:
         params: parameters or groups.
         lr: learning rate; any is stable for the quadratic part ½E‖Wx‖².
         inner: "adam", "gd", "momentum" or "adagrad" (see `memory_forms`), for all other parameters.
-        inner_lr_scale: its learning rate as a multiple of lr.
+        inner_lr_scale: the learning rate of `inner` as a multiple of lr.
         weight_decay: decoupled, times lr.
         maximize: ascend L instead of descend; the forgetting stays.
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {"inner_lr_scale": NON_NEGATIVE}
+    options: ClassVar[dict[str, Check]] = {**BaseOptimizer.options, "inner_lr_scale": NON_NEGATIVE}
 
     def __init__(
         self,
@@ -71,20 +72,14 @@ class DeltaGD(BaseOptimizer):
         self._hooks: dict[nn.Module, RemovableHandle] = {}
         self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
         self._trained: set[Tensor] = set()
-        defaults = {
-            "lr": lr,
-            "inner_lr_scale": inner_lr_scale,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, error_if_nonfinite)
+        super().__init__(params, locals())
 
     @property
     def _name(self) -> str:
         return f"DeltaGD({self._inner_name!r})"
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters; those of layers that are attached already are trained by DGD from now on."""
+        """Add parameters; the weights of layers that are attached already are trained by DGD from here on."""
         super().add_param_group(param_group)
         self._trained.update(self.param_groups[-1]["params"])
 
@@ -109,7 +104,7 @@ class DeltaGD(BaseOptimizer):
         return self
 
     def detach(self) -> None:
-        """Remove the hooks and drop what they collected."""
+        """Remove the hooks and drop the inputs that they collected."""
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -164,7 +159,7 @@ class DeltaGD(BaseOptimizer):
         return directions
 
     def _mean_moment(self, p: Tensor) -> Tensor:
-        """S, over all processes; forgets it."""
+        """S = E[x xᵀ] over the inputs of all processes; drops the sum it comes from."""
         total, count = self._moments.pop(p)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             counts = torch.full((), count, dtype=torch.float64, device=total.device)
@@ -175,12 +170,12 @@ class DeltaGD(BaseOptimizer):
 
 
 def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: float) -> Tensor:
-    """(G + W S)(I + lr·S)⁻¹, in g's shape."""
+    """The direction u of eq 57 in its implicit form, with W − lr·u = (W − lr·G)(I + lr·S)⁻¹, in g's shape."""
     W, G = p.detach().to(g.dtype).flatten(1), g.flatten(1)
     A = S * lr
     A.diagonal().add_(1)
     L = torch.linalg.cholesky_ex(A).L  # A ≥ I: it cannot fail, so the check's synchronisation is saved
-    return torch.cholesky_solve((G + W @ S).mT, L).mT.reshape(g.shape)
+    return torch.cholesky_solve((G + W @ S).mT, L).mT.reshape(g.shape)  # eq 57: (G + W S)(I + lr·S)⁻¹
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -188,7 +183,7 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         layer: nn.Linear, nn.Conv1d or nn.Conv2d with groups=1.
-        x: its input: [..., in], or [B, channels, length] or [B, channels, height, width], B optional.
+        x: the layer's input: [..., in], or [B, channels, length] or [B, channels, height, width], B optional.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nested_learning.ops import newton_schulz
-from nested_learning.optimizers.base import (
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, entry
+from nested_learning.optimizers.checks import (
     COUNT,
     DECAY,
+    FLAG,
     NON_NEGATIVE,
     POSITIVE,
-    BaseOptimizer,
+    THREE_DECAYS,
+    TWO_DECAYS,
     Bound,
-    Group,
-    Params,
+    Check,
+    Choice,
 )
 from nested_learning.optimizers.memory_forms import AdamMemory, memory_direction
 
@@ -54,7 +58,7 @@ def orthogonalise(matrices: list[Tensor], iteration: str, steps: int, dtype: str
 
 
 def shape_factor(rule: str, shape: torch.Size) -> float:
-    """What the step of a matrix is multiplied by, as `adjust_lr_fn` of torch.optim.Muon."""
+    """The factor of a matrix's step, as `adjust_lr_fn` of torch.optim.Muon computes it."""
     rows, cols = shape
     if rule == "original":
         return math.sqrt(max(1.0, rows / cols))
@@ -62,20 +66,20 @@ def shape_factor(rule: str, shape: torch.Size) -> float:
 
 
 class _MatrixRule(BaseOptimizer):
-    """Splits a group into its matrices and the rest, which AdamW trains."""
+    """A group split into its matrices, which a subclass trains, and the rest, which AdamW trains."""
 
-    bounds: ClassVar[dict[str, Bound]] = {
+    options: ClassVar[dict[str, Check]] = {
+        **BaseOptimizer.options,
         "ns_steps": Bound(low=1, high=1000, integer=True),
+        "ns_dtype": Choice(("auto", *DTYPES)),
         "ns_eps": POSITIVE,
+        "adjust_lr": Choice(("original", "match_rms_adamw", "none")),
+        "nesterov": FLAG,
+        "adamw_only": FLAG,
         "adamw_lr_scale": NON_NEGATIVE,
-        "adamw_betas": DECAY,
+        "adamw_betas": TWO_DECAYS,
         "adamw_eps": NON_NEGATIVE,
     }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "ns_dtype": ("auto", *DTYPES),
-        "adjust_lr": ("original", "match_rms_adamw", "none"),
-    }
-    flags: ClassVar[tuple[str, ...]] = ("adamw_only",)
     parameter_shaped = ("momentum", "mean", "square", "slow", "slow_direction")
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -94,7 +98,12 @@ class _MatrixRule(BaseOptimizer):
         return directions
 
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """The directions of the matrices, before the factor by shape; updates `self.state`."""
         raise NotImplementedError
+
+    def _orthogonalise(self, group: Group, matrices: list[Tensor]) -> list[Tensor]:
+        iteration = group.get("iteration", "quintic")
+        return orthogonalise(matrices, iteration, group["ns_steps"], group["ns_dtype"], group["ns_eps"])
 
 
 class OrthogonalMomentum(_MatrixRule):
@@ -119,18 +128,18 @@ class OrthogonalMomentum(_MatrixRule):
         ns_eps: smallest norm that is divided by.
         adjust_lr: "original" √max(1, rows/cols), "match_rms_adamw" 0.2√max(rows, cols), or "none".
         adamw_only: train this group by AdamW.
-        adamw_lr_scale, adamw_betas, adamw_eps: of AdamW.
+        adamw_lr_scale: AdamW's learning rate as a multiple of lr.
+        adamw_betas, adamw_eps: β₁, β₂ and ε of AdamW.
         weight_decay: decoupled, times lr, for all parameters.
         maximize: ascend instead of descend.
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {**_MatrixRule.bounds, "momentum": DECAY}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        **_MatrixRule.choices,
-        "iteration": ("quintic", "cubic"),
+    options: ClassVar[dict[str, Check]] = {
+        **_MatrixRule.options,
+        "momentum": DECAY,
+        "iteration": Choice(("quintic", "cubic")),
     }
-    flags: ClassVar[tuple[str, ...]] = ("adamw_only", "nesterov")
 
     def __init__(
         self,
@@ -151,37 +160,14 @@ class OrthogonalMomentum(_MatrixRule):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "iteration": iteration,
-            "ns_steps": ns_steps,
-            "ns_dtype": ns_dtype,
-            "ns_eps": ns_eps,
-            "adjust_lr": adjust_lr,
-            "adamw_only": adamw_only,
-            "adamw_lr_scale": adamw_lr_scale,
-            "adamw_betas": tuple(adamw_betas),
-            "adamw_eps": adamw_eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, error_if_nonfinite)
+        super().__init__(params, locals())
 
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        momenta = [_entry(self.state[p], "momentum", g) for p, g in zip(params, grads, strict=True)]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        read = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-        return orthogonalise(
-            list(read), group["iteration"], group["ns_steps"], group["ns_dtype"], group["ns_eps"]
-        )
-
-
-def _entry(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    if name not in state:
-        state[name] = torch.zeros_like(like)
-    return state[name]
+        mu = group["momentum"]
+        momenta = [entry(self.state[p], "momentum", g) for p, g in zip(params, grads, strict=True)]
+        torch._foreach_lerp_(momenta, grads, 1 - mu)  # m ← μ m + (1 − μ) g
+        read = torch._foreach_lerp(grads, momenta, mu) if group["nesterov"] else momenta
+        return self._orthogonalise(group, list(read))  # eq 52: u = σ(m)
 
 
 class M3(_MatrixRule):
@@ -220,14 +206,14 @@ class M3(_MatrixRule):
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {
-        **_MatrixRule.bounds,
-        "betas": DECAY,
+    options: ClassVar[dict[str, Check]] = {
+        **_MatrixRule.options,
+        "betas": THREE_DECAYS,
         "alpha": NON_NEGATIVE,
         "eps": POSITIVE,
         "frequency": COUNT,
+        "paper_exact": FLAG,
     }
-    flags: ClassVar[tuple[str, ...]] = ("adamw_only", "paper_exact", "nesterov")
 
     def __init__(
         self,
@@ -251,31 +237,12 @@ class M3(_MatrixRule):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "alpha": alpha,
-            "eps": eps,
-            "frequency": frequency,
-            "ns_steps": ns_steps,
-            "paper_exact": paper_exact,
-            "nesterov": not paper_exact if nesterov is None else nesterov,
-            "ns_dtype": ns_dtype,
-            "ns_eps": ns_eps,
-            "adjust_lr": adjust_lr or ("none" if paper_exact else "original"),
-            "adamw_only": adamw_only,
-            "adamw_lr_scale": adamw_lr_scale,
-            "adamw_betas": tuple(adamw_betas),
-            "adamw_eps": adamw_eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, error_if_nonfinite)
+        nesterov = not paper_exact if nesterov is None else nesterov
+        adjust_lr = adjust_lr or ("none" if paper_exact else "original")
+        super().__init__(params, locals())
 
-    def _check_hyperparameters(self, group: Group) -> None:
-        super()._check_hyperparameters(group)
-        if len(group["betas"]) != 3:
-            raise ValueError(f"betas must be three numbers (β1, β2, β3), got {group['betas']!r}")
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
         if group["paper_exact"] and group["nesterov"]:
             raise ValueError(
                 "nesterov=True goes with averages; Algorithm 1 (paper_exact=True) has none. Set "
@@ -283,53 +250,60 @@ class M3(_MatrixRule):
             )
 
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Algorithm 1 as printed, or the same with averages; the bias corrections belong to the averages."""
         beta1, beta2, _ = group["betas"]
+        exact = group["paper_exact"]
         states = [self.state[p] for p in params]
-        self._advance_slow(group, states, grads)
-        pairs = list(zip(states, grads, strict=True))
-        fast = [_entry(state, "momentum", g) for state, g in pairs]
-        square = [_entry(state, "square", g) for state, g in pairs]
-        slow = [state["slow_direction"] for state in states]
-        if group["paper_exact"]:
-            torch._foreach_add_(fast, grads, alpha=beta1)
-            torch._foreach_addcmul_(square, grads, grads, value=beta2)
+        slow = self._slow_directions(group, states, grads)
+        fast = [entry(state, "momentum", g) for state, g in zip(states, grads, strict=True)]
+        square = [entry(state, "square", g) for state, g in zip(states, grads, strict=True)]
+        if exact:
+            torch._foreach_add_(fast, grads, alpha=beta1)  # M₁ ← M₁ + β₁ g
+            torch._foreach_addcmul_(square, grads, grads, value=beta2)  # V ← V + β₂ g²
         else:
-            torch._foreach_lerp_(fast, grads, 1 - beta1)
+            torch._foreach_lerp_(fast, grads, 1 - beta1)  # M₁ ← β₁ M₁ + (1 − β₁) g
             torch._foreach_mul_(square, beta2)
-            torch._foreach_addcmul_(square, grads, grads, value=1 - beta2)
+            torch._foreach_addcmul_(square, grads, grads, value=1 - beta2)  # V ← β₂ V + (1 − β₂) g²
         read = list(torch._foreach_lerp(grads, fast, beta1)) if group["nesterov"] else fast
         directions = self._orthogonalise(group, read)
-        torch._foreach_add_(directions, slow, alpha=group["alpha"])
+        torch._foreach_add_(directions, slow, alpha=group["alpha"])  # NS(M₁) + α O₂
         denominators = torch._foreach_sqrt(square)
-        if not group["paper_exact"]:
-            correction = [math.sqrt(1 - beta2 ** state["step"]) for state in states]
-            torch._foreach_div_(denominators, correction)
-        torch._foreach_add_(denominators, group["eps"])
-        if group["paper_exact"]:
-            torch._foreach_div_(directions, denominators)
-            return directions
-        before = torch._foreach_norm(directions)
+        if not exact:
+            torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
+        torch._foreach_add_(denominators, group["eps"])  # √V + ε
+        norms: Sequence[Tensor] = [] if exact else torch._foreach_norm(directions)
         torch._foreach_div_(directions, denominators)
-        after = torch._foreach_norm(directions)
-        tiny = torch.finfo(directions[0].dtype).tiny
-        torch._foreach_mul_(directions, [b / a.clamp(min=tiny) for b, a in zip(before, after, strict=True)])
+        if not exact:
+            _bring_to_norms(directions, norms)
         return directions
 
-    def _advance_slow(self, group: Group, states: list[dict[str, Any]], grads: list[Tensor]) -> None:
-        """At a block's end read M₂; then add this step's gradient to it. Counts the step."""
+    def _slow_directions(
+        self, group: Group, states: list[dict[str, Any]], grads: list[Tensor]
+    ) -> list[Tensor]:
+        """O₂ = NS(M₂) of each matrix, read anew at a block's end; then M₂ takes the gradient.
+
+        Algorithm 1 adds the gradients of a block to M₂ at the block's end. Adding each as it comes gives the
+        same M₂ there and needs no second sum. Counts the step.
+        """
         beta3, exact = group["betas"][2], group["paper_exact"]
         for state, g in zip(states, grads, strict=True):
             state.setdefault("step", 0)
-            _entry(state, "slow", g)
-            _entry(state, "slow_direction", g)
+            entry(state, "slow", g)
+            entry(state, "slow_direction", g)
         due = [s for s in states if s["step"] > 0 and s["step"] % group["frequency"] == 0]
         for state, direction in zip(due, self._orthogonalise(group, [s["slow"] for s in due]), strict=True):
             state["slow_direction"] = direction
             if not exact:
                 state["slow"].mul_(beta3)
+        # over a block M₂ ← M₂ + β₃ Σ g, or M₂ ← β₃ M₂ + (1 − β₃) Σ g
         torch._foreach_add_([s["slow"] for s in states], grads, alpha=beta3 if exact else 1 - beta3)
         for state in states:
             state["step"] += 1
+        return [state["slow_direction"] for state in states]
 
-    def _orthogonalise(self, group: Group, matrices: list[Tensor]) -> list[Tensor]:
-        return orthogonalise(matrices, "quintic", group["ns_steps"], group["ns_dtype"], group["ns_eps"])
+
+def _bring_to_norms(matrices: list[Tensor], norms: Sequence[Tensor]) -> None:
+    """Scale each matrix, in place, to its Frobenius norm in `norms`; a zero matrix stays zero."""
+    tiny = torch.finfo(matrices[0].dtype).tiny
+    found = torch._foreach_norm(matrices)
+    torch._foreach_mul_(matrices, [norm / n.clamp(min=tiny) for norm, n in zip(norms, found, strict=True)])

@@ -6,7 +6,7 @@ that was written: an optimizer's step can be an inner step of something larger.
 
 Equation numbers are those of "Nested Learning" (arXiv 2512.24695). Its sums (eq 101-111) have neither
 averages nor bias correction; `adam_optimum` and `adagrad_optimum` are those closed forms. The memories
-below are what torch.optim computes, which replaces the sums by averages and corrects them.
+below compute the same as torch.optim, which replaces the sums by averages and corrects them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nested_learning.optimizers.base import DECAY, FRACTION, NON_NEGATIVE, BaseOptimizer, Group, Params
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params
+from nested_learning.optimizers.checks import FRACTION, NON_NEGATIVE, TWO_DECAYS
 
 
 class GradientMemory(Protocol):
-    """What `MemoryOptimizer` and the optimizers' fallbacks ask of a memory form."""
+    """A memory of gradients: three pure functions on the state of one tensor."""
 
     def init(self, like: Tensor) -> Any:
         """The empty state for a parameter like `like`: a NamedTuple of tensors of its dtype and device."""
@@ -47,7 +48,7 @@ class GDMemory:
         return GDState(torch.zeros_like(like))
 
     def update(self, state: GDState, grad: Tensor) -> GDState:
-        return GDState(grad)
+        return GDState(grad)  # eq 1: nothing of earlier gradients is kept
 
     def read(self, state: GDState) -> Tensor:
         return state.grad
@@ -73,7 +74,7 @@ class MomentumMemory:
         return MomentumState(torch.zeros_like(like))
 
     def update(self, state: MomentumState, grad: Tensor) -> MomentumState:
-        return MomentumState(self.momentum * state.momentum + grad)
+        return MomentumState(self.momentum * state.momentum + grad)  # eq 33: m ← α m + g
 
     def read(self, state: MomentumState) -> Tensor:
         return state.momentum
@@ -97,8 +98,7 @@ class AdamMemory:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        for beta in self.betas:
-            DECAY.check("betas", beta)
+        TWO_DECAYS.check("betas", self.betas)
         NON_NEGATIVE.check("eps", self.eps)
 
     def init(self, like: Tensor) -> AdamState:
@@ -114,7 +114,7 @@ class AdamMemory:
             average / _one_minus_power(beta, state.step)
             for average, beta in zip((state.mean, state.square), self.betas, strict=True)
         )
-        return mean / (_sqrt(square) + self.eps)
+        return mean / (_sqrt(square) + self.eps)  # eq 105: u = m̂/(√v̂ + ε)
 
 
 def _one_minus_power(beta: float, step: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class AdaGradMemory:
         return AdaGradState(torch.zeros_like(like), torch.full_like(like, self.initial))
 
     def update(self, state: AdaGradState, grad: Tensor) -> AdaGradState:
-        return AdaGradState(grad, state.total + grad * grad)
+        return AdaGradState(grad, state.total + grad * grad)  # eq 106-111: H ← H + g²
 
     def read(self, state: AdaGradState) -> Tensor:
         return state.grad / (_sqrt(state.total) + self.eps)
@@ -188,7 +188,7 @@ def adagrad_optimum(grads: Tensor, ridge: float = 0.0) -> Tensor:
 class MemoryOptimizer(BaseOptimizer):
     """Any gradient memory as an optimizer: state ← update(state, g), W ← (1 − lr·wd)W − lr·read(state).
 
-    Acts element by element, on parameters of every shape. State: that of the memory.
+    Acts element by element, on parameters of every shape. State: the memory's state.
 
     Args:
         params: parameters or groups.
@@ -209,8 +209,7 @@ class MemoryOptimizer(BaseOptimizer):
         error_if_nonfinite: bool = False,
     ) -> None:
         self.memory = memory
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, error_if_nonfinite)
+        super().__init__(params, locals())
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         pairs = zip(params, grads, strict=True)

@@ -1,10 +1,11 @@
 """Momentum as an associative memory that maps gradients to what is to be done about them, eq 47-51.
 
-One recurrence in three optimizers: m ← retain(m, g) + P φ(g), W ← (1 − lr·wd) W − lr·m.
+Three optimizers, each with W ← (1 − lr·wd) W − lr·m and an m of its own, α the retention of m:
 
-- `PreconditionedMomentum` (eq 47): P, the value that the memory stores for a gradient.
-- `DeltaMomentum` (eq 49): retention by the delta rule, which takes out what m held about g.
-- `FeatureMomentum` (eq 51): φ, the key that a gradient is stored under.
+- `PreconditionedMomentum` (eq 47): m ← α m + P g; P is the value that the memory stores for a gradient.
+- `DeltaMomentum` (eq 49): m ← α m − β m gᵀg/‖g‖² + P g; the delta rule takes out the
+  value that m held for g.
+- `FeatureMomentum` (eq 51): m ← α m + P φ(g); φ gives the key that a gradient is stored under.
 
 The paper writes η into the memory (m ← … − η P g, W ← W + m). Here the learning rate stands outside, as in
 torch.optim.SGD: the recurrence is linear in m, so a constant rate gives the same weights, and a schedule
@@ -13,7 +14,6 @@ acts at once on all that m holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,42 +22,42 @@ from torch import Tensor
 
 from nested_learning.ops import newton_schulz
 from nested_learning.optimizers.base import (
-    DECAY,
-    FRACTION,
-    NON_NEGATIVE,
     BaseOptimizer,
-    Bound,
     Group,
     Params,
     as_matrix,
+    entry,
     root_mean_square,
     work_dtype,
+)
+from nested_learning.optimizers.checks import (
+    DECAY,
+    FINITE,
+    FRACTION,
+    NON_NEGATIVE,
+    Bound,
+    Check,
+    Choice,
+    Each,
 )
 
 
 class _MomentumRule(BaseOptimizer):
-    """m ← retain(m, g) + P φ(g), u = m. The public classes name its parts."""
+    """The momentum m and the preconditioner P of the public classes, which say how m moves."""
 
-    bounds: ClassVar[dict[str, Bound]] = {
+    options: ClassVar[dict[str, Check]] = {
+        **BaseOptimizer.options,
         "momentum": FRACTION,
+        "preconditioner": Choice(("identity", "diagonal", "learned")),
         "beta2": DECAY,
         "eps": NON_NEGATIVE,
         "precondition_lr": Bound(high=2.0, open_high=True),
     }
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"preconditioner": ("identity", "diagonal", "learned")}
     parameter_shaped = ("momentum", "square")
 
-    def __init__(
-        self,
-        params: Params,
-        defaults: dict[str, Any],
-        given: Mapping[Tensor, Tensor] | None,
-        error_if_nonfinite: bool,
-    ) -> None:
-        super().__init__(params, defaults, error_if_nonfinite)
-        self._keep_given(given or {})
-
-    def _keep_given(self, given: Mapping[Tensor, Tensor]) -> None:
+    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
+        super().__init__(params, arguments)
+        given: Mapping[Tensor, Tensor] = arguments["given"] or {}
         known = {p for group in self.param_groups for p in group["params"]}
         for p, P in given.items():
             out = as_matrix(p).shape[0]
@@ -69,35 +69,26 @@ class _MomentumRule(BaseOptimizer):
                 )
             self.state[p]["given"] = P.detach().to(p.device, work_dtype(p), copy=True)
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        states = [self.state[p] for p in params]
-        for state, g in zip(states, grads, strict=True):
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(g)
-        momenta = [state["momentum"] for state in states]
-        self._retain(group, momenta, grads)
-        pairs = zip(states, grads, strict=True)
-        written = [self._precondition(group, state, self._features(group, g)) for state, g in pairs]
-        torch._foreach_add_(momenta, written)
-        return momenta
+    def _momenta(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return [entry(self.state[p], "momentum", g) for p, g in zip(params, grads, strict=True)]
 
-    def _retain(self, group: Group, momenta: list[Tensor], grads: list[Tensor]) -> None:
-        torch._foreach_mul_(momenta, group["momentum"])
+    def _preconditioned(self, group: Group, params: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
+        """P k for each parameter's key k, which is g or φ(g); a preconditioner that learns does so first."""
+        return [_precondition(group, self.state[p], k) for p, k in zip(params, keys, strict=True)]
 
-    def _features(self, group: Group, g: Tensor) -> Tensor:
-        return g
 
-    def _precondition(self, group: Group, state: dict[str, Any], g: Tensor) -> Tensor:
-        if "given" in state:
-            return _given(state["given"], g)
-        if group["preconditioner"] == "diagonal":
-            return _diagonal(group["beta2"], group["eps"], state, g)
-        if group["preconditioner"] == "learned":
-            return _learned(group["precondition_lr"], state, g)
-        return g
+def _precondition(group: Group, state: dict[str, Any], g: Tensor) -> Tensor:
+    if "given" in state:
+        return _given(state["given"], g)
+    if group["preconditioner"] == "diagonal":
+        return _diagonal(group["beta2"], group["eps"], state, g)
+    if group["preconditioner"] == "learned":
+        return _learned(group["precondition_lr"], state, g)
+    return g
 
 
 def _given(P: Tensor, g: Tensor) -> Tensor:
+    """P g with a matrix P (out, out), or P ⊙ g with a P of g's shape."""
     G = as_matrix(g)
     if P.shape == (G.shape[0], G.shape[0]):
         return (P @ G).view_as(g)
@@ -105,23 +96,23 @@ def _given(P: Tensor, g: Tensor) -> Tensor:
 
 
 def _diagonal(beta2: float, eps: float, state: dict[str, Any], g: Tensor) -> Tensor:
-    if "square" not in state:
-        state["square"], state["step"] = torch.zeros_like(g), 0
-    state["square"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    state["step"] += 1
+    """P g with P = 1/(√v̂ + ε), v an average of g² and v̂ its correction for the start at zero."""
+    square = entry(state, "square", g).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    state["step"] = state.get("step", 0) + 1
     correction = 1 - beta2 ** state["step"]
-    return g / (state["square"] / correction).sqrt_().add_(eps)
+    return g / (square / correction).sqrt_().add_(eps)
 
 
 def _learned(zeta: float, state: dict[str, Any], g: Tensor) -> Tensor:
-    """One step of eq 41 with the L2 objective, then P g. Works on the orientation with fewer rows."""
+    """One step of eq 41 with the L2 objective, then P g; on gᵀ where g is tall, so that P is the smaller."""
     G = as_matrix(g)
     G = G.mT if G.shape[0] > G.shape[1] else G
     if "preconditioner" not in state:
         state["preconditioner"] = torch.eye(G.shape[0], dtype=g.dtype, device=g.device)
     P = state["preconditioner"]
     unit = _unit(G)
-    P.addmm_(P @ unit - _unit(newton_schulz.quintic(G)), unit.mT, alpha=-zeta)
+    value = _unit(newton_schulz.quintic(G))
+    P.addmm_(P @ unit - value, unit.mT, alpha=-zeta)  # eq 41: P ← P − ζ (P ĝ − V) ĝᵀ
     result = P @ G
     return (result if result.shape == as_matrix(g).shape else result.mT).reshape(g.shape)
 
@@ -177,21 +168,17 @@ class PreconditionedMomentum(_MomentumRule):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "preconditioner": preconditioner,
-            "beta2": beta2,
-            "eps": eps,
-            "precondition_lr": precondition_lr,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, given, error_if_nonfinite)
+        super().__init__(params, locals())
+
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        momenta = self._momenta(params, grads)
+        torch._foreach_mul_(momenta, group["momentum"])  # eq 47: m ← α m + P g
+        torch._foreach_add_(momenta, self._preconditioned(group, params, grads))
+        return momenta
 
 
 class DeltaMomentum(_MomentumRule):
-    """Delta momentum, eq 49: before it writes a gradient, the memory forgets what it held about it.
+    """Delta momentum, eq 49: before it writes a gradient, the memory forgets the value it held for it.
 
     For g as a matrix (out, in):
     - `scale="normalised"` (ours, the default): m ← α m − β m gᵀg/‖g‖²_F + P g. The erase has norm at most β
@@ -216,10 +203,10 @@ class DeltaMomentum(_MomentumRule):
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {**_MomentumRule.bounds, "beta": FRACTION}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        **_MomentumRule.choices,
-        "scale": ("normalised", "paper"),
+    options: ClassVar[dict[str, Check]] = {
+        **_MomentumRule.options,
+        "beta": FRACTION,
+        "scale": Choice(("normalised", "paper")),
     }
 
     def __init__(
@@ -238,24 +225,15 @@ class DeltaMomentum(_MomentumRule):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "beta": beta,
-            "scale": scale,
-            "preconditioner": preconditioner,
-            "beta2": beta2,
-            "eps": eps,
-            "precondition_lr": precondition_lr,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, given, error_if_nonfinite)
+        super().__init__(params, locals())
 
-    def _retain(self, group: Group, momenta: list[Tensor], grads: list[Tensor]) -> None:
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        momenta = self._momenta(params, grads)
         erased = [_erase(group, m, g) for m, g in zip(momenta, grads, strict=True)]
-        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_mul_(momenta, group["momentum"])  # eq 49: m ← α m − β m gᵀg/‖g‖² + P g
         torch._foreach_sub_(momenta, erased)
+        torch._foreach_add_(momenta, self._preconditioned(group, params, grads))
+        return momenta
 
 
 def _erase(group: Group, m: Tensor, g: Tensor) -> Tensor:
@@ -292,8 +270,11 @@ class FeatureMomentum(_MomentumRule):
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
-    bounds: ClassVar[dict[str, Bound]] = {**_MomentumRule.bounds, "coefficients": Bound(low=-math.inf)}
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {**_MomentumRule.choices, "scale": ("rms", "paper")}
+    options: ClassVar[dict[str, Check]] = {
+        **_MomentumRule.options,
+        "coefficients": Each(FINITE, None, "numbers (c₁, c₂, …)"),
+        "scale": Choice(("rms", "paper")),
+    }
 
     def __init__(
         self,
@@ -311,24 +292,25 @@ class FeatureMomentum(_MomentumRule):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "coefficients": tuple(coefficients),
-            "scale": scale,
-            "preconditioner": preconditioner,
-            "beta2": beta2,
-            "eps": eps,
-            "precondition_lr": precondition_lr,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, given, error_if_nonfinite)
+        super().__init__(params, locals())
 
-    def _features(self, group: Group, g: Tensor) -> Tensor:
-        if group["scale"] == "paper":
-            return sum((c * g**j for j, c in enumerate(group["coefficients"], 1)), torch.zeros_like(g))
-        r = root_mean_square(g)
-        size = g.abs() / r.clamp(min=torch.finfo(g.dtype).tiny)
-        powers = sum((c * size**j for j, c in enumerate(group["coefficients"], 1)), torch.zeros_like(g))
-        return r * g.sign() * powers
+    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        momenta = self._momenta(params, grads)
+        features = [_features(group, g) for g in grads]
+        torch._foreach_mul_(momenta, group["momentum"])  # eq 51: m ← α m + P φ(g)
+        torch._foreach_add_(momenta, self._preconditioned(group, params, features))
+        return momenta
+
+
+def _features(group: Group, g: Tensor) -> Tensor:
+    """φ(g) = Σⱼ cⱼ gʲ, or r Σⱼ cⱼ sign(g)|g/r|ʲ in units of the root mean square r."""
+    if group["scale"] == "paper":
+        return _polynomial(group["coefficients"], g)
+    r = root_mean_square(g)
+    size = g.abs() / r.clamp(min=torch.finfo(g.dtype).tiny)
+    return r * g.sign() * _polynomial(group["coefficients"], size)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Σⱼ cⱼ xʲ, j from 1."""
+    return sum((c * x**j for j, c in enumerate(coefficients, 1)), torch.zeros_like(x))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import COUNT, BaseOptimizer, Group, Params, tensor_bytes, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, tensor_bytes, work_dtype
+from nested_learning.optimizers.checks import COUNT, Check
 
 
 class MultiFrequency(BaseOptimizer):
@@ -17,8 +17,8 @@ class MultiFrequency(BaseOptimizer):
 
     A group with `period` K adds up the gradients of K calls of `step`; the K-th hands their sum or mean to
     the inner optimizer, which then steps for that group. Between, its parameters do not move and the inner
-    optimizer's state does not change. A group added later starts its own count. The inner optimizer decides
-    what happens to parameters of each shape.
+    optimizer's state does not change. A group added later starts its own count. How parameters of each
+    shape are trained is up to the inner optimizer.
 
         MultiFrequency([{"params": fast}, {"params": slow, "period": 16}],
                        inner=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
@@ -37,6 +37,7 @@ class MultiFrequency(BaseOptimizer):
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
+    options: ClassVar[dict[str, Check]] = {"period": COUNT}  # the others are the inner optimizer's
     parameter_shaped = ("accumulated",)
 
     def __init__(
@@ -52,7 +53,7 @@ class MultiFrequency(BaseOptimizer):
         self.reduction = reduction
         self._make_inner = inner
         self._inner: Optimizer | None = None
-        super().__init__(params, {"period": period}, error_if_nonfinite)
+        super().__init__(params, locals())
 
     @property
     def inner(self) -> Optimizer:
@@ -64,7 +65,7 @@ class MultiFrequency(BaseOptimizer):
         """Add parameters with their `period` and the inner optimizer's options."""
         options = dict(param_group)
         period = options.pop("period", self.defaults["period"])
-        COUNT.check("period", period)
+        self._check_group({"period": period})
         if self._inner is None:
             self._inner = self._make_inner([options])
             if not isinstance(self._inner, Optimizer):
@@ -88,7 +89,7 @@ class MultiFrequency(BaseOptimizer):
             p.grad = grad
 
     def _accumulate(self, group: Group) -> None:
-        """Add the gradients up; leave in p.grad what the inner optimizer is to see: the total, or nothing."""
+        """Eq 71: add the gradients up, and leave in p.grad the total at a period's end, before it None."""
         due = group["accumulated_steps"] == group["period"]
         scale = 1 / group["period"] if self.reduction == "mean" else 1.0
         for p in group["params"]:
@@ -101,9 +102,6 @@ class MultiFrequency(BaseOptimizer):
             if due and "accumulated" in state:
                 p.grad = (scale * state.pop("accumulated")).to(p.dtype)
 
-    def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        raise AssertionError("the inner optimizer finds the directions")
-
     # -- checkpoints
 
     @property
@@ -114,15 +112,15 @@ class MultiFrequency(BaseOptimizer):
         return super().state_bytes() + sum(tensor_bytes(s) for s in self.inner.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the inner optimizer's state_dict under "inner"."""
+        """The state_dict of any optimizer here, with the inner optimizer's own under "inner"."""
         return {**super().state_dict(), "inner": self.inner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `BaseOptimizer.load_state_dict`."""
+        """Continue from a `state_dict`, the inner optimizer too; see `BaseOptimizer.load_state_dict`."""
         if "inner" not in state_dict:
             raise ValueError(
-                f"this state_dict does not belong to {self._name}: the inner optimizer's is missing. If it "
-                "is the inner optimizer's own, load it into `.inner`."
+                f"this state_dict does not belong to {self._name}: the inner optimizer's part is missing. "
+                "If it is the inner optimizer's own, load it into `.inner`."
             )
         self._check_state_dict(state_dict)
         self.inner.load_state_dict(state_dict["inner"])

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Weights = list[Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 DEFAULT_WIDTH = 64
@@ -18,7 +17,7 @@ DEFAULT_WIDTH = 64
 
 def init(
     shape: torch.Size, depth: int, width: int | None, rank: int | None, like: Tensor, seed: int
-) -> Weights:
+) -> list[Tensor]:
     """f's matrices for gradients of `shape` (out, in), in the order in which they are applied.
 
     One matrix (p, q) per layer or, with `rank` r, two: (r, q) and (p, r), r no larger than p and q. The last
@@ -28,7 +27,7 @@ def init(
     width = width or max(1, min(DEFAULT_WIDTH, out // 8))
     sizes = [size, *[width] * (depth - 1), size]
     generator = torch.Generator().manual_seed(seed)
-    weights: Weights = []
+    weights: list[Tensor] = []
     for q, p in itertools.pairwise(sizes):
         r = None if rank is None else min(rank, p, q)
         for rows, cols in [(p, q)] if r is None else [(r, q), (p, r)]:
@@ -38,15 +37,16 @@ def init(
     return weights
 
 
-def read(weights: Weights, rows: Tensor, factors: int, recompute: bool = False) -> Tensor:
+def read(weights: list[Tensor], rows: Tensor, depth: int, recompute: bool = False) -> Tensor:
     """m̂(û) = û + f(û) for rows [N, in].
 
     Args:
-        weights: see `init`.
+        weights: the matrices of `init`.
         rows: û.
-        factors: matrices per layer, 1 or 2.
+        depth: layers of f, each of one matrix or two.
         recompute: do not keep the activations for the gradient.
     """
+    factors = len(weights) // depth
     if recompute and torch.is_grad_enabled():
         answer: Tensor = checkpoint(_residual, rows, factors, *weights, use_reentrant=False)
         return rows + answer

@@ -1,4 +1,4 @@
-"""What the Trainer does besides training: signals, step times, a quiet progress bar."""
+"""Callbacks of the Trainer: stopping on a signal, step times, a quiet progress bar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one acts as if we had never listened."""
+    """Remembers the first SIGINT or SIGTERM; a second one has the handlers of before."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -47,7 +47,7 @@ class StopOnSignal(TrainerCallback):
     """After the step in which a signal came: save a checkpoint and stop, on all processes alike.
 
     Args:
-        request: what the signal handler of this process remembers.
+        request: the signal that the handler of this process remembers.
         agree: maps this process's signal number (0 for none) to the largest over all processes, so that
             none of them goes on alone into a collective call.
     """

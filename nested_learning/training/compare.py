@@ -32,7 +32,7 @@ from nested_learning.training.report import hardware, versions
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    """What to compare, on what, for how long.
+    """The models of a comparison, their data and the length of their training.
 
     Args:
         models: presets, or training YAMLs of which the keys `preset` and `model` count
@@ -68,14 +68,14 @@ class CompareConfig:
 
 
 class Contender:
-    """One model in training: its parameters, optimizer, schedule and what was measured.
+    """One model in training: its parameters, optimizer, schedule and measurements.
 
     Args:
-        name: in the results.
-        model: trained in place.
-        optim: the schedule and the clipping and, without `optimizer`, AdamW.
-        steps: length of the schedule.
-        optimizer: another one than AdamW, of the model's parameters at the peak rate.
+        name: its name in the results.
+        model: the model, trained in place.
+        optim: schedule, clipping and, without `optimizer`, the hyperparameters of AdamW.
+        steps: length of the schedule in optimizer steps.
+        optimizer: an optimizer of the model's parameters at the peak rate, in place of AdamW.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
     """Train every model with every learning rate and seed.
 
     Args:
-        config: what to compare.
+        config: the comparison.
         on_step: called after each step of a round of models; there are steps · lrs · seeds of them.
 
     Returns:

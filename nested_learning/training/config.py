@@ -1,4 +1,4 @@
-"""The one configuration of a training run: what the flags, a YAML file and Python all fill in.
+"""The one configuration of a training run: flags, a YAML file and Python all fill it in.
 
 `TrainConfig` is the root; `data` and `optim` are nested. On the command line every field is a dotted
 flag (`--optim.lr 1e-2`, `--model.num_hidden_layers 2`), in YAML a nested key.
@@ -90,7 +90,7 @@ class TrainConfig:
         data: the text, its tokenizer and how it is cut into blocks
         optim: optimizer and learning-rate schedule
         output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png
-        steps: optimizer steps; default: 1000, or what `max_minutes` allows
+        steps: optimizer steps; default: 1000, or as many as `max_minutes` allows
         max_minutes: instead of `steps`: as many steps as fit into this time on this machine, evaluations
             included. The time of a step is measured first and the number of steps then fixed (and written to
             config.yaml), so the schedule ends properly; the limit is an estimate, not a guillotine
@@ -104,7 +104,7 @@ class TrainConfig:
         save_every: write a checkpoint every so many steps; default: a quarter of the run
         keep_checkpoints: how many checkpoints to keep
         sample_tokens: length of the sample generated after training, in tokens; 0 for none
-        seed: of the initialisation and of dropout; added to `data.seed`, of the order of the data
+        seed: seed of the initialisation and of dropout; added to `data.seed`, the seed of the data's order
     """
 
     preset: str = "hope-tiny"

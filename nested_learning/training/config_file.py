@@ -46,7 +46,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def refuse_changes(saved: TrainConfig, given: dict[str, Any]) -> None:
-    """Raise ValueError if any of the given settings, a nested dict, is not what the saved run has.
+    """Raise ValueError if any of the given settings, a nested dict, differs from the saved run's.
 
     The folder may have moved, and a time limit is a number of steps by now: neither is compared.
     """

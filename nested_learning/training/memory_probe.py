@@ -23,18 +23,18 @@ def step_memory(config: dict[str, Any], shape: tuple[int, int], device: str) -> 
     """Bytes that a model, its gradients, AdamW and a training step's activations need at most.
 
     On a GPU the peak of allocated tensors. On a CPU the growth of the process's peak resident set from
-    just before the model is built: what the operating system sees, allocator and libraries included.
+    just before the model is built, as the operating system counts it, allocator and libraries included.
 
     Args:
         config: `HopeConfig.to_dict()` of the model.
         shape: (sequences, tokens) of the batch.
-        device: to train on.
+        device: the device to train on.
     """
     return in_fresh_process(_measure, config, shape, device)
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function at module level returns in a process that has done nothing before."""
+    """The result of a function at module level, called in a process that has done nothing before."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()

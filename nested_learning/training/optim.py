@@ -36,7 +36,7 @@ def decayed_names(model: nn.Module) -> set[str]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with two parameter groups, decayed and not (see `decayed_names`)."""
+    """AdamW with two parameter groups: with weight decay (see `decayed_names`) and without."""
     decayed = decayed_names(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [

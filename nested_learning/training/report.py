@@ -1,4 +1,4 @@
-"""What is written down about a run: versions, hardware, memory, and the plot of its losses."""
+"""The record of a run: versions, hardware, memory, and the plot of its losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Curve = list[tuple[int, float]]  # (optimizer steps taken, loss in nats per toke
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, and the git revision of this package if it is a checkout."""
+    """Versions of the packages a result depends on, and this package's git revision if it is a checkout."""
     packages = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy")
     return {
         "nested_learning": __version__,
@@ -50,7 +50,7 @@ def _git(folder: Path, *command: str) -> str:
 
 
 def hardware(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
-    """The machine: device, processor, cores this process may use, threads, memory."""
+    """The machine: device, its name, processes, cores that this process may use, threads, system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": str(device),
@@ -71,7 +71,7 @@ def _processor() -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """The most memory used so far, in bytes, and what the number counts."""
+    """The most memory used so far, in bytes, and the kind of memory that is counted."""
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "tensors on the GPU"}
     return {"bytes": peak_rss(), "of": "the whole process (peak resident set)"}

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the model, the plot and result.json."""
+"""The results of a finished run: the model, the plot and result.json."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def write_results(
     """Write `model/`, `loss.png` and, last, `result.json`, which marks the run as complete.
 
     Args:
-        trainer: after training.
-        folder: of the run.
-        bundle: the data it was trained on.
-        step_seconds: the time of each step taken by this process.
+        trainer: the trainer, after training.
+        folder: the run's folder.
+        bundle: the data of the run.
+        step_seconds: seconds of each step taken by this process.
 
     Returns:
         The contents of result.json.

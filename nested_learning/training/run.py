@@ -1,4 +1,4 @@
-"""A whole training run: data, model, training, and what is left behind in its folder."""
+"""A whole training run: data, model, training, and the results in its folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run: complete, or interrupted.
 
     Args:
         folder: the run's folder.
@@ -105,7 +105,7 @@ def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedModel, DataBundle, TrainConfig]:
     """Model on its device, data, and the configuration with the number of steps fixed."""
-    # What can be refused without reading the text is refused first.
+    # Before the text is read: refuse a batch or a model that does not fit.
     split_batch(config, process.num_processes)
     preset(config.preset, **config.model)
     if config.max_minutes is None:
@@ -115,7 +115,7 @@ def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedMode
     bundle = seeded_data(config.with_steps(1))  # for the tokenizer and the size of an evaluation
     model = _model(config, bundle, process)
     [steps] = broadcast_object_list([_fitting_steps(config, model, bundle, process.num_processes)])
-    config = config.with_steps(steps)  # of process 0: all must run equally many
+    config = config.with_steps(steps)  # the number that process 0 found: all must run equally many
     return model, seeded_data(config), config
 
 
@@ -166,7 +166,7 @@ def _run(
     timer, request = StepTimer(), StopRequest()
     stop = StopOnSignal(request, _agreement(trainer))
     _set_callbacks(trainer, folder, stop, timer, *([Progress()] if progress else []))
-    disable_progress_bar()  # transformers' own, one per file written
+    disable_progress_bar()  # one of transformers' own per file written
     try:
         with request.listening():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -184,7 +184,7 @@ def _run(
 
 
 def _set_callbacks(trainer: HopeTrainer, folder: RunFolder, *callbacks: TrainerCallback) -> None:
-    """Ours in place of the Trainer's own printing, and TensorBoard in the run's folder."""
+    """The given callbacks in place of the Trainer's own printing, and TensorBoard in the run's folder."""
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, and the guards against losing an earlier one."""
+"""The folder of a run: its files, and the guards against losing an earlier run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunFolder:
         self.plot = self.path / "loss.png"
 
     def is_run(self) -> bool:
-        """Whether the folder holds a run of ours."""
+        """True if the folder holds a run of this package."""
         try:
             with open(self.config, encoding="utf-8") as file:
                 return file.readline() == HEADER
@@ -75,7 +75,7 @@ class RunFolder:
         self._probe()
 
     def _probe(self) -> None:
-        """Write and remove a small file in the folder or its nearest parent. OSError says what is wrong."""
+        """Write and remove a small file in the folder or its nearest parent; OSError where that fails."""
         place = self.path
         while not place.exists() and place != place.parent:
             place = place.parent

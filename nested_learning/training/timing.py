@@ -1,4 +1,4 @@
-"""How many optimizer steps fit into a time limit: measured before training, then fixed."""
+"""The number of optimizer steps that fit into a time limit: measured before training, then fixed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from transformers import PreTrainedModel
 
 from nested_learning.training.config import TrainConfig
 
-MEASURED = 0.04  # of the time limit, for measuring
-MARGIN = 0.95  # the optimizer, checkpoints and logging take a few percent more than what is measured
+MEASURED = 0.04  # share of the time limit that is spent on measuring
+MARGIN = 0.95  # the optimizer, checkpoints and logging take a few percent that are not measured
 
 
 def measure(model: PreTrainedModel, config: TrainConfig, micro: int, budget: float) -> tuple[float, float]:
     """(seconds of forward and backward, seconds of an evaluating forward) of `micro` random sequences.
 
-    Takes about `budget` seconds, so that a moment in which the machine is busy does not decide.
-
-    Leaves the parameters, their gradients and the random state as they were.
+    Takes about `budget` seconds, so that a moment in which the machine is busy does not decide. Leaves the
+    parameters, their gradients and the random state as they were.
     """
     device = next(model.parameters()).device
     vocab_size: int = model.config.vocab_size
@@ -69,10 +68,10 @@ def steps_within(
 
     Args:
         minutes: the time limit.
-        step_seconds: of one optimizer step.
-        eval_seconds: of one evaluation; there is one before training.
+        step_seconds: seconds of one optimizer step.
+        eval_seconds: seconds of one evaluation; there is one before training.
         eval_every: steps between evaluations, or None where there are `evals` of them after the first.
-        evals: see `eval_every`.
+        evals: evaluations after the first, where `eval_every` is None.
     """
     budget = minutes * 60 * MARGIN - eval_seconds
     if eval_every is None:

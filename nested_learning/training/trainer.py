@@ -91,7 +91,7 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
         seed=config.seed,
         disable_tqdm=True,  # `train` adds its own bar
         ddp_find_unused_parameters=False,  # every parameter takes part in every step
-        report_to="none",  # TensorBoard is a callback of ours, so that its folder is the run's
+        report_to="none",  # a callback of `train` writes for TensorBoard, into the folder of the run
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs of one process would multiply the batch: use torchrun
     args.per_device_train_batch_size, args.gradient_accumulation_steps = split_batch(config, args.world_size)
@@ -186,7 +186,7 @@ class HopeTrainer(Trainer):
         return self._save_to or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer does, but into a hidden folder that is renamed at the end."""
+        """Write a checkpoint as the Trainer does, into a hidden folder that is renamed at the end."""
         name = f"checkpoint-{self.state.global_step}"
         final = self.checkpoints / name
         self._save_to = str(final.with_name(".partial"))
@@ -207,7 +207,7 @@ class HopeTrainer(Trainer):
 
 @contextmanager
 def _damage_named(checkpoint: str | None) -> Iterator[None]:
-    """Whatever loading raises for a damaged file, as a ValueError that says what to do."""
+    """Turn any error of loading a damaged file into a ValueError that says what to do."""
     try:
         yield
     except Exception as error:  # safetensors, torch and zipfile each have their own

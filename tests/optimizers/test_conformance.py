@@ -1,4 +1,4 @@
-"""What every optimizer of the package must do, whatever its rule."""
+"""The contract of every optimizer of the package, whatever its rule."""
 
 from __future__ import annotations
 
@@ -294,6 +294,16 @@ def test_bad_hyperparameters_are_refused(build, name, bad):
         build(parameters(), **{name: bad})
     with pytest.raises(ValueError, match=rf"{name} must be .*got {bad!r}"):
         build([{"params": parameters(), name: bad}])
+
+
+@every
+def test_every_option_has_a_default_and_a_check(build):
+    optimizer = build(parameters())
+    assert set(optimizer.options) == set(optimizer.defaults)
+    for name, check in optimizer.options.items():
+        assert check.check(name, optimizer.defaults[name]) == optimizer.defaults[name]
+        with pytest.raises(ValueError, match=f"^{name} must be .*; got |^{name} must be .*, got "):
+            check.check(name, object())
 
 
 @every

@@ -152,6 +152,11 @@ def test_bad_options():
     p = nn.Parameter(torch.ones(2, 3))
     with pytest.raises(ValueError, match="three numbers"):
         M3([p], betas=(0.9, 0.9))
+    with pytest.raises(ValueError, match=r"three numbers .*got 0\.9"):
+        M3([{"params": [p], "betas": 0.9}])
+    with pytest.raises(ValueError, match="adamw_betas must be two numbers"):
+        OrthogonalMomentum([p], adamw_betas=(0.9,))
+    assert M3([p], betas=[0.9, 0.8, 0.7]).defaults["betas"] == (0.9, 0.8, 0.7)
     with pytest.raises(ValueError, match=r"frequency must be a finite whole number >= 1, got 0"):
         M3([p], frequency=0)
     with pytest.raises(ValueError, match="nesterov=True goes with averages"):

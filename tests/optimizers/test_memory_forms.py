@@ -141,6 +141,8 @@ def test_adam_and_adagrad_closed_forms_after_averaging_and_correcting():
 def test_bad_hyperparameters():
     with pytest.raises(ValueError, match=r"betas must be .*< 1, got 1.0"):
         AdamMemory((0.9, 1.0))
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        AdamMemory((0.9,))
     with pytest.raises(ValueError, match="momentum"):
         MomentumMemory(1.5)
     with pytest.raises(ValueError, match="eps"):

@@ -1,4 +1,4 @@
-"""From a configuration to what a trainer needs: tokenizer, training and validation samples, a summary."""
+"""From a configuration to the data of a run: tokenizer, training and validation samples, a summary."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nested_learning.training.data.sources import STREAM_PREFIX, load_corpus
 from nested_learning.training.data.streaming import StreamedDataset, open_stream
 from nested_learning.training.data.tokenizers import make_tokenizer
 
-BPE_SAMPLE_BYTES = 16 << 20  # of a stream, to train a BPE on
+BPE_SAMPLE_BYTES = 16 << 20  # bytes at the start of a stream that a BPE is trained on
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """What to train on.
+    """The text of a run, its tokenizer and the way it is cut into samples.
 
     Attributes:
         source: "stdlib" (text of the Python installation), "tinyshakespeare" (downloaded once), the path
@@ -34,15 +34,15 @@ class DataConfig:
         tokenizer: "byte", "bpe" (trained on the training text) or the folder of a saved tokenizer.
         bpe_vocab_size: ids of a BPE, bytes and special tokens included.
         block_size: tokens per sample, T.
-        text_column: of a `datasets` source.
+        text_column: the column of a `datasets` source that holds the text.
         validation_fraction: share of the text for validation, in (0, 0.5]; a `datasets` source has its
             validation split or `num_held_out` rows instead.
         num_held_out: rows of a `datasets` source without validation split kept for validation.
         max_validation_blocks: blocks of one evaluation, evenly spaced; None for all.
-        max_bytes: read no more text than this; not for a `datasets` source, of which a run reads what it
-            needs.
+        max_bytes: read no more text than this; not for a `datasets` source, of which a run reads as much as
+            it needs.
         shuffle_blocks: blocks of a `datasets` source that are shuffled together.
-        seed: of the order of the samples.
+        seed: seed of the order of the samples.
     """
 
     source: str = "stdlib"
@@ -88,15 +88,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DataBundle:
-    """What `build_data` makes.
+    """The data of a run, as `build_data` makes them.
 
     Attributes:
-        tokenizer: to be saved with the model.
+        tokenizer: the tokenizer, to be saved with the model.
         train: samples {"input_ids", "labels"} [T] in the order of training: sample i of the run is item i
-            (use a sequential sampler), or what an iteration gives i-th.
+            (use a sequential sampler), or the i-th of an iteration.
         validation: samples likewise, the same ones every time.
-        bytes_per_token: of the validation text, for `bits_per_byte`.
-        summary: what was read, ready for JSON.
+        bytes_per_token: UTF-8 bytes per token of the validation text, for `bits_per_byte`.
+        summary: sizes and sources of the text that was read, ready for JSON.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -110,7 +110,7 @@ def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
     """Read, tokenise and pack the text that `config` names.
 
     Args:
-        config: what to read.
+        config: the text, the tokenizer and the sizes.
         num_train_samples: samples of the whole run, batches times batch size; several epochs if need be.
 
     Raises:

@@ -43,7 +43,7 @@ class TokenizedText:
 
     @property
     def bytes_per_token(self) -> float:
-        """Ends of documents count as tokens of no bytes: the model is charged for them too."""
+        """UTF-8 bytes per token; a document's end is a token of no bytes, for the model predicts it too."""
         return self.num_bytes / len(self.ids)
 
 
@@ -63,7 +63,7 @@ class PackedDataset(Dataset[Sample]):
         text: N tokens, ends of documents included.
         block_size: T.
         num_samples: length of the dataset; any number of epochs.
-        seed: of the offsets and orders.
+        seed: seed of the offsets and orders.
 
     Raises:
         ValueError: fewer than T tokens, or a size below 1.
@@ -106,7 +106,7 @@ def _draw_epoch(seed: int, epoch: int, num_tokens: int, num_blocks: int) -> tupl
 
 
 class ValidationDataset(Dataset[Sample]):
-    """The same blocks in the same order every time: consecutive, from the first token on.
+    """Validation blocks, the same in the same order every time: consecutive, from the first token on.
 
     With more than `max_blocks` of them it takes that many, evenly spaced, so that a short evaluation
     still sees text from everywhere.

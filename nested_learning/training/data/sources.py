@@ -1,4 +1,4 @@
-"""Where text comes from: documents by the name of a source, split into training and validation.
+"""Sources of text: documents by the name of a source, split into training and validation.
 
 `stdlib` (every Python has it), `tinyshakespeare` (downloaded once), a text file, a folder or a glob. A
 source of the `datasets` library, `hf:NAME`, is streamed: see `streaming`.
@@ -26,7 +26,7 @@ MIN_FILES_TO_SPLIT = 10
 
 
 class Document(NamedTuple):
-    """A text and the name it is known by: a relative file name, or that with the part of the file."""
+    """A text and its name: a relative file name, or one with the part of the file."""
 
     name: str
     text: str
@@ -62,8 +62,8 @@ def load_corpus(source: str, *, validation_fraction: float = 0.1, max_bytes: int
         max_bytes: stop reading after so many bytes of UTF-8 text; the last document is cut.
 
     Raises:
-        ValueError: no such source; an empty, binary or non-UTF-8 file; a download that failed or is not
-            what it should be.
+        ValueError: no such source; an empty, binary or non-UTF-8 file; a download that failed or has
+            another checksum.
     """
     documents: Iterable[Document]
     if source == "stdlib":
@@ -96,7 +96,7 @@ def split_documents(documents: Sequence[Document], fraction: float) -> Corpus:
 
 
 def by_hash(documents: Iterable[Document]) -> list[Document]:
-    """In an order without meaning that depends on the names alone, so that any run of them is a mixture."""
+    """The documents in an order that depends on their names' hashes alone: any run of them is a mixture."""
     return sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
 
 

@@ -18,7 +18,7 @@ _NO_LIBRARY_TEXT = ("test", "tests", "idle_test", "idlelib", "turtledemo", "__py
 _NOT_PYTHONS_OWN = ("site-packages", "dist-packages", "lib-dynload", "_bundled")
 _TABLES = ("encodings", "pydoc_data")  # the topics of pydoc_data are read by themselves
 _SKIPPED_FOLDERS = {*_NO_LIBRARY_TEXT, *_NOT_PYTHONS_OWN, *_TABLES}
-# Differ from one machine to the next.
+# Files that differ from one machine to the next.
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-", "sitecustomize", "usercustomize")
 
 
@@ -82,7 +82,7 @@ def _topics(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _literal_topics(source: str) -> dict[str, str]:
-    """`topics` of the module's source; empty where the file is missing or not as expected."""
+    """The dictionary `topics` in the module's source; empty where the file is missing or of another form."""
     try:
         module = ast.parse(source)
     except (SyntaxError, ValueError):

@@ -21,7 +21,7 @@ class TextStream:
     Args:
         rows: the dataset; its own `state_dict` finds a place again without reading all before it.
         column: the column that holds the text.
-        name: of the source, for messages.
+        name: name of the source, for messages.
     """
 
     def __init__(self, rows: datasets.IterableDataset, column: str, name: str) -> None:
@@ -83,10 +83,10 @@ class StreamedDataset(IterableDataset[Sample]):
 
     Args:
         stream: the texts.
-        tokenizer: with an end-of-text token.
+        tokenizer: a tokenizer with an end-of-text token.
         block_size: T.
         num_samples: blocks of one full iteration.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
         shuffle_blocks: blocks per window; 1 keeps the order of the stream.
     """
 
@@ -113,13 +113,13 @@ class StreamedDataset(IterableDataset[Sample]):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of what was read so far. Raises ValueError before anything was."""
+        """UTF-8 bytes per token of the text read so far. Raises ValueError before the first block."""
         if not self._num_tokens:
             raise ValueError("bytes_per_token of a stream is known once a block has been read")
         return self._num_bytes / self._num_tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the running iteration stands: plain numbers, lists and dictionaries, fit for JSON."""
+        """The place of the running iteration: plain numbers, lists and dictionaries, fit for JSON."""
         return dict(self._now)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def open_stream(source: str, column: str, num_held_out: int) -> tuple[TextStream
 
     Args:
         source: "hf:NAME" or "hf:NAME:CONFIG"; NAME is whatever `datasets.load_dataset` takes.
-        column: of the text.
+        column: the column that holds the text.
         num_held_out: rows kept from the start of the train split where there is no validation split.
 
     Raises:

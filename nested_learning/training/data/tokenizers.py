@@ -191,7 +191,7 @@ def _split_long(text: str) -> list[str]:
 
 
 def _is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the ids of a text are its UTF-8 bytes, so that numpy can encode it."""
+    """True if the ids of a text are its UTF-8 bytes, so that numpy can encode it."""
     return (
         len(tokenizer) == FIRST_MERGE_ID
         and tokenizer.get_vocab() == byte_tokenizer().get_vocab()

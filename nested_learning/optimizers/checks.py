@@ -1,0 +1,94 @@
+"""Checks of options: each knows what it accepts, and its error says what came and what was expected.
+
+An optimizer names one check per option (`BaseOptimizer.options`); the base class applies it to the default
+and to every parameter group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+
+class Check(Protocol):
+    """What one option accepts."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return `value` as it is kept; ValueError, with the option's `name`, where it is not accepted."""
+
+
+class Bound(NamedTuple):
+    """A finite number in low ≤ x ≤ high, without an end that is `open`; None too where it is `optional`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    integer: bool = False
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None and self.optional:
+            return value
+        right_type = not isinstance(value, bool) and isinstance(value, int if self.integer else (int, float))
+        if (
+            not right_type
+            or not math.isfinite(value)
+            or not self.low <= value <= self.high
+            or (self.open_low and value == self.low)
+            or (self.open_high and value == self.high)
+        ):
+            kind = "whole number" if self.integer else "number"
+            sign = ">" if self.open_low else ">="
+            upto = "" if self.high == math.inf else f" and {'<' if self.open_high else '<='} {self.high:g}"
+            also = ". It may also be None" if self.optional else ""
+            raise ValueError(f"{name} must be a finite {kind} {sign} {self.low:g}{upto}, got {value!r}{also}")
+        return value
+
+
+class Each(NamedTuple):
+    """A tuple of numbers, each within `bound`: `length` of them, or as many as come. `expected` says so."""
+
+    bound: Bound
+    length: int | None
+    expected: str
+
+    def check(self, name: str, value: Any) -> tuple[Any, ...]:
+        try:
+            fits = self.length in (None, len(value)) and not isinstance(value, str)
+        except TypeError:  # a single number
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must be {self.expected}, got {value!r}")
+        return tuple(self.bound.check(name, each) for each in value)
+
+
+class Choice(NamedTuple):
+    """One of the `accepted` names."""
+
+    accepted: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> Any:
+        if value not in self.accepted:
+            raise ValueError(f"{name} must be one of {', '.join(self.accepted)}; got {value!r}")
+        return value
+
+
+class Flag:
+    """True or False, and nothing that merely counts as one."""
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+        return value
+
+
+FINITE = Bound(low=-math.inf)
+NON_NEGATIVE = Bound()
+POSITIVE = Bound(open_low=True)
+FRACTION = Bound(high=1.0)
+DECAY = Bound(high=1.0, open_high=True)
+COUNT = Bound(low=1, integer=True)
+TWO_DECAYS = Each(DECAY, 2, "two numbers (β1, β2)")
+THREE_DECAYS = Each(DECAY, 3, "three numbers (β1, β2, β3)")
+FLAG = Flag()
