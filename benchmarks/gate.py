@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import slopes
-from nested_learning.layers.memory_layer import MemoryLayer
+from benchmarks.cases import slopes
+from nested_learning.layers import MemoryLayer
 from nested_learning.memory.description import RULE_NAMES, RuleName, learning_rule
 from nested_learning.memory.objective import L2
 from tests.oracles import memory_layer as oracle

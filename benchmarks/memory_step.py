@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import interleaved, parser, record, show, slopes
+from benchmarks.cases import slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans
 from nested_learning.memory import fused
 

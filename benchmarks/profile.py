@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import peers, roofline, scaling
-from benchmarks.harness import forward, interleaved, parser, record, show, slopes
+from benchmarks.cases import forward, slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans, Titans
 
 aten = torch.ops.aten

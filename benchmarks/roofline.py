@@ -5,6 +5,8 @@ what a 1024³ float32 torch.mm reaches in the same run. The formula counts what 
 the code does: per token and head 56 products of 2·d² operations, d the head width, and five projections of
 2·width² operations forward; three times that forward + backward; recomputation does not count.
 
+With `--against FOLDER` both passes here against those of another commit.
+
 A gate first: the layer equals the token-by-token oracle.
 """
 
@@ -14,8 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gate
-from benchmarks.harness import forward, interleaved, parser, record, show, slopes
+from benchmarks import against, cases, gate
+from benchmarks.cases import forward, slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans
 
 SHAPE = {"batch": 4, "tokens": 2048, "width": 512, "heads": 8, "chunk": 64}
@@ -32,11 +35,17 @@ def operations(shape: dict[str, int]) -> int:
     return per_token * shape["batch"] * shape["tokens"]
 
 
-def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+def checked(shape: dict[str, int]) -> SelfModifyingTitans:
+    """The layer, which equals its oracle."""
     torch.manual_seed(0)
     layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
     gate.equals_oracle(layer, shape["chunk"] + 9)
-    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    return layer
+
+
+def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Rate of both passes, relative to torch.mm's."""
+    layer, x = checked(shape), cases.inputs(shape)
     a, b = torch.randn(2, SIDE, SIDE)
     seconds = interleaved(
         {
@@ -67,9 +76,15 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    given = parser(__doc__).parse_args(arguments)
-    repeats = given.repeats or (1 if given.quick else 10)
-    return record(measure(QUICK if given.quick else SHAPE, repeats), given.json)
+    options = parser(__doc__)
+    against.add_option(options)
+    given = options.parse_args(arguments)
+    shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
+    if given.against is None:
+        return record(measure(shape, repeats), given.json)
+    checked(shape)
+    figures = against.compare(given.against, [("roofline", {"shape": shape})], repeats)
+    return record({"against": figures}, given.json)
 
 
 if __name__ == "__main__":
