@@ -170,7 +170,7 @@ def summary(run: Run, trace: Trace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,11 +178,9 @@ def main() -> None:
     parser.add_argument("--only", help="run only the runs whose name contains this")
     parser.add_argument("--plot", type=Path, help="write a PNG of losses and gradient norms")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
-    runs = {"length": LENGTH, "table": TABLE, "rates": RATES, "all": LENGTH + TABLE + RATES}[
-        arguments.question
-    ]
-    runs = [run for run in runs if not arguments.only or arguments.only in run.name]
+    given = parser.parse_args(arguments)
+    runs = {"length": LENGTH, "table": TABLE, "rates": RATES, "all": LENGTH + TABLE + RATES}[given.question]
+    runs = [run for run in runs if not given.only or given.only in run.name]
     traces = {run.name: train(run, progress=True) for run in runs}
     result = {
         "versions": versions(),
@@ -190,10 +188,10 @@ def main() -> None:
         "runs": [summary(run, traces[run.name]) for run in runs],
     }
     print(json.dumps(result, indent=2))
-    if arguments.json:
-        write_text(arguments.json, json.dumps(result, indent=2) + "\n")
-    if arguments.plot:
-        plot(traces, arguments.plot)
+    if given.json:
+        write_text(given.json, json.dumps(result, indent=2) + "\n")
+    if given.plot:
+        plot(traces, given.plot)
 
 
 if __name__ == "__main__":
