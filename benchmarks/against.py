@@ -155,7 +155,7 @@ def in_turns(works: Works, other: Other, repeats: int, warmup: int = 1) -> dict[
     """Calls of each work that both processes have: one here, one there, then of the next work.
 
     Args:
-        works: of this process, by name.
+        works: the works of this process, by name.
         other: the other process.
         repeats: calls that are kept, of each work on either side.
         warmup: calls before them.

@@ -1,4 +1,4 @@
-"""No figure of a layer that computes something else: parity checks that run before the clock starts."""
+"""Parity checks before the clock starts: no figure is that of a layer which computes something else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Is generation constant in time and memory: `python -m benchmarks.generation`.
+"""Time and memory of generation, which ought to be constant: `python -m benchmarks.generation`.
 
 For each preset, milliseconds per generated token after contexts of 128 and 16,384 tokens, interleaved one
-token at a time in one process, medians, and the bytes of the two caches. Hope's are equal; the Transformer's
+token at a time in one process, medians, and the bytes of the two caches. Hope's are equal, the Transformer's
 grow. With `--against FOLDER` a token here against one of another commit.
 """
 

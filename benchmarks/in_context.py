@@ -55,7 +55,7 @@ def continual(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     """Rate of `observe` relative to a plain forward and backward pass, all gradients, no optimizer."""
     rows = []
     for reading in readings(shape):
-        # as many chunks as fill the largest window, so that the median is that of windows in use
+        # warm-up and repeats fill the largest window, so that the median is that of windows in use
         seconds = interleaved(cases.continual(**reading), repeats, warmup=2)
         rows.append(
             {

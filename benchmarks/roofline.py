@@ -1,9 +1,10 @@
-"""How much of the machine a memory layer uses: `python -m benchmarks.roofline`.
+"""Share of the machine's speed that a memory layer reaches: `python -m benchmarks.roofline`.
 
 Floating-point operations per second of self-modifying Titans, counted by a fixed formula, as a fraction of
-what a 1024³ float32 torch.mm reaches in the same run. The formula counts what the algorithm needs, not what
-the code does: per token and head 56 products of 2·d² operations, d the head width, and five projections of
-2·width² operations forward; three times that forward + backward; recomputation does not count.
+the rate of a 1024³ float32 torch.mm in the same run. The formula counts the operations that the algorithm
+needs, not those that the code does: per token and head 56 products of 2·d² operations, d the head width, and
+five projections of 2·width² operations forward; three times that forward + backward; recomputation does not
+count.
 
 With `--against FOLDER` both passes here against those of another commit.
 
@@ -23,9 +24,9 @@ from nested_learning.layers import SelfModifyingTitans
 
 SHAPE = {"batch": 4, "tokens": 2048, "width": 512, "heads": 8, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
-PRODUCTS = 56  # of 2·d² operations, per token and head
-PROJECTIONS = 5  # of 2·width² operations, per token
-SIDE = 1024  # of the square matrices
+PRODUCTS = 56  # products of 2·d² operations each, per token and head
+PROJECTIONS = 5  # products of 2·width² operations each, per token
+SIDE = 1024  # width of the square matrices of the torch.mm
 
 
 def operations(shape: dict[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""How cost grows with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
+"""Growth of cost with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
 
 - `attention`: a Hope block against a Transformer block of equal parameters, one training pass (forward and
   backward) over the same number of tokens at every length T.
@@ -36,7 +36,7 @@ RECOMPUTE = {"keep all": None, "recompute": "chunk"}
 
 
 def blocks(shape: dict[str, int]) -> dict[str, HopeBlock]:
-    """A Hope block, and a Transformer block whose MLP is as wide as it takes for as many parameters."""
+    """A Hope block, and a Transformer block with an MLP so wide that it has as many parameters."""
 
     def config(mixer: str, levels: list[int], expansion: float) -> HopeConfig:
         return HopeConfig(

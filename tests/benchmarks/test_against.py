@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import time
 from importlib import import_module
@@ -73,6 +74,14 @@ def test_the_package_is_that_of_the_folder(tmp_path):
     repository(tmp_path, "raise ImportError('the one of the folder')")
     with pytest.raises(against.OtherFailed, match="ImportError: the one of the folder"):
         against.Other(against.checkout(str(tmp_path)), "peers", {"shape": TINY})
+
+
+def test_the_cases_import_public_names_alone():
+    """An older or a newer package has other modules."""
+    tree = ast.parse((ROOT / "benchmarks" / "cases.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {module for module in modules if module.startswith(("nested_learning", "benchmarks", "tests"))}
+    assert ours == {"nested_learning", "nested_learning.layers", "nested_learning.continual"}
 
 
 @pytest.mark.parametrize("kind", ["no folder", "empty", "no package", "no checkout"])
