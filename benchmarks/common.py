@@ -1,4 +1,4 @@
-"""What the parts share: results that survive an interruption, tuning, statistics, claims, figures."""
+"""Results that survive an interruption, tuning, statistics, claims and figures, shared by all parts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cache:
     a change of what is measured.
 
     Args:
-        path: of the file; None keeps the results for this process only.
+        path: the file; None keeps the results for this process only.
         max_minutes: no run is started that, by the duration of the longest so far, would end later.
 
     Raises:
@@ -61,7 +61,7 @@ class Cache:
                 ) from error
 
     def get(self, settings: Settings, work: Callable[[], Any]) -> Any:
-        """The result of the run with these settings (fit for JSON): kept, or worked out now and kept.
+        """The result of the run with these settings (fit for JSON): kept, or worked out by `work` and kept.
 
         Raises:
             OutOfTime: there is no room for `work` before the time limit.
@@ -175,6 +175,7 @@ def below(a: float | None, b: float | None) -> bool:
 
 
 def show_claims(claims: Sequence[Claim]) -> None:
+    """Print each claim with whether it holds, and the figures that say so."""
     for claim in claims:
         print(f"{'HOLDS' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}\n    {claim['because']}")
 

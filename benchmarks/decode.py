@@ -3,6 +3,8 @@
 Greedy tokens, batch 1, after contexts of 128 and 16,384 tokens: hope-tiny against transformer-tiny with its
 key-value cache. All pairs of model and context are interleaved one token at a time. A gate first: a model fed
 token by token gives the logits of the whole sequence.
+
+With `--against FOLDER` a token of each pair here against one of another commit.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import against, cases
+from benchmarks.cases import Session
 from benchmarks.gate import GateError
-from benchmarks.generation import Session
 from benchmarks.harness import interleaved, parser, record, show
 from nested_learning import HopeForCausalLM
-from nested_learning.models.presets import preset
 
 MODELS = ("hope-tiny", "transformer-tiny")
 CONTEXTS, QUICK_CONTEXTS = (128, 16_384), (8, 64)
@@ -24,7 +26,11 @@ GATE_TOKENS, QUICK_GATE_TOKENS = 70, 3  # 70: more than two chunks
 
 @torch.no_grad()
 def check(model: HopeForCausalLM, tokens: int) -> None:
-    """Raises GateError unless token by token gives the logits of the whole sequence."""
+    """Token by token against the whole sequence.
+
+    Raises:
+        GateError: the logits differ.
+    """
     ids = torch.randint(256, (1, tokens))
     whole, cache, pieces = model(ids, use_cache=False).logits, None, []
     for token in ids.split(1, dim=1):
@@ -37,14 +43,12 @@ def check(model: HopeForCausalLM, tokens: int) -> None:
 
 
 def measure(contexts: tuple[int, ...], tokens: int, gate_tokens: int) -> dict[str, Any]:
+    """Tokens per second of each model after each context, and their ratio."""
     sessions: dict[str, Session] = {}
     for name in MODELS:
-        torch.manual_seed(0)
-        model = HopeForCausalLM(preset(name)).eval()
+        model = cases.language_model(name)
         check(model, gate_tokens)
-        ids = torch.randint(0, 256, (1, max(contexts)))
-        for context in contexts:
-            sessions[f"{name} {context}"] = Session(model, ids[:, :context])
+        sessions |= {f"{name} {context}": found for context, found in cases.sessions(model, contexts).items()}
     seconds = interleaved({name: session.next for name, session in sessions.items()}, tokens, warmup=4)
     rows = []
     for context in contexts:
@@ -61,9 +65,16 @@ def measure(contexts: tuple[int, ...], tokens: int, gate_tokens: int) -> dict[st
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    given = parser(__doc__).parse_args(arguments)
+    options = parser(__doc__)
+    against.add_option(options)
+    given = options.parse_args(arguments)
     tokens = given.repeats or (2 if given.quick else 200)
     contexts, gate_tokens = (QUICK_CONTEXTS, QUICK_GATE_TOKENS) if given.quick else (CONTEXTS, GATE_TOKENS)
+    if given.against is not None:
+        for name in MODELS:
+            check(cases.language_model(name), gate_tokens)
+        case = ("decode", {"models": MODELS, "contexts": contexts})
+        return record({"against": against.compare(given.against, [case], tokens, warmup=4)}, given.json)
     return record(measure(contexts, tokens, gate_tokens), given.json)
 
 

@@ -1,4 +1,4 @@
-"""No figure of a layer that computes something else: parity checks that run before the clock starts."""
+"""Parity checks before the clock starts: no figure is that of a layer which computes something else."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import slopes
-from nested_learning.layers.memory import MemoryLayer
+from benchmarks.cases import slopes
+from nested_learning.layers import MemoryLayer
 from nested_learning.memory.objective import L2
 from nested_learning.memory.system import RULE_NAMES, RuleName, learning_rule
 from tests.oracles import memory_layer as oracle

@@ -1,47 +1,23 @@
-"""Is generation constant in time and memory: `python -m benchmarks.generation`.
+"""Time and memory of generation, which ought to be constant: `python -m benchmarks.generation`.
 
 For each preset, milliseconds per generated token after contexts of 128 and 16,384 tokens, interleaved one
-token at a time in one process, medians, and the bytes of the two caches. Hope's are equal; the Transformer's
-grow.
+token at a time in one process, medians, and the bytes of the two caches. Hope's are equal, the Transformer's
+grow. With `--against FOLDER` a token here against one of another commit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from benchmarks import against, cases
 from benchmarks.harness import interleaved, parser, record, show
-from nested_learning import HopeCache, HopeForCausalLM
-from nested_learning.models.presets import preset
 
 CONTEXTS, QUICK_CONTEXTS = (128, 16_384), (8, 64)
 
 
-class Session:
-    """A model that has read a context [1, S] and goes on greedily, one token a call."""
-
-    @torch.no_grad()
-    def __init__(self, model: HopeForCausalLM, context: Tensor) -> None:
-        cache = None
-        for piece in context.split(2048, dim=1):
-            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        assert isinstance(cache, HopeCache)
-        self.model, self.cache, self.newest = model, cache, context[:, -1:]
-
-    @torch.no_grad()
-    def next(self) -> None:
-        logits = self.model(self.newest, past_key_values=self.cache).logits
-        self.newest = logits[:, -1].argmax(-1, keepdim=True)
-
-
 def measure(name: str, contexts: tuple[int, ...] = CONTEXTS, tokens: int = 200) -> dict[str, Any]:
     """Time `tokens` greedy tokens of a randomly initialised preset after each context, batch 1."""
-    torch.manual_seed(0)
-    model = HopeForCausalLM(preset(name)).eval()
-    ids = torch.randint(0, 256, (1, max(contexts)))
-    sessions = {context: Session(model, ids[:, :context]) for context in contexts}
+    sessions = cases.sessions(cases.language_model(name), contexts)
     bytes_before = {context: session.cache.nbytes() for context, session in sessions.items()}
     seconds = interleaved({str(context): session.next for context, session in sessions.items()}, tokens, 0)
     milliseconds = {context: 1e3 * seconds[str(context)] for context in contexts}
@@ -59,9 +35,13 @@ def measure(name: str, contexts: tuple[int, ...] = CONTEXTS, tokens: int = 200) 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("--model", nargs="+", default=["hope-tiny", "transformer-tiny"], help="presets")
+    against.add_option(options)
     given = options.parse_args(arguments)
     contexts = QUICK_CONTEXTS if given.quick else CONTEXTS
     tokens = given.repeats or (2 if given.quick else 200)
+    if given.against is not None:
+        case = ("decode", {"models": given.model, "contexts": contexts})
+        return record({"against": against.compare(given.against, [case], tokens, warmup=4)}, given.json)
     results = [measure(name, contexts, tokens) for name in given.model]
     rows = [
         {

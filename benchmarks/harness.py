@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the table on the screen, the record in a file."""
+"""Interleaved timing, the table on the screen and the record in a file, which all benchmarks share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from nested_learning._files import write_text
 from nested_learning.training.report import hardware, versions
@@ -46,21 +46,8 @@ def interleaved(works: Mapping[str, Callable[[], object]], repeats: int, warmup:
     return {name: median(values) for name, values in times.items()}
 
 
-def slopes(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output of a mixer on x [B, T, D], and the gradients of its mean square to x and every parameter."""
-    y = layer(x)[0]
-    leaves = [x, *layer.parameters()]
-    found = torch.autograd.grad(y.square().mean(), leaves, allow_unused=True, materialize_grads=True)
-    return [y.detach(), *found]
-
-
-@torch.no_grad()
-def forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """Output of a mixer without gradients."""
-    return layer(x)[0]
-
-
 def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -1,74 +1,39 @@
-"""What learning in context costs: `python -m benchmarks.in_context [cms|continual|all]`.
+"""The cost of learning in context: `python -m benchmarks.in_context [cms|continual|all]`.
 
 - `cms`: a Hope model whose CMS learns in context by each of its rules, relative to a static one: a training
   step and reading.
 - `continual`: `observe` of a Llama with three levels on all MLPs, relative to a forward and a
   backward pass of the same model over the same tokens, for several windows, in float32 and bfloat16.
+
+With `--against FOLDER` the same works here against those of another commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
+from benchmarks import against, cases
+from benchmarks.cases import RULES
 from benchmarks.harness import interleaved, parser, record, show
-from nested_learning import HopeConfig, HopeForCausalLM
-from nested_learning.continual import Level, stack_levels
 
 CMS = {"batch": 4, "tokens": 512, "width": 128, "heads": 4, "layers": 4, "fast": 64, "slow": 256}
 QUICK_CMS = {"batch": 1, "tokens": 32, "width": 16, "heads": 2, "layers": 1, "fast": 8, "slow": 16}
-RULES: dict[str, dict[str, Any]] = {
-    "none": {"cms_update": "none"},
-    "regression": {"cms_update": "regression"},
-    "lm, first order": {"cms_update": "lm", "cms_meta_gradient": "first_order"},
-    "lm, exact": {"cms_update": "lm", "cms_meta_gradient": "exact"},
-}
 LLAMA = {"width": 576, "mlp": 1536, "layers": 5, "heads": 9, "ids": 8192, "chunk": 512}
 QUICK_LLAMA = {"width": 32, "mlp": 64, "layers": 1, "heads": 2, "ids": 64, "chunk": 16}
+PASSES = ("training step", "reading")
 
 
 def cms(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     """Time of a training step and of reading, for each rule, relative to a static CMS."""
-    ids = torch.randint(256, (shape["batch"], shape["tokens"]))
-
-    def build(options: dict[str, Any]) -> HopeForCausalLM:
-        torch.manual_seed(0)
-        config = HopeConfig(
-            vocab_size=256,
-            hidden_size=shape["width"],
-            num_hidden_layers=shape["layers"],
-            num_heads=shape["heads"],
-            mixer="titans",
-            mixer_options={"titans": {"chunk_size": shape["fast"]}},
-            cms_levels=[{"chunk_size": shape["fast"]}, {"chunk_size": shape["slow"]}],
-            **options,
-        )
-        return HopeForCausalLM(config)
-
-    def train(model: HopeForCausalLM) -> None:
-        model.train()
-        loss = model(input_ids=ids, labels=ids).loss
-        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-
-    @torch.no_grad()
-    def read(model: HopeForCausalLM) -> None:
-        model.eval()
-        model(input_ids=ids)
-
-    models = {name: build(options) for name, options in RULES.items()}
-    works = {"training step": train, "reading": read}
+    works = cases.cms(shape)
     seconds = {
-        what: interleaved({n: lambda m=m, work=work: work(m) for n, m in models.items()}, repeats)
-        for what, work in works.items()
+        each: interleaved({rule: works[f"{rule}, {each}"] for rule in RULES}, repeats) for each in PASSES
     }
     rows = [
         {
             "cms_update": name,
-            **{f"{what}, s": seconds[what][name] for what in works},
-            **{f"{what}, of none": seconds[what][name] / seconds[what]["none"] for what in works},
+            **{f"{each}, s": seconds[each][name] for each in PASSES},
+            **{f"{each}, of none": seconds[each][name] / seconds[each]["none"] for each in PASSES},
         }
         for name in RULES
     ]
@@ -76,67 +41,55 @@ def cms(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     return {"shape": shape, "repeats": repeats, "rows": rows}
 
 
+def readings(shape: dict[str, int]) -> list[dict[str, Any]]:
+    """Arguments of `cases.continual`: each precision without a context, with a short and with a long one."""
+    windows = (shape["chunk"] + 1, 2 * shape["chunk"], 4 * shape["chunk"])
+    return [
+        {"shape": shape, "dtype": dtype, "window": window}
+        for dtype in ("float32", "bfloat16")
+        for window in windows
+    ]
+
+
 def continual(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     """Rate of `observe` relative to a plain forward and backward pass, all gradients, no optimizer."""
     rows = []
-    chunk = shape["chunk"]
-    for dtype in (torch.float32, torch.bfloat16):
-        for window in (chunk + 1, 2 * chunk, 4 * chunk):
-            plain, observe = _reader(shape, dtype, window)
-            # as many chunks as fill the largest window, so that the median is that of windows in use
-            seconds = interleaved({"plain": plain, "observe": observe}, repeats, warmup=2)
-            rows.append(
-                {
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "window": window,
-                    "plain, tokens/s": chunk / seconds["plain"],
-                    "observe, tokens/s": chunk / seconds["observe"],
-                    "of plain": seconds["plain"] / seconds["observe"],
-                }
-            )
+    for reading in readings(shape):
+        # warm-up and repeats fill the largest window, so that the median is that of windows in use
+        seconds = interleaved(cases.continual(**reading), repeats, warmup=2)
+        rows.append(
+            {
+                "dtype": reading["dtype"],
+                "window": reading["window"],
+                "plain, tokens/s": shape["chunk"] / seconds["plain"],
+                "observe, tokens/s": shape["chunk"] / seconds["observe"],
+                "of plain": seconds["plain"] / seconds["observe"],
+            }
+        )
     show(f"observing with three levels, {shape}", rows)
     return {"shape": shape, "repeats": repeats, "rows": rows}
-
-
-def _reader(
-    shape: dict[str, int], dtype: torch.dtype, window: int
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape["ids"],
-        hidden_size=shape["width"],
-        intermediate_size=shape["mlp"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        max_position_embeddings=8 * shape["chunk"],
-    )
-    model = LlamaForCausalLM(config).to(dtype)
-    chunk = shape["chunk"]
-    levels = [Level(chunk_size=factor * chunk, lr=0.01) for factor in (1, 4, 16)]
-    learner = stack_levels(LlamaForCausalLM(config).to(dtype), None, levels=levels, window=window)
-    ids = torch.randint(shape["ids"], (1, chunk))
-
-    def plain() -> None:
-        loss = model(input_ids=ids, labels=ids).loss
-        torch.autograd.grad(loss, list(model.parameters()))
-
-    def observe() -> None:
-        learner.observe(ids)
-
-    return plain, observe
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("question", choices=["cms", "continual", "all"], nargs="?", default="all")
+    against.add_option(options)
     given = options.parse_args(arguments)
     repeats = given.repeats or (1 if given.quick else 7)
+    shape, llama = (QUICK_CMS, QUICK_LLAMA) if given.quick else (CMS, LLAMA)
+    asked = ("cms", "continual") if given.question == "all" else (given.question,)
+    if given.against is not None:
+        works = {
+            "cms": [("cms", {"shape": shape})],
+            "continual": [("continual", reading) for reading in readings(llama)],
+        }
+        chosen = [case for question in asked for case in works[question]]
+        return record({"against": against.compare(given.against, chosen, repeats, warmup=2)}, given.json)
     figures: dict[str, Any] = {}
-    if given.question in ("cms", "all"):
-        figures["cms"] = cms(QUICK_CMS if given.quick else CMS, repeats)
-    if given.question in ("continual", "all"):
-        figures["continual"] = continual(QUICK_LLAMA if given.quick else LLAMA, repeats)
+    if "cms" in asked:
+        figures["cms"] = cms(shape, repeats)
+    if "continual" in asked:
+        figures["continual"] = continual(llama, repeats)
     return record(figures, given.json)
 
 

@@ -5,42 +5,41 @@
 - `compile`: memories without a fused run, forward + backward, plainly and with `set_compile_step`, and the
   seconds that the first pass takes with it. It needs a C++ compiler, and minutes. A gate first: both give
   the same.
+
+`--only NAME ...` chooses mixers. With `--against FOLDER` the mixers here against those of another commit, in
+both passes.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from typing import Any
 
 import torch
 
-from benchmarks import gate
-from benchmarks.harness import forward, interleaved, parameters, parser, record, show, slopes
-from nested_learning.layers.memory import set_compile_step
-from nested_learning.layers.registry import MIXERS, build_mixer
+from benchmarks import against, cases, gate
+from benchmarks.cases import forward, slopes
+from benchmarks.harness import interleaved, parameters, parser, record, show
+from nested_learning.layers import MIXERS, set_compile_step
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 UNFUSED = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
 
 
-def build(name: str, shape: dict[str, int]) -> torch.nn.Module:
-    """A mixer with its defaults at this size; a window sees as far as a chunk."""
-    accepted = inspect.signature(MIXERS[name]).parameters
-    given = {"chunk_size": shape["chunk"], "window": shape["chunk"]}
-    options = {option: value for option, value in given.items() if option in accepted}
-    return build_mixer(name, shape["width"], shape["heads"], options)
-
-
-def mixers(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    """Tokens per second of each registered mixer."""
-    torch.manual_seed(0)
-    layers = {name: build(name, shape) for name in sorted(MIXERS) if name != "memory"}  # needs its parts
+def checked_mixers(shape: dict[str, int], only: list[str] | None) -> dict[str, torch.nn.Module]:
+    """The registered mixers, or those of `only`, each of which equals itself token by token."""
+    layers = cases.mixers(shape, only)
     for layer in layers.values():
         gate.equals_itself_token_by_token(layer, shape["width"], 2 * shape["chunk"] + 3)
-    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    return layers
+
+
+def mixers(shape: dict[str, int], repeats: int, only: list[str] | None) -> dict[str, Any]:
+    """Tokens per second of each registered mixer."""
+    layers = checked_mixers(shape, only)
+    x = cases.inputs(shape)
     fast = interleaved(
         {name: lambda layer=layer: forward(layer, x) for name, layer in layers.items()}, repeats
     )
@@ -54,7 +53,7 @@ def mixers(shape: dict[str, int], repeats: int) -> dict[str, Any]:
             "parameters": parameters(layer),
             "forward, tokens/s": tokens / fast[name],
             "forward + backward, tokens/s": tokens / both[name],
-            "of attention": both["attention"] / both[name],
+            "of attention": both["attention"] / both[name] if "attention" in both else None,
         }
         for name, layer in layers.items()
     ]
@@ -62,13 +61,13 @@ def mixers(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     return {"shape": shape, "repeats": repeats, "rows": rows}
 
 
-def compiling(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    """What torch.compile of the chunk's step gains."""
+def compiling(shape: dict[str, int], repeats: int, only: list[str] | None) -> dict[str, Any]:
+    """Speed of memories with their chunk's step compiled by torch.compile, relative to plain."""
     torch.manual_seed(0)
-    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    x = cases.inputs(shape)
     rows = []
-    for name in UNFUSED:
-        plain = build(name, shape)
+    for name in (name for name in UNFUSED if only is None or name in only):
+        plain = cases.mixer(name, shape)
         compiled = copy.deepcopy(plain)
         set_compile_step(compiled, True)
         start = time.perf_counter()
@@ -96,12 +95,22 @@ def compiling(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("question", choices=["mixers", "compile"], nargs="?", default="mixers")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="these mixers alone")
+    against.add_option(options)
     given = options.parse_args(arguments)
-    measure = {"mixers": mixers, "compile": compiling}[given.question]
-    figures = {
-        given.question: measure(QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10))
-    }
-    return record(figures, given.json)
+    known = sorted(set(MIXERS) - {"memory"}) if given.question == "mixers" else UNFUSED
+    for name in given.only or ():
+        if name not in known:
+            options.error(f"argument --only: unknown mixer {name!r}; known: {', '.join(known)}")
+    shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
+    if given.against is None:
+        measure = {"mixers": mixers, "compile": compiling}[given.question]
+        return record({given.question: measure(shape, repeats, given.only)}, given.json)
+    if given.question == "compile":
+        options.error("argument --against: not with the question `compile`, as its switch is no public name")
+    checked_mixers(shape, given.only)
+    settings = {"shape": shape, "only": given.only}
+    return record({"against": against.compare(given.against, [("layers", settings)], repeats)}, given.json)
 
 
 if __name__ == "__main__":

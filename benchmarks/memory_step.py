@@ -1,4 +1,4 @@
-"""How fast a memory layer learns: `python -m benchmarks.memory_step [--json FILE]`.
+"""Speed of a memory layer that learns: `python -m benchmarks.memory_step [--json FILE]`.
 
 Forward and backward of one self-modifying layer of hope-tiny's shape, the fused run against the generic step,
 interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and gradients.
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import interleaved, parser, record, show, slopes
+from benchmarks.cases import slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans
 from nested_learning.memory import fused
 
@@ -33,12 +34,13 @@ def generic_only() -> Iterator[None]:
 
 
 def generic_slopes(layer: SelfModifyingTitans, x: Tensor) -> list[Tensor]:
+    """`slopes` by the generic step."""
     with generic_only():
         return slopes(layer, x)
 
 
 def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    """Medians in milliseconds and their ratio."""
+    """Median milliseconds of both steps, and their ratio."""
     torch.manual_seed(0)
     layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
     x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)

@@ -5,6 +5,8 @@ heads, chunk and two-layer memory, momentum on. With `batch_size` equal to the c
 after every chunk, the same algorithm as `titans`; with `batch_size=None` all its gradients are taken at the
 initial weights, which is easier. `self_modifying_titans` trains five memories where the others train one.
 
+With `--against FOLDER` both layers here against those of another commit; the peer is not needed for it.
+
 A gate first: our layers equal their token-by-token oracle.
 """
 
@@ -16,8 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gate
-from benchmarks.harness import interleaved, parameters, parser, record, show, slopes
+from benchmarks import against, cases, gate
+from benchmarks.cases import PEERS, slopes
+from benchmarks.harness import interleaved, parameters, parser, record, show
 from nested_learning.layers import SelfModifyingTitans, Titans
 
 PEER = "titans-pytorch"
@@ -42,19 +45,23 @@ def peer(shape: dict[str, int], batch_size: int | None) -> torch.nn.Module:
     )
 
 
-def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+def checked(shape: dict[str, int]) -> dict[str, SelfModifyingTitans | Titans]:
+    """Our layers at this size, each of which equals its oracle."""
     torch.manual_seed(0)
-    same, easier = f"{PEER}, batch_size={shape['chunk']}", f"{PEER}, batch_size=None"
-    ours: dict[str, SelfModifyingTitans | Titans] = {
-        "titans": Titans(shape["width"], shape["heads"], chunk_size=shape["chunk"]),
-        "self_modifying_titans": SelfModifyingTitans(
-            shape["width"], shape["heads"], chunk_size=shape["chunk"]
-        ),
+    ours = {
+        name: kind(shape["width"], shape["heads"], chunk_size=shape["chunk"]) for name, kind in PEERS.items()
     }
     for layer in ours.values():
         gate.equals_oracle(layer, shape["chunk"] + 9)
+    return ours
+
+
+def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Tokens per second of our layers and the peer's."""
+    ours = checked(shape)
+    same, easier = f"{PEER}, batch_size={shape['chunk']}", f"{PEER}, batch_size=None"
     layers = {**ours, same: peer(shape, shape["chunk"]), easier: peer(shape, None)}
-    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    x = cases.inputs(shape)
     seconds = interleaved(
         {name: lambda layer=layer: slopes(layer, x) for name, layer in layers.items()}, repeats
     )
@@ -73,14 +80,20 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    given = parser(__doc__).parse_args(arguments)
+    options = parser(__doc__)
+    against.add_option(options)
+    given = options.parse_args(arguments)
+    shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
+    if given.against is not None:
+        checked(shape)
+        figures = against.compare(given.against, [("peers", {"shape": shape})], repeats)
+        return record({"against": figures}, given.json)
     try:
         metadata.version(PEER)
     except metadata.PackageNotFoundError:
         print(f"{PEER} is not installed: pip install -e '.[peers]'", file=sys.stderr)
         sys.exit(MISSING)
-    repeats = given.repeats or (1 if given.quick else 10)
-    return record(measure(QUICK if given.quick else SHAPE, repeats), given.json)
+    return record(measure(shape, repeats), given.json)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ class Size:
     width: int = 512
     heads: int = 8
     chunk: int = 64
-    batch: int = 8  # sequences of a timed step
+    batch: int = 8  # sequences in a timed step
     tokens: int = 512
-    steps: int = 200  # of training
+    steps: int = 200  # optimizer steps of the training
     train_batch: int = 2
     train_tokens: int = 256
     validation_batches: int = 40
@@ -122,7 +122,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("question", choices=["speed", "loss", "all"], nargs="?", default="all")
     options.add_argument("--data", default="stdlib", help="text for `loss`: a file, or a source")
     options.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of `loss`")
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of `loss`")
+    options.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of `loss`; default: 0 1 2"
+    )
     given = options.parse_args(arguments)
     size = QUICK if given.quick else Size()
     figures: dict[str, Any] = {"size": vars(size)}

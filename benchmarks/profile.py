@@ -1,4 +1,4 @@
-"""Where the time goes: `python -m benchmarks.profile [titans|roofline|long|all]`.
+"""Shares of the time by kind of operator: `python -m benchmarks.profile [titans|roofline|long|all]`.
 
 The cases are those of the benchmarks that compare: `titans`, forward + backward, of `peers`; `roofline`, the
 forward pass of `roofline`; `long`, a training step of the Hope block of `scaling attention` at the longest
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import peers, roofline, scaling
-from benchmarks.harness import forward, interleaved, parser, record, show, slopes
+from benchmarks.cases import forward, slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans, Titans
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ OUTSIDE = "outside of operators"
 
 
 def _layer(kind: type[Any], shape: dict[str, int]) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A layer and inputs for it."""
     torch.manual_seed(0)
     layer = kind(shape["width"], shape["heads"], chunk_size=shape["chunk"])
     return layer, torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
@@ -53,7 +55,7 @@ def cases(quick: bool) -> dict[str, Callable[[], object]]:
 class _Counter(TorchDispatchMode):
     """Counts the floating-point operations of matrix products and attention, by torch's own formulas.
 
-    torch's FlopCounterMode itself follows modules by hooks that gradients to leaves do not get along with.
+    torch's own FlopCounterMode follows modules by hooks, which fail where gradients go to leaves.
     """
 
     def __init__(self) -> None:
@@ -88,6 +90,7 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 
 
 def measure(names: list[str], quick: bool, repeats: int) -> dict[str, Any]:
+    """Time, shares by kind of operator and rate of the products, of each case."""
     side = 64 if quick else roofline.SIDE
     a, b = torch.randn(2, side, side)
     works = {name: work for name, work in cases(quick).items() if name in names}

@@ -1,9 +1,12 @@
-"""How much of the machine a memory layer uses: `python -m benchmarks.roofline`.
+"""Share of the machine's speed that a memory layer reaches: `python -m benchmarks.roofline`.
 
 Floating-point operations per second of self-modifying Titans, counted by a fixed formula, as a fraction of
-what a 1024³ float32 torch.mm reaches in the same run. The formula counts what the algorithm needs, not what
-the code does: per token and head 56 products of 2·d² operations, d the head width, and five projections of
-2·width² operations forward; three times that forward + backward; recomputation does not count.
+the rate of a 1024³ float32 torch.mm in the same run. The formula counts the operations that the algorithm
+needs, not those that the code does: per token and head 56 products of 2·d² operations, d the head width, and
+five projections of 2·width² operations forward; three times that forward + backward; recomputation does not
+count.
+
+With `--against FOLDER` both passes here against those of another commit.
 
 A gate first: the layer equals the token-by-token oracle.
 """
@@ -14,15 +17,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import gate
-from benchmarks.harness import forward, interleaved, parser, record, show, slopes
+from benchmarks import against, cases, gate
+from benchmarks.cases import forward, slopes
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans
 
 SHAPE = {"batch": 4, "tokens": 2048, "width": 512, "heads": 8, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
-PRODUCTS = 56  # of 2·d² operations, per token and head
-PROJECTIONS = 5  # of 2·width² operations, per token
-SIDE = 1024  # of the square matrices
+PRODUCTS = 56  # products of 2·d² operations each, per token and head
+PROJECTIONS = 5  # products of 2·width² operations each, per token
+SIDE = 1024  # width of the square matrices of the torch.mm
 
 
 def operations(shape: dict[str, int]) -> int:
@@ -32,11 +36,17 @@ def operations(shape: dict[str, int]) -> int:
     return per_token * shape["batch"] * shape["tokens"]
 
 
-def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+def checked(shape: dict[str, int]) -> SelfModifyingTitans:
+    """The layer, which equals its oracle."""
     torch.manual_seed(0)
     layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
     gate.equals_oracle(layer, shape["chunk"] + 9)
-    x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
+    return layer
+
+
+def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Rate of both passes, relative to torch.mm's."""
+    layer, x = checked(shape), cases.inputs(shape)
     a, b = torch.randn(2, SIDE, SIDE)
     seconds = interleaved(
         {
@@ -67,9 +77,15 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    given = parser(__doc__).parse_args(arguments)
-    repeats = given.repeats or (1 if given.quick else 10)
-    return record(measure(QUICK if given.quick else SHAPE, repeats), given.json)
+    options = parser(__doc__)
+    against.add_option(options)
+    given = options.parse_args(arguments)
+    shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
+    if given.against is None:
+        return record(measure(shape, repeats), given.json)
+    checked(shape)
+    figures = against.compare(given.against, [("roofline", {"shape": shape})], repeats)
+    return record({"against": figures}, given.json)
 
 
 if __name__ == "__main__":

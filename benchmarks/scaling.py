@@ -1,10 +1,12 @@
-"""How cost grows with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
+"""Growth of cost with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
 
 - `attention`: a Hope block against a Transformer block of equal parameters, one training pass (forward and
   backward) over the same number of tokens at every length T.
 - `linear`: self-modifying Titans, batch 1: time of forward + backward at two lengths, and at the longer one
   time and peak extra memory with and without recomputing chunks in the backward pass. Memory is the growth
   of the peak resident set, each in a fresh process.
+
+With `--against FOLDER` self-modifying Titans at both lengths here against another commit's.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gate
-from benchmarks.harness import interleaved, parameters, parser, record, show, slopes
+from benchmarks import against, gate
+from benchmarks.cases import slopes
+from benchmarks.harness import interleaved, parameters, parser, record, show
 from nested_learning import HopeConfig
 from nested_learning.layers import SelfModifyingTitans
 from nested_learning.layers.memory import set_recompute
@@ -33,7 +36,7 @@ RECOMPUTE = {"keep all": None, "recompute": "chunk"}
 
 
 def blocks(shape: dict[str, int]) -> dict[str, HopeBlock]:
-    """A Hope block, and a Transformer block whose MLP is as wide as it takes for as many parameters."""
+    """A Hope block, and a Transformer block with an MLP so wide that it has as many parameters."""
 
     def config(mixer: str, levels: list[int], expansion: float) -> HopeConfig:
         return HopeConfig(
@@ -87,6 +90,7 @@ def attention(shape: dict[str, int], lengths: tuple[int, ...], repeats: int) -> 
 
 
 def build_layer(shape: dict[str, int], recompute: str | None) -> SelfModifyingTitans:
+    """Self-modifying Titans of this size, with or without recomputation."""
     torch.manual_seed(0)
     layer = SelfModifyingTitans(shape["width"], shape["heads"], chunk_size=shape["chunk"])
     set_recompute(layer, recompute)
@@ -104,7 +108,7 @@ def extra_memory(shape: dict[str, int], length: int, recompute: str | None) -> i
 
 
 def linear(shape: dict[str, int], lengths: tuple[int, int], repeats: int) -> dict[str, Any]:
-    """Time at two lengths, and what recomputation saves and costs at the longer."""
+    """Time at two lengths, and the memory that recomputation saves and the time it costs at the longer."""
     layers: dict[str, nn.Module] = {name: build_layer(shape, how) for name, how in RECOMPUTE.items()}
     gate.equals_oracle(build_layer(shape, "chunk"), shape["chunk"] + 9)
     short, long = (torch.randn(1, length, shape["width"], requires_grad=True) for length in lengths)
@@ -134,8 +138,16 @@ def linear(shape: dict[str, int], lengths: tuple[int, int], repeats: int) -> dic
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("question", choices=["attention", "linear", "all"], nargs="?", default="all")
+    against.add_option(options)
     given = options.parse_args(arguments)
     repeats = given.repeats or (1 if given.quick else 5)
+    if given.against is not None:
+        if given.question == "attention":
+            options.error("argument --against: not with `attention`, whose block is no public name")
+        layer, lengths = (QUICK_LAYER, QUICK_LONG) if given.quick else (LAYER, LONG)
+        gate.equals_oracle(build_layer(layer, None), layer["chunk"] + 9)
+        case = ("scaling", {"shape": layer, "lengths": lengths})
+        return record({"against": against.compare(given.against, [case], repeats)}, given.json)
     figures: dict[str, Any] = {}
     if given.question in ("attention", "all"):
         block, lengths = (QUICK_BLOCK, QUICK_LENGTHS) if given.quick else (BLOCK, LENGTHS)

@@ -1,4 +1,4 @@
-"""Does training stay finite and calm: `python -m benchmarks.stability [--plot FILE] [--json FILE]`.
+"""Stability of training: `python -m benchmarks.stability [length|table|rates|all]`.
 
 Trains hope-tiny (or a variant of it) and records, at every step, the loss and the norm of the outer gradient
 before clipping. Three questions (all also asked by tests/test_stability.py):
@@ -44,8 +44,8 @@ class Run:
     length: int
     batch_size: int
     mixer: str = "self_modifying_titans"
-    options: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 32})  # of the mixer
-    shape: dict[str, int] = field(default_factory=dict)  # of the model, where not that of hope-tiny
+    options: dict[str, Any] = field(default_factory=lambda: {"chunk_size": 32})  # keywords of the mixer
+    shape: dict[str, int] = field(default_factory=dict)  # fields of the model that differ from hope-tiny's
     seed: int = 0
     source: str = "stdlib"
     horizon: int | None = None
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What happened: per step the loss in nats per byte and the outer gradient norm before clipping."""
+    """Loss in nats per byte, and outer gradient norm before clipping, of each step."""
 
     losses: list[float]
     gradient_norms: list[float]
@@ -105,7 +105,7 @@ TABLE = [
 
 
 def train(run: Run, progress: bool = False) -> Trace:
-    """Train and record; stops at the first value that is not finite."""
+    """Losses and gradient norms of a run, which stops at the first value that is not finite."""
     torch.manual_seed(run.seed)
     options = {run.mixer: run.options}
     config = preset("hope-tiny", mixer=run.mixer, mixer_options=options, **run.shape)
@@ -158,6 +158,7 @@ def plot(traces: dict[str, Trace], path: Path) -> None:
 
 
 def summary(run: Run, trace: Trace) -> dict[str, Any]:
+    """Settings of a run, its losses at both ends and its gradient norms after the warm-up."""
     late = trace.gradient_norms[20:] or trace.gradient_norms
     return {
         **asdict(run),
@@ -170,7 +171,7 @@ def summary(run: Run, trace: Trace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,11 +179,9 @@ def main() -> None:
     parser.add_argument("--only", help="run only the runs whose name contains this")
     parser.add_argument("--plot", type=Path, help="write a PNG of losses and gradient norms")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
-    runs = {"length": LENGTH, "table": TABLE, "rates": RATES, "all": LENGTH + TABLE + RATES}[
-        arguments.question
-    ]
-    runs = [run for run in runs if not arguments.only or arguments.only in run.name]
+    given = parser.parse_args(arguments)
+    runs = {"length": LENGTH, "table": TABLE, "rates": RATES, "all": LENGTH + TABLE + RATES}[given.question]
+    runs = [run for run in runs if not given.only or given.only in run.name]
     traces = {run.name: train(run, progress=True) for run in runs}
     result = {
         "versions": versions(),
@@ -190,10 +189,10 @@ def main() -> None:
         "runs": [summary(run, traces[run.name]) for run in runs],
     }
     print(json.dumps(result, indent=2))
-    if arguments.json:
-        write_text(arguments.json, json.dumps(result, indent=2) + "\n")
-    if arguments.plot:
-        plot(traces, arguments.plot)
+    if given.json:
+        write_text(given.json, json.dumps(result, indent=2) + "\n")
+    if given.plot:
+        plot(traces, given.plot)
 
 
 if __name__ == "__main__":

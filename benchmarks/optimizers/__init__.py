@@ -1,1 +1,1 @@
-"""What optimizers that are memories are worth: `python -m benchmarks.optimizers PART`, see `__main__`."""
+"""The worth of optimizers that are memories: `python -m benchmarks.optimizers PART`, see `__main__`."""

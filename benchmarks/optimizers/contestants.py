@@ -24,14 +24,7 @@ SIMPLE: dict[str, Build] = {
     "M3": lambda params, lr: M3(params, lr=lr),
 }
 _GRADIENT_RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
-_UNIT_RATES = [
-    0.001,
-    0.003,
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-]  # for rules whose step does not depend on the gradient's size
+_UNIT_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]  # rules whose step does not depend on the gradient's size
 REGRESSION_RATES: dict[str, list[float]] = {
     name: _UNIT_RATES if name in ("Adam", "Muon", "M3") else _GRADIENT_RATES for name in SIMPLE
 }

@@ -38,7 +38,7 @@ TUNING_SEEDS = [1000, 1001]  # other tasks than those that are reported
 @dataclass(frozen=True, kw_only=True)
 class Size:
     tasks: int = 10
-    rank: int = 4  # of each task's inputs
+    rank: int = 4  # dimensions of each task's inputs
     outputs: int = 8
     batch: int = 16
     steps: int = 60  # per task

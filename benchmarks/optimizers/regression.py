@@ -163,7 +163,7 @@ PAIRS = {"L": ("DGD", "GD on L"), "L + ½E‖Wx‖²": ("DGD", "GD on L + ½E‖
 
 
 def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
-    """For each objective, and for streams with and without correlation: who follows more closely?"""
+    """Claims that DGD follows more closely, for each objective, on streams with and without correlation."""
     claims: list[Claim] = []
     for objective, (ours, theirs) in PAIRS.items():
         for correlated in (True, False):

@@ -82,7 +82,7 @@ def descend(landscape: Landscape, lr: Tensor, momentum: Tensor, beta: Tensor, st
 
 
 def steps_to_converge(points: Iterable[Tensor], landscape: Landscape) -> list[int | None]:
-    """For each run the first step from which on ψ stays below TOLERANCE, None where there is none."""
+    """First step of each run from which on ψ stays below TOLERANCE, None where there is none."""
     above = torch.stack([~(value(p, landscape) < TOLERANCE) for p in points])  # [steps + 1, N]; NaN is above
     last = above.shape[0] - above.flip(0).to(torch.uint8).argmax(0)  # first step after the last one above
     last = torch.where(above.any(0), last, torch.zeros_like(last))

@@ -26,7 +26,7 @@ from benchmarks.pretrained.request import Request
 PARTS = {"facts": facts, "clinc": clinc, "language": language, "speed": speed}
 SEEDS = [0, 1, 2]
 READS = [4]
-OPTIONS = ("seeds", "methods", "data", "reads", "full")  # of some parts
+OPTIONS = ("seeds", "methods", "data", "reads", "full")  # options that only some parts have
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(given: argparse.Namespace) -> Request:
-    """What the command line asks for. ValueError for a cache that is none, or numbers out of range."""
+    """The request of a command line. ValueError for a cache that is none, or numbers out of range."""
     if given.max_minutes is not None and not (given.max_minutes > 0 and given.cache):
         raise ValueError(
             "--max_minutes is a positive number of minutes, and needs --cache FILE to go on from"

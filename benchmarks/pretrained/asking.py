@@ -1,4 +1,4 @@
-"""What a model answers: how it predicts given sequences, and what it writes; with or without a context."""
+"""Answers of a model: predictions of given sequences, and greedy text, with or without a context."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class View:
 
 @dataclass(frozen=True)
 class Answered:
-    """How a model predicted the tokens [1:] of a sequence.
+    """Predictions of the tokens [1:] of a sequence.
 
     Args:
         losses: [n − 1], in nats.
@@ -43,7 +43,7 @@ class Answered:
 
 @torch.no_grad()
 def ask(view: View, sequences: Sequence[Tensor], batch: int) -> list[Answered]:
-    """How the model predicts each sequence of ids [n], each in a window of its own after the context."""
+    """Predictions of each sequence of ids [n], each in a window of its own after the context."""
     if view.context is not None:
         cache = read_context(view)
         answered = []
@@ -55,7 +55,7 @@ def ask(view: View, sequences: Sequence[Tensor], batch: int) -> list[Answered]:
     answered = []
     for start in range(0, len(sequences), batch):
         rows = sequences[start : start + batch]
-        # padded behind, where no token that counts attends to it
+        # padding stands behind, where no token that counts attends to it
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         logits = view.model(input_ids=ids, use_cache=False).logits
         answered += [_answered(row, own) for row, own in zip(logits, rows, strict=True)]

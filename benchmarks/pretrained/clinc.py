@@ -42,8 +42,8 @@ class Bench:
 
     Args:
         request: model, cache and seeds.
-        corpus: where tasks are drawn from.
-        protocol: how much of it.
+        corpus: source of the tasks.
+        protocol: share of it that is used.
     """
 
     def __init__(self, request: Request, corpus: Corpus, protocol: Protocol) -> None:
@@ -52,7 +52,7 @@ class Bench:
 
     @cached_property
     def base(self) -> Base:
-        """What methods are made of."""
+        """Base model, wording and features, loaded when first needed."""
         model, tokenizer = self.request.loaded
         wording = Wording(tokenizer)
         return Base(model, wording, Features(model, wording, DEPTHS))
@@ -68,7 +68,7 @@ class Bench:
         return {"setting": chosen, "validation": tried}
 
     def result(self, name: str, contestant: Contestant, setting: Options, seed: int) -> Any:
-        """What `learn_in_turn` tells of a reported seed."""
+        """Scores of `learn_in_turn` on a reported seed."""
         return self._get(name, contestant, setting, seed, tuning=False)
 
     def _get(self, name: str, contestant: Contestant, setting: Options, seed: int, tuning: bool) -> Any:
@@ -133,7 +133,7 @@ COMPARISONS = (  # ours, theirs, in words
 
 
 def _claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """Where both methods of a comparison were run."""
+    """Claims of the comparisons of which both methods were run."""
     row = {row["method"]: row for row in rows}
     return [
         {

@@ -16,7 +16,7 @@ DEPTHS = (0.33, 0.67, 1.0)
 
 
 class Base(NamedTuple):
-    """What methods are made of; none changes it."""
+    """Base model, wording and features, of which methods are made; none changes them."""
 
     model: Any
     wording: Wording
@@ -24,7 +24,7 @@ class Base(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """How to make a method (from the base, the seed and a setting), and the settings to try."""
+    """A function that makes a method (from the base, the seed and a setting), and the settings to try."""
 
     make: Callable[[Base, int, Options], Method]
     grid: Sequence[Options]
@@ -59,7 +59,7 @@ def _levels(base: Base, seed: int, options: Options) -> Method:
 
 
 def contestants() -> dict[str, Contestant]:
-    """By name, in the order of the table."""
+    """The contestants by name, in the order of the table."""
     rates = [{"lr": lr} for lr in RATES]
     contexts = [{"kept": k, "order": order} for k in (1, KEPT) for order in ("stream", "mixed")]
     features = [

@@ -22,13 +22,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How much of CLINC150 is used.
+    """Share of CLINC150 that is used.
 
     Args:
         tasks: domains in sequence.
         train: examples of each class.
-        queries: of each class, asked when all tasks are learned.
-        between: of those, asked after every task too.
+        queries: queries of each class, asked when all tasks are learned.
+        between: those of them that are asked after every task too.
         tuning_tasks: domains in the sequence that a method is tuned on, at most `tasks`.
         validation: queries of each class there; they come from the validation split.
     """
@@ -121,9 +121,9 @@ def draw(corpus: Corpus, protocol: Protocol, seed: int, tuning: bool) -> list[Ta
     """The tasks of a seed: which domains in which order, which examples in which order, which queries.
 
     Args:
-        corpus: where from.
-        protocol: how much.
-        seed: of all choices.
+        corpus: the source of the tasks.
+        protocol: numbers of tasks, examples and queries.
+        seed: decides all choices.
         tuning: take `tuning_tasks` domains, and the queries from the validation split, not the test split.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What learns a stream of CLINC150's tasks: nothing, a context, class means, and levels.
+"""Learners of a stream of CLINC150's tasks: nothing, a context, class means, and levels.
 
 Methods that train weights in the usual way are in `clinc_training`. All label a query by the label, of those
 seen so far, that the model finds most probable behind it; only the class means do not ask the model.
@@ -60,7 +60,7 @@ def most_probable(
 
     Args:
         model: that is asked.
-        wording: of the prompts.
+        wording: writes the prompts.
         texts: the queries.
         labels: to choose from.
         before: ids that stand before every prompt; they are read once.
@@ -86,11 +86,11 @@ class InContext:
 
     Args:
         model: the base model; nothing is trained.
-        wording: of the examples.
+        wording: writes the examples.
         kept: examples of each class that stay in the context; with 0 the model answers without any.
         order: "stream" as they came, or "mixed" over all tasks.
         window: tokens of the examples at most; the oldest are dropped if there are more.
-        seed: of the mixed order.
+        seed: decides the mixed order.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class Features:
 
     Args:
         model: the base model.
-        wording: of the prompts.
-        depths: of the layers that are kept, from 0 (the embedding) to 1 (the last layer).
+        wording: writes the prompts.
+        depths: relative depths of the layers that are kept, from 0 (the embedding) to 1 (the last layer).
         batch: prompts of one pass.
     """
 
@@ -140,7 +140,7 @@ class Features:
         self.known: dict[str, dict[tuple[float, str], Tensor]] = {}
 
     def of(self, texts: Sequence[str], depth: float, pooling: str) -> Tensor:
-        """[texts, D] in float64: the "mean" over each prompt's tokens, or its "last" one."""
+        """Features [texts, D] in float64: the "mean" over each prompt's tokens, or its "last" one."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         for start in range(0, len(new), self.batch):
             self._read(new[start : start + self.batch])
@@ -167,7 +167,7 @@ class ClassMeans:
     over examples are all that is kept, so nothing is forgotten, whatever the order.
 
     Args:
-        features: of the base model; nothing is trained.
+        features: hidden states of the base model; nothing is trained.
         depth: which of the features' layers.
         pooling: "mean" or "last"; see `Features.of`.
         shrinkage: share of the identity, above 0 and up to 1.
@@ -211,7 +211,7 @@ class Levels:
 
     Args:
         model: the base model.
-        wording: of the examples.
+        wording: writes the examples.
         levels: fast to slow.
         kept: examples of each class that stand before a query, as in `InContext`.
         answers: indices of the levels that are in force when queries are answered; None for all.

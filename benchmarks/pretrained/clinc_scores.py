@@ -98,5 +98,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _share(answers: Sequence[tuple[Example, str]], task: Task) -> float:
-    """Of the answers that are labels of a task."""
+    """Share of the answers that are labels of a task."""
     return sum(label in task.labels for _, label in answers) / len(answers)

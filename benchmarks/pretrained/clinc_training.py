@@ -29,9 +29,9 @@ class FineTuning:
 
     Args:
         model: the base model; a copy is trained.
-        wording: of the examples.
+        wording: writes the examples.
         lr: learning rate, constant; no weight decay.
-        seed: of what is drawn in addition to the stream.
+        seed: decides all draws beside the stream.
         average: queries are answered by a moving average of the weights, which moves this share of its
             distance after every fourth step; None: by the weights.
     """
@@ -76,7 +76,7 @@ class FineTuning:
         """Add the gradient of a penalty to the masters' `grad`; here none."""
 
     def gradients(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Of the mean loss of the labels' tokens, float32."""
+        """Gradients of the mean loss of the labels' tokens, float32."""
         ids, targets = collate(self.wording, examples)
         logits = self.model(input_ids=ids).logits.float()
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

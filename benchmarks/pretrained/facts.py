@@ -1,4 +1,4 @@
-"""Made-up facts, read in a long text and asked in a new window: what went into the weights, and at what cost.
+"""Made-up facts, read in a long text and asked in a new window: recall and damage.
 
 Forty facts are told at random places of a text longer than the model's positions. Afterwards each is asked
 as a cloze in the words that were read, and in two paraphrases; the loss on other text tells the damage. A
@@ -31,12 +31,12 @@ FILLER, OTHER = "tinyshakespeare.txt", "wikitext2_valid.txt"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is read and asked.
+    """Numbers of facts and tokens that are read and asked.
 
     Args:
         facts: told in the text.
-        tokens: of the text.
-        other_tokens: of the text that tells the damage.
+        tokens: length of the text.
+        other_tokens: length of the text that tells the damage.
         piece: tokens of it that are read together, in a window of their own.
         batch: questions in one pass.
     """
@@ -86,7 +86,7 @@ class Question:
 
 
 def questions(facts: Sequence[Fact], tokenizer: Any) -> list[Question]:
-    """Of each fact the sentence that was read, and its paraphrases."""
+    """The sentence of each fact that was read, and its paraphrases."""
     found = []
     for fact in facts:
         answer = encode(tokenizer, f" {fact.answer}")

@@ -24,7 +24,7 @@ ENDINGS = "holm mere wick stad vara dune mont aska"
 
 @dataclass(frozen=True)
 class Relation:
-    """What may be said of a person or a place.
+    """A statement about a person or a place.
 
     Args:
         of: "person" or "place": the kind of name.
@@ -101,7 +101,7 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        """As the text tells it."""
+        """The whole sentence, as the text tells it."""
         return f"{self.told} {self.answer}."
 
 

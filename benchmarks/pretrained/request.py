@@ -1,4 +1,4 @@
-"""What is asked of a part: seeds, sizes, methods, and where model, data and results are."""
+"""Request to a part: seeds, sizes, methods, and the places of model, data and results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Request:
     """One run of a part.
 
     Args:
-        cache: of results.
+        cache: results by their settings.
         seeds: reported ones.
         quick: tiny sizes.
         model: folder of the model; None for the packaged one.
@@ -43,7 +43,7 @@ class Request:
 
     @property
     def model_name(self) -> str:
-        """For the settings of a result."""
+        """Name of the model in the settings of a result."""
         return "SmolLM2-135M-Instruct" if self.model is None else str(self.model.resolve())
 
     def text(self, name: str) -> str:

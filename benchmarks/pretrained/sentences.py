@@ -28,7 +28,7 @@ INDONESIAN = (
     "yang di dan dia saya itu ada tidak pi su pu dong dorang kita mereka kau bapak mama dengan sama ini "
     "orang ke mau bikin kasih"
 )
-WORDS = range(3, 11)  # of the English side: whole, and soon translated
+WORDS = range(3, 11)  # numbers of words of the English side: whole sentences, and soon translated
 CONSONANTS, VOWELS, FINALS = "bdfghklmnprstvwz", "aeiou", "nrslk"
 
 
@@ -42,13 +42,13 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        """What is read before the translation."""
+        """The text before the translation."""
         return f"{self.language}: {self.sentence}\nEnglish:"
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is read of a language, and what it is tested on."""
+    """Sentence pairs of a language to be read, and others to be tested on."""
 
     train: list[Pair]
     test: list[Pair]

@@ -1,4 +1,4 @@
-"""What reading costs: `observe` with three levels, relative to forward and backward; the size of a memory."""
+"""Cost of reading: `observe` with three levels, relative to forward and backward; size of a memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from benchmarks.harness import interleaved, show
 from benchmarks.pretrained.request import Request
 from nested_learning.continual import Learner, Level, stack_levels
 
-WANTED = 0.8  # of the rate of forward and backward
+WANTED = 0.8  # target: share of the rate of forward and backward
 RANK = 8
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is read and timed.
+    """Sizes of the text that is read, and numbers of timed chunks.
 
     Args:
-        chunks: tokens between two writes of the levels, fast to slow; the fastest is what is timed.
-        repeats: timed chunks. With those before, they reach the boundary of the slowest level.
-        warmup: chunks before.
+        chunks: tokens between two writes of the levels, fast to slow; a chunk of the fastest is timed.
+        repeats: timed chunks. With the warm-up, they reach the boundary of the slowest level.
+        warmup: chunks before the timed ones.
     """
 
     chunks: tuple[int, int, int] = (512, 2048, 8192)

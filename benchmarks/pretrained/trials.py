@@ -81,7 +81,7 @@ def as_table(rows: Sequence[Row], figures: Mapping[str, str]) -> list[dict[str, 
 
 
 def claim(rows: Sequence[Row], text: str, figure: str, low: str, high: str) -> list[Claim]:
-    """That the mean of `figure` is lower for method `low` than for `high`; none where one was not run."""
+    """Claim that the mean of `figure` is lower for `low` than for `high`; none where one was not run."""
     found = {row["method"]: row for row in rows}
     if low not in found or high not in found:
         return []

@@ -25,7 +25,7 @@ class Trie:
         nodes: [N] ids that have to be read; the ends of labels need not be.
         depths: [N] tokens before each node in its label.
         sees: [N, N] whether a node sees another: its ancestors and itself.
-        sources: [E] what predicts the token of an edge: 0 is the prompt's last token, i + 1 is node i.
+        sources: [E] position that predicts the token of an edge: 0 is the prompt's last token, i + 1 node i.
         targets: [E] id of the token of an edge.
         paths: [labels, E] 1 where the edge belongs to the label, else 0.
     """
@@ -99,7 +99,7 @@ class Trie:
         return self.paths.to(found.dtype) @ found
 
     def _mask(self, before: int, read: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the attention scores [1, 1, read + N, before + read + N]."""
+        """Additive attention mask [1, 1, read + N, before + read + N]: 0 where a token is seen."""
         nodes = len(self.nodes)
         visible = torch.ones(read + nodes, before + read + nodes, dtype=torch.bool)
         visible[:read, before:] = torch.ones(read, read + nodes).tril().bool()

@@ -34,6 +34,8 @@ def test_files():
 def test_functions():
     """A longer one says in its docstring why it is: "Long: …"."""
     long = [
-        (lines, where) for lines, where, text in functions() if lines > LONGEST_FUNCTION and "Long: " not in text
+        (lines, where)
+        for lines, where, text in functions()
+        if lines > LONGEST_FUNCTION and "Long: " not in text
     ]
     assert not long
