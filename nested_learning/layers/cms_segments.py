@@ -60,7 +60,7 @@ class Segments:
             left = chunk_size - position.to(mask.device) % chunk_size
             columns = first + length - 1
             self._layout = row_layout(mask, (first - left).clamp_min(0), columns)
-            self._real = self._layout.filled
+            self._real = self._layout.real
         ends = [*range(first, columns, chunk_size), columns]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
 

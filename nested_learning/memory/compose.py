@@ -46,7 +46,7 @@ def compose(
     read: Read = "token",
     eta_max: float | None = None,
 ) -> MemorySystem:
-    """The system with these parts.
+    """The system with these parts. Long: its signature lists every part that a configuration may name.
 
     Args:
         architecture: "matrix", "mlp" or "swiglu"; `depth`, `activation` and `norm` belong to "mlp",

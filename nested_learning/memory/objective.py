@@ -18,8 +18,8 @@ class AtKey(NamedTuple):
     """A chunk's tokens as an objective sees them; [..., C, d] unless noted."""
 
     value: Tensor  # v̂, the target
-    residual: Tensor  # what the weights are to answer: v̂ − k of a memory with a skip connection, else v̂
-    answer: Tensor  # what they answer
+    residual: Tensor  # wanted answer of the weights: v̂ − k of a memory with a skip connection, else v̂
+    answer: Tensor  # their answer
     width: Tensor | None  # [..., C] delta_t of Huber's objective
 
     @property

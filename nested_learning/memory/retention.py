@@ -17,7 +17,7 @@ _LEAST_NORM = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What a memory keeps.
+    """Retention α_t, decay 1 − α_t, and the form of the weights.
 
     Attributes:
         decay: of the accumulated A_t = α_t A_{t−1} + write: "none" α = 1, "constant" RetNet's schedule

@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 
     paths: Mapping[str, Tensor]  # "k", "v", "q": [B, H, T, d]
     gates: Tensor | None = None  # [gates, B, H, T] logits of gates that are projections of the layer's input
-    readouts: Readouts | None = None  # of gates that memories generate
+    readouts: Readouts | None = None  # for gates that memories generate
     real: Tensor | None = None  # [B, T] bool, False = padding, which changes nothing; None: all are real
 
     def split(self, sizes: int | list[int]) -> list[Inputs]:

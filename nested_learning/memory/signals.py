@@ -30,7 +30,7 @@ class Gates(NamedTuple):
     rate: Tensor  # factor of a write: η, times 1 − μ as it enters a momentum that is scaled so
     log_alpha: Tensor  # log of the retention α
     log_mu: Tensor | None  # log of the momentum's decay
-    width: Tensor | None  # of Huber's objective
+    width: Tensor | None  # width δ of Huber's objective
 
 
 class Signals(NamedTuple):

@@ -67,7 +67,7 @@ class State:
         return held_bytes(self.tensors())
 
     def detach(self: S) -> S:
-        """The same values, cut from the autograd graph."""
+        """A state of equal values, cut from the autograd graph."""
         return self.map(Tensor.detach)
 
     def clone(self: S) -> S:

@@ -51,8 +51,8 @@ def learning_rule(
 
     Args:
         rule: "gd" gradient descent; "dgd" the delta rule on the output matrix, which erases what it answers
-            and writes the target, and gradient descent on the others; "dgd_literal" as printed (eq 88), L2
-            objective, erase and zero retention on every matrix.
+            and writes the target (eq 92, whose printed sign is a slip), and gradient descent on the others;
+            "dgd_literal" as printed (eq 93), L2 objective, erase and zero retention on every matrix.
 
     Raises:
         ValueError: for a rule that does not exist, or that does not go with the objective.
@@ -129,7 +129,7 @@ class MemorySystem:
     eta_max: float = 0.5
 
     # What follows from the parts, worked out once: layers and engines ask for it at every call.
-    objective: Objective = field(init=False, repr=False, compare=False)  # of the output matrix
+    objective: Objective = field(init=False, repr=False, compare=False)  # that of the output matrix
     exact: bool = field(init=False, repr=False, compare=False)  # no anchor enters the result
     memories: tuple[str, ...] = field(init=False, repr=False, compare=False)  # along the memory axis
     chunk_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in that order

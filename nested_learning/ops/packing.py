@@ -16,35 +16,35 @@ class RowLayout(NamedTuple):
     """
 
     source: Tensor  # [B, columns] index of the token in column c of row b (0 where there is none)
-    filled: Tensor  # [B, columns] whether column c of row b holds a real token
+    real: Tensor  # [B, columns] bool, whether column c of row b holds a token
     target: Tensor  # [B, T] column of each token (0 for padding)
-    mask: Tensor  # [B, T] True = real token
+    given: Tensor  # [B, T] bool, the real tokens as they came
     offset: Tensor  # [B] column of the row's first token
     end: Tensor  # [B] first column after the row's tokens, offset + n_b
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, columns, ...]; empty columns are zero."""
-        return _rows(x, self.source) * _like(self.filled, x)
+        return _rows(x, self.source) * _like(self.real, x)
 
     def unpack(self, y: Tensor) -> Tensor:
         """[B, columns, ...] -> [B, T, ...]; padding is zero."""
-        return _rows(y, self.target) * _like(self.mask, y)
+        return _rows(y, self.target) * _like(self.given, y)
 
 
-def row_layout(mask: Tensor, offset: Tensor, columns: int) -> RowLayout:
-    """The layout for `mask` [B, T] (True = real token) and each row's first column `offset` [B].
+def row_layout(real: Tensor, offset: Tensor, columns: int) -> RowLayout:
+    """The layout for tokens `real` [B, T] (bool, False = padding) and each row's first column `offset` [B].
 
     `columns` must be at least max(offset) + T; it is a Python number so that nothing waits for the device.
     """
-    T = mask.shape[1]
-    rank = mask.cumsum(1) - 1  # of each real token among its row's
-    order = torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)  # real tokens first
-    count = mask.sum(1)
-    wanted = torch.arange(columns, device=mask.device) - offset.unsqueeze(1)  # [B, columns] rank in column
-    filled = (wanted >= 0) & (wanted < count.unsqueeze(1))
+    T = real.shape[1]
+    rank = real.cumsum(1) - 1  # place of each real token among its row's
+    order = torch.argsort(real.logical_not().to(torch.uint8), dim=1, stable=True)  # real tokens first
+    count = real.sum(1)
+    wanted = torch.arange(columns, device=real.device) - offset.unsqueeze(1)  # [B, columns] rank in column
+    held = (wanted >= 0) & (wanted < count.unsqueeze(1))
     source = order.gather(1, wanted.clamp(0, T - 1))
-    target = (rank + offset.unsqueeze(1)).where(mask, 0)
-    return RowLayout(source.where(filled, 0), filled, target, mask, offset, offset + count)
+    target = (rank + offset.unsqueeze(1)).where(real, 0)
+    return RowLayout(source.where(held, 0), held, target, real, offset, offset + count)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

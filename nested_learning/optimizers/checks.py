@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Check(Protocol):
-    """What one option accepts."""
+    """Base of the checks: the values that one option accepts."""
 
     def check(self, name: str, value: Any) -> Any:
         """Return `value` as it is kept; ValueError, with the option's `name`, where it is not accepted."""

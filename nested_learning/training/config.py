@@ -147,7 +147,7 @@ class TrainConfig:
             )
 
     def with_steps(self, steps: int) -> TrainConfig:
-        """The same run with its length fixed at `steps`, and with the intervals that follow from it."""
+        """This run with its length fixed at `steps`, and with the intervals that follow from it."""
         return dataclasses.replace(
             self,
             steps=steps,

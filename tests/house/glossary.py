@@ -1,7 +1,7 @@
 """The links of docs/glossary.md from equations to lines of the code.
 
 python -m tests.house.glossary          # prints the links that miss
-python -m tests.house.glossary --fix    # moves each to the nearest line of its file that carries the number
+python -m tests.house.glossary --fix    # moves each to the nearest line that carries the number
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def test_layout_against_a_loop(mask, offsets):
         assert torch.equal(packed[b, :, 0], expected)
         assert layout.end[b] == offsets[b] + len(real)
     assert torch.equal(layout.unpack(packed), x * mask.unsqueeze(-1))
-    assert torch.equal(layout.filled, packed[..., 0] != 0)
+    assert torch.equal(layout.real, packed[..., 0] != 0)
 
 
 def test_conv_equals_conv1d():

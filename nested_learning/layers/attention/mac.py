@@ -138,7 +138,7 @@ class MemoryAsContext(nn.Module):
         layout = row_layout(real, position, columns)
         column = torch.arange(self.segment, device=x.device).expand(B, -1)
         outputs, surprises = [], []
-        parts = (packed.split(self.segment, dim=1) for packed in (layout.pack(x), layout.filled))
+        parts = (packed.split(self.segment, dim=1) for packed in (layout.pack(x), layout.real))
         for tokens, filled in zip(*parts, strict=True):
             y, state, surprise = self._read_segment(tokens, state, filled, column)
             outputs.append(y)

@@ -293,7 +293,7 @@ class MemoryLayer(nn.Module):
         else:
             layout = row_layout(real, state.position, period - 1 + T)
         boundaries = Boundaries(False, 0, layout.offset, layout.end)
-        return Place(layout.pack(x), layout.filled, boundaries, layout.end % period, layout)
+        return Place(layout.pack(x), layout.real, boundaries, layout.end % period, layout)
 
     def _start(self, state: MemoryState | None, position: Tensor, dtype: torch.dtype) -> MemoryState:
         """The state that the run starts from, with the `position` that it will end at."""

@@ -1,4 +1,4 @@
-"""What an architecture has to say: its matrices, its forward pass, and the gradients of one inner step."""
+"""Base of the architectures: their matrices, forward pass, and the gradients of one inner step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Linear = Callable[[str, Tensor], Tensor]
 class Trace(NamedTuple):
     """One forward pass, kept for the gradient. Tensors are [..., C, width]."""
 
-    answer: Tensor  # what the weights add to the skip connection, or all of M(x) without one
+    answer: Tensor  # part of M(x) that the weights add to the skip connection; all of it without one
     inputs: dict[str, Tensor]  # per matrix W its input x
     outputs: dict[str, Tensor]  # and W x
     kept: dict[str, Tensor]  # further tensors that the architecture's gradient needs
@@ -37,8 +37,8 @@ class Trace(NamedTuple):
 class Down(NamedTuple):
     """Minus the gradient at the memory's output [..., C, d], for the two kinds of matrices."""
 
-    output: Tensor  # of the output matrix itself
-    hidden: Tensor  # carried back to the others
+    output: Tensor  # for the output matrix itself
+    hidden: Tensor  # for the others, to be carried back
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ _broken = False  # once compiling has failed
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
-    """Where it is asked for, and neither checks nor a compiler look into the steps already."""
+    """Any system, where compiling is asked for and neither checks nor a compiler look into the steps."""
     return call.compile_step and not call.compiling and not call.checked
 
 
@@ -33,7 +33,7 @@ def run(
     boundaries: Boundaries,
     how: How,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
-    """As `generic.run`."""
+    """Results of `generic.run`, with compiled steps."""
     return generic.run(system, initial, state, inputs, boundaries, how, compiled_step)
 
 

@@ -77,7 +77,7 @@ def run(
     boundaries: Boundaries,
     how: How,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
-    """As `generic.run`, without the surprise.
+    """Results of `generic.run`, without the surprise.
 
     Keys, values and queries enter the products in the projections' precision (bfloat16 where that is
     float32); decays, rates and the state are float32.

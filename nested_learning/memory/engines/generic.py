@@ -106,7 +106,7 @@ def step(
     }
     y = _read(system, state.anchor, weights, chunks, s.q)
     surprise = None
-    if want_surprise:  # of the memory that is read out
+    if want_surprise:  # error of the memory that is read out
         surprise = error[:, -1].detach().square().sum((1, 3)).sqrt()
     after = {name: chunk.final() for name, chunk in chunks.items()}
     momentum = {name: S for name, (_, S) in after.items() if S is not None} if system.momentum else None
@@ -114,7 +114,7 @@ def step(
 
 
 class MatrixWrite(NamedTuple):
-    """What one matrix is to learn at each token of a chunk, before the learning rate."""
+    """Writes of a chunk's tokens into one matrix, before the learning rate."""
 
     x: Tensor  # [B, N or 1, H, C, d_in] its input
     direction: Tensor  # [B, N, H, C, d_out] minus the gradient at its output
@@ -162,7 +162,7 @@ def _read(
         return system.architecture.read(q, lambda name, x: x @ weights[name][:, -1].mT)
     last = {name: chunk.select_last(dim=-4) for name, chunk in chunks.items()}
     if system.retention.form == "lq":
-        # what accumulates is read token by token, its norm is that of the anchor
+        # The accumulated A is read token by token, divided by the anchor's norm.
         scale = {name: system.retention.scale(A[:, -1:]) for name, A in anchor.items()}
         read = system.architecture.read(q.unsqueeze(1), lambda name, x: scale[name] * last[name].read(x))
     else:

@@ -42,7 +42,7 @@ def run(
     boundaries: Boundaries,
     how: How,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
-    """As `generic.run`, of one token."""
+    """Results of `generic.run` for one token."""
     anchor, W = state.anchor, state.current
     k, v, q, eta, alpha = _signals(system, anchor, inputs)
     if inputs.real is not None:  # padding changes nothing

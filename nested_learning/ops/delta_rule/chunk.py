@@ -96,7 +96,7 @@ class Chunk:
         gram = x @ x.mT  # [..., C, C]
         if Wx is None:
             Wx = x @ self.W.mT
-        left = alpha.before_start.unsqueeze(-1)  # of W when the token arrives
+        left = alpha.before_start.unsqueeze(-1)  # left of W when the token arrives
         # strictly lower triangular, as the shifted Gamma is
         system = gram * (rate * _shift_rows(alpha.between))
         if self.mu is None and self.W_init is None:
@@ -152,7 +152,7 @@ class Chunk:
 
     def _held(self, gram: Tensor, Wx: Tensor) -> Tensor:
         """Part of W_{t-1} x_t that depends neither on the erases within the chunk nor on plain writes."""
-        x, left = self.x, self.alpha.before_start.unsqueeze(-1)  # of W when the token arrives
+        x, left = self.x, self.alpha.before_start.unsqueeze(-1)  # left of W when the token arrives
         held = left * Wx if self.W_init is None else torch.lerp(x @ self.W_init.mT, Wx, left)
         if self.mu is None:
             return held
