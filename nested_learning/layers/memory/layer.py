@@ -193,10 +193,12 @@ class MemoryLayer(nn.Module):
         """`forward` on rows that are read together."""
         place = self._place(x, state, real)
         start = self._start(state, place.position, torch.promote_types(x.dtype, torch.float32))
-        if self.recompute is None or not torch.is_grad_enabled() or check.enabled():
-            y, after, surprise, _ = self._read_segment(place, start, None, want_surprise)
-        else:  # the checks count chunks from the start of the sequence
+        chunk = max(self.system.chunk_sizes)
+        long = self.recompute is not None and torch.is_grad_enabled() and place.x.shape[1] > chunk
+        if long and not check.enabled():  # the checks count chunks from the start of the sequence
             y, after, surprise = self._read_recomputed(place, start, want_surprise)
+        else:
+            y, after, surprise, _ = self._read_segment(place, start, None, want_surprise)
         if place.layout is not None:
             y = place.layout.unpack(y)
             surprise = None if surprise is None else place.layout.unpack(surprise)
@@ -210,7 +212,7 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, Tensor | None]:
         """`_read_segment` on segments of √n of n chunks, each computed again by the backward pass."""
         chunk = max(self.system.chunk_sizes)
-        size = chunk * max(1, math.isqrt(math.ceil(place.x.shape[1] / chunk)))
+        size = chunk * math.isqrt(math.ceil(place.x.shape[1] / chunk))
         history, ys, surprises = None, [], []
         for segment in place.segments(size):
             arguments = (segment, state, history, want_surprise)
@@ -223,7 +225,8 @@ class MemoryLayer(nn.Module):
     def _read_segment(
         self, place: Place, state: MemoryState, history: Tensor | None, want_surprise: bool
     ) -> tuple[Tensor, MemoryState, Tensor | None, Tensor | None]:
-        """y [B, C, D], the state after the segment, the surprise [B, C], the next segment's history."""
+        """Prepare, run, finish: y [B, C, D], the state after the segment, the surprise [B, C], and the next
+        segment's history."""
         x, dtype = place.x, torch.promote_types(place.x.dtype, torch.float32)
         paths, gate, (logits, readouts) = self.in_proj(x), self.gate_proj(x), self._gates(x, dtype)
         how = How(self.backend, gate.dtype, want_surprise, self.compile_step)
