@@ -1,8 +1,8 @@
 """This commit against another one: the same works in a process for each, call by call in turn.
 
 The other commit is a folder, such as `git worktree add ../before COMMIT` makes. Its package runs the cases of
-this checkout (`benchmarks.cases`), so it needs to know nothing of them. Each commit runs in a worker process of
-its own, so that neither has the memory and the imports of this one; while one works, the others wait.
+this checkout (`benchmarks.cases`), so it needs to know nothing of them. Each commit runs in a worker process
+of its own, so that neither has the memory and the imports of this one; while one works, the others wait.
 """
 
 from __future__ import annotations
