@@ -1,8 +1,8 @@
-"""This commit against another one: the same works here and in a second process, call by call in turn.
+"""This commit against another one: the same works in a process for each, call by call in turn.
 
 The other commit is a folder, such as `git worktree add ../before COMMIT` makes. Its package runs the cases of
-this checkout (`benchmarks.cases`), so it needs to know nothing of them. While one process works the other one
-waits.
+this checkout (`benchmarks.cases`), so it needs to know nothing of them. Each commit runs in a worker process
+of its own, so that neither has the memory and the imports of this one; while one works, the others wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cases import CASES, Works
+import nested_learning
 from benchmarks.harness import show
 from nested_learning.training.report import git_revision
 
@@ -31,8 +31,8 @@ ENDING = 5.0  # seconds that the worker gets to end by itself
 Settings = Mapping[str, Any]
 
 
-class OtherFailed(RuntimeError):
-    """The other commit's package does not import, or does not run a case."""
+class RunnerFailed(RuntimeError):
+    """A commit's package does not import, or does not run a case."""
 
 
 class Span(NamedTuple):
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """Calls of one work: those of this process, and those of the other one, each after its counterpart."""
+    """Calls of one work: those of this commit, and those of the other one, each after its counterpart."""
 
     here: list[Span]
     there: list[Span]
@@ -89,14 +89,14 @@ def _git(folder: Path, *command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-class Other:
+class Runner:
     """A process that runs a case with the package in `folder`; a context, at whose end the process ends.
 
     Attributes:
-        works: names of the works that the other package has.
+        works: names of the works that the package has.
 
     Raises:
-        OtherFailed: the package or the case does not run there.
+        RunnerFailed: the package or the case does not run there.
     """
 
     def __init__(self, folder: Path, case: str, settings: Settings) -> None:
@@ -115,7 +115,7 @@ class Other:
             self.close()
             raise
 
-    def __enter__(self) -> Other:
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +135,7 @@ class Other:
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"it ended with status {self._process.wait()}"}
         if "error" in answer:
-            raise OtherFailed(f"the package in {self.folder} does not run this case: {answer['error']}")
+            raise RunnerFailed(f"the package in {self.folder} does not run this case: {answer['error']}")
         return answer
 
     def close(self) -> None:
@@ -151,28 +151,22 @@ class Other:
             self._process.wait()
 
 
-def in_turns(works: Works, other: Other, repeats: int, warmup: int = 1) -> dict[str, Turns]:
-    """Calls of each work that both processes have: one here, one there, then of the next work.
+def in_turns(here: Runner, there: Runner, repeats: int, warmup: int = 1) -> dict[str, Turns]:
+    """Calls of each work that both commits have: one here, one there, then of the next work.
 
     Args:
-        works: the works of this process, by name.
-        other: the other process.
+        here, there: processes of the two commits.
         repeats: calls that are kept, of each work on either side.
         warmup: calls before them.
     """
-    common = {name: work for name, work in works.items() if name in other.works}
-    turns = {name: Turns([], []) for name in common}
+    turns = {name: Turns([], []) for name in here.works if name in there.works}
     for turn in range(warmup + repeats):
-        for name, work in common.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            work()
-            here = Span(start, time.perf_counter())
-            time.sleep(PAUSE)
-            there = other.call(name)
-            if turn >= warmup:
-                turns[name].here.append(here)
-                turns[name].there.append(there)
+        for name, spans in turns.items():
+            for runner, kept in zip((here, there), spans, strict=True):
+                time.sleep(PAUSE)
+                span = runner.call(name)
+                if turn >= warmup:
+                    kept.append(span)
     return turns
 
 
@@ -188,21 +182,21 @@ def compare(
         warmup: calls before them.
 
     Raises:
-        OtherFailed: a case does not run there.
+        RunnerFailed: a case does not run there.
     """
-    here, there = git_revision(), revision(folder)
+    own = Path(nested_learning.__file__).resolve().parents[1]
+    refs = {"here": git_revision(), "there": revision(folder)}
     rows: list[dict[str, Any]] = []
     for case, settings in cases:
-        with Other(folder, case, settings) as other:
-            works = CASES[case](**settings)
-            turns = in_turns(works, other, repeats, warmup)
-        only = sorted(set(works) ^ set(other.works))
+        with Runner(own, case, settings) as here, Runner(folder, case, settings) as there:
+            turns = in_turns(here, there, repeats, warmup)
+        only = sorted(set(here.works) ^ set(there.works))
         if only:
             print(f"only one of the two has: {'; '.join(only)}")
         rows += [_row(case, settings, name, found) for name, found in turns.items()]
-    print(f"here: git {here}; there: git {there}, {folder}")
+    print(f"here: git {refs['here']}; there: git {refs['there']}, {folder}")
     show("medians; a ratio above 1: here is faster", rows)
-    return {"here": here, "there": there, "folder": str(folder), "repeats": repeats, "rows": rows}
+    return {**refs, "folder": str(folder), "repeats": repeats, "rows": rows}
 
 
 def _row(case: str, settings: Settings, name: str, turns: Turns) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The works that the speed benchmarks time, by name, on inputs by seed, built from public names alone.
 
-With `--against FOLDER` a second process runs this file with the package of another commit
+With `--against FOLDER` a worker process runs this file with the package of another commit
 (`benchmarks.worker`). So nothing of the package is imported here except `nested_learning`,
 `nested_learning.layers` and `nested_learning.continual`, and nothing of the benchmarks.
 """

@@ -1,4 +1,4 @@
-"""The second process of `--against`: the cases of this checkout with the package of another one.
+"""A process of `--against`: the cases of this checkout with the package of a folder.
 
 `benchmarks.against` starts it in the root of this checkout: `python -m benchmarks.worker FOLDER CASE SETTINGS
 THREADS`. It answers in lines of JSON: first {"works": [names]}, or {"error": sentence}; then, for each line

@@ -48,7 +48,7 @@ def test_both_run_in_turn_and_both_commits_are_named(monkeypatch, capfd):
 
 
 def test_the_worker_ends_in_the_middle_of_a_call_when_its_input_does():
-    other = against.Other(ROOT, "peers", {"shape": LONG})
+    other = against.Runner(ROOT, "peers", {"shape": LONG})
     process = other._process
     try:
         process.stdin.write('{"call": "self_modifying_titans"}\n')
@@ -72,8 +72,8 @@ def repository(folder, package):
 
 def test_the_package_is_that_of_the_folder(tmp_path):
     repository(tmp_path, "raise ImportError('the one of the folder')")
-    with pytest.raises(against.OtherFailed, match="ImportError: the one of the folder"):
-        against.Other(against.checkout(str(tmp_path)), "peers", {"shape": TINY})
+    with pytest.raises(against.RunnerFailed, match="ImportError: the one of the folder"):
+        against.Runner(against.checkout(str(tmp_path)), "peers", {"shape": TINY})
 
 
 def test_the_cases_import_public_names_alone():
