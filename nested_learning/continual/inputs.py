@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 LearnMask = Tensor | Sequence[Any]
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
@@ -35,9 +34,7 @@ class Batch:
         return torch.stack(results) if self.kind == "matrix" else results
 
 
-def read_batch(
-    given: TextOrIds, tokenizer: Any, model: PreTrainedModel, learn_mask: LearnMask | None = None
-) -> Batch:
+def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMask | None = None) -> Batch:
     """Text or ids as rows of ids on the device.
 
     Text is encoded without special tokens, as a continuation of what came before; to have them, give ids.
@@ -45,7 +42,7 @@ def read_batch(
     Args:
         given: a text, ids [T] (tensor or list), a list of texts or of ids, or ids [B, T].
         tokenizer: tokenizer for text; may be None when only ids come.
-        model: the model that will read them, with its vocabulary and its device.
+        model: the model that will read them, a PreTrainedModel with its vocabulary and device.
         learn_mask: which tokens are learned, of the shape of the ids, bool or 0 and 1; None for all.
 
     Raises:

@@ -63,8 +63,9 @@ class Learner:
             row: the row that one sequence is for, where there are several.
             learn_mask: values of the ids' shape, True (or 1) for a token that is to be learned: its
                 prediction from all before it counts in the chunk's sum (not that of a chunk's first token,
-                which no chunk learns). The others are read and scored alone, such as a user's turns when only the answers
-                are to be learned. None for all tokens. Not for text, whose tokens are not known.
+                which no chunk learns). The others are read and scored alone, such as a user's turns when
+                only the answers are to be learned. None for all tokens. Not for text, whose tokens are not
+                known.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32

@@ -1,4 +1,4 @@
-"""What a level is: how often it learns, how, and where."""
+"""A level: how often it learns, how, and where."""
 
 from __future__ import annotations
 

@@ -95,11 +95,14 @@ class Reader:
         parts = learn.split([len(crossing), len(inside)])
         sums = [losses.sum(), learned_sum(crossing, parts[0]), learned_sum(inside, parts[1])]
         everything, *learned = torch.stack(sums).tolist()  # the only host synchronisation
-        pairs = [
-            Pairs(int(part.sum()), loss, grads)
-            for part, loss, grads in zip(parts, learned, (crossing_grads, inside_grads), strict=True)
-        ]
-        return _padded(losses, len(ids)), Lesson(begins_at, *pairs, math.isfinite(everything))
+        counts = [int(part.sum()) for part in parts]
+        lesson = Lesson(
+            begins_at,
+            crossing=Pairs(counts[0], learned[0], crossing_grads),
+            inside=Pairs(counts[1], learned[1], inside_grads),
+            is_finite=math.isfinite(everything),
+        )
+        return _padded(losses, len(ids)), lesson
 
     def _begin_segment(self, row: Row) -> None:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""

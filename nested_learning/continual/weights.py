@@ -158,9 +158,10 @@ class Workspace:
         with self.lock:
             buffers = self._free.pop() if self._free else _Buffers({})  # a scope in a scope has its own
             factors = [
-                (writer, target, *(factor.detach() for factor in writer.factors(state, target)))
+                (writer, target, down.detach(), up.detach())
                 for writer, state in zip(writers, row.levels, strict=True)
                 for target in writer.low_rank_targets
+                for down, up in [writer.factors(state, target)]
             ]
             installation = _Installation(buffers.effective(writers, row), factors)
             # One installation at a time: that of the scope around this one steps aside until this one ends.
