@@ -1,6 +1,6 @@
 """Speed of a memory layer that learns: `python -m benchmarks.memory_step [--json FILE]`.
 
-Forward and backward of one self-modifying layer of hope-tiny's shape, the fused run against the generic step,
+Forward and backward of one self-modifying layer of hope-tiny's shape, the run written out by chunks against the generic engine,
 interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and gradients.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.cases import slopes
 from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.layers import SelfModifyingTitans
-from nested_learning.memory import fused
+from nested_learning.memory import engine
+from nested_learning.memory.engines import generic
 
 SHAPE = {"batch": 16, "tokens": 256, "width": 128, "heads": 4, "chunk": 32}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
@@ -24,17 +25,19 @@ QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 
 @contextmanager
 def generic_only() -> Iterator[None]:
-    """Let every layer take the generic step."""
-    supports = fused.supports
-    fused.supports = lambda *_: False
+    """Let the generic engine run every layer."""
+    engines = engine.ENGINES
+    engine.ENGINES = (generic,)
+    engine.choose.cache_clear()
     try:
         yield
     finally:
-        fused.supports = supports
+        engine.ENGINES = engines
+        engine.choose.cache_clear()
 
 
 def generic_slopes(layer: SelfModifyingTitans, x: Tensor) -> list[Tensor]:
-    """`slopes` by the generic step."""
+    """`slopes` by the generic engine."""
     with generic_only():
         return slopes(layer, x)
 

@@ -49,7 +49,7 @@ def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
 
 
 class Conversation:
-    """What a model has read and written so far: its cache, and the last token, which it has not read yet."""
+    """The text that a model has read and written: its cache, and the last token, not read yet."""
 
     def __init__(
         self, model: HopeForCausalLM, tokenizer: PreTrainedTokenizerFast, cache: HopeCache, pending: list[int]
@@ -78,7 +78,7 @@ class Conversation:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of the text so far."""
+        """Number of tokens of the text so far."""
         read = 0 if self.cache.tokens_seen is None else int(self.cache.tokens_seen[0])
         return read + len(self.pending)
 
@@ -94,7 +94,7 @@ class Conversation:
         if not ids:
             ids = [self.tokenizer.eos_token_id]
         inputs = torch.tensor([ids], device=self.model.device)
-        # Over all columns so far: these ids are new, even if they begin as the conversation did.
+        # A mask over all columns so far says that these ids are new, even if they begin as the text did.
         mask = inputs.new_ones(1, self.cache.get_seq_length() + len(ids))
         output = self.model.generate(
             inputs,

@@ -1,4 +1,4 @@
-"""A conversation with a learner: what is said, what is learned from it, and how to take it back."""
+"""A conversation with a learner: messages, answers, learning from them, and taking them back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Dialogue:
     the conversation as fits into its positions; the rest remains in the memory alone.
 
     Args:
-        learner: one row.
+        learner: learner of one row.
         generation: keyword arguments of transformers' `generate`.
         learn_from_replies: learn from the answers as well.
     """

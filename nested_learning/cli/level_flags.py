@@ -25,7 +25,7 @@ def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr
         "--layers", type=str, nargs="+", default=["all"], help="'all', 'last third', or indices such as 0,1,2"
     )
     group.add_argument(
-        "--rule", type=str, nargs="+", default=["sgd"], help="inner rules: sgd, momentum, adam or m3"
+        "--rule", type=str, nargs="+", default=["gd"], help="inner rules: gd, momentum, adam or m3"
     )
     group.add_argument(
         "--rank", type=int, nargs="+", default=[0], help="rank of the deltas; 0 for full matrices"

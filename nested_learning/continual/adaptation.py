@@ -15,39 +15,33 @@ import torch
 from torch import Tensor
 
 from nested_learning.continual.context import Context
-from nested_learning.continual.deltas import Row, Slots
+from nested_learning.continual.deltas import Row
 from nested_learning.continual.learner import Learner
-from nested_learning.continual.reader import Pairs, Reader, ReadingPlan
-from nested_learning.continual.writing import LevelWriter, learn_from
+from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.reader import Reader
+from nested_learning.continual.writing import DeltaWriter, learn_from
+from nested_learning.memory.state import Weights
 
 
 class OuterReader(Reader):
     """A reader that also adds `scale` times the gradient of every loss to the base parameters' `.grad`."""
 
-    def __init__(self, model: Any, writers: Sequence[LevelWriter], plan: ReadingPlan) -> None:
+    def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
         super().__init__(model, writers, plan)
         self.base = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.scale = 1.0
 
-    def learn(self, tokens: Tensor, mask: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
-        if not bool(mask.all()):
-            raise ValueError(
-                "the outer loss is that of all tokens: read them with a mask that is True for all"
-            )
-        # While deltas are installed, W_base + Σ Δ goes by the name of W_base.
+    def read_pairs(
+        self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
+    ) -> tuple[Tensor, Context, Weights]:
+        # While deltas are installed, W_base + Σ Δ goes by the name of W_base: a full delta's leaf is that
+        # very tensor, so that both gradients are one.
         installed = dict(self.model.named_parameters())
         outer = {name: installed[name].requires_grad_() for name in self.base}
-        wanted = [*leaves.values(), *outer.values()]
-        with torch.enable_grad():
-            losses, context = self.losses(tokens, context)
-            if not len(losses):
-                return Pairs(losses, mask[1:], {}), context
-            found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
-        for name, g in zip(outer, found[len(leaves) :], strict=True):
-            if g is not None:
-                self._accumulate(self.base[name], g)
-        inner = zip(leaves, found[: len(leaves)], strict=True)
-        return Pairs(losses.detach(), mask[1:], {key: g for key, g in inner if g is not None}), context
+        losses, context, grads = super().read_pairs(tokens, learn, context, {**outer, **leaves})
+        for name in outer.keys() & grads.keys():
+            self._accumulate(self.base[name], grads[name])
+        return losses, context, {key: grads[key] for key in leaves if key in grads}
 
     def _accumulate(self, parameter: Tensor, g: Tensor) -> None:
         if parameter.grad is None:
@@ -60,7 +54,7 @@ class Adapter:
     """Loss and gradient of whole texts, read with the levels of a learner.
 
     Args:
-        learner: gives the base model, the levels and the way of reading; its own memory is not used.
+        learner: the learner whose base model, levels and way of reading are used; its memory is not.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -83,13 +77,11 @@ class Adapter:
 
     def _read(self, reader: Reader, ids: Tensor) -> Tensor:
         """Mean loss of the pairs of ids [T], read from empty deltas."""
-        row = Row.new(len(reader.writers), ids.device)
+        row, learn = Row.new(len(reader.writers), ids.device), torch.ones(len(ids), dtype=torch.bool)
         losses = []
-        while len(ids):
-            end = reader.plan.segments.end(row.position)
-            piece, ids = ids[: end - row.position], ids[end - row.position :]
-            read, segment = reader.read_segment(row, piece, torch.ones(len(piece), dtype=torch.bool))
-            losses.append(read)
-            if row.position == end:  # the text may end before the segment does
-                learn_from(reader.writers, row, segment, 0)
+        for piece, ends in reader.plan.pieces(0, len(ids)):
+            found, lesson = reader.read_segment(row, ids[piece], learn[piece])
+            losses.append(found)
+            if ends:  # the text may end before the segment does
+                learn_from(reader.writers, row, lesson, 0)
         return torch.cat(losses)[1:].mean()

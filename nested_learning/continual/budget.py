@@ -10,10 +10,7 @@ import torch
 from nested_learning.continual.context import Context
 from nested_learning.continual.find import memory_dtype
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.writing import LevelWriter
-
-# tensors of a slot's size that a rule keeps
-RULE_TENSORS = {"sgd": 0, "momentum": 1, "adam": 2, "m3": 4}
+from nested_learning.continual.writing import DeltaWriter
 
 
 @dataclass(frozen=True)
@@ -21,18 +18,18 @@ class Budget:
     """Bytes, for one row unless said otherwise.
 
     Attributes:
-        parameters: of the base model.
-        learned_parameters: those that some level has a delta on.
-        base: the base model; shared by all learners and rows.
+        parameters: number of the base model's parameters.
+        learned_parameters: number of those that some level has a delta on.
+        base: parameters of the base model; shared by all learners and rows.
         effective_weights: W_base + Σ Δ, one set per base model; shared by all learners and rows.
-        deltas: of all levels, once written.
+        deltas: deltas of all levels, once written.
         sums: gradients of the unfinished chunks of all levels but the fastest.
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
-        gradients: of one segment, while it is read; shared.
+        gradients: gradients of one segment, while it is read; shared.
         context: keys and values of a full window; 0 where the configuration does not say the head's size.
-        activations: kept for the backward pass of one segment, and its logits; an estimate, shared.
-        rows: how many rows there are.
-        total: everything, for all rows.
+        activations: tensors kept for the backward pass of one segment, and its logits; an estimate, shared.
+        rows: number of rows.
+        total: sum of all parts, for all rows.
     """
 
     parameters: int
@@ -92,17 +89,17 @@ class LevelBytes(NamedTuple):
     rules: int
 
 
-def level_bytes(writer: LevelWriter) -> LevelBytes:
-    """Of a level, once it has written."""
+def level_bytes(writer: DeltaWriter) -> LevelBytes:
+    """Bytes of a level in one row, once it has written."""
     deltas, level = 0, writer.level
     for target in writer.targets:
         size = memory_dtype(target.weight).itemsize
         deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
-    kept = RULE_TENSORS[level.rule] if isinstance(level.rule, str) else 1
-    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, kept * deltas)
+    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
 
 
 def _context_bytes(model: Any, window: int) -> int:
+    """Bytes of the keys and values of a full window."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     if not heads:
@@ -113,8 +110,8 @@ def _context_bytes(model: Any, window: int) -> int:
 
 
 def _activation_bytes(reader: Reader) -> int:
-    """What autograd keeps for a segment, counted by running the model once on a short one."""
-    tokens, short = reader.plan.segments.longest, min(8, reader.plan.window)
+    """Bytes that autograd keeps for a segment, counted by running the model once on a short one."""
+    tokens, short = reader.plan.segment, min(8, reader.plan.window)
     device = reader.model.device
     ids = torch.zeros(short + 1, dtype=torch.long, device=device)
     kept: dict[tuple[int, torch.Size], int] = {}

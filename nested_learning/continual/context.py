@@ -45,7 +45,7 @@ class Context:
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def __len__(self) -> int:
-        """Tokens in it."""
+        """Number of tokens in it."""
         return self.layers[0][0].shape[-2] if self.layers else 0
 
     def crop(self, length: int) -> Context:
@@ -55,11 +55,11 @@ class Context:
         return Context(tuple((k[..., :length, :], v[..., :length, :]) for k, v in self.layers if length))
 
     def to(self, dtype: torch.dtype) -> Context:
-        """The same in another precision."""
+        """The same keys and values in another precision."""
         return Context(tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.layers))
 
     def open(self) -> Cache:
-        """As `past_key_values` of one call of the model."""
+        """The `past_key_values` for one call of the model."""
         cache = Cache(layer_class_to_replicate=_PastLayer)
         for keys, values in self.layers:
             layer = _PastLayer()

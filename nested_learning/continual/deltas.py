@@ -1,4 +1,4 @@
-"""What a level holds for one row: its delta, the sums of its unfinished chunk, the state of its rule.
+"""The state of a level in one row: its delta, the sums of its unfinished chunk, the state of its rule.
 
 A slot is one learned matrix: the name of a weight for a full delta, and `NAME:down`, `NAME:up` for the two
 factors of a low-rank one (Δ = up · down, [out, in] = [out, r] [r, in]; `down` starts with orthonormal rows,
@@ -22,34 +22,34 @@ from torch import Tensor
 
 from nested_learning.continual.context import Context
 from nested_learning.continual.rules import RuleState
+from nested_learning.memory.state import Weights
 
 DOWN, UP = ":down", ":up"
 _versions = itertools.count(1)
 
-Slots = dict[str, Tensor]
-
 
 @dataclass
-class LevelState:
+class DeltaState:
     """State of one level in one row.
 
     Attributes:
-        deltas: by slot, float32 (float64 under a float64 model).
-        sums: gradients of the chunk so far, by slot, likewise.
+        deltas: deltas by slot, float32 (float64 under a float64 model).
+        sums: sums of the chunk's gradients so far, by slot, in the same precision.
         rule: state of the inner rule.
-        loss, pairs: sum of the next-token losses of the chunk so far, and of how many pairs.
+        loss, pairs: sum of the next-token losses of the chunk so far, and number of its pairs.
         history: mean losses of the chunks before, for `gate_quantile`.
+        shared: whether another object may have the same tensors, which must not be written then.
     """
 
-    deltas: Slots = field(default_factory=dict)
-    sums: Slots = field(default_factory=dict)
+    deltas: Weights = field(default_factory=dict)
+    sums: Weights = field(default_factory=dict)
     rule: RuleState = field(default_factory=dict)
     loss: float = 0.0
     pairs: int = 0
     history: list[float] = field(default_factory=list)
     shared: bool = False
 
-    def share(self) -> LevelState:
+    def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""
         self.shared = True
         return dataclasses.replace(
@@ -68,6 +68,7 @@ class LevelState:
             self.shared = False
 
     def tensors(self) -> Iterable[Tensor]:
+        """All tensors of the state."""
         yield from self.deltas.values()
         yield from self.sums.values()
         for stored in self.rule.values():
@@ -79,19 +80,19 @@ class Row:
     """Everything one row (a user, a stream of text) remembers.
 
     Attributes:
-        levels: fast to slow.
-        position: tokens observed so far.
+        levels: states of the levels, fast to slow.
+        position: number of tokens observed so far.
         tokens: ids [n] of the present window, the unread last one included.
-        mask: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
+        learn: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
         version: changes whenever a delta does, and never stands for two contents.
     """
 
-    levels: list[LevelState]
+    levels: list[DeltaState]
     position: int
     tokens: Tensor
-    mask: Tensor
+    learn: Tensor
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
@@ -99,17 +100,17 @@ class Row:
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
         return cls(
-            [LevelState() for _ in range(num_levels)],
+            [DeltaState() for _ in range(num_levels)],
             position=0,
             tokens=torch.empty(0, dtype=torch.long, device=device),
-            mask=torch.empty(0, dtype=torch.bool),
+            learn=torch.empty(0, dtype=torch.bool),
         )
 
     def share(self) -> Row:
-        """A copy that goes its own way; see `LevelState.share`."""
+        """A copy that goes its own way; see `DeltaState.share`."""
         return dataclasses.replace(self, levels=[level.share() for level in self.levels])
 
-    def reader(self) -> Row:
+    def unread(self) -> Row:
         """A row with these deltas that has read nothing."""
         fresh = dataclasses.replace(self, position=0)
         fresh.clear_context()
@@ -119,12 +120,13 @@ class Row:
         """The row with the deltas of these levels alone; None for all. For reading, not for learning."""
         if levels is None:
             return self
-        kept = [state if index in levels else LevelState() for index, state in enumerate(self.levels)]
+        kept = [state if index in levels else DeltaState() for index, state in enumerate(self.levels)]
         return dataclasses.replace(self, levels=kept, version=(self.version, levels))
 
-    def changed(self) -> None:
+    def mark_changed(self) -> None:
+        """Give the row a version of its own, after a delta has changed."""
         self.version = next(_versions)
 
     def clear_context(self) -> None:
         """Forget the attention context; what was learned and the place within the chunks stay."""
-        self.tokens, self.mask, self.start, self.context = self.tokens[:0], self.mask[:0], 0, Context()
+        self.tokens, self.learn, self.start, self.context = self.tokens[:0], self.learn[:0], 0, Context()

@@ -1,4 +1,4 @@
-"""Which weights of a pretrained model learn: the MLP matrices, found by structure, or modules by name."""
+"""The weights of a pretrained model that learn: the MLP matrices, found by structure, or modules by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Target:
     """A weight that levels may put a delta on.
 
     Args:
-        name: of the weight in the model's state_dict.
-        module: that has it, an nn.Linear or GPT-2's Conv1D.
+        name: name of the weight in the model's state_dict.
+        module: module that has the weight, an nn.Linear or GPT-2's Conv1D.
         weight: the pretrained parameter, [out, in], or [in, out] in a Conv1D.
         layer: index of the layer it belongs to.
     """
@@ -31,6 +31,7 @@ class Target:
 
     @property
     def transposed(self) -> bool:
+        """Whether the weight is [in, out]."""
         return isinstance(self.module, Conv1D)
 
     @property
@@ -175,5 +176,5 @@ def check_weights(targets: Sequence[Target], full: set[str]) -> None:
 
 
 def memory_dtype(weight: Tensor) -> torch.dtype:
-    """float64 for a float64 weight, else float32: what deltas and sums of gradients are kept in."""
+    """Precision of deltas and sums of gradients: float64 for a float64 weight, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""What users hand over, text or ids in several shapes, to rows of ids, and results back to those shapes."""
+"""The inputs of users, text or ids in several shapes, as rows of ids; results in those shapes again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Mask = Tensor | Sequence[Any]
+LearnMask = Tensor | Sequence[Any]
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
@@ -18,11 +18,13 @@ class Batch:
     """Rows of ids.
 
     Attributes:
-        rows: ids [T_i] of each row.
+        rows: ids [T_i] of each row, on the model's device.
+        learn: which tokens of each row are learned, bool [T_i] on the CPU.
         kind: "one" sequence, a "list" of them, or a "matrix" [B, T].
     """
 
     rows: list[Tensor]
+    learn: list[Tensor]
     kind: str
 
     def restore(self, results: list[Tensor]) -> Any:
@@ -32,20 +34,20 @@ class Batch:
         return torch.stack(results) if self.kind == "matrix" else results
 
 
-def read_batch(given: TextOrIds, tokenizer: Any, vocab_size: int, device: torch.device) -> Batch:
+def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMask | None = None) -> Batch:
     """Text or ids as rows of ids on the device.
 
     Text is encoded without special tokens, as a continuation of what came before; to have them, give ids.
 
     Args:
         given: a text, ids [T] (tensor or list), a list of texts or of ids, or ids [B, T].
-        tokenizer: for text; may be None when only ids come.
-        vocab_size: ids of the model.
-        device: of the model.
+        tokenizer: tokenizer for text; may be None when only ids come.
+        model: the model that will read them, a PreTrainedModel with its vocabulary and device.
+        learn_mask: which tokens are learned, of the shape of the ids, bool or 0 and 1; None for all.
 
     Raises:
         ValueError: text without a tokenizer, an empty text, ids that are no whole numbers or outside the
-            vocabulary.
+            vocabulary; a mask for text, of another shape, or with other values.
     """
     if isinstance(given, Tensor):
         if given.ndim not in (1, 2):
@@ -62,39 +64,29 @@ def read_batch(given: TextOrIds, tokenizer: Any, vocab_size: int, device: torch.
         rows, kind = [convert(item) for item in given], "list"
     else:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}")
-    return Batch([_checked(row, vocab_size).to(device) for row in rows], kind)
-
-
-def read_masks(given: Mask | None, text_or_ids: TextOrIds, batch: Batch) -> list[Tensor]:
-    """Which tokens of each row are learned: bool [T_i] on the CPU.
-
-    Args:
-        given: of the shape of the ids, bool or 0 and 1; None for all True.
-        text_or_ids: that `batch` was read from.
-        batch: rows of ids.
-
-    Raises:
-        ValueError: a mask for text, of another shape, or with other values.
-    """
-    if given is None:
-        return [torch.ones(len(row), dtype=torch.bool) for row in batch.rows]
-    if isinstance(text_or_ids, str) or (
-        batch.kind == "list" and any(isinstance(item, str) for item in text_or_ids)
-    ):
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    rows = [_checked(row, vocab_size).to(model.device) for row in rows]
+    if learn_mask is None:
+        return Batch(rows, [torch.ones(len(row), dtype=torch.bool) for row in rows], kind)
+    if isinstance(given, str) or (kind == "list" and any(isinstance(item, str) for item in given)):
         raise ValueError("learn_mask has one value per token: give ids, not text, to go with it")
+    return Batch(rows, _read_mask(learn_mask, rows, kind), kind)
+
+
+def _read_mask(learn_mask: LearnMask, rows: list[Tensor], kind: str) -> list[Tensor]:
     try:
-        masks = [torch.as_tensor(mask) for mask in ([given] if batch.kind == "one" else given)]
+        learn = [torch.as_tensor(mask) for mask in ([learn_mask] if kind == "one" else learn_mask)]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"learn_mask must have the shape of the ids, got {given!r}") from error
-    shapes, expected = [tuple(m.shape) for m in masks], [tuple(row.shape) for row in batch.rows]
+        raise ValueError(f"learn_mask must have the shape of the ids, got {learn_mask!r}") from error
+    shapes, expected = [tuple(mask.shape) for mask in learn], [tuple(row.shape) for row in rows]
     if shapes != expected:
         raise ValueError(f"learn_mask must have the shape of the ids, rows of {expected}, got {shapes}")
-    wrong = [value for mask in masks for value in mask[(mask != 0) & (mask != 1)].tolist()]
+    wrong = [value for mask in learn for value in mask[(mask != 0) & (mask != 1)].tolist()]
     if wrong:
         raise ValueError(
             f"learn_mask must be True or 1 for tokens that are learned, False or 0 for others, got {wrong[0]}"
         )
-    return [mask.to("cpu", torch.bool) for mask in masks]
+    return [mask.to("cpu", torch.bool) for mask in learn]
 
 
 def _encode(text: str, tokenizer: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.inputs import Batch, Mask, TextOrIds, read_batch, read_masks
+from nested_learning.continual.inputs import Batch, LearnMask, TextOrIds, read_batch
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
@@ -33,11 +33,11 @@ class Learner:
 
     Attributes:
         model: the base model, in its original class.
-        tokenizer: for text; None if only ids come.
-        levels: fast to slow.
-        memory: what was learned: save, load, reset, diff, snapshot.
-        reader: reads with the deltas; says how, in `reader.plan`.
-        writes: what happened at the boundaries that the last `observe` passed.
+        tokenizer: tokenizer for text; None if only ids come.
+        levels: the levels, fast to slow.
+        memory: everything that was learned: save, load, reset, diff, snapshot.
+        reader: the reader with the deltas; `reader.plan` says how it reads.
+        writes: reports of the boundaries that the last `observe` passed.
     """
 
     def __init__(self, model: Any, tokenizer: Any, reader: Reader) -> None:
@@ -54,17 +54,18 @@ class Learner:
     # Learning ------------------------------------------------------------------------------------------
 
     def observe(
-        self, text_or_ids: TextOrIds, *, row: int | None = None, learn_mask: Mask | None = None
+        self, text_or_ids: TextOrIds, *, row: int | None = None, learn_mask: LearnMask | None = None
     ) -> Any:
         """Read, score, and learn at every boundary that is passed.
 
         Args:
             text_or_ids: a text or ids [T] for one row; a list of texts or of ids, or ids [B, T], for B rows.
             row: the row that one sequence is for, where there are several.
-            learn_mask: of the ids' shape, True (or 1) for a token that is to be learned: its prediction from
-                all before it counts in the chunk's sum (not that of a chunk's first token, which no chunk
-                learns). The others are read and scored alone, such as a user's turns when only the answers
-                are to be learned. None for all tokens. Not for text, whose tokens are not known.
+            learn_mask: values of the ids' shape, True (or 1) for a token that is to be learned: its
+                prediction from all before it counts in the chunk's sum (not that of a chunk's first token,
+                which no chunk learns). The others are read and scored alone, such as a user's turns when
+                only the answers are to be learned. None for all tokens. Not for text, whose tokens are not
+                known.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32
@@ -78,42 +79,36 @@ class Learner:
         Warns:
             RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
         """
-        batch = self._batch(text_or_ids)
-        masks = read_masks(learn_mask, text_or_ids, batch)
+        batch = read_batch(text_or_ids, self.tokenizer, self.model, learn_mask)
         if batch.kind != "one":
             self.memory.set_rows(len(batch.rows))
         self.writes = []
-        pairs = zip(self._assign(batch, row), masks, strict=True)
-        return batch.restore([self._observe_row(index, ids, mask) for (index, ids), mask in pairs])
-
-    def _observe_row(self, index: int, ids: Tensor, mask: Tensor) -> Tensor:
-        row, segments = self.memory.rows[index], self.reader.plan.segments
-        surprises = []
-        while len(ids):
-            left = segments.end(row.position) - row.position
-            piece, ids = ids[:left], ids[left:]
-            learned, mask = mask[:left], mask[left:]
-            if len(piece) < left:
-                surprises.append(self.reader.score(row, piece, learned))
-                continue
-            losses, segment = self.reader.read_segment(row, piece, learned)
-            surprises.append(losses)
-            writes = learn_from(self.reader.writers, row, segment, index)
-            self.writes += writes
-            if not segment.is_finite:
-                row.clear_context()  # its keys and values may be NaN as well
-            self._report_dropped(writes)
-        return torch.cat(surprises)
-
-    def _report_dropped(self, writes: Sequence[Write]) -> None:
-        for write in writes:
+        pairs = zip(self._assign(batch, row), batch.learn, strict=True)
+        losses = [self._observe_row(index, ids, learn) for (index, ids), learn in pairs]
+        for write in self.writes:
             if write.outcome == "dropped":
                 warnings.warn(
                     f"level {write.level} learned nothing from the chunk that ends at token {write.position} "
                     f"of row {write.row}: its loss is {write.loss}, its gradient norm {write.gradient_norm}",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=2,
                 )
+        return batch.restore(losses)
+
+    def _observe_row(self, index: int, ids: Tensor, learn: Tensor) -> Tensor:
+        """Next-token losses [T] of ids [T], where the row learns at every boundary that is passed."""
+        row = self.memory.rows[index]
+        losses = []
+        for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
+            if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
+                losses.append(self.reader.score(row, ids[piece], learn[piece]))
+                continue
+            found, lesson = self.reader.read_segment(row, ids[piece], learn[piece])
+            losses.append(found)
+            self.writes += learn_from(self.reader.writers, row, lesson, index)
+            if not lesson.is_finite:
+                row.clear_context()  # its keys and values may be NaN as well
+        return torch.cat(losses)
 
     @contextmanager
     def adaptation_scope(self) -> Iterator[Learner]:
@@ -137,7 +132,7 @@ class Learner:
         through learners wait.
 
         Args:
-            row: whose deltas.
+            row: index of the row whose deltas are in force.
             levels: indices of the levels in force, 0 is the fastest; None for all. A slow level that takes
                 over from a fast one (`Level.consolidate`) holds an average of what that one was; alone, it
                 answers from the average.
@@ -160,23 +155,21 @@ class Learner:
         With one row of memory, any number of sequences is scored by it; with several rows each sequence
         belongs to a row, as in `observe`. `levels` as in `active`.
         """
+        batch = read_batch(text_or_ids, self.tokenizer, self.model)
+        return batch.restore(self._score_batch(batch, row, levels))
+
+    def _score_batch(self, batch: Batch, row: int | None, levels: Sequence[int] | None) -> list[Tensor]:
         chosen = self._chosen(levels)
-        batch = self._batch(text_or_ids)
         if len(self.memory.rows) == 1 and row is None:
             pairs = [(0, ids) for ids in batch.rows]
         else:
             pairs = self._assign(batch, row)
-        rows = [(self.memory.rows[i].only(chosen).reader(), ids) for i, ids in pairs]
-        return batch.restore([self._score_row(row, ids) for row, ids in rows])
+        return [self._score_row(self.memory.rows[i].only(chosen).unread(), ids) for i, ids in pairs]
 
     def _score_row(self, row: Row, ids: Tensor) -> Tensor:
-        segments = self.reader.plan.segments
-        losses = []
-        while len(ids):
-            left = segments.end(row.position) - row.position
-            unlearned = torch.zeros(min(left, len(ids)), dtype=torch.bool)
-            losses.append(self.reader.score(row, ids[:left], unlearned))
-            ids = ids[left:]
+        losses, learn = [], torch.zeros(len(ids), dtype=torch.bool)
+        for piece, _ in self.reader.plan.pieces(row.position, len(ids)):
+            losses.append(self.reader.score(row, ids[piece], learn[piece]))
             row.start = len(row.tokens)  # the next segment may need a new window
         return torch.cat(losses)
 
@@ -191,14 +184,10 @@ class Learner:
         Raises:
             ValueError: as `observe`, or a sequence of a single token, which has nothing to predict.
         """
-        batch = self._batch(text_or_ids)
+        batch = read_batch(text_or_ids, self.tokenizer, self.model)
         if any(len(ids) < 2 for ids in batch.rows):
             raise ValueError("perplexity needs at least two tokens: the first one predicts the second")
-        losses = self.score(batch.rows[0] if batch.kind == "one" else batch.rows, row=row, levels=levels)
-        means = [
-            math.exp(float(row_losses[1:].mean()))
-            for row_losses in ([losses] if batch.kind == "one" else losses)
-        ]
+        means = [math.exp(float(losses[1:].mean())) for losses in self._score_batch(batch, row, levels)]
         return means[0] if batch.kind == "one" else means
 
     @torch.no_grad()
@@ -223,15 +212,15 @@ class Learner:
             prompt: a text, or ids [T] or [B, T]. It stands for itself: it is not read as a continuation of
                 what was observed.
             learn: observe prompt and continuation afterwards (one sequence only).
-            row: whose deltas.
-            levels: which of them, as in `active`.
-            options: of transformers' `generate`, such as max_new_tokens.
+            row: index of the row whose deltas are in force.
+            levels: indices of the levels in force, as in `active`.
+            options: keyword arguments of transformers' `generate`, such as max_new_tokens.
 
         Returns:
             for a text the continuation as text, without special tokens; for ids [B, T] what transformers
             returns; for ids [T] its only row.
         """
-        batch = self._batch(prompt)
+        batch = read_batch(prompt, self.tokenizer, self.model)
         if batch.kind == "list":
             raise ValueError(
                 "expected one text, ids [T] or ids [B, T]; generate from several texts one by one"
@@ -267,10 +256,6 @@ class Learner:
         return tuple(sorted(set(levels)))
 
     # Rows ------------------------------------------------------------------------------------------------
-
-    def _batch(self, text_or_ids: TextOrIds) -> Batch:
-        vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        return read_batch(text_or_ids, self.tokenizer, vocab_size, self.model.device)
 
     def _assign(self, batch: Batch, row: int | None) -> list[tuple[int, Tensor]]:
         """(row of the memory, ids) of each sequence."""

@@ -1,4 +1,4 @@
-"""What a level is: how often it learns, how, and where. And where the boundaries of several levels fall."""
+"""A level: how often it learns, how, and where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from nested_learning.continual.rules import resolve_rule
+from nested_learning.continual.rules import resolve_rule, rule_name
 from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE, POSITIVE, Bound
 from nested_learning.optimizers.memory_forms import GradientMemory
 
@@ -31,8 +31,8 @@ class Level:
         lr: η. With 0 the level never learns from text (it may still take over from a faster one).
         layers: "all", "last third" (rounded up), or indices of the model's layers; negative ones count
             from the end.
-        rule: "sgd", "momentum", "adam", "m3", or a memory form of `nested_learning.optimizers` (an object
-            with init, update and read), such as `MomentumMemory(0.95)`.
+        rule: "gd", "momentum", "adam", "m3", or a memory form of `nested_learning.optimizers` (an object
+            with init, update and read), such as `MomentumMemory(0.95)`. "sgd" is "gd".
         clip: largest Frobenius norm of G, over all weights of the level together; None for no bound.
         rank: the delta is a product of two factors of this rank, both learned, instead of a full matrix.
         gate: write only when the mean loss of the chunk exceeds this many nats per token.
@@ -50,7 +50,7 @@ class Level:
     chunk_size: int
     lr: float
     layers: str | Sequence[int] = "all"
-    rule: str | GradientMemory = "sgd"
+    rule: str | GradientMemory = "gd"
     clip: float | None = 1.0
     rank: int | None = None
     gate: float | None = None
@@ -84,6 +84,8 @@ class Level:
             )
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.rule, str):
+            object.__setattr__(self, "rule", rule_name(self.rule))
         resolve_rule(self.rule)
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
@@ -134,25 +136,3 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     if levels[0].consolidate:
         raise ValueError("the fastest level has no faster one to take over from: leave out its `consolidate`")
     return levels
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where reading pauses: at every boundary of any level, and after `longest` tokens within a chunk.
-
-    A segment is read in one forward and backward pass, with the weights in force at its start.
-
-    Args:
-        chunk_sizes: of the levels, fast to slow.
-        longest: most tokens of a segment.
-    """
-
-    chunk_sizes: tuple[int, ...]
-    longest: int
-
-    def end(self, position: int) -> int:
-        """The end of the segment that begins at, or contains, token `position`."""
-        fast_start = position // self.chunk_sizes[0] * self.chunk_sizes[0]
-        pauses = [(position // size + 1) * size for size in self.chunk_sizes]
-        pauses.append(fast_start + ((position - fast_start) // self.longest + 1) * self.longest)
-        return min(pauses)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from nested_learning._files import write_tensors
-from nested_learning.continual.context import Context
-from nested_learning.continual.deltas import LevelState, Row
-from nested_learning.continual.files import fingerprint, locked, read_tensors, to_json
-from nested_learning.continual.reader import ReadingPlan
-from nested_learning.continual.writing import LevelWriter, relay
-
-FORMAT = "nested_learning.continual_memory"
-VERSION = "1"
+from nested_learning.continual.deltas import DeltaState, Row
+from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
+from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.writing import DeltaWriter, relay
+from nested_learning.memory.state import Weights
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Snapshot:
 
 
 class Memory:
-    """What was learned on top of a base model, per row of the batch.
+    """Everything that was learned on top of a base model, per row of the batch.
 
     Args:
         model: the base model; its parameters are never changed.
@@ -41,7 +33,7 @@ class Memory:
         plan: how text is read.
     """
 
-    def __init__(self, model: PreTrainedModel, writers: Sequence[LevelWriter], plan: ReadingPlan) -> None:
+    def __init__(self, model: PreTrainedModel, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
         self._model = model
         self._writers = writers
         self._plan = plan
@@ -84,7 +76,7 @@ class Memory:
         return [Row.new(len(self._writers), self._model.device) for _ in range(count)]
 
     def row(self, index: int) -> Row:
-        """What row `index` remembers. ValueError if there is no such row."""
+        """The row `index`. ValueError if there is no such row."""
         if not 0 <= index < len(self.rows):
             raise ValueError(f"row must be from 0 to {len(self.rows) - 1}, got {index}")
         return self.rows[index]
@@ -114,18 +106,18 @@ class Memory:
         if not 0 <= level < len(self._writers):
             raise ValueError(f"level must be from 0 (the fastest) to {len(self._writers) - 1}, got {level}")
         for row in self.rows:
-            relay(self._writers, row, level)  # what slower levels have yet to hear of
-            row.levels[level] = LevelState()
-            row.changed()
+            relay(self._writers, row, level)  # sums that the slower level has yet to add
+            row.levels[level] = DeltaState()
+            row.mark_changed()
 
-    def diff(self, level: int | None = None, row: int = 0) -> dict[str, Tensor]:
+    def diff(self, level: int | None = None, row: int = 0) -> Weights:
         """W − W_base of each weight that has changed: copies in the weight's layout, float32 or float64.
 
         Args:
-            level: of this level alone; None for the sum over all.
-            row: of the batch.
+            level: index of the only level to count; None for the sum over all.
+            row: index of the row.
         """
-        total: dict[str, Tensor] = {}
+        total: Weights = {}
         for writer, state in zip(self._writers, self.row(row).levels, strict=True):
             for target in writer.targets if level in (None, writer.index) else ():
                 delta = writer.full_delta(state, target)
@@ -160,17 +152,8 @@ class Memory:
             ValueError: the file is in use by another process.
             OSError: it cannot be written; an earlier file is left as it was.
         """
-        target = Path(path)
-        tensors: dict[str, Tensor] = {}
-        for index, row in enumerate(self.rows):
-            tensors.update({f"{index}/{name}": t for name, t in _row_tensors(row).items()})
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "rows": to_json([_row_values(r) for r in self.rows]),
-        }
-        with self._locked(target):
-            write_tensors(target, tensors, {**metadata, **self._identity()})
+        with self._locked(path):
+            write_memory(Path(path), self.rows, self._identity())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the memory of a file that `save` wrote; what this memory held is gone.
@@ -180,100 +163,17 @@ class Memory:
             ValueError: it is damaged, of another format version, of another base model, or of a learner
                 with other levels or another way of reading; the memory stays as it was.
         """
-        source = Path(path)
-        with self._locked(source):
-            tensors, metadata = read_tensors(source, self._model.device)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{source} is a safetensors file, but not the memory of a learner")
-        if metadata.get("version") != VERSION:
-            raise ValueError(
-                f"{source} has memory format version {metadata.get('version')!r}, "
-                f"this package reads {VERSION!r}"
-            )
-        for key, value in self._identity().items():
-            if metadata.get(key) != value:
-                raise ValueError(_mismatch(source, key, metadata.get(key), value))
-        try:
-            rows = json.loads(metadata["rows"])
-            self.rows = [self._read_row(f"{i}/", values, tensors) for i, values in enumerate(rows)]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
+        with self._locked(path):
+            self.rows = read_memory(Path(path), self._writers, self._model, self._identity())
 
-    def _locked(self, path: Path) -> Any:
-        if self._held == path.absolute():
-            return _unlocked()
-        return locked(path)
+    def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        return nullcontext() if self._held == Path(path).absolute() else locked(path)
 
     def _identity(self) -> dict[str, str]:
-        """What a file must agree with to be loaded."""
+        """Everything that a file must agree with to be loaded."""
         return {
             "fingerprint": fingerprint(self._model),
             "levels": to_json([writer.level.describe() for writer in self._writers]),
             "weights": to_json([[target.name for target in writer.targets] for writer in self._writers]),
             "reading": to_json(self._plan.describe()),
         }
-
-    def _read_row(self, prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> Row:
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        [row] = self._new_rows(1)
-        row.position, row.start, row.tokens = values["position"], values["start"], own["tokens"]
-        mask = own.get("mask")  # a file without one is of a time when everything was learned
-        row.mask = torch.ones(len(row.tokens), dtype=torch.bool) if mask is None else mask.cpu()
-        layers = values["context_layers"]
-        row.context = Context(tuple((own[f"keys/{i}"], own[f"values/{i}"]) for i in range(layers)))
-        row.context = row.context.to(self._model.dtype)
-        for writer, state, numbers in zip(self._writers, row.levels, values["levels"], strict=True):
-            state.loss, state.pairs = float(numbers["loss"]), numbers["pairs"]
-            state.history = list(numbers["history"])
-            for kind, slots in (("delta", state.deltas), ("sum", state.sums)):
-                for slot in writer.keys:
-                    if (stored := own.get(f"{writer.index}/{kind}/{slot}")) is not None:
-                        slots[slot] = writer.checked(slot, stored)
-            for field in numbers["rule"]:
-                for slot in writer.keys:
-                    if (stored := own.get(f"{writer.index}/rule/{field}/{slot}")) is not None:
-                        state.rule.setdefault(slot, {})[field] = writer.as_memory(stored)
-        return row
-
-
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield
-
-
-def _row_tensors(row: Row) -> dict[str, Tensor]:
-    tensors = {"tokens": row.tokens, "mask": row.mask}
-    for i, (keys, values) in enumerate(row.context.layers):
-        tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
-    for index, state in enumerate(row.levels):
-        tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
-        tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
-        for slot, stored in state.rule.items():
-            tensors.update({f"{index}/rule/{field}/{slot}": t for field, t in stored.items()})
-    return tensors
-
-
-def _row_values(row: Row) -> dict[str, Any]:
-    return {
-        "position": row.position,
-        "start": row.start,
-        "context_layers": len(row.context.layers),
-        "levels": [
-            {
-                "loss": repr(state.loss),  # JSON has no NaN
-                "pairs": state.pairs,
-                "history": state.history,
-                "rule": sorted({field for stored in state.rule.values() for field in stored}),
-            }
-            for state in row.levels
-        ],
-    }
-
-
-def _mismatch(path: Path, key: str, theirs: str | None, ours: str) -> str:
-    if key == "fingerprint":
-        return (
-            f"{path} belongs to another base model (fingerprint {str(theirs)[:12]}…, this one has "
-            f"{ours[:12]}…): load it on the model that it was learned on"
-        )
-    return f"{path} was written by a learner with other {key}: {theirs}; this learner has {ours}"

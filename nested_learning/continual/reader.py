@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,64 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nested_learning.continual.context import Context, checkpointed, evaluating
-from nested_learning.continual.deltas import Row, Slots
-from nested_learning.continual.level import Segments
+from nested_learning.continual.deltas import Row
+from nested_learning.continual.lesson import Lesson, Pairs
+from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.weights import Workspace
-from nested_learning.continual.writing import LevelWriter
-
-
-@dataclass(frozen=True)
-class ReadingPlan:
-    """How far reading goes in one pass, and how much it sees of what came before.
-
-    Args:
-        segments: where reading pauses.
-        window: positions of the attention context, the segment itself included.
-        overlap: tokens that a new window begins with.
-        gradient_checkpointing: run the layers twice to keep less.
-    """
-
-    segments: Segments
-    window: int
-    overlap: int
-    gradient_checkpointing: bool
-
-    def describe(self) -> dict[str, int]:
-        """What decides how a text is read, as JSON values."""
-        return {"segment": self.segments.longest, "window": self.window, "overlap": self.overlap}
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Some pairs of neighbouring tokens that were read.
-
-    Attributes:
-        losses: [n] next-token losses in nats.
-        mask: bool [n] on the CPU, which of them are learned.
-        grads: gradient of the sum of those, by key (see `LevelWriter.keys`); empty where nothing learns.
-        total: that sum.
-    """
-
-    losses: Tensor
-    mask: Tensor
-    grads: Slots
-    total: float = 0.0
-
-    @property
-    def learned(self) -> int:
-        """How many are learned."""
-        return int(self.mask.sum())
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What a segment taught: `crossing`, the pair of the last token before it and its first token (no pair
-    at the start of a text), and `inside`, the pairs inside. `is_finite` tells whether all losses are, learned
-    or not."""
-
-    crossing: Pairs
-    inside: Pairs
-    is_finite: bool
+from nested_learning.continual.writing import DeltaWriter
+from nested_learning.memory.state import Weights
 
 
 class Reader:
@@ -89,92 +36,115 @@ class Reader:
         plan: how to read.
     """
 
-    def __init__(self, model: Any, writers: Sequence[LevelWriter], plan: ReadingPlan) -> None:
+    def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
         self.model = model
         self.writers = writers
         self.plan = plan
         self.workspace = Workspace.of(model)
 
-    def score(self, row: Row, ids: Tensor, mask: Tensor) -> Tensor:
+    def score(self, row: Row, ids: Tensor, learn: Tensor) -> Tensor:
         """Next-token losses [n] (nats) of tokens inside one segment; nothing is learned yet.
 
-        `mask`, bool [n] on the CPU, is kept for the end of the segment. The row moves on by the n tokens.
+        `learn`, bool [n] on the CPU, is kept for the end of the segment. The row moves on by the n tokens.
         The loss of a token that nothing comes before is NaN.
         """
         with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
-            self._begin(row)
+            self._begin_segment(row)
             tokens = torch.cat([row.tokens, ids])
             losses, context = self.losses(tokens[len(row.context) :], row.context)
-            mask = torch.cat([row.mask, mask])
-        row.tokens, row.mask, row.context, row.position = tokens, mask, context, row.position + len(ids)
+        row.tokens, row.learn = tokens, torch.cat([row.learn, learn])
+        row.context, row.position = context, row.position + len(ids)
         return _padded(losses, len(ids))
 
-    def read_segment(self, row: Row, ids: Tensor, mask: Tensor) -> tuple[Tensor, Segment]:
+    def read_segment(self, row: Row, ids: Tensor, learn: Tensor) -> tuple[Tensor, Lesson]:
         """Read the segment that ends with `ids`; those of its tokens that were scored before once more.
 
         Args:
-            row: that reads.
+            row: the row that reads.
             ids: [n].
-            mask: bool [n] on the CPU, whether levels learn to predict each.
+            learn: bool [n] on the CPU, whether levels learn to predict each of `ids`.
 
         Returns:
             next-token losses [n] (nats) of `ids`, and what the segment taught. The row moves on by the n
             tokens, to the start of the next segment; its levels are left alone.
         """
         begins_at = row.position - (len(row.tokens) - row.start)
-        crossing_learns = any(w.learns and begins_at % w.size for w in self.writers)
+        crossing_learns = any(w.learns and begins_at % w.level.chunk_size for w in self.writers)
         checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
         with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
-            self._begin(row)
-            tokens, start = torch.cat([row.tokens, ids]), row.start
-            mask = torch.cat([row.mask, mask])
-            pair = slice(start - 1, start + 1) if start else slice(0)
-            context = row.context.crop(max(start - 1, 0))
+            self._begin_segment(row)
+            tokens, learn = torch.cat([row.tokens, ids]), torch.cat([row.learn, learn])
+            start = row.start
+            # The last token before the segment is read in a pass of its own, also if it was read before: it
+            # predicts the segment's first token, and the gradient of that pair is wanted by itself.
+            first = max(start - 1, 0)
             with checkpointing:
-                crossing, context = self.learn(
-                    tokens[pair], mask[pair], context, leaves if crossing_learns else {}
+                crossing, context, crossing_grads = self.read_pairs(
+                    tokens[first : start + 1] if start else tokens[:0],
+                    learn[start : start + 1] if start else learn[:0],
+                    row.context.crop(first),
+                    leaves if crossing_learns else {},
                 )
-                inside, context = self.learn(tokens[start:], mask[start:], context, leaves)
-        row.tokens, row.mask, row.start = tokens, mask, len(tokens)
+                inside, context, inside_grads = self.read_pairs(
+                    tokens[start:], learn[start + 1 :], context, leaves
+                )
+        row.tokens, row.learn, row.start = tokens, learn, len(tokens)
         row.context, row.position = context, row.position + len(ids)
-        losses = torch.cat([crossing.losses, inside.losses])
-        totals = [losses.sum(), *(masked_sum(part.losses, part.mask) for part in (crossing, inside))]
-        everything, *learned = torch.stack(totals).tolist()  # the only host synchronisation
-        crossing, inside = (replace(p, total=t) for p, t in zip((crossing, inside), learned, strict=True))
-        return _padded(losses, len(ids)), Segment(crossing, inside, math.isfinite(everything))
+        losses = torch.cat([crossing, inside])
+        learn = learn[len(learn) - len(losses) :]
+        parts = learn.split([len(crossing), len(inside)])
+        sums = [losses.sum(), learned_sum(crossing, parts[0]), learned_sum(inside, parts[1])]
+        everything, *learned = torch.stack(sums).tolist()  # the only host synchronisation
+        counts = [int(part.sum()) for part in parts]
+        lesson = Lesson(
+            begins_at,
+            crossing=Pairs(counts[0], learned[0], crossing_grads),
+            inside=Pairs(counts[1], learned[1], inside_grads),
+            is_finite=math.isfinite(everything),
+        )
+        return _padded(losses, len(ids)), lesson
 
-    def _begin(self, row: Row) -> None:
+    def _begin_segment(self, row: Row) -> None:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""
         if row.start < len(row.tokens):
             return  # the segment has begun
-        length = self.plan.segments.end(row.position) - row.position
+        length = self.plan.segment_end(row.position) - row.position
         if len(row.tokens) + length > self.plan.window:
+            # Keys carry the positions that their tokens had in the old window, so they cannot be taken along:
+            # the kept tokens are read again from position 0 on. The last of them is read with the segment.
             kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            row.context, row.tokens = self._context(kept[:-1]), kept
-            row.mask = row.mask[len(row.mask) - len(kept) :]
+            cache = Context().open()
+            if len(kept) > 1:
+                with torch.no_grad():  # by the model without its head: nobody asks for these logits
+                    self.model.base_model(input_ids=kept[None, :-1], past_key_values=cache, use_cache=True)
+            row.context = Context.closed(cache) if len(kept) > 1 else Context()
+            row.tokens, row.learn = kept, row.learn[len(row.learn) - len(kept) :]
         row.start = len(row.tokens)
 
-    @torch.no_grad()
-    def _context(self, ids: Tensor) -> Context:
-        """The context after `ids`, without their logits."""
-        if not len(ids):
-            return Context()
-        cache = Context().open()
-        self.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-        return Context.closed(cache)
+    def read_pairs(
+        self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
+    ) -> tuple[Tensor, Context, Weights]:
+        """Read pairs of neighbouring tokens.
 
-    def learn(self, tokens: Tensor, mask: Tensor, context: Context, leaves: Slots) -> tuple[Pairs, Context]:
-        """The pairs of neighbouring `tokens`, and the context after reading all but the last."""
-        mask = mask[1:]
-        learns = bool(leaves) and bool(mask.any())
+        Args:
+            tokens: ids [n].
+            learn: bool [n − 1] on the CPU, whether the second token of each pair is learned.
+            context: keys and values of all tokens before.
+            leaves: tensors that want a gradient, by key.
+
+        Returns:
+            losses [n − 1], the context after reading all tokens but the last, and the gradients, by key, of
+            the sum of the losses that are learned; none where nothing is.
+        """
+        learns = bool(leaves) and bool(learn.any())
         with torch.set_grad_enabled(learns):
             losses, context = self.losses(tokens, context)
             if not learns:
-                return Pairs(losses, mask, {}), context
-            wanted = masked_sum(losses, mask)
-            found = torch.autograd.grad(wanted, list(leaves.values()), allow_unused=True)
+                return losses, context, {}
+            total = learned_sum(losses, learn)
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         grads = {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
-        return Pairs(losses.detach(), mask, grads), context
+        return losses.detach(), context, grads
 
     def losses(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
@@ -187,11 +157,11 @@ class Reader:
         return F.cross_entropy(logits, tokens[1:], reduction="none"), Context.closed(cache)
 
 
-def masked_sum(losses: Tensor, mask: Tensor) -> Tensor:
-    """Sum [] of those losses [n] whose mask (bool [n] on the CPU) is True."""
-    if bool(mask.all()):
+def learned_sum(losses: Tensor, learn: Tensor) -> Tensor:
+    """Sum [] of those losses [n] that are learned (`learn`, bool [n] on the CPU)."""
+    if bool(learn.all()):
         return losses.sum()
-    return torch.where(mask.to(losses.device, non_blocking=True), losses, 0.0).sum()
+    return torch.where(learn.to(losses.device, non_blocking=True), losses, 0.0).sum()
 
 
 def _padded(losses: Tensor, length: int) -> Tensor:

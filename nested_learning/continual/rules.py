@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nested_learning._errors import unknown
+from nested_learning.memory.state import Weights
 from nested_learning.optimizers import M3
 from nested_learning.optimizers.memory_forms import (
     AdamMemory,
@@ -26,21 +27,27 @@ RuleState = dict[str, dict[str, Tensor]]
 class Step(NamedTuple):
     """`factor` · `directions[slot]` is what lr multiplies; the factor spares a pass over the tensors."""
 
+    directions: Weights
     state: RuleState
-    directions: dict[str, Tensor]
     factor: float
 
 
 class Rule(Protocol):
-    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+    """Attribute `kept`: how many tensors of a slot's size the state has, for the memory budget."""
+
+    kept: int
+
+    def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         """One write with the gradients `scale` · `grads`; nothing that is given changes."""
 
 
 class PlainGradient:
     """Gradient descent: the direction is the gradient. No state."""
 
-    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
-        return Step({}, grads, scale)
+    kept = 0
+
+    def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
+        return Step(grads, {}, scale)
 
 
 def _scaled(g: Tensor, scale: float) -> Tensor:
@@ -51,15 +58,16 @@ def _scaled(g: Tensor, scale: float) -> Tensor:
 class FormRule:
     """A memory form of `optimizers.memory_forms`, element by element."""
 
-    def __init__(self, memory: GradientMemory) -> None:
+    def __init__(self, memory: GradientMemory, kept: int = 1) -> None:
         self.memory = memory
+        self.kept = kept
 
-    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+    def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         new = {slot: dict(state.get(slot, {})) for slot in grads}
         directions = {
             slot: memory_direction(self.memory, new[slot], _scaled(g, scale)) for slot, g in grads.items()
         }
-        return Step(new, directions, 1.0)
+        return Step(directions, new, 1.0)
 
 
 class M3Rule:
@@ -68,7 +76,9 @@ class M3Rule:
     The optimizer's step at learning rate 1 from zero weights is the negative direction.
     """
 
-    def step(self, state: RuleState, grads: dict[str, Tensor], scale: float) -> Step:
+    kept = 4
+
+    def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         scaled = {slot: _scaled(g, scale) for slot, g in grads.items()}
         weights = {slot: torch.zeros_like(g) for slot, g in scaled.items()}
         optimizer = M3(list(weights.values()), lr=1.0)
@@ -83,15 +93,20 @@ class M3Rule:
             slot: {key: torch.as_tensor(value) for key, value in optimizer.state[weight].items()}
             for slot, weight in weights.items()
         }
-        return Step(new, weights, -1.0)
+        return Step(weights, new, -1.0)
 
 
 _NAMED: dict[str, Rule] = {
-    "sgd": PlainGradient(),
+    "gd": PlainGradient(),
     "momentum": FormRule(MomentumMemory()),
-    "adam": FormRule(AdamMemory()),
+    "adam": FormRule(AdamMemory(), kept=2),
     "m3": M3Rule(),
 }
+
+
+def rule_name(name: str) -> str:
+    """The name of a rule by which levels and memory files know it: "sgd" is another word for "gd"."""
+    return "gd" if name == "sgd" else name
 
 
 def resolve_rule(rule: str | GradientMemory) -> Rule:

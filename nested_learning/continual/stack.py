@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from nested_learning.continual.find import check_weights, find_targets
 from nested_learning.continual.learner import Learner
-from nested_learning.continual.level import Level, Segments, check_levels
-from nested_learning.continual.reader import Reader, ReadingPlan
-from nested_learning.continual.writing import LevelWriter, relay_sums
+from nested_learning.continual.level import Level, check_levels
+from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.reader import Reader
+from nested_learning.continual.writing import DeltaWriter
 
-DEFAULT_WINDOW = 1024
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -37,9 +37,9 @@ def stack_levels(
     Args:
         model: any transformers causal language model whose layers all have attention, in any precision.
             Deltas are float32 (float64 under float64).
-        tokenizer: for text; None if only ids come.
-        levels: fast to slow, chunk sizes increasing. Each has its own layers; where they overlap, W is
-            W_base plus all their deltas.
+        tokenizer: tokenizer for text; None if only ids come.
+        levels: the levels, fast to slow, chunk sizes increasing. Each has its own layers; where they
+            overlap, W is W_base plus all their deltas.
         modules: names (or ends of names) of the linear modules to learn; default: the MLPs.
         segment: most tokens of one forward and backward pass. Default: the fastest chunk, or half of the
             model's positions where that is longer. A chunk of several segments sums their gradients; none
@@ -50,7 +50,7 @@ def stack_levels(
         overlap: tokens that are read again, without gradient, when a new window begins. Default: an eighth
             of the window.
         gradient_checkpointing: keep only the inputs of the layers, and run them twice.
-        seed: of the initial factors of low-rank deltas.
+        seed: seed of the initial factors of low-rank deltas.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
@@ -60,15 +60,14 @@ def stack_levels(
     _check_model(model)
     targets = find_targets(model, modules)
     num_layers = len({target.layer for target in targets})
-    writers = []
+    writers: list[DeltaWriter] = []
     for index, level in enumerate(levels):
         chosen = set(level.layer_indices(num_layers))
         own = [target for target in targets if target.layer in chosen]
-        writers.append(LevelWriter(index, level, own, seed))
-    relay_sums(writers)
+        writers.append(DeltaWriter(index, level, own, seed, faster=writers[-1] if writers else None))
     full = {target.name for writer in writers for target in writer.full_targets}
     check_weights([target for writer in writers for target in writer.targets], full)
-    plan = _plan(model, levels, segment, window, overlap, gradient_checkpointing)
+    plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
     return Learner(model, tokenizer, Reader(model, writers, plan))
 
 
@@ -84,36 +83,3 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; "
             "expected attention in every layer, as the context is kept as keys and values"
         )
-
-
-def _plan(
-    model: Any,
-    levels: Sequence[Level],
-    segment: int | None,
-    window: int | None,
-    overlap: int | None,
-    gradient_checkpointing: bool,
-) -> ReadingPlan:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limit = positions if isinstance(positions, int) and positions > 0 else 2**31
-    fast = levels[0].chunk_size
-    if segment is None:
-        segment = max(2, min(fast, limit // 2))
-    if window is None:
-        window = min(limit, max(DEFAULT_WINDOW, 2 * segment))
-    if overlap is None:
-        overlap = max(1, min(window // 8, window - segment))
-    if segment < 2:
-        raise ValueError(f"segment must be at least 2 tokens, got {segment}")
-    segment = min(segment, fast)
-    if not 1 <= overlap <= window - segment or window > limit:
-        raise ValueError(
-            f"window {window} must hold a segment of {segment} tokens and {overlap} (overlap, at least 1) "
-            f"before it, and be at most the model's {limit} positions; choose a shorter segment or overlap"
-        )
-    return ReadingPlan(
-        Segments(tuple(level.chunk_size for level in levels), segment),
-        window,
-        overlap,
-        gradient_checkpointing,
-    )

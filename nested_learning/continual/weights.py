@@ -29,28 +29,65 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nested_learning.continual.deltas import DOWN, UP, Row, Slots
-from nested_learning.continual.find import Target, memory_dtype
-from nested_learning.continual.writing import LevelWriter
+from nested_learning.continual.deltas import DOWN, UP, Row
+from nested_learning.continual.find import Target
+from nested_learning.continual.writing import DeltaWriter
+from nested_learning.memory.state import Weights
 
 
 @dataclass
 class _Buffers:
     """Effective weights by name, and the version of the row that they were made for."""
 
-    weights: dict[str, Tensor]
+    weights: Weights
     version: Hashable | None = None
+
+    @torch.no_grad()
+    def effective(self, writers: Sequence[DeltaWriter], row: Row) -> dict[Target, Tensor]:
+        """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ."""
+        deltas: dict[Target, list[Tensor]] = {}
+        for writer, state in zip(writers, row.levels, strict=True):
+            for target in writer.full_targets:
+                found = deltas.setdefault(target, [])
+                if target.name in state.deltas:
+                    found.append(state.deltas[target.name])
+        # Without a version until all sums are made: an exception in between must not leave stale ones valid.
+        stale, self.version = self.version != row.version, None
+        effective = {}
+        for target, found in deltas.items():
+            weight = target.weight
+            if found:
+                buffer = self.weights.get(target.name)
+                if buffer is None or stale:
+                    buffer = _sum_into(buffer, weight, found)
+                self.weights[target.name] = weight = buffer
+            # A view of its own: `requires_grad_` for one scope stays off the buffer and the parameter.
+            effective[target] = weight.detach()
+        self.version = row.version
+        return effective
+
+
+def _sum_into(buffer: Tensor | None, weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """W + Σ Δ in the precision of the memory, rounded once to that of the weight."""
+    total = deltas[0] if len(deltas) == 1 else torch.add(deltas[0], deltas[1])
+    for delta in deltas[2:]:
+        total = total.add_(delta)
+    if buffer is None or buffer.shape != weight.shape or buffer.dtype != weight.dtype:
+        buffer = torch.empty_like(weight)
+    return torch.add(total, weight, out=buffer)
 
 
 @dataclass
 class _Installation:
-    """What one scope puts into the model's modules."""
+    """Everything that one scope puts into the model's modules."""
 
     weights: dict[Target, Tensor]
-    factors: list[tuple[LevelWriter, Target, Tensor, Tensor]]
+    factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]]
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def put(self) -> None:
+        # Into the table of parameters itself: setattr would refuse a plain tensor, and a new nn.Parameter
+        # would cut the leaf from the graph. The module's `forward` finds the weight there by its name.
         for target, weight in self.weights.items():
             target.module._parameters["weight"] = weight  # type: ignore[assignment]
         for _, target, down, up in self.factors:
@@ -63,6 +100,23 @@ class _Installation:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def leaves(self, writers: Sequence[DeltaWriter]) -> Weights:
+        """Turn the matrices of the levels that learn into leaves of the graph to come."""
+        learned = {key for writer in writers if writer.learns for key in writer.keys.values()}
+        leaves = {target.name: weight for target, weight in self.weights.items()}
+        for writer, target, down, up in self.factors:
+            leaves[writer.keys[target.name + DOWN]] = down
+            leaves[writer.keys[target.name + UP]] = up
+        return {key: leaf.requires_grad_() for key, leaf in leaves.items() if key in learned}
+
+
+def _add_low_rank(
+    down: Tensor, up: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
+) -> Tensor:
+    """Forward hook: y + x downᵀ upᵀ, in the precision of the model."""
+    x = inputs[0]
+    return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
 class Workspace:
@@ -89,26 +143,33 @@ class Workspace:
 
     @contextmanager
     def installed(
-        self, writers: Sequence[LevelWriter], row: Row, *, learning: bool = False
-    ) -> Iterator[Slots]:
+        self, writers: Sequence[DeltaWriter], row: Row, *, learning: bool = False
+    ) -> Iterator[Weights]:
         """The base model runs with the row's deltas inside the scope, and with nobody else's.
 
         Args:
             writers: one per level.
-            row: whose deltas.
+            row: the row whose deltas are in force.
             learning: make leaves that want gradients, for all levels that learn.
 
         Yields:
-            the leaf of each matrix that wants a gradient, by `LevelWriter.keys`. Empty without `learning`.
+            the leaf of each matrix that wants a gradient, by `DeltaWriter.keys`. Empty without `learning`.
         """
         with self.lock:
             buffers = self._free.pop() if self._free else _Buffers({})  # a scope in a scope has its own
-            installation = _prepare(buffers, writers, row)
+            factors = [
+                (writer, target, down.detach(), up.detach())
+                for writer, state in zip(writers, row.levels, strict=True)
+                for target in writer.low_rank_targets
+                for down, up in [writer.factors(state, target)]
+            ]
+            installation = _Installation(buffers.effective(writers, row), factors)
+            # One installation at a time: that of the scope around this one steps aside until this one ends.
             if self._active:
                 self._active[-1].remove()
             self._active.append(installation)
             try:
-                leaves = _leaves(installation, writers) if learning else {}
+                leaves = installation.leaves(writers) if learning else {}
                 installation.put()
                 yield leaves
             finally:
@@ -117,64 +178,3 @@ class Workspace:
                     self._active[-1].put()
                 if not self._free:
                     self._free.append(buffers)
-
-
-def _prepare(buffers: _Buffers, writers: Sequence[LevelWriter], row: Row) -> _Installation:
-    factors = []
-    for writer, state in zip(writers, row.levels, strict=True):
-        for target in writer.low_rank_targets:
-            down, up = writer.factors(state, target)
-            factors.append((writer, target, down.detach(), up.detach()))
-    return _Installation(_effective(buffers, writers, row), factors)
-
-
-def _leaves(installation: _Installation, writers: Sequence[LevelWriter]) -> Slots:
-    """Turn what the learning levels learn into leaves of the graph to come."""
-    learned = {key for writer in writers if writer.learns for key in writer.keys.values()}
-    leaves = {target.name: weight for target, weight in installation.weights.items()}
-    for writer, target, down, up in installation.factors:
-        leaves[writer.keys[target.name + DOWN]] = down
-        leaves[writer.keys[target.name + UP]] = up
-    return {key: leaf.requires_grad_() for key, leaf in leaves.items() if key in learned}
-
-
-def _add_low_rank(
-    down: Tensor, up: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
-) -> Tensor:
-    """Forward hook: y + x downᵀ upᵀ, in the precision of the model."""
-    x = inputs[0]
-    return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
-
-
-@torch.no_grad()
-def _effective(buffers: _Buffers, writers: Sequence[LevelWriter], row: Row) -> dict[Target, Tensor]:
-    """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself where Σ Δ is none."""
-    deltas: dict[Target, list[Tensor]] = {}
-    for writer, state in zip(writers, row.levels, strict=True):
-        for target in writer.full_targets:
-            found = deltas.setdefault(target, [])
-            if target.name in state.deltas:
-                found.append(state.deltas[target.name])
-    stale, buffers.version = buffers.version != row.version, None
-    effective = {}
-    for target, found in deltas.items():
-        weight = target.weight
-        if found:
-            buffer = buffers.weights.get(target.name)
-            if buffer is None or stale:
-                buffer = _sum_into(buffer, weight, found)
-            buffers.weights[target.name] = weight = buffer
-        effective[target] = weight.detach()
-    buffers.version = row.version
-    return effective
-
-
-def _sum_into(buffer: Tensor | None, weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    """W + Σ Δ in the precision of the memory, rounded once to that of the weight."""
-    total = deltas[0] if len(deltas) == 1 else torch.add(deltas[0], deltas[1])
-    for delta in deltas[2:]:
-        total = total.add_(delta)
-    if buffer is None or buffer.shape != weight.shape or buffer.dtype != weight.dtype:
-        buffer = torch.empty_like(weight)
-    assert total.dtype == memory_dtype(weight)
-    return torch.add(total, weight, out=buffer)

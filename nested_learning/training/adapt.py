@@ -73,7 +73,7 @@ class AdaptConfig:
         self.as_training()  # checks the rest
 
     def as_training(self) -> TrainConfig:
-        """Arguments of the Trainer."""
+        """The settings of the run that the Trainer needs."""
         return TrainConfig(
             data=self.data,
             optim=self.optim,

@@ -38,7 +38,7 @@ def saved(tmp_path):
     return learner, path
 
 
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "m3"])
+@pytest.mark.parametrize("rule", ["gd", "momentum", "adam", "m3"])
 def test_reading_goes_on_as_if_nothing_had_happened(tmp_path, rule):
     """Saved in the middle of all chunks: bit for bit the same afterwards."""
     levels = [Level(4, 0.3, rule=rule, gate_quantile=0.2), *LEVELS[1:]]
@@ -67,6 +67,36 @@ def test_a_file_from_before_there_were_masks(saved):
     more = random_ids(30, seed=1)
     assert torch.equal(loaded.observe(more), learner.observe(more))
     assert_equal_contents(contents(loaded), contents(learner))
+
+
+class TestPlainDescentIsAlsoCalledSgd:
+    def test_by_a_level(self):
+        assert Level(4, 0.3, rule="sgd") == Level(4, 0.3, rule="gd") == Level(4, 0.3)
+        assert Level(4, 0.3, rule="sgd").describe()["rule"] == "gd"
+
+    @pytest.mark.parametrize("written", ["sgd", "gd"])
+    @pytest.mark.parametrize("rule", ["sgd", "gd"])
+    def test_in_a_file(self, tmp_path, written, rule):
+        """Files from before "gd" have "sgd", also beside levels with other rules."""
+        levels = [[Level(4, 0.3, rule=name), Level(8, 0.1, rule="adam")] for name in (written, rule)]
+        learner, loaded = learner_on(levels=levels[0]), learner_on(levels=levels[1])
+        learner.observe(random_ids(37))
+        path = tmp_path / "memory.safetensors"
+        learner.memory.save(path)
+
+        def as_before(tensors, metadata):
+            settings = json.loads(metadata["levels"])
+            settings[0]["rule"] = written
+            metadata["levels"] = json.dumps(settings, sort_keys=True)
+
+        rewrite(path, as_before)
+        loaded.memory.load(path)
+        assert_equal_contents(contents(loaded), contents(learner))
+        more = random_ids(30, seed=1)
+        assert torch.equal(loaded.observe(more), learner.observe(more))
+        other = learner_on(levels=[Level(4, 0.3, rule="momentum"), levels[1][1]])
+        with pytest.raises(ValueError, match="other levels"):
+            other.memory.load(path)
 
 
 def test_the_file_has_nothing_of_the_base_model(saved):

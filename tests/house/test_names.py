@@ -18,13 +18,9 @@ SHARED: dict[str, str] = {
     "Titans": "the written-out chunk algebra has a class per layer",
     "_Inputs": "the written-out chunk algebra has a state per layer",
     "_Writes": "the written-out chunk algebra stands in two notations",
-    "LevelState": "the state of a CMS level, and of a level of a pretrained model",
-    "LevelWriter": "the writer of a CMS level, and of a level of a pretrained model",
-    "Segment": "columns of a sequence in CMS, memory layers and pretrained models",
-    "Segments": "the cuts of a sequence in CMS, and those of pretrained models",
 }
 # Folders of the package whose docstrings are checked.
-CHECKED = ("levels",)
+CHECKED = ("levels", "continual", "ops", "optimizers", "training")
 # Openings that leave out the noun: "Of the weights." for "Standard deviation of the weights."
 NO_NOUN = re.compile(r"(Of|What|Those|That of|The same)\b")
 

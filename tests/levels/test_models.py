@@ -502,7 +502,7 @@ class TestLearner:
             ),
         ]
         assert system["Δ2 (chunk 16)"].rule == (
-            "sgd, lr 0.2 (eq 71); clipped to norm 1; where the loss exceeds the running quantile 0.3; "
+            "gd, lr 0.2 (eq 71); clipped to norm 1; where the loss exceeds the running quantile 0.3; "
             "decay 0.1 towards the base"
         )
         assert system["Δ3 (chunk 64)"].rule == "writes nothing itself (lr 0)"

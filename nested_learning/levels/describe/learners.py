@@ -23,13 +23,13 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
     so each is conditioned on the weights of the others.
     """
     writers = learner.reader.writers
-    names = [f"Δ{writer.index + 1} (chunk {writer.size})" for writer in writers]
+    names = [f"Δ{writer.index + 1} (chunk {writer.level.chunk_size})" for writer in writers]
     for writer, name in zip(writers, names, strict=True):
         yield DescribedMemory(
             name=name,
-            frequency=every_tokens(writer.size),
+            frequency=every_tokens(writer.level.chunk_size),
             state_bytes=sum(level_bytes(writer)),
-            context=f"chunks of {writer.size} tokens",
+            context=f"chunks of {writer.level.chunk_size} tokens",
             objective="the next-token loss",
             rule=_rule(writer.level),
             output="",
@@ -49,7 +49,7 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
                 sources=(names[writer.index - 1],),
                 targets=(name,),
                 kind="generation of weights",
-                what=f"consolidation: {share:g} of Δ moves every {writer.size} tokens",
+                what=f"consolidation: {share:g} of Δ moves every {writer.level.chunk_size} tokens",
             )
 
 
