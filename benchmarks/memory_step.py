@@ -1,7 +1,8 @@
 """Speed of a memory layer that learns: `python -m benchmarks.memory_step [--json FILE]`.
 
-Forward and backward of one self-modifying layer of hope-tiny's shape, the run written out by chunks against the generic engine,
-interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and gradients.
+Forward and backward of one self-modifying layer of hope-tiny's shape, the run that is written out by
+chunks against the generic engine, interleaved in one process, medians. A gate first: no timing unless the two
+agree in outputs and gradients.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def budget(reader: Reader, rows: int) -> Budget:
 
 
 class LevelBytes(NamedTuple):
-    """What one level holds for one row, in bytes; the attributes are those of `Budget`."""
+    """Bytes that one level holds for one row; the attributes are those of `Budget`."""
 
     deltas: int
     sums: int

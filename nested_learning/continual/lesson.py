@@ -24,7 +24,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a segment taught.
+    """Gradients and losses that a segment taught.
 
     Attributes:
         start: position of the segment's first token in the text.

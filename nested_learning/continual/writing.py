@@ -22,7 +22,7 @@ HISTORY = 64  # chunks that a running quantile looks back
 
 @dataclass(frozen=True)
 class Write:
-    """What happened at a level's boundary.
+    """Report of a level's boundary.
 
     Args:
         level: index of the level, 0 is the fastest.

@@ -15,24 +15,26 @@ from nested_learning.layers.drop_in import (
     replace_linears,
 )
 from nested_learning.layers.memory import (
+    ComposedMemory,
+    MemoryLayer,
+    MemoryRow,
+    SelfModifyingTitans,
+    set_compile_step,
+    set_recompute,
+)
+from nested_learning.layers.memory.rows import (
     DLA,
     TTTMLP,
-    ComposedMemory,
     DeltaNet,
     GatedDeltaNet,
     LinearAttention,
     Memora,
-    MemoryLayer,
-    MemoryRow,
     Moneta,
     OjaNet,
     RetNet,
-    SelfModifyingTitans,
     Titans,
     TTTLinear,
     Yaad,
-    set_compile_step,
-    set_recompute,
 )
 from nested_learning.layers.mlp import MLPBlock
 from nested_learning.layers.registry import MIXERS, register_mixer
