@@ -33,6 +33,7 @@ class Objective:
 
     Attributes:
         name: by which `compose` and configurations call it.
+        formula: in a line, as `levels` shows it.
         has_width: whether a data-dependent width per token, a gate of its own, enters the gradient.
         bounded: whether the gradient is at most a constant times 1 + ‖e‖; else it is clipped where a write
             could run away.
@@ -43,6 +44,7 @@ class Objective:
     """
 
     name: ClassVar[str]
+    formula: ClassVar[str]
     has_width: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
     sees_answer: ClassVar[bool] = True
@@ -71,6 +73,7 @@ class Dot(Objective):
     """
 
     name: ClassVar[str] = "dot"
+    formula: ClassVar[str] = "−⟨M(k), v̂⟩"
     sees_answer: ClassVar[bool] = False
     has_token_form: ClassVar[bool] = True
     goes_with_dgd: ClassVar[bool] = True
@@ -85,6 +88,7 @@ class L2(Objective):
     """½‖e‖² (spec section 3; the ½ is ours)."""
 
     name: ClassVar[str] = "l2"
+    formula: ClassVar[str] = "½‖M(k) − v̂‖²"
     has_token_form: ClassVar[bool] = True
     goes_with_dgd: ClassVar[bool] = True
 
@@ -98,6 +102,7 @@ class Lp(Objective):
     |e| = √(e² + 10⁻⁶)."""
 
     name: ClassVar[str] = "lp"
+    formula: ClassVar[str] = "‖M(k) − v̂‖_p^p"
     bounded: ClassVar[bool] = False
     p: float = 3.0
 
@@ -120,6 +125,7 @@ class Huber(Objective):
     else δ_t e/‖e‖."""
 
     name: ClassVar[str] = "huber"
+    formula: ClassVar[str] = "Huber's, of M(k) − v̂"
     has_width: ClassVar[bool] = True
 
     def direction(self, at: AtKey) -> Tensor:
@@ -137,6 +143,7 @@ class Oja(Objective):
     """
 
     name: ClassVar[str] = "oja"
+    formula: ClassVar[str] = "½‖k − Mᵀv‖² (Oja)"
     has_token_form: ClassVar[bool] = True
     transposed: ClassVar[bool] = True
 

@@ -16,16 +16,9 @@ from nested_learning.layers.registry import MIXERS
 from nested_learning.levels.components import INFINITE, Frequency, Transfer, every_tokens
 from nested_learning.levels.describe.registry import Described, DescribedMemory, DescribedWeights, describes
 from nested_learning.levels.describe.structure import ATTENTION_OBJECTIVE, ATTENTION_RULE, softmax_attention
+from nested_learning.memory.objective import L2, Dot
 from nested_learning.memory.system import MemorySystem
 
-# Formulas of objectives by their names; an objective that is not here is shown by its name.
-OBJECTIVES = {
-    "dot": "−⟨M(k), v̂⟩",
-    "l2": "½‖M(k) − v̂‖²",
-    "lp": "‖M(k) − v̂‖_p^p",
-    "huber": "Huber's, of M(k) − v̂",
-    "oja": "½‖k − Mᵀv‖² (Oja)",
-}
 DECAYS = {"constant": "constant decay", "gated": "decay α_t"}
 RETAINED = {"zero": "zero", "initial": "the initial state"}  # what decay pulls the weights towards
 CMS_OBJECTIVES = {"lm": "next-token loss", "regression": "½‖M(k) − v‖² on projections of its input"}
@@ -96,8 +89,7 @@ def _frequency(system: MemorySystem, memory: str, chunk_size: int) -> Frequency:
 
 def objective_of(system: MemorySystem) -> str:
     """The inner objective in a line; one per matrix where they differ."""
-    names = {matrix: rule.objective.name for matrix, rule in system.rule.items()}
-    return _per_matrix({matrix: OBJECTIVES.get(name, name) for matrix, name in names.items()})
+    return _per_matrix({matrix: rule.objective.formula for matrix, rule in system.rule.items()})
 
 
 def rule_of(system: MemorySystem, chunk_size: int) -> str:
@@ -225,7 +217,7 @@ def _self_modifying_linear(layer: SelfModifyingLinear) -> Iterator[Described]:
         frequency=every_tokens(),
         state_bytes=layer.weight.numel() * _state_itemsize(layer),
         context="tokens, with targets of the layer's own making",
-        objective=OBJECTIVES["dot" if normalised else "l2"],
+        objective=(Dot if normalised else L2).formula,
         rule=f"delta gradient descent, decay α_t towards {RETAINED['initial' if normalised else 'zero']}",
     )
     initial = [dict(layer.named_parameters())["weight"]]
