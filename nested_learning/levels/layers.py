@@ -9,7 +9,7 @@ from torch import nn
 
 from nested_learning.layers.attention import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
-from nested_learning.layers.cms_level import CMSLevel, learning_levels
+from nested_learning.layers.cms.level import CMSLevel, learning_levels
 from nested_learning.layers.low_rank_mlp import LowRankSelfModifyingMLP
 from nested_learning.layers.memory_as_context import MemoryAsContext
 from nested_learning.layers.memory_layer import MemoryLayer

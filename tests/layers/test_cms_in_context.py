@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nested_learning.layers import CMSState, ContinuumMemorySystem
-from nested_learning.layers.cms_regression import summed_gradients
+from nested_learning.layers.cms.regression import summed_gradients
 from tests.oracles import cms as oracle
 
 WIDTH = 6

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from nested_learning._errors import unknown
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
-from nested_learning.layers.cms_level import learning_levels, parse_levels
+from nested_learning.layers.cms.level import learning_levels, parse_levels
 from nested_learning.layers.memory_layer import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from nested_learning.layers.cms import CMSState
-from nested_learning.layers.cms_segments import Segment, Segments
-from nested_learning.layers.cms_writing import Rows, Tensors
+from nested_learning.layers.cms.segments import Segment, Segments
+from nested_learning.layers.cms.writer import Rows, Tensors
 from nested_learning.memory.state import State
 from nested_learning.models.hope.pieces_hope import Piece, join
 

@@ -18,9 +18,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.cms import ContinuumMemorySystem
-from nested_learning.layers.cms_writing import LevelWriter
+from nested_learning.layers.cms.block import Weights
+from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.layers.memory_layer import set_compile_step, set_recompute
-from nested_learning.layers.mlp import Weights
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
 from nested_learning.memory.state import State

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.cms_level import (
+from nested_learning.layers.cms.block import ACTIVATIONS, MLPBlock, Weights
+from nested_learning.layers.cms.level import (
     CMSLevel,
     check_nested_gradient,
     check_options,
@@ -18,11 +19,10 @@ from nested_learning.layers.cms_level import (
     learning_levels,
     parse_levels,
 )
-from nested_learning.layers.cms_nested import initial_gradients, remember, start_context
-from nested_learning.layers.cms_regression import KeyValue, chunk_gradients
-from nested_learning.layers.cms_segments import Segments
-from nested_learning.layers.cms_writing import CMSState, LevelState, LevelWriter, Tensors
-from nested_learning.layers.mlp import ACTIVATIONS, MLPBlock, Weights
+from nested_learning.layers.cms.nested import initial_gradients, remember, start_context
+from nested_learning.layers.cms.regression import KeyValue, chunk_gradients
+from nested_learning.layers.cms.segments import Segments
+from nested_learning.layers.cms.writer import CMSState, LevelState, LevelWriter, Tensors
 from nested_learning.memory.state import State
 from nested_learning.ops.precision import full_precision
 
@@ -50,7 +50,7 @@ class ContinuumMemorySystem(nn.Module):
         "none": static. The chunk sizes say how often an optimizer with several frequencies steps each level
             and feed `info()`, they do not enter the forward pass.
         "regression": each block is an associative memory of projections of its own input; see
-            `cms_regression`. The gradient of the outer loss flows through every write.
+            `cms.regression`. The gradient of the outer loss flows through every write.
         "lm": the gradient of the next-token loss; a model works it out and calls `learn`.
 
     Args:
@@ -65,7 +65,7 @@ class ContinuumMemorySystem(nn.Module):
         norm_eps: epsilon of the RMS norms.
         nested_gradient: with "nested", how a level's initial state is learned: "first_order", or "exact",
             with "regression" alone, for a second run over each chunk of the slower level, whose keys and
-            values are kept (`cms_nested`).
+            values are kept (`cms.nested`).
 
     Attributes:
         learns: whether a level learns in context, so that there is a state.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nested_learning._errors import unknown
-from nested_learning.layers.mlp import ACTIVATIONS
+from nested_learning.layers.cms.block import ACTIVATIONS
 
 VARIANTS = ("sequential", "nested", "independent")
 NESTED_GRADIENTS = ("first_order", "exact")

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nested_learning.layers.cms_regression import chunk_loss_and_gradients
-from nested_learning.layers.cms_writing import LevelState, LevelWriter, Tensors
+from nested_learning.layers.cms.regression import chunk_loss_and_gradients
+from nested_learning.layers.cms.writer import LevelState, LevelWriter, Tensors
 
 
 def start_context(batch_size: int, length: int, width: int, like: Tensor) -> Tensors:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.cms_writing import DELTA_RULE_MATRIX, Tensors
-from nested_learning.layers.mlp import MLPBlock
+from nested_learning.layers.cms.block import MLPBlock
+from nested_learning.layers.cms.writer import DELTA_RULE_MATRIX, Tensors
 from nested_learning.ops import delta_rule
 
 _DELTA_RULE_CHUNK = 64  # tokens per triangular solve; changes the cost, not the result

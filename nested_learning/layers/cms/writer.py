@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn, vmap
 
-from nested_learning.layers.cms_level import CMSLevel
+from nested_learning.layers.cms.level import CMSLevel
 from nested_learning.memory.state import State
 
 Tensors = dict[str, Tensor]
 # Rows at a boundary: [B] bool, or a Python bool where it is known to be all or none.
 Rows = Tensor | bool
 
-# The matrix that the rule "dgd" changes token by token, see `cms_regression`.
+# The matrix that the rule "dgd" changes token by token, see `cms.regression`.
 DELTA_RULE_MATRIX = "down.weight"
 
 
@@ -29,7 +29,7 @@ class LevelState(NamedTuple):
     initial, initial_sums, initial_rule: the same for the initial state that the next slower level learns
         (variant "nested"); empty in the others.
     context: the keys and values of the unfinished slow chunk, where that level takes the exact gradient
-        (`cms_nested`); then there are no `initial_sums`.
+        (`cms.nested`); then there are no `initial_sums`.
     """
 
     weights: Tensors
