@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.cms.block import ACTIVATIONS, MLPBlock, Weights
+from nested_learning.layers.cms.block import ACTIVATIONS, MLPBlock
+from nested_learning.layers.cms.learning import LearningLevel
 from nested_learning.layers.cms.level import (
     CMSLevel,
     check_nested_gradient,
@@ -19,14 +19,10 @@ from nested_learning.layers.cms.level import (
     learning_levels,
     parse_levels,
 )
-from nested_learning.layers.cms.nested import initial_gradients, remember, start_context
-from nested_learning.layers.cms.regression import KeyValue, chunk_gradients
+from nested_learning.layers.cms.regression import KeyValue
 from nested_learning.layers.cms.segments import Segments
-from nested_learning.layers.cms.writer import CMSState, LevelState, LevelWriter, Tensors
-from nested_learning.memory.state import State
-from nested_learning.ops.precision import full_precision
-
-__all__ = ["CMSLevel", "CMSState", "ContinuumMemorySystem", "parse_levels"]
+from nested_learning.layers.cms.writer import CMSState, LevelWriter
+from nested_learning.memory.state import State, Weights
 
 
 class ContinuumMemorySystem(nn.Module):
@@ -96,12 +92,7 @@ class ContinuumMemorySystem(nn.Module):
         self.variant, self.update, self.nested_gradient = variant, update, nested_gradient
         share = expansion / len(self.levels)
         self.blocks = nn.ModuleList(
-            MLPBlock(
-                hidden_size,
-                level.width(hidden_size, share),
-                level.activation or activation,
-                norm_eps,
-            )
+            MLPBlock(hidden_size, level.width(hidden_size, share), level.activation or activation, norm_eps)
             for level in self.levels
         )
         self.head_weights = nn.ParameterList(
@@ -112,13 +103,8 @@ class ContinuumMemorySystem(nn.Module):
         self._learning = learning_levels(self.levels, variant, update)
         self.learns = bool(self._learning)
         self.writers = nn.ModuleList(LevelWriter(level) for level in self.levels if self.learns)
-        self.projections = nn.ModuleDict(
-            {
-                str(index): KeyValue(hidden_size, norm_eps)
-                for index in self._learning
-                if update == "regression"
-            }
-        )
+        projected = self._learning if update == "regression" else []
+        self.projections = nn.ModuleDict({str(index): KeyValue(hidden_size, norm_eps) for index in projected})
 
     def forward(
         self,
@@ -145,28 +131,15 @@ class ContinuumMemorySystem(nn.Module):
         Raises:
             ValueError: for a state or weights that do not fit.
         """
+        if state is not None or weights is not None:
+            self._check(x, state, weights)
         if self.learns and self.update == "regression":
-            if weights is not None:
-                raise ValueError(
-                    "a CMS with update='regression' learns its blocks' weights itself: leave weights away"
-                )
-            return self._regress(x, self._checked(state, x), mask, learn)
-        if state is not None:
-            raise ValueError(
-                f"a CMS with update={self.update!r} takes no state, got a {type(state).__name__}"
-            )
-        if weights is not None and len(weights) != len(self.blocks):
-            raise ValueError(
-                f"weights must have one entry per level ({len(self.blocks)}), got {len(weights)}"
-            )
-        if self.variant != "independent":
-            for index, block in enumerate(self.blocks):
-                x = block(x, None if weights is None else weights[index])
-            return x, None
+            return self._learn_and_read(x, cast("CMSState | None", state), mask, learn)
         y = x
         for index, block in enumerate(self.blocks):
+            source = x if self.variant == "independent" else y  # eq 74, eq 73
             own = None if weights is None else weights[index]
-            y = y + block(x, own, self._hidden_scale(index), residual=False)
+            y = y + block(source, own, self._hidden_scale(index), residual=False)
         return y, None
 
     def info(self) -> list[dict[str, Any]]:
@@ -190,15 +163,9 @@ class ContinuumMemorySystem(nn.Module):
 
     def start(self, batch_size: int, dtype: torch.dtype) -> CMSState:
         """The state before the first token, for each row of a batch."""
-        position = torch.zeros(batch_size, dtype=torch.long, device=self._block(0).up.weight.device)
-        levels = {}
-        for index in self._learning:
-            own, slower = self._own(index, batch_size, dtype), self._slower(index)
-            levels[index] = self._writer(index).start(own, slower)
-            if slower is not None and self.nested_gradient == "exact":
-                up = own["up.weight"]
-                context = start_context(batch_size, slower.level.chunk_size, up.shape[-1], up)
-                levels[index] = levels[index]._replace(initial_sums={}, context=context)
+        position = torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
+        exact = self.nested_gradient == "exact"
+        levels = {index: self._level(index, batch_size, dtype).start(exact) for index in self._learning}
         return CMSState.join(position, levels)
 
     def current_weights(self, state: CMSState, dtype: torch.dtype) -> list[Weights | None]:
@@ -211,176 +178,118 @@ class ContinuumMemorySystem(nn.Module):
         ]
 
     def learn(
-        self, state: CMSState, inside: Mapping[int, Tensors], crossing: Mapping[int, Tensors], rows: Tensor
+        self, state: CMSState, inside: Mapping[int, Weights], crossing: Mapping[int, Weights], rows: Tensor
     ) -> CMSState:
         """Take in the gradients of one chunk of the fastest level, and write where a chunk ends with it.
 
         A level counts the pair of tokens across the chunk's end unless its own chunk ends there as well.
 
         Args:
-            state: before.
+            state: the state before the chunk.
             inside: by level, gradients [B, out, in] of each matrix, summed over the pairs inside the chunk.
-            crossing: those of the pair of its last token and the next; zero for a level left out.
+            crossing: by level, gradients of the pair of its last token and the next; zero for a level left
+                out.
             rows: [B] bool, the rows that this is about; the gradients of the others must be zero.
         """
         position = state.position + rows * self.levels[0].chunk_size
         after = {}
         for index in self._learning:
-            writer, slower = self._writer(index), self._slower(index)
-            sums = [
-                _added(inside[index], crossing.get(index), position % size != 0)
-                for size in (self.levels[index].chunk_size, slower.level.chunk_size if slower else 1)
-            ]
-            level = writer.add(state.level(index), *sums)
-            own = self._own(index, len(rows), next(iter(level.weights.values())).dtype)
-            after[index] = writer.finish(level, own, position, rows, slower)
+            before = state.level(index)
+            level = self._level(index, len(rows), before.weights["up.weight"].dtype)
+            after[index] = level.learn(before, inside[index], crossing.get(index), position, rows)
         return CMSState.join(position % self.levels[-1].chunk_size, after)
 
-    def _regress(
-        self, x: Tensor, state: CMSState | None, mask: Tensor | None, learn: Tensor | None
+    def _learn_and_read(
+        self, x: Tensor, state: CMSState | None, real: Tensor | None, learn: Tensor | None
     ) -> tuple[Tensor, CMSState]:
+        """`forward` with the update "regression"."""
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
-        position = None if state is None else state.position.to(x.device)
-        before = self.start(B, dtype) if state is None else _in_dtype(state, dtype)
+        if state is None:
+            before, position = self.start(B, dtype), None
+        else:  # which may come from a session in another precision
+            before = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            position = before.position.to(x.device)
         after, y = {}, x
         for index, block in enumerate(self.blocks):
-            source = x if self.variant == "independent" else y
+            source = x if self.variant == "independent" else y  # eq 74, eq 73
             if index in self._learning:
-                segments = Segments(B, T, self.levels[index].chunk_size, position, mask)
-                change, after[index] = self._run_level(
-                    index, source, before.level(index), before.position, segments, learn
+                segments = Segments(B, T, self.levels[index].chunk_size, position, real)
+                level = self._level(index, B, dtype)
+                branch, after[index] = level.read(
+                    source, before.level(index), segments, before.position, learn
                 )
             else:
-                change = block(source, None, self._hidden_scale(index), residual=False)
-            y = y + change
-        read = T if mask is None else mask.sum(1)
+                branch = block(source, None, self._hidden_scale(index), residual=False)
+            y = y + branch
+        read = T if real is None else real.sum(1)
         return y, CMSState.join((before.position + read) % self.levels[-1].chunk_size, after)
 
-    def _run_level(
-        self,
-        index: int,
-        x: Tensor,
-        level: LevelState,
-        position: Tensor,
-        segments: Segments,
-        learn: Tensor | None,
-    ) -> tuple[Tensor, LevelState]:
-        """One block over x [B, T, D]: its branch [B, T, D] and its state, written at each boundary."""
-        block, writer, slower = self._block(index), self._writer(index), self._slower(index)
-        scale = self._hidden_scale(index)
-        dtype = next(iter(level.weights.values())).dtype
-        own = self._own(index, len(x), dtype)
-        x = segments.pack(x)
-        learn = None if learn is None else segments.pack(learn)
-        keys, values = self.projections[str(index)](x, block, dtype)
-        delta_rule_lr = writer.lr if writer.rule == "dgd" else None
-        counter: Tensor | int = 0 if segments.aligned else position
-        exact = partial(initial_gradients, writer, block.activation) if level.context else None
-        branches = []
-        for segment in segments:
-            weights = {name: W.to(x.dtype) for name, W in level.weights.items()}
-            branches.append(block(segment.of(x), weights, scale, residual=False))
-            write = segment.real
-            if learn is not None:
-                write = segment.of(learn) if write is None else write & segment.of(learn)
-            with full_precision(x.device):
-                grads = chunk_gradients(
-                    level.weights,
-                    level.sums,
-                    segment.of(keys),
-                    segment.of(values),
-                    block,
-                    write,
-                    None if scale is None else scale.to(dtype),
-                    delta_rule_lr,
-                )
-                if level.context:
-                    pair = segment.of(keys), segment.of(values)
-                    kept = remember(level.context, *pair, write, segment.real, counter)
-                    level = level._replace(context=kept)
-                count = len(segment) if segment.real is None else segment.real.sum(1)
-                counter = counter + count
-                at = True if segment.real is None else count > 0
-                level = writer.finish(writer.add(level, grads), own, counter, at, slower, exact)
-        return segments.unpack(torch.cat(branches, 1)), level
-
-    def _block(self, index: int) -> MLPBlock:
-        block = self.blocks[index]
-        assert isinstance(block, MLPBlock)
-        return block
-
-    def _writer(self, index: int) -> LevelWriter:
-        writer = self.writers[index]
-        assert isinstance(writer, LevelWriter)
-        return writer
-
-    def _slower(self, index: int) -> LevelWriter | None:
-        """The writer that learns the initial state of a level."""
+    def _level(self, index: int, batch_size: int, dtype: torch.dtype) -> LearningLevel:
+        """One level that learns in context, for a call on `batch_size` rows with states of `dtype`."""
+        block = cast(MLPBlock, self.blocks[index])
         nested = self.variant == "nested" and index + 1 < len(self.levels)
-        return self._writer(index + 1) if nested else None
-
-    def _own(self, index: int, batch_size: int, dtype: torch.dtype) -> Tensors:
-        """The block's matrices, as many as there are rows: what learns in context."""
-        return {
-            name: p.to(dtype).expand(batch_size, *p.shape)
-            for name, p in self.blocks[index].named_parameters()
-            if p.dim() == 2
-        }
-
-    def _context_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
-        """Of the tokens that a state keeps for exact gradients of initial states."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for index in self._learning if self.nested_gradient == "exact" else ():
-            slower = self._slower(index)
-            if slower is not None:
-                tokens = (batch_size, slower.level.chunk_size)
-                width = self._block(index).up.weight.shape[1]
-                shapes |= {f"{index}.{name}": (*tokens, width) for name in ("key", "value")}
-                shapes[f"{index}.write"] = tokens
-        return shapes
+        return LearningLevel(
+            block,
+            writer=cast(LevelWriter, self.writers[index]),
+            slower=cast(LevelWriter, self.writers[index + 1]) if nested else None,
+            projections=cast(KeyValue, self.projections[str(index)]) if self.projections else None,
+            scale=self._hidden_scale(index),
+            own={name: W.to(dtype).expand(batch_size, *W.shape) for name, W in block.matrices().items()},
+        )
 
     def _hidden_scale(self, index: int) -> Tensor | None:
-        """Each head's weight at its hidden units [e]; None in a chain."""
+        """Each head's weight at its hidden units [e] (eq 74); None in a chain."""
         if self.variant != "independent":
             return None
         weights = self.head_weights[index]
-        return weights.repeat_interleave(self._block(index).intermediate_size // len(weights))
+        return weights.repeat_interleave(cast(MLPBlock, self.blocks[index]).intermediate_size // len(weights))
 
-    def _checked(self, state: State | None, x: Tensor) -> CMSState | None:
+    # Checks --------------------------------------------------------------------------------------------
+
+    def _check(self, x: Tensor, state: State | None, weights: Sequence[Weights | None] | None) -> None:
+        """ValueError for a state or weights that do not fit the system or the rows of x."""
+        regression = self.learns and self.update == "regression"
+        if weights is not None and regression:
+            raise ValueError(
+                "a CMS with update='regression' learns its blocks' weights itself: leave weights away"
+            )
+        if weights is not None and len(weights) != len(self.blocks):
+            raise ValueError(
+                f"weights must have one entry per level ({len(self.blocks)}), got {len(weights)}"
+            )
         if state is None:
-            return None
+            return
+        if not regression:
+            raise ValueError(
+                f"a CMS with update={self.update!r} takes no state, got a {type(state).__name__}"
+            )
         if not isinstance(state, CMSState):
             raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
-        expected = {
-            f"{index}.{name}": tuple(W.shape)
-            for index in self._learning
-            for name, W in self._own(index, len(x), x.dtype).items()
-        }
+        levels = {i: cast(MLPBlock, self.blocks[i]).matrices() for i in self._learning}
+        expected = {f"{i}.{n}": (len(x), *W.shape) for i, own in levels.items() for n, W in own.items()}
         got = {name: tuple(W.shape) for name, W in state.weights.items()}
         if got != expected:
             raise ValueError(
                 f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
                 "belongs to another batch or a CMS with other levels"
             )
-        held = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
-        if held != self._context_shapes(len(x)):
+        expected = self._context_shapes(len(x))
+        got = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
+        if got != expected:
             raise ValueError(
-                f"state keeps the tokens {held or 'of no unfinished chunk'}; nested_gradient "
-                f"{self.nested_gradient!r} of this CMS needs {self._context_shapes(len(x)) or 'none'}: it "
+                f"state keeps the tokens {got or 'of no unfinished chunk'}; nested_gradient "
+                f"{self.nested_gradient!r} of this CMS needs {expected or 'none'}: it "
                 "belongs to another CMS; start without a state, or make this CMS like that one"
             )
-        return state
 
-
-def _in_dtype(state: CMSState, dtype: torch.dtype) -> CMSState:
-    """From a session in another precision."""
-    return state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
-def _added(inside: Tensors, crossing: Tensors | None, belongs: Tensor) -> Tensors:
-    """`inside`, plus `crossing` in the rows that it belongs to."""
-    if crossing is None:
-        return inside
-    belongs = belongs.view(-1, 1, 1)
-    return {name: g + torch.where(belongs, crossing[name], 0) for name, g in inside.items()}
+    def _context_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tokens that a state keeps for exact gradients of initial states (`cms.nested`)."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index in self._learning if self.nested_gradient == "exact" else ():
+            if index + 1 < len(self.levels):
+                tokens = (batch_size, self.levels[index + 1].chunk_size)
+                width = cast(MLPBlock, self.blocks[index]).up.in_features
+                shapes |= {f"{index}.key": (*tokens, width), f"{index}.value": (*tokens, width)}
+                shapes[f"{index}.write"] = tokens
+        return shapes

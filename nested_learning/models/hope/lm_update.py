@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from nested_learning.layers.cms import CMSState
 from nested_learning.layers.cms.segments import Segment, Segments
-from nested_learning.layers.cms.writer import Rows, Tensors
-from nested_learning.memory.state import State
+from nested_learning.layers.cms.writer import Rows
+from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.pieces_hope import Piece, join
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PENDING = "pending"
 Head = Callable[[Tensor], Tensor]
 States = dict[str, State]
 # Per layer and level, a gradient of each matrix [B, out, in].
-Gradients = list[dict[int, Tensors]]
+Gradients = list[dict[int, Weights]]
 
 
 @dataclass(frozen=True)
@@ -223,12 +223,12 @@ class LMUpdate:
 
     def _leaves(
         self, states: States, exact: bool
-    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Tensors | None]]]:
+    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Weights | None]]]:
         """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone."""
         leaves, weights = {}, {}
         for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
             state = _cms_state(states[name])
-            levels: list[Tensors | None] = []
+            levels: list[Weights | None] = []
             for number, own in enumerate(
                 cms.current_weights(state, next(iter(state.weights.values())).dtype)
             ):
@@ -295,7 +295,7 @@ def _padded(t: Tensor, sizes: list[int]) -> Tensor:
     return F.pad(t, missing, value=0 if t.is_floating_point() else -1) if any(missing) else t
 
 
-def _cast(weights: Tensors | None, dtype: torch.dtype) -> Tensors | None:
+def _cast(weights: Weights | None, dtype: torch.dtype) -> Weights | None:
     return None if weights is None else {name: W.to(dtype) for name, W in weights.items()}
 
 

@@ -18,12 +18,11 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.cms import ContinuumMemorySystem
-from nested_learning.layers.cms.block import Weights
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.layers.memory_layer import set_compile_step, set_recompute
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
-from nested_learning.memory.state import State
+from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
