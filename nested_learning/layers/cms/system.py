@@ -137,9 +137,11 @@ class ContinuumMemorySystem(nn.Module):
             return self._learn_and_read(x, cast("CMSState | None", state), mask, learn)
         y = x
         for index, block in enumerate(self.blocks):
-            source = x if self.variant == "independent" else y  # eq 74, eq 73
             own = None if weights is None else weights[index]
-            y = y + block(source, own, self._hidden_scale(index), residual=False)
+            if self.variant == "independent":
+                y = y + block(x, own, self._hidden_scale(index), residual=False)  # eq 74
+            else:
+                y = block(y, own)  # eq 73
         return y, None
 
     def info(self) -> list[dict[str, Any]]:

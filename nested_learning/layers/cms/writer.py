@@ -157,7 +157,9 @@ class LevelWriter(nn.Module):
     def start_rule(self, weights: Weights) -> dict[str, Tensor]:
         """State of the inner rule before the first write."""
         rule: dict[str, Tensor] = {}
-        for name, W in weights.items() if self._memory is not None else ():
+        if self._memory is None:
+            return rule
+        for name, W in weights.items():
             state = vmap(self._memory.init)(W.detach())
             rule |= {f"{name}.{field}": tensor for field, tensor in state._asdict().items()}
         return rule

@@ -81,6 +81,25 @@ class HopeCache:
         """Bytes of the layers' states; a tensor that several fields share counts once."""
         return held_bytes(t for state in self.states.values() for t in state.tensors())
 
+    def check(self, config: HopeConfig, rows: int) -> None:
+        """Take `config` for the cache's own, if it is that of a model which can go on with `rows` rows.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if self.batch_size not in (None, rows):
+            raise ValueError(
+                f"past_key_values holds {self.batch_size} rows, the input {rows}; "
+                "use cache.select_rows or cache.batch_repeat_interleave"
+            )
+        if self.config is not config:
+            if self.config.fingerprint() != config.fingerprint():
+                raise ValueError(
+                    "past_key_values belongs to a model with another configuration; "
+                    "start a new one with HopeCache(model.config)"
+                )
+            self.config = config  # so that the next call need not compare them again
+
     def advance(
         self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
     ) -> None:
