@@ -63,8 +63,8 @@ class LearningLevel(NamedTuple):
 
         Args:
             x: [B, T, D].
-            state: before the tokens.
-            segments: of the call.
+            state: state before the tokens.
+            segments: the call's columns, cut at this level's boundaries.
             position: [B] int64, tokens before x.
             learn: [B, T] bool, the tokens that are learned; None: all.
 
@@ -107,7 +107,7 @@ class LearningLevel(NamedTuple):
         return self._finish(_add(state, sums, initial_sums), position, rows)
 
     def _gradients(self, state: LevelState, key: Tensor, value: Tensor, learn: Tensor | None) -> Weights:
-        """What tokens [B, S, D] of one chunk add to its sums."""
+        """Gradients that tokens [B, S, D] of one chunk add to its sums."""
         scale = None if self.scale is None else self.scale.to(key.dtype)
         grads, phi, _ = summed_gradients(state.weights, key, value, self.block.activation, learn, scale)
         if self.writer.rule == "dgd":
@@ -119,7 +119,7 @@ class LearningLevel(NamedTuple):
         """Write, in the rows that have just come to a boundary (eq 71, eq 72).
 
         Args:
-            state: with the sums of the chunk.
+            state: state with the sums of the chunk.
             position: tokens so far, [B] int64 or one number for all rows.
             moved: the rows that have come to `position` by a token of theirs.
         """

@@ -14,7 +14,7 @@ from nested_learning.layers.cms.block import ACTIVATIONS
 VARIANTS = ("sequential", "nested", "independent")
 NESTED_GRADIENTS = ("first_order", "exact")
 UPDATES = ("none", "regression", "lm")
-# "dgd" needs the inputs of the layer; the others are memory forms of the optimizers, which need gradients.
+# "dgd" needs the inputs of the layer; the others are the optimizers' memories of gradients.
 RULES = ("gd", "dgd", "momentum", "adam", "adagrad")
 # Values that None stands for. At lr 0.1 and clip 1 a write of plain gradient descent moves a block by 0.1
 # at most.
@@ -39,7 +39,7 @@ class CMSLevel:
         chunk_size: tokens between two updates of the block, C of eq 71.
         expansion: hidden width of the block as a multiple of the model's width.
         intermediate_size: hidden width of the block; instead of `expansion`.
-        activation: of this block, if not the system's.
+        activation: activation of this block, if not the system's.
         heads: with the variant "independent", equal parts of the block, each with its own weight in the sum
             over all parts of all levels (eq 74); default 1. Must divide the hidden width.
         lr: learning rate η of the level's writes; default 0.1. A level with 0 is static.

@@ -99,7 +99,7 @@ def _hidden_units(weights: Weights, key: Tensor, activation: str) -> tuple[Tenso
 def delta_rule_gradient(
     anchor: Tensor, total: Tensor, phi: Tensor, value: Tensor, lr: Tensor | float, learn: Tensor | None
 ) -> Tensor:
-    """What the rule "dgd" adds to the sum of the output matrix, in the place of its gradient.
+    """Summand of the rule "dgd" to the sum of the output matrix, in the place of its gradient.
 
     Token by token W ← W (I − η′ φφᵀ) + η′ v φᵀ with η′ = η / (1 + η‖φ‖²), exact for any norm of φ: eq 57 with
     the dot-product objective. The weights that are read stay the anchor until the boundary; until then the

@@ -54,7 +54,7 @@ class ContinuumMemorySystem(nn.Module):
         levels: fast to slow, dicts with the fields of `CMSLevel`.
         variant: "sequential", "nested" or "independent".
         update: "none", "regression" or "lm".
-        activation: of the blocks whose level names none: "swiglu", "gelu" or "relu2".
+        activation: activation of the blocks whose level names none: "swiglu", "gelu" or "relu2".
         expansion: hidden width of all blocks together as a multiple of `hidden_size`, in equal parts, so
             that adding levels adds no parameters; a level's own `expansion` or `intermediate_size` overrides
             its part.
@@ -141,7 +141,7 @@ class ContinuumMemorySystem(nn.Module):
             if self.variant == "independent":
                 y = y + block(x, own, self._hidden_scale(index), residual=False)  # eq 74
             else:
-                y = block(y, own)  # eq 73
+                y = block(y, own)  # eq 70, eq 73
         return y, None
 
     def info(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What one level writes at its boundary (eq 71), and what it carries from one boundary to the next."""
+"""The write of a level at its boundary (eq 71), and the state it carries from one boundary to the next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DELTA_RULE_MATRIX = "down.weight"
 
 
 class LevelState(NamedTuple):
-    """What one level carries; every tensor has the batch first.
+    """The state of one level; every tensor has the batch first.
 
     weights: the block's matrices [B, out, in], in force since the last boundary.
     sums: gradients of the unfinished chunk, summed (for the delta rule's matrix: minus the change so far).

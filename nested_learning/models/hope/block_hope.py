@@ -1,4 +1,4 @@
-"""Hope's block (arXiv 2512.24695, §8.3), a sequence mixer and a continuum memory system; running all blocks."""
+"""The block of Hope (arXiv 2512.24695, §8.3), mixer and continuum memory system, and how blocks are run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ Gradients = list[dict[int, Weights]]
 
 @dataclasses.dataclass(frozen=True)
 class PendingChunk(State):
-    """The tokens that were read and not yet learned from: those of the fastest level's running chunk C.
+    """Tokens that were read and not yet learned from: the fastest level's running chunk, of length C.
 
     Attributes:
         ids: [B, C] int64.
@@ -112,7 +112,11 @@ class LMUpdate:
         return Piece(segments.unpack(y), tuple(map(segments.unpack, hidden)), tuple(unpacked)), states
 
     def _prepare(self, states: States, x: Tensor, aligned: bool) -> Tensor | None:
-        """Fill in what is there before the first token; where the rows stand, None for all at the start."""
+        """Fill in the states before the first token.
+
+        Returns:
+            Tokens of the running chunk [B] int64, None where all rows are at the start.
+        """
         if PENDING in states:
             return _pending(states).count.to(x.device) % self.chunk_size
         rows = len(x)
@@ -176,7 +180,7 @@ class LMUpdate:
             states[name] = cms.learn(_cms_state(states[name]), inside[layer], crossing[layer], rows)
 
     def _gradients(self, states: States, next_ids: Tensor, next_learn: Tensor) -> tuple[Gradients, Gradients]:
-        """Gradients of the loss of the pairs inside the chunk, and of that of its last token and the next.
+        """Gradients of the losses of the pairs inside the chunk, and of that of its last token and the next.
 
         First order: at the weights and states as they are; exact: as functions of them, while training.
         """
@@ -212,7 +216,11 @@ class LMUpdate:
     def _leaves(
         self, states: States, exact: bool
     ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Weights | None]]]:
-        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone."""
+        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone.
+
+        Returns:
+            The leaves by (layer, level, matrix), and the same tensors by layer as `cms_weights` are given.
+        """
         leaves, weights = {}, {}
         for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
             state = _cms_state(states[name])

@@ -96,7 +96,7 @@ class HopeModel(HopePreTrainedModel):
         self._check_tokens(input_ids, inputs_embeds, attention_mask, learn_mask, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
-        # Of a mask over all columns so far, those of this call.
+        # A mask may cover all columns so far; those of this call are the last.
         real = None if attention_mask is None else attention_mask[:, -length:].bool()
         learn = None if learn_mask is None else learn_mask.bool()
         if use_cache is None:
