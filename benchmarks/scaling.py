@@ -22,7 +22,7 @@ from benchmarks.harness import interleaved, parameters, parser, record, show
 from nested_learning import HopeConfig
 from nested_learning.layers import SelfModifyingTitans
 from nested_learning.layers.memory import set_recompute
-from nested_learning.models.hope.modeling_hope import HopeBlock
+from nested_learning.models.hope.block_hope import HopeBlock
 from nested_learning.training.memory_probe import in_fresh_process
 from nested_learning.training.report import peak_rss
 
@@ -59,7 +59,7 @@ def blocks(shape: dict[str, int]) -> dict[str, HopeBlock]:
 
 def train(block: HopeBlock, x: Tensor) -> None:
     """Forward and backward of one block."""
-    y = block(x, None, None, None, False)[0]
+    y = block(x)[0]
     torch.autograd.grad(y.square().mean(), [x, *block.parameters()])
 
 

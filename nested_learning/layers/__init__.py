@@ -7,7 +7,7 @@ from nested_learning.layers.attention import (
     MemoryAsLayer,
     SlidingWindowAttention,
 )
-from nested_learning.layers.cms import CMSLevel, CMSState, ContinuumMemorySystem
+from nested_learning.layers.cms import CMSLevel, CMSState, ContinuumMemorySystem, MLPBlock
 from nested_learning.layers.drop_in import (
     LowRankSelfModifyingMLP,
     SelfModifyingLinear,
@@ -36,7 +36,6 @@ from nested_learning.layers.memory.rows import (
     TTTLinear,
     Yaad,
 )
-from nested_learning.layers.mlp import MLPBlock
 from nested_learning.layers.registry import MIXERS, register_mixer
 
 __all__ = [

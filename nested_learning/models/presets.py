@@ -71,7 +71,7 @@ def transformer_tiny(**overrides: Any) -> HopeConfig:
     return _tiny(overrides, mixer="attention", cms_levels=levels, cms_expansion=ATTENTION_EXPANSION)
 
 
-# Memories of the table in the Transformer's place: what its MLPs are widened by to have hope-tiny's number of
+# Memories of the table in the place of attention: expansion of the MLPs that leads to hope-tiny's number of
 # parameters, and options beside the chunk length.
 _BASELINES: dict[str, tuple[float, dict[str, Any]]] = {
     "linear_attention": (5.1, {}),

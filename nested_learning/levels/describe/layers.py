@@ -9,7 +9,7 @@ from torch import nn
 
 from nested_learning.layers.attention import Attention, MemoryAsContext
 from nested_learning.layers.cms import ContinuumMemorySystem
-from nested_learning.layers.cms_level import CMSLevel, learning_levels
+from nested_learning.layers.cms.level import CMSLevel, learning_levels
 from nested_learning.layers.drop_in import LowRankSelfModifyingMLP, SelfModifyingLinear
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import MIXERS

@@ -1,4 +1,4 @@
-"""What a running Hope model remembers, as transformers' `past_key_values`, and its file."""
+"""The states of a running Hope model, as transformers' `past_key_values`, and their file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HASH_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
 
 @dataclasses.dataclass(frozen=True)
 class _Rows(State):
-    """What a cache itself knows of each row, so that it moves and reorders as the layers' states do."""
+    """The cache's own counts of each row, as a state: they move and reorder as the layers' states do."""
 
     tokens_seen: Tensor
     prefix_hash: Tensor | None
@@ -44,7 +44,7 @@ class HopeCache:
     `reset`) work in place, all others return a new cache.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
 
     Attributes:
         states: by name, such as "layers.0.mixer"; every tensor has the batch as first dimension.
@@ -80,6 +80,25 @@ class HopeCache:
     def nbytes(self) -> int:
         """Bytes of the layers' states; a tensor that several fields share counts once."""
         return held_bytes(t for state in self.states.values() for t in state.tensors())
+
+    def check(self, config: HopeConfig, rows: int) -> None:
+        """Take `config` for the cache's own, if it is that of a model which can go on with `rows` rows.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if self.batch_size not in (None, rows):
+            raise ValueError(
+                f"past_key_values holds {self.batch_size} rows, the input {rows}; "
+                "use cache.select_rows or cache.batch_repeat_interleave"
+            )
+        if self.config is not config:
+            if self.config.fingerprint() != config.fingerprint():
+                raise ValueError(
+                    "past_key_values belongs to a model with another configuration; "
+                    "start a new one with HopeCache(model.config)"
+                )
+            self.config = config  # so that the next call need not compare them again
 
     def advance(
         self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
@@ -140,15 +159,15 @@ class HopeCache:
         return self._with(lambda state: state)
 
     def detach(self) -> HopeCache:
-        """The same values, cut from the autograd graph."""
+        """A cache of the same values, cut from the autograd graph."""
         return self._with(State.detach)
 
     def to(self, device: torch.device | str) -> HopeCache:
-        """On another device; dtypes stay."""
+        """The cache on another device; dtypes stay."""
         return self._with(lambda state: state.to(device))
 
     def select_rows(self, index: Tensor) -> HopeCache:
-        """Rows `index` [B'] (int64), in that order; a row may be taken any number of times."""
+        """A cache of the rows `index` [B'] (int64), in that order; a row may be taken any number of times."""
         return self._with(lambda state: state.select_rows(index))
 
     # In place, under the names that transformers' generate calls ---------------------------------------
@@ -166,7 +185,7 @@ class HopeCache:
         self._become(self.select_rows(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in succession."""
+        """Take each row `repeats` times in succession."""
         self._become(self._with(lambda state: state.repeat_rows(repeats)))
 
     def reset(self) -> None:
@@ -221,13 +240,13 @@ class HopeCache:
     ) -> HopeCache:
         """Read a cache that `save` wrote.
 
-        What is checked: that the file is whole (a checksum over its tensors and what they stand for), and
+        It is checked that the file is whole (a checksum over its tensors and what they stand for), and
         that the model has the configuration of the one that wrote it (`HopeConfig.fingerprint`). The weights
         are not compared: with a model of the same configuration that was trained otherwise, a cache loads and
         means nothing. Metadata that others added to the file is left alone.
 
         Args:
-            path: of the file.
+            path: path of the file.
             config_or_model: the `HopeConfig` of the model that goes on from the cache, or the model.
             device: where the tensors go.
 

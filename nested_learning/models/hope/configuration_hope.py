@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from nested_learning._errors import unknown
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
-from nested_learning.layers.cms_level import learning_levels, parse_levels
+from nested_learning.layers.cms.level import learning_levels, parse_levels
 from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 
@@ -40,7 +40,7 @@ _BASE_KEYS = frozenset(
         "transformers_weights",
     )
 )
-# What a saved state depends on; the rest (vocabulary, initialisation, caching, segments) may differ.
+# Fields that a saved state depends on; the rest (vocabulary, initialisation, caching, segments) may differ.
 _STATE_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -77,7 +77,7 @@ class HopeConfig(PreTrainedConfig):
             second derivatives. Changes no output.
         cms_nested_gradient: how `cms_variant="nested"` learns initial states: "first_order" or, with
             `cms_update="regression"`, "exact"; see `ContinuumMemorySystem`.
-        cms_activation: of the levels that name none: "relu2", "gelu" or "swiglu".
+        cms_activation: activation of the levels that name none: "relu2", "gelu" or "swiglu".
         cms_expansion: hidden width of all levels together, as a multiple of `hidden_size`, in equal parts.
         norm_eps: epsilon of the RMS norms of the blocks, the CMS and the output. The norms inside a mixer
             have their own: attention's is an option of it, a memory layer's is fixed.

@@ -9,10 +9,9 @@ through the layers above. All that this needs is part of the state, so tokens ma
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,42 +20,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from nested_learning.layers.cms import CMSState
-from nested_learning.layers.cms_segments import Segment, Segments
-from nested_learning.layers.cms_writing import Rows, Tensors
-from nested_learning.memory.state import State
-from nested_learning.models.hope.pieces_hope import Piece, join
-
-if TYPE_CHECKING:
-    from nested_learning.models.hope.modeling_hope import HopeBlock, HopeModel
+from nested_learning.layers.cms.segments import Segment, Segments
+from nested_learning.layers.cms.writer import Rows
+from nested_learning.memory.state import State, Weights
+from nested_learning.models.hope.block_hope import Blocks, Piece, States, Tokens, join
 
 PENDING = "pending"
 Head = Callable[[Tensor], Tensor]
-States = dict[str, State]
-# Per layer and level, a gradient of each matrix [B, out, in].
-Gradients = list[dict[int, Tensors]]
+# Per layer and level, the gradient of each matrix [B, out, in].
+Gradients = list[dict[int, Weights]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PendingChunk(State):
-    """The tokens that were read and not yet learned from: those of the fastest level's running chunk C.
+    """Tokens that were read and not yet learned from: the fastest level's running chunk, of length C.
 
-    ids: [B, C] int64.  learned: [B, C] bool, False for tokens that teach nothing.
-    count: [B] int64, how many there are; C after a boundary until the next token comes.
+    Attributes:
+        ids: [B, C] int64.
+        learned: [B, C] bool, `learn` of these tokens: False for those that teach nothing.
+        count: [B] int64, how many there are; C after a boundary until the next token comes.
     """
 
     ids: Tensor
     learned: Tensor
     count: Tensor
 
-    def with_tokens(self, ids: Tensor, learned: Tensor, real: Tensor | None) -> PendingChunk:
-        """Append ids [B, S]; only `real` ones [B, S], None: all."""
+    def with_tokens(self, ids: Tensor, learn: Tensor, real: Tensor | None) -> PendingChunk:
+        """Append ids [B, S], those that are `real` [B, S] bool; None: all."""
         if real is None:
-            real = torch.ones_like(learned)
+            real = torch.ones_like(learn)
         size = self.ids.shape[1]
         target = (self.count.unsqueeze(1) + real.long().cumsum(1) - 1).where(real, size)
         after = [
             F.pad(old, (0, 1)).scatter(1, target, new)[:, :size]  # what is not real goes to a spare column
-            for old, new in ((self.ids, ids), (self.learned, learned))
+            for old, new in ((self.ids, ids), (self.learned, learn))
         ]
         return PendingChunk(after[0], after[1], self.count + real.sum(1))
 
@@ -65,66 +62,63 @@ class LMUpdate:
     """Reads tokens with a model whose CMS levels learn from the next-token loss.
 
     Args:
-        model: whose layers run.
-        head: from its output [B, T, D] to logits [B, T, vocabulary].
+        blocks: the model's blocks, and what the call wants of them.
+        embed: the model's embedding.
+        head: from the blocks' output [B, T, D] to logits [B, T, vocabulary].
+        exact: while training, gradients are functions of weights, states and embeddings, not constants.
     """
 
-    def __init__(self, model: HopeModel, head: Head) -> None:
-        self.model, self.head = model, head
-        self.blocks = cast("list[HopeBlock]", list(model.layers))
-        self.systems = [block.cms for block in self.blocks]
+    def __init__(self, blocks: Blocks, embed: Callable[[Tensor], Tensor], head: Head, exact: bool) -> None:
+        self.blocks, self.embed, self.head, self.exact = blocks, embed, head, exact
+        self.systems = [block.cms for block in blocks.blocks]
         self.chunk_size = self.systems[0].levels[0].chunk_size
         layers = range(len(self.systems))
         self.mixer_names = [f"layers.{i}.mixer" for i in layers]
         self.start_names = [f"layers.{i}.start" for i in layers]
         self.cms_names = [f"layers.{i}.cms" for i in layers]
 
-    def read(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        states: States,
-        mask: Tensor | None,
-        learn: Tensor | None,
-        keep_hidden: bool,
-        want_surprise: bool,
-    ) -> tuple[Piece, States]:
-        """All blocks over x [B, T, D], the embeddings of ids [B, T]; results as of `HopeModel._run_blocks`.
+    def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
+        """As `Blocks.read`, where chunks are learned from before the first token after them is read.
 
         Waits for the device once per segment where rows may stand at different places, to see whether any
         of them has come to a boundary.
         """
+        x, ids, real, learn = tokens
+        assert ids is not None
         states = dict(states)
-        position = self._prepare(states, x, aligned=mask is None)
-        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, mask)
+        position = self._prepare(states, x, aligned=real is None)
+        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, real)
         learn = torch.ones_like(ids, dtype=torch.bool) if learn is None else learn
         x, ids, learn = (segments.pack(t) for t in (x, ids, learn))
         pieces = []
         for number, segment in enumerate(segments):
             columns = segment.of(ids), segment.of(learn)
             self._enter(states, segment, *columns, number if segments.aligned else None)
-            pending, weights = states[PENDING], {}
-            assert isinstance(pending, PendingChunk)
-            for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
-                weights[layer] = cms.current_weights(_cms_state(states[name]), x.dtype)
-            piece, after = self.model._run_blocks(
-                segment.of(x), self._mixers(states), segment.real, None, keep_hidden, want_surprise, weights
-            )
+            pending = _pending(states)
+            weights = {
+                layer: cms.current_weights(_cms_state(states[name]), x.dtype)
+                for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True))
+            }
+            mixers = {name: states[name] for name in self.mixer_names if name in states}
+            blocks = dataclasses.replace(self.blocks, cms_weights=weights)
+            piece, after = blocks.read(Tokens(segment.of(x), None, segment.real, None), mixers)
             states.update(after)
             states[PENDING] = pending.with_tokens(*columns, segment.real)
             pieces.append(piece)
         if self.start_names[0] not in states:
             states.update(zip(self.start_names, self._initial_mixers(x), strict=True))
-        out, hidden, surprise = join(pieces)
+        y, hidden, surprise = join(pieces)
         unpacked = [None if s is None else segments.unpack(s) for s in surprise]
-        return (segments.unpack(out), tuple(map(segments.unpack, hidden)), tuple(unpacked)), states
+        return Piece(segments.unpack(y), tuple(map(segments.unpack, hidden)), tuple(unpacked)), states
 
     def _prepare(self, states: States, x: Tensor, aligned: bool) -> Tensor | None:
-        """Fill in what is there before the first token; where the rows stand, None for all at the start."""
+        """Fill in the states before the first token.
+
+        Returns:
+            Tokens of the running chunk [B] int64, None where all rows are at the start.
+        """
         if PENDING in states:
-            pending = states[PENDING]
-            assert isinstance(pending, PendingChunk)
-            return pending.count.to(x.device) % self.chunk_size
+            return _pending(states).count.to(x.device) % self.chunk_size
         rows = len(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         for name, cms in zip(self.cms_names, self.systems, strict=True):
@@ -138,21 +132,21 @@ class LMUpdate:
     def _initial_mixers(self, x: Tensor) -> list[State]:
         """The mixers' states before any token, written out: padding changes nothing."""
         nothing = torch.zeros_like(x[:, :1])
-        mask = torch.zeros(nothing.shape[:2], dtype=torch.bool, device=x.device)
-        return [block.mixer(block.mixer_norm(nothing), None, mask)[1] for block in self.blocks]
-
-    def _mixers(self, states: States) -> States:
-        return {name: states[name] for name in self.mixer_names if name in states}
+        real = torch.zeros(nothing.shape[:2], dtype=torch.bool, device=x.device)
+        return [block.mixer(block.mixer_norm(nothing), None, real)[1] for block in self.blocks.blocks]
 
     def _enter(
         self, states: States, segment: Segment, ids: Tensor, learn: Tensor, number: int | None
     ) -> None:
         """Before a segment is read: in the rows that begin a chunk with it, learn from the one before.
 
-        `number` of the segment, None where rows may stand at different places.
+        Args:
+            states: changed in place.
+            segment: the segment.
+            ids, learn: its tokens [B, S].
+            number: number of the segment, None where rows may stand at different places.
         """
-        pending = states[PENDING]
-        assert isinstance(pending, PendingChunk)
+        pending = _pending(states)
         begins: Rows = True
         full: Rows = bool(number)
         if number is None:
@@ -171,24 +165,22 @@ class LMUpdate:
 
     # Learning --------------------------------------------------------------------------------------------
 
-    def _learn(self, states: States, full: Rows, next_ids: Tensor, next_learned: Tensor) -> None:
-        """Take in the pending chunks of the rows `full`, followed by `next_ids` [B]."""
-        rows = torch.ones_like(next_learned) if isinstance(full, bool) else full
+    def _learn(self, states: States, full: Rows, next_ids: Tensor, next_learn: Tensor) -> None:
+        """Take in the pending chunks of the rows `full`, followed by the tokens `next_ids` [B]."""
+        rows = torch.ones_like(next_learn) if isinstance(full, bool) else full
         index = None if isinstance(full, bool) else rows.nonzero().squeeze(1)
         part = dict(states)
         if index is not None:
             part = {name: state.select_rows(index) for name, state in states.items()}
-            next_ids, next_learned = next_ids[index], next_learned[index]
-        inside, crossing = self._gradients(part, next_ids, next_learned)
+            next_ids, next_learn = next_ids[index], next_learn[index]
+        inside, crossing = self._gradients(part, next_ids, next_learn)
         if index is not None:
             inside, crossing = (_into_rows(grads, index, len(rows)) for grads in (inside, crossing))
         for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
             states[name] = cms.learn(_cms_state(states[name]), inside[layer], crossing[layer], rows)
 
-    def _gradients(
-        self, states: States, next_ids: Tensor, next_learned: Tensor
-    ) -> tuple[Gradients, Gradients]:
-        """Gradients of the loss of the pairs inside the chunk, and of that of its last token and the next.
+    def _gradients(self, states: States, next_ids: Tensor, next_learn: Tensor) -> tuple[Gradients, Gradients]:
+        """Gradients of the losses of the pairs inside the chunk, and of that of its last token and the next.
 
         First order: at the weights and states as they are; exact: as functions of them, while training.
         """
@@ -197,9 +189,8 @@ class LMUpdate:
                 "cms_update='lm' takes gradients while it reads, which torch.inference_mode() rules out; "
                 "use torch.no_grad()"
             )
-        exact = self.model.config.cms_meta_gradient == "exact" and torch.is_grad_enabled()
-        pending = states[PENDING]
-        assert isinstance(pending, PendingChunk)
+        exact = self.exact and torch.is_grad_enabled()
+        pending = _pending(states)
         with torch.enable_grad(), _differentiable_twice(exact):
             leaves, weights = self._leaves(states, exact)
             starts = {
@@ -207,10 +198,11 @@ class LMUpdate:
             }
             if not exact:
                 starts = {name: state.detach() for name, state in starts.items()}
-            x = self.model.embed_tokens(pending.ids)
+            x = self.embed(pending.ids)
             given = {layer: [_cast(level, x.dtype) for level in levels] for layer, levels in weights.items()}
-            (y, _, _), _ = self.model._run_blocks(x, starts, None, None, False, False, given)
-            losses = _pair_losses(self.head(y), pending, next_ids, next_learned)
+            blocks = Blocks(self.blocks.blocks, self.blocks.norm, cms_weights=given)
+            (y, _, _), _ = blocks.read(Tokens(x, None, None, None), starts)
+            losses = _pair_losses(self.head(y), pending, next_ids, next_learn)
             slow = [key for key in leaves if key[1] > 0 or self.systems[0].variant == "nested"]
             parts = []
             for loss, keys in ((losses[:, :-1].sum(), list(leaves)), (losses[:, -1].sum(), slow)):
@@ -223,15 +215,18 @@ class LMUpdate:
 
     def _leaves(
         self, states: States, exact: bool
-    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Tensors | None]]]:
-        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone."""
+    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Weights | None]]]:
+        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone.
+
+        Returns:
+            The leaves by (layer, level, matrix), and the same tensors by layer as `cms_weights` are given.
+        """
         leaves, weights = {}, {}
         for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
             state = _cms_state(states[name])
-            levels: list[Tensors | None] = []
-            for number, own in enumerate(
-                cms.current_weights(state, next(iter(state.weights.values())).dtype)
-            ):
+            levels: list[Weights | None] = []
+            dtype = next(iter(state.weights.values())).dtype
+            for number, own in enumerate(cms.current_weights(state, dtype)):
                 if own is None:
                     levels.append(None)
                     continue
@@ -245,13 +240,13 @@ class LMUpdate:
         return leaves, weights
 
 
-def _pair_losses(logits: Tensor, pending: PendingChunk, next_ids: Tensor, next_learned: Tensor) -> Tensor:
-    """Cross-entropy [B, C] of each token's successor, 0 where that teaches nothing."""
+def _pair_losses(logits: Tensor, pending: PendingChunk, next_ids: Tensor, next_learn: Tensor) -> Tensor:
+    """Cross-entropy [B, C] of each token's successor, 0 where the successor is not learned."""
     targets = torch.cat([pending.ids[:, 1:], next_ids.unsqueeze(1)], 1)
-    teaches = torch.cat([pending.learned[:, 1:], next_learned.unsqueeze(1)], 1)
+    learn = torch.cat([pending.learned[:, 1:], next_learn.unsqueeze(1)], 1)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(logits.to(dtype).mT, targets, reduction="none")
-    return losses.where(teaches, 0)
+    return losses.where(learn, 0)
 
 
 def _by_layer(layers: int, keys: list[tuple[int, int, str]], found: tuple[Tensor, ...]) -> Gradients:
@@ -262,7 +257,7 @@ def _by_layer(layers: int, keys: list[tuple[int, int, str]], found: tuple[Tensor
 
 
 def _into_rows(grads: Gradients, index: Tensor, rows: int) -> Gradients:
-    """The gradients of some rows, zero for the others."""
+    """Gradients of the rows `index` as gradients of all rows, zero for the others."""
 
     def spread(g: Tensor) -> Tensor:
         return g.new_zeros(rows, *g.shape[1:]).index_copy(0, index, g)
@@ -295,8 +290,14 @@ def _padded(t: Tensor, sizes: list[int]) -> Tensor:
     return F.pad(t, missing, value=0 if t.is_floating_point() else -1) if any(missing) else t
 
 
-def _cast(weights: Tensors | None, dtype: torch.dtype) -> Tensors | None:
+def _cast(weights: Weights | None, dtype: torch.dtype) -> Weights | None:
     return None if weights is None else {name: W.to(dtype) for name, W in weights.items()}
+
+
+def _pending(states: States) -> PendingChunk:
+    pending = states[PENDING]
+    assert isinstance(pending, PendingChunk)
+    return pending
 
 
 def _cms_state(state: State) -> CMSState:

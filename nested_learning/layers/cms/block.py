@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
+from nested_learning.memory.state import Weights
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 
-Weights = Mapping[str, Tensor]
-
 
 class MLPBlock(nn.Module):
-    """y = x + down(σ(up(RMSNorm(x)))), without biases.
+    """y = x + f(x) with f(x) = down(σ(up(RMSNorm(x)))), without biases.
 
     Activations: `relu2` is σ(h) = max(h, 0)², `gelu` the exact GELU, `swiglu` is SiLU(gate(x)) · up(x) with a
     third matrix of the same size.
@@ -61,11 +58,16 @@ class MLPBlock(nn.Module):
             hidden_scale: [intermediate_size] factors of the hidden units, None for ones.
             residual: add x to the result.
 
+        Returns:
+            y [..., D].
+
         Raises:
             ValueError: for a name the block does not have or a shape that does not fit.
         """
-        w = self._checked(weights, len(x)) if weights else {}
-        h = self._normalise(x, w.get("norm.weight"))
+        w = weights or {}
+        if w:
+            self._check(w, len(x))
+        h = self._normalise(x, w["norm.weight"]) if "norm.weight" in w else self.norm(x)
         hidden = _linear(self.up, h, w.get("up.weight"))
         if self.gate is not None:
             hidden = F.silu(_linear(self.gate, h, w.get("gate.weight"))) * hidden
@@ -76,15 +78,18 @@ class MLPBlock(nn.Module):
         y = _linear(self.down, hidden, w.get("down.weight"))
         return x + y if residual else y
 
-    def _normalise(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        if gain is None:
-            return self.norm(x)
+    def matrices(self) -> Weights:
+        """The matrices [out, in]: the weights that a level writes to, all but the norm's gain."""
+        return {name: p for name, p in self.named_parameters() if p.dim() == 2}
+
+    def _normalise(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The norm of x [B, ..., D] with another gain [D], or [B, D] of each row."""
         shape = self.norm.normalized_shape
         if gain.dim() == 1:
             return F.rms_norm(x, shape, gain, self.norm.eps)
         return F.rms_norm(x, shape, None, self.norm.eps) * gain.view(len(x), *[1] * (x.dim() - 2), -1)
 
-    def _checked(self, weights: Weights, batch_size: int) -> Weights:
+    def _check(self, weights: Weights, batch_size: int) -> None:
         own = {name: tuple(p.shape) for name, p in self.named_parameters()}
         for name, weight in weights.items():
             if name not in own:
@@ -95,7 +100,6 @@ class MLPBlock(nn.Module):
                     f"weight {name!r} has shape {tuple(weight.shape)}; expected {shape}, or "
                     f"{(batch_size, *shape)} with one set of weights per row of the batch"
                 )
-        return weights
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -41,25 +41,28 @@ class Segments:
         batch_size, length: B and T of the call.
         chunk_size: C.
         position: [B] int64, tokens before the call; None where there are none.
-        mask: [B, T] bool, True = real token; None: all are.
+        real: [B, T] bool, True = real token; None: all are.
+
+    Attributes:
+        aligned: all rows are at the start of a chunk, and none has padding.
     """
 
     def __init__(
-        self, batch_size: int, length: int, chunk_size: int, position: Tensor | None, mask: Tensor | None
+        self, batch_size: int, length: int, chunk_size: int, position: Tensor | None, real: Tensor | None
     ) -> None:
-        self.aligned = position is None and mask is None
+        self.aligned = position is None and real is None
         self._layout: RowLayout | None = None
         first = min(chunk_size, length)
-        columns, self._real = length, mask
+        columns, self._real = length, real
         if not self.aligned and length > 1:
-            if mask is None:
+            if real is None:
                 assert position is not None
-                mask = torch.ones(batch_size, length, dtype=torch.bool, device=position.device)
+                real = torch.ones(batch_size, length, dtype=torch.bool, device=position.device)
             if position is None:
-                position = torch.zeros(batch_size, dtype=torch.long, device=mask.device)
-            left = chunk_size - position.to(mask.device) % chunk_size
+                position = torch.zeros(batch_size, dtype=torch.long, device=real.device)
+            left = chunk_size - position.to(real.device) % chunk_size
             columns = first + length - 1
-            self._layout = row_layout(mask, (first - left).clamp_min(0), columns)
+            self._layout = row_layout(real, (first - left).clamp_min(0), columns)
             self._real = self._layout.real
         ends = [*range(first, columns, chunk_size), columns]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -79,3 +82,10 @@ class Segments:
     def unpack(self, y: Tensor) -> Tensor:
         """[B, columns, ...] -> [B, T, ...]; padding is zero."""
         return y if self._layout is None else self._layout.unpack(y)
+
+    def learned(self, learn: Tensor | None) -> Tensor | None:
+        """The columns [B, columns] to learn from, of the tokens `learn` [B, T] (None: all); None: all."""
+        if learn is None:
+            return self._real
+        learn = self.pack(learn)
+        return learn if self._real is None else learn & self._real

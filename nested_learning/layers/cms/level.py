@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nested_learning._errors import unknown
-from nested_learning.layers.mlp import ACTIVATIONS
+from nested_learning.layers.cms.block import ACTIVATIONS
 
 VARIANTS = ("sequential", "nested", "independent")
 NESTED_GRADIENTS = ("first_order", "exact")
 UPDATES = ("none", "regression", "lm")
-# "dgd" is a rule for layers whose inputs are known; the others are memory forms of the optimizers.
+# "dgd" needs the inputs of the layer; the others are the optimizers' memories of gradients.
 RULES = ("gd", "dgd", "momentum", "adam", "adagrad")
-# What None stands for. At lr 0.1 and clip 1 a write of plain gradient descent moves a block by at most 0.1.
+# Values that None stands for. At lr 0.1 and clip 1 a write of plain gradient descent moves a block by 0.1
+# at most.
 DEFAULTS: dict[str, Any] = {
     "heads": 1,
     "lr": 0.1,
@@ -38,7 +39,7 @@ class CMSLevel:
         chunk_size: tokens between two updates of the block, C of eq 71.
         expansion: hidden width of the block as a multiple of the model's width.
         intermediate_size: hidden width of the block; instead of `expansion`.
-        activation: of this block, if not the system's.
+        activation: activation of this block, if not the system's.
         heads: with the variant "independent", equal parts of the block, each with its own weight in the sum
             over all parts of all levels (eq 74); default 1. Must divide the hidden width.
         lr: learning rate η of the level's writes; default 0.1. A level with 0 is static.
@@ -47,7 +48,8 @@ class CMSLevel:
             "adagrad", memory forms with their usual constants; with "regression" also "dgd".
         clip: largest norm of a chunk's summed gradient over the block's matrices, per row; default 1. A
             large number does not clip.
-        retention: α in [0, 1]; a write first moves the weights to W_init + α (W − W_init); default 1.
+        retention: α in [0, 1], what a write keeps: it first moves the weights to W_init + α (W − W_init);
+            default 1.
     """
 
     chunk_size: int
@@ -118,7 +120,11 @@ class CMSLevel:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | CMSLevel) -> CMSLevel:
-        """From the dict of a configuration. Raises ValueError for unknown keys or a missing chunk_size."""
+        """The level that the dict of a configuration describes.
+
+        Raises:
+            ValueError: for unknown keys or a missing chunk_size.
+        """
         if isinstance(options, CMSLevel):
             return options
         if not isinstance(options, Mapping):

@@ -1,0 +1,297 @@
+"""Continuum memory system: MLP blocks, each with its own update frequency (eq 70-74)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nested_learning._errors import unknown
+from nested_learning.layers.cms.block import ACTIVATIONS, MLPBlock
+from nested_learning.layers.cms.learning import LearningLevel
+from nested_learning.layers.cms.level import (
+    CMSLevel,
+    check_nested_gradient,
+    check_options,
+    check_positive,
+    learning_levels,
+    parse_levels,
+)
+from nested_learning.layers.cms.regression import KeyValue
+from nested_learning.layers.cms.segments import Segments
+from nested_learning.layers.cms.writer import CMSState, LevelWriter
+from nested_learning.memory.state import State, Weights
+
+
+class ContinuumMemorySystem(nn.Module):
+    """Residual MLP blocks from the fastest level to the slowest, static or learning in context (eq 70-74).
+
+    The paper numbers the levels one way in §3.2 and the other in §7; here the first is the fastest and
+    nearest to the input. Each block normalises its input, so one level is exactly a Transformer's
+    feed-forward sub-layer, its residual connection included.
+
+    Variants:
+        "sequential" (eq 73): a chain, x ← x + f_l(x) for each level; all initial states are parameters.
+        "nested" (eq 72): the chain, where level l + 1 also learns the initial state of level l, from the
+            gradients of its own chunk at the weights that were in force (first order), and level l starts
+            from it again at each boundary of level l + 1. The same as "sequential" while nothing learns.
+            With `nested_gradient="exact"` the gradient is that through all writes of level l in the chunk.
+        "independent" (eq 74): all blocks read the same input, y = x + Σ w_lh f_lh(x) over levels and their
+            heads, w learned, 1 at first.
+
+    Updates of a level's matrices, by eq 71 at the boundaries i ≡ 0 mod C of its own chunk length C, from the
+    sum over the chunk; the norms' gains do not learn in context:
+        "none": static. The chunk sizes say how often an optimizer with several frequencies steps each level
+            and feed `info()`, they do not enter the forward pass.
+        "regression": each block is an associative memory of projections of its own input; see
+            `cms.regression`. The gradient of the outer loss flows through every write.
+        "lm": the gradient of the next-token loss; a model works it out and calls `learn`.
+
+    Args:
+        hidden_size: width D of input and output.
+        levels: fast to slow, dicts with the fields of `CMSLevel`.
+        variant: "sequential", "nested" or "independent".
+        update: "none", "regression" or "lm".
+        activation: activation of the blocks whose level names none: "swiglu", "gelu" or "relu2".
+        expansion: hidden width of all blocks together as a multiple of `hidden_size`, in equal parts, so
+            that adding levels adds no parameters; a level's own `expansion` or `intermediate_size` overrides
+            its part.
+        norm_eps: epsilon of the RMS norms.
+        nested_gradient: with "nested", how a level's initial state is learned: "first_order", or "exact",
+            with "regression" alone, for a second run over each chunk of the slower level, whose keys and
+            values are kept (`cms.nested`).
+
+    Attributes:
+        learns: whether a level learns in context, so that there is a state.
+
+    Raises:
+        ValueError: for unknown keys and names, options of a level that do not go with the variant or update,
+            chunk sizes that are not positive or of which one does not divide the next, widths below one unit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        levels: Sequence[Mapping[str, Any] | CMSLevel],
+        variant: str = "sequential",
+        update: str = "none",
+        activation: str = "relu2",
+        expansion: float = 4.0,
+        norm_eps: float = 1e-6,
+        nested_gradient: str = "first_order",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise unknown("activation", str(activation), ACTIVATIONS)
+        check_positive("expansion", expansion)
+        self.levels = parse_levels(levels)
+        check_options(self.levels, variant, update)
+        check_nested_gradient(nested_gradient, variant, update)
+        self.variant, self.update, self.nested_gradient = variant, update, nested_gradient
+        share = expansion / len(self.levels)
+        self.blocks = nn.ModuleList(
+            MLPBlock(hidden_size, level.width(hidden_size, share), level.activation or activation, norm_eps)
+            for level in self.levels
+        )
+        self.head_weights = nn.ParameterList(
+            nn.Parameter(torch.ones(level.option("heads")))
+            for level in self.levels
+            if variant == "independent"
+        )
+        self._learning = learning_levels(self.levels, variant, update)
+        self.learns = bool(self._learning)
+        self.writers = nn.ModuleList(LevelWriter(level) for level in self.levels if self.learns)
+        projected = self._learning if update == "regression" else []
+        self.projections = nn.ModuleDict({str(index): KeyValue(hidden_size, norm_eps) for index in projected})
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        weights: Sequence[Weights | None] | None = None,
+        mask: Tensor | None = None,
+        learn: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Pass x [B, T, D] through the blocks, learning from it with the update "regression".
+
+        Args:
+            x: [B, T, D].
+            state: from an earlier call on the same rows, None at the start; only where the call learns.
+            weights: per level, the weights to use instead of the block's own, see `MLPBlock.forward`; not
+                with "regression", where each row has its own.
+            mask: [B, T] bool, True = real token; a padded token counts for nothing. Matters only where the
+                call learns.
+            learn: [B, T] bool, False = read, but not learned from; it advances the chunks all the same.
+
+        Returns:
+            y [B, T, D] and the state after the tokens, None where nothing is learned in the call.
+
+        Raises:
+            ValueError: for a state or weights that do not fit.
+        """
+        if state is not None or weights is not None:
+            self._check(x, state, weights)
+        if self.learns and self.update == "regression":
+            return self._learn_and_read(x, cast("CMSState | None", state), mask, learn)
+        y = x
+        for index, block in enumerate(self.blocks):
+            own = None if weights is None else weights[index]
+            if self.variant == "independent":
+                y = y + block(x, own, self._hidden_scale(index), residual=False)  # eq 74
+            else:
+                y = block(y, own)  # eq 70, eq 73
+        return y, None
+
+    def info(self) -> list[dict[str, Any]]:
+        """Per level: chunk size in tokens, updates per token (eq 71), parameters, width, activation."""
+        return [
+            {
+                "chunk_size": level.chunk_size,
+                "updates_per_token": 1 / level.chunk_size,
+                "parameters": sum(p.numel() for p in block.parameters()),
+                "intermediate_size": block.intermediate_size,
+                "activation": block.activation,
+            }
+            for level, block in zip(self.levels, self.blocks, strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(str(level.chunk_size) for level in self.levels)
+        return f"variant={self.variant!r}, update={self.update!r}, chunk_sizes=[{sizes}]"
+
+    # Learning in context -------------------------------------------------------------------------------
+
+    def start(self, batch_size: int, dtype: torch.dtype) -> CMSState:
+        """The state before the first token, for each row of a batch."""
+        position = torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
+        exact = self.nested_gradient == "exact"
+        levels = {index: self._level(index, batch_size, dtype).start(exact) for index in self._learning}
+        return CMSState.join(position, levels)
+
+    def current_weights(self, state: CMSState, dtype: torch.dtype) -> list[Weights | None]:
+        """Per level the weights in force, as `forward` takes them; None for a static level."""
+        return [
+            {name: W.to(dtype) for name, W in state.level(index).weights.items()}
+            if index in self._learning
+            else None
+            for index in range(len(self.levels))
+        ]
+
+    def learn(
+        self, state: CMSState, inside: Mapping[int, Weights], crossing: Mapping[int, Weights], rows: Tensor
+    ) -> CMSState:
+        """Take in the gradients of one chunk of the fastest level, and write where a chunk ends with it.
+
+        A level counts the pair of tokens across the chunk's end unless its own chunk ends there as well.
+
+        Args:
+            state: the state before the chunk.
+            inside: by level, gradients [B, out, in] of each matrix, summed over the pairs inside the chunk.
+            crossing: by level, gradients of the pair of its last token and the next; zero for a level left
+                out.
+            rows: [B] bool, the rows that this is about; the gradients of the others must be zero.
+        """
+        position = state.position + rows * self.levels[0].chunk_size
+        after = {}
+        for index in self._learning:
+            before = state.level(index)
+            level = self._level(index, len(rows), before.weights["up.weight"].dtype)
+            after[index] = level.learn(before, inside[index], crossing.get(index), position, rows)
+        return CMSState.join(position % self.levels[-1].chunk_size, after)
+
+    def _learn_and_read(
+        self, x: Tensor, state: CMSState | None, real: Tensor | None, learn: Tensor | None
+    ) -> tuple[Tensor, CMSState]:
+        """`forward` with the update "regression"."""
+        B, T, _ = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if state is None:
+            before, position = self.start(B, dtype), None
+        else:  # which may come from a session in another precision
+            before = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            position = before.position.to(x.device)
+        after, y = {}, x
+        for index, block in enumerate(self.blocks):
+            source = x if self.variant == "independent" else y  # eq 74, eq 73
+            if index in self._learning:
+                segments = Segments(B, T, self.levels[index].chunk_size, position, real)
+                level = self._level(index, B, dtype)
+                branch, after[index] = level.read(
+                    source, before.level(index), segments, before.position, learn
+                )
+            else:
+                branch = block(source, None, self._hidden_scale(index), residual=False)
+            y = y + branch
+        read = T if real is None else real.sum(1)
+        return y, CMSState.join((before.position + read) % self.levels[-1].chunk_size, after)
+
+    def _level(self, index: int, batch_size: int, dtype: torch.dtype) -> LearningLevel:
+        """One level that learns in context, for a call on `batch_size` rows with states of `dtype`."""
+        block = cast(MLPBlock, self.blocks[index])
+        nested = self.variant == "nested" and index + 1 < len(self.levels)
+        return LearningLevel(
+            block,
+            writer=cast(LevelWriter, self.writers[index]),
+            slower=cast(LevelWriter, self.writers[index + 1]) if nested else None,
+            projections=cast(KeyValue, self.projections[str(index)]) if self.projections else None,
+            scale=self._hidden_scale(index),
+            own={name: W.to(dtype).expand(batch_size, *W.shape) for name, W in block.matrices().items()},
+        )
+
+    def _hidden_scale(self, index: int) -> Tensor | None:
+        """Each head's weight at its hidden units [e] (eq 74); None in a chain."""
+        if self.variant != "independent":
+            return None
+        weights = self.head_weights[index]
+        return weights.repeat_interleave(cast(MLPBlock, self.blocks[index]).intermediate_size // len(weights))
+
+    # Checks --------------------------------------------------------------------------------------------
+
+    def _check(self, x: Tensor, state: State | None, weights: Sequence[Weights | None] | None) -> None:
+        """ValueError for a state or weights that do not fit the system or the rows of x."""
+        regression = self.learns and self.update == "regression"
+        if weights is not None and regression:
+            raise ValueError(
+                "a CMS with update='regression' learns its blocks' weights itself: leave weights away"
+            )
+        if weights is not None and len(weights) != len(self.blocks):
+            raise ValueError(
+                f"weights must have one entry per level ({len(self.blocks)}), got {len(weights)}"
+            )
+        if state is None:
+            return
+        if not regression:
+            raise ValueError(
+                f"a CMS with update={self.update!r} takes no state, got a {type(state).__name__}"
+            )
+        if not isinstance(state, CMSState):
+            raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
+        levels = {i: cast(MLPBlock, self.blocks[i]).matrices() for i in self._learning}
+        expected = {f"{i}.{n}": (len(x), *W.shape) for i, own in levels.items() for n, W in own.items()}
+        got = {name: tuple(W.shape) for name, W in state.weights.items()}
+        if got != expected:
+            raise ValueError(
+                f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
+                "belongs to another batch or a CMS with other levels"
+            )
+        expected = self._context_shapes(len(x))
+        got = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
+        if got != expected:
+            raise ValueError(
+                f"state keeps the tokens {got or 'of no unfinished chunk'}; nested_gradient "
+                f"{self.nested_gradient!r} of this CMS needs {expected or 'none'}: it "
+                "belongs to another CMS; start without a state, or make this CMS like that one"
+            )
+
+    def _context_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tokens that a state keeps for exact gradients of initial states (`cms.nested`)."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index in self._learning if self.nested_gradient == "exact" else ():
+            if index + 1 < len(self.levels):
+                tokens = (batch_size, self.levels[index + 1].chunk_size)
+                width = cast(MLPBlock, self.blocks[index]).up.in_features
+                shapes |= {f"{index}.key": (*tokens, width), f"{index}.value": (*tokens, width)}
+                shapes[f"{index}.write"] = tokens
+        return shapes

@@ -1,0 +1,88 @@
+"""Everything that all Hope models share with transformers: loading, saving and the weights at the start."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from nested_learning.layers.cms import ContinuumMemorySystem
+from nested_learning.layers.cms.writer import LevelWriter
+from nested_learning.models.hope.block_hope import HopeBlock
+from nested_learning.models.hope.configuration_hope import HopeConfig
+
+
+def weight_std(module: nn.Linear | nn.Embedding, config: HopeConfig) -> float:
+    """Standard deviation of the weights at the start, of everything that is not inside a memory layer.
+
+    A tied embedding is the head too: with a normalised input of width D, 1/√D gives logits of order 1.
+    """
+    if isinstance(module, nn.Embedding):
+        return config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+    return config.initializer_scale * module.in_features**-0.5
+
+
+class HopePreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of all Hope models."""
+
+    config: HopeConfig
+    config_class = HopeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HopeBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # a state cannot be rolled back: generate refuses assisted decoding
+
+    def __init__(self, config: HopeConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, HopeConfig):
+            raise ValueError(f"{type(self).__name__} needs a HopeConfig, got {type(config).__name__}")
+        config.validate()  # fields may have been set since it was made
+        super().__init__(config, *args, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Recompute blocks in the backward pass; only the non-reentrant way has gradients through states."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("Hope's states need gradient checkpointing with use_reentrant=False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside of transformers, modules without parameters of their own are passed over. A block
+        # is such a module, and its mixer would be left with the rule for plain linear layers.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called for every module, children first. The functions of `init` leave loaded weights alone."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=weight_std(module, self.config))
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                init.zeros_(bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, LevelWriter) and module.log_lr is not None:
+            init.constant_(module.log_lr, math.log(module.level.option("lr")))
+        elif isinstance(module, ContinuumMemorySystem):
+            for weights in module.head_weights:
+                init.ones_(weights)
+        elif isinstance(module, HopeBlock) and hasattr(module.mixer, "reset_parameters"):
+            _reset_unloaded(module.mixer)
+
+
+def _reset_unloaded(mixer: nn.Module) -> None:
+    """Run the layer's own initialisation, keeping what was loaded from a checkpoint."""
+    tensors = [*mixer.parameters(), *mixer.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if tensors and len(loaded) == len(tensors):
+        return
+    values = [t.detach().clone() for t in loaded]
+    mixer.reset_parameters()  # type: ignore[operator]
+    for tensor, value in zip(loaded, values, strict=True):
+        tensor.data.copy_(value)
