@@ -90,9 +90,7 @@ class HopeModel(HopePreTrainedModel):
             ValueError: for ids outside of the vocabulary (checked on the CPU only; elsewhere it would wait
                 for the device), a mask, a cache or weights that do not fit, what Hope does not have.
         """
-        self._check_options(
-            input_ids, cms_weights, learn_mask, lm_head, output_attentions, position_ids, token_type_ids
-        )
+        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, position_ids, token_type_ids)
         self._check_tokens(input_ids, inputs_embeds, attention_mask, learn_mask, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
@@ -136,7 +134,6 @@ class HopeModel(HopePreTrainedModel):
 
     def _check_options(
         self,
-        input_ids: Tensor | None,
         cms_weights: CMSWeights | None,
         learn_mask: Tensor | None,
         lm_head: Head | None,
@@ -175,8 +172,6 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(
                 "cms_update='lm' learns from the loss of the next token: run HopeForCausalLM, or give lm_head"
             )
-        if self.cms_learns and update == "lm" and input_ids is None:
-            raise ValueError("cms_update='lm' learns from tokens: give input_ids, not inputs_embeds")
 
     def _check_tokens(
         self,
@@ -189,6 +184,8 @@ class HopeModel(HopePreTrainedModel):
         """ValueError for ids outside of the vocabulary, and for masks and a cache that do not fit them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is None and self.cms_learns and self.config.cms_update == "lm":
+            raise ValueError("cms_update='lm' learns from tokens: give input_ids, not inputs_embeds")
         given = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
         rows, length = given.shape[:2]
         if length == 0:
