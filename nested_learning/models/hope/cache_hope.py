@@ -101,12 +101,11 @@ class HopeCache:
             self.config = config  # so that the next call need not compare them again
 
     def advance(
-        self, states: dict[str, State], input_ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int]
+        self, states: dict[str, State], x: Tensor, input_ids: Tensor | None, real: Tensor | None
     ) -> None:
-        """Take over the states after a call on [B, T] = `shape` new columns (mask [B, T], True = real)."""
-        batch_size, length = shape
-        device = next((t.device for state in states.values() for t in state.tensors()), None)
-        new = torch.full((batch_size,), length, device=device) if mask is None else mask.sum(dim=1)
+        """Take over the states after a call on new columns x [B, T, D], where real [B, T] holds tokens."""
+        batch_size, length, _ = x.shape
+        new = torch.full((batch_size,), length, device=x.device) if real is None else real.sum(dim=1)
         self.prefix_hash = self._hash(input_ids)
         self.tokens_seen = new if self.tokens_seen is None else self.tokens_seen.to(new.device) + new
         self._columns += length

@@ -124,7 +124,7 @@ class HopeModel(HopePreTrainedModel):
         result = join(pieces)
 
         if cache is not None:
-            cache.advance(states, input_ids, real, (x.shape[0], length))
+            cache.advance(states, x, input_ids, real)
         return HopeModelOutput(
             last_hidden_state=result.y,
             past_key_values=cache,  # type: ignore[arg-type]
