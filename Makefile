@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A worker per core, four at most: each loads PyTorch.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-slow lint setup clean
 .DEFAULT_GOAL := help
@@ -28,10 +30,10 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/mypy
 
 test: lint  ## lint, types and the tests that take seconds
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-slow: lint  ## every test, the long ones too
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow"
 
 clean:  ## remove caches and runs, keep the virtual environment
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
