@@ -1,6 +1,6 @@
 """How fast a memory layer learns: `python -m benchmarks.memory_step [--json FILE]`.
 
-Forward and backward of one self-modifying layer of hope-tiny's shape, the fused run against the generic step,
+Forward and backward of one self-modifying layer of hope-tiny's shape, the chunk algebra against the generic step,
 interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and gradients.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import interleaved, parser, record, show, slopes
 from nested_learning.layers import SelfModifyingTitans
-from nested_learning.memory import fused
+from nested_learning.memory.engines import chunked
 
 SHAPE = {"batch": 16, "tokens": 256, "width": 128, "heads": 4, "chunk": 32}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
@@ -24,12 +24,12 @@ QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 @contextmanager
 def generic_only() -> Iterator[None]:
     """Let every layer take the generic step."""
-    supports = fused.supports
-    fused.supports = lambda *_: False
+    covers = chunked.covers
+    chunked.covers = lambda _: False
     try:
         yield
     finally:
-        fused.supports = supports
+        chunked.covers = covers
 
 
 def generic_slopes(layer: SelfModifyingTitans, x: Tensor) -> list[Tensor]:
@@ -44,7 +44,7 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
     for a, b in zip(slopes(layer, x), generic_slopes(layer, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
-    works = {"fused": lambda: slopes(layer, x), "generic": lambda: generic_slopes(layer, x)}
+    works = {"chunked": lambda: slopes(layer, x), "generic": lambda: generic_slopes(layer, x)}
     seconds = interleaved(works, repeats)
     rows = [
         {

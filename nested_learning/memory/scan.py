@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nested_learning.memory import check, fused
+from nested_learning.memory import check
 from nested_learning.memory.compiled import compiled_step
 from nested_learning.memory.description import MemorySystem
+from nested_learning.memory.engines import chunked
 from nested_learning.memory.fused import self_modifying_token
-from nested_learning.memory.fused.function import Generic
 from nested_learning.memory.signals import Readouts, StepInputs
 from nested_learning.memory.state import State
 from nested_learning.memory.step import RunningWeights, Weights, step
+from nested_learning.ops.blocks import traced
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def scan(
     compiled: bool = False,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, RunningWeights]:
-    """Run the memories over a sequence, whole chunks fused where there is such a run.
+    """Run the memories over a sequence, whole chunks by the chunk algebra where it covers them.
 
     Args:
         initial: per matrix [N, H, out, in], the meta-learned initial memories (for retention).
@@ -108,7 +109,7 @@ def scan(
         inputs: the same as for one step, over all T columns.
         boundary: where chunks end.
         compiled: run the generic step through torch.compile.
-        operands: dtype that a fused run rounds the factors of its products to; None for that of the weights.
+        operands: dtype that the chunk algebra rounds the factors of its products to; None for that of the weights.
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """
@@ -116,10 +117,9 @@ def scan(
     if not whole:
         return _scan_steps(system, initial, weights, inputs, readouts, boundary, want_surprise, compiled)
     first, rest = _cut(inputs, whole)
-    y, surprise, current, momentum = fused.run(
+    y, weights, surprise = chunked.run(
         system, initial, weights, first, readouts, want_surprise, _generic(system), operands
     )
-    weights = RunningWeights(current, current, momentum)
     if rest is None:
         return y, surprise, weights
     y_rest, surprise_rest, weights = _scan_steps(
@@ -153,8 +153,9 @@ def scan_token(
 def _whole_chunks(
     system: MemorySystem, weights: RunningWeights, inputs: StepInputs, boundary: Boundary
 ) -> int:
-    """Leading columns that `fused.run` takes: chunks at whose ends all memories move to their weights."""
-    if not fused.supports(system, weights, inputs):
+    """Leading columns that `chunked.run` takes: chunks at whose ends all memories move to their weights."""
+    covered = chunked.covers(system) and weights.at_anchor and inputs.write is None
+    if not covered or check.enabled() or traced():  # the checks look at every chunk
         return 0
     columns, T = 0, inputs.paths["k"].shape[2]
     while columns + system.step <= T and boundary(columns + system.step) is True:
@@ -162,8 +163,8 @@ def _whole_chunks(
     return columns
 
 
-def _generic(system: MemorySystem) -> Generic:
-    """What `fused.run` computes, by the generic step."""
+def _generic(system: MemorySystem) -> chunked.Generic:
+    """What `chunked.run` computes, by the generic step."""
 
     def run(
         initial: Mapping[str, Tensor],

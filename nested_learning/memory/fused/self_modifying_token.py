@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.memory.description import MemorySystem
-from nested_learning.memory.fused import self_modifying
+from nested_learning.memory.engines import chunked
 from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class _Writes(NamedTuple):
 
 def supports(system: MemorySystem) -> bool:
     """Whether `run` covers this system and call."""
-    return not torch.is_grad_enabled() and self_modifying.covers(system) and not torch.compiler.is_compiling()
+    covered = bool(system.generated) and chunked.covers(system)
+    return covered and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def run(

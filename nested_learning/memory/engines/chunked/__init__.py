@@ -1,0 +1,266 @@
+"""Whole chunks of Titans and self-modifying Titans as one autograd function, written out for speed.
+
+The generic engine stays the definition: a run covers whole chunks from a boundary on, without padding, and gives
+the same numbers. One chunk is chunk.py; here is one after the other, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nested_learning.memory.architecture import ResidualMLP
+from nested_learning.memory.description import MemorySystem, learning_rule
+from nested_learning.memory.engines.chunked.chunk import (
+    ChunkInputs,
+    Kept,
+    backward_chunk,
+    forward_chunk,
+)
+from nested_learning.memory.engines.chunked.memory import Matrix
+from nested_learning.memory.engines.chunked.scratch import Scratch
+from nested_learning.memory.objective import L2
+from nested_learning.memory.retention import Retention
+from nested_learning.memory.signals import PATH_OF, Readouts, StepInputs
+from nested_learning.memory.state import Weights
+from nested_learning.memory.step import RunningWeights
+
+# The same run by the generic step, in the order y [B, H, T, d], weights and momentum after the last chunk: from
+# the initial memories, weights and momentum at the first boundary, inputs and readouts.
+Generic = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor] | None, StepInputs, Readouts | None],
+    tuple[Tensor, Weights, Weights | None],
+]
+
+_GD, _DGD = (learning_rule(ResidualMLP(), L2(), rule) for rule in ("gd", "dgd"))
+
+
+def covers(system: MemorySystem) -> bool:
+    """Whether the algebra is written for this system: an MLP memory read after each token's write, by GD with
+    momentum and static signals (Titans), or by DGD with self-generated signals and targets, without."""
+    mlp = system.architecture
+    if not (isinstance(mlp, ResidualMLP) and mlp == ResidualMLP(expansion=mlp.expansion)):
+        return False
+    if system.retention != Retention() or system.rate != "gated" or system.read != "token":
+        return False
+    if system.generated:
+        return (
+            system.generated in (("k", "v", "eta", "alpha"), ("k", "v", "q", "eta", "alpha"))
+            and system.rule == _DGD
+            and system.self_targets
+            and not system.momentum
+            and system.chunk_size == system.projection_chunk_size
+        )
+    return system.rule == _GD and system.momentum and not system.self_targets
+
+
+class Given(NamedTuple):
+    """The tensors that a run is a function of, and the gradients to them. None where the system has no such."""
+
+    W1: Tensor  # [B, N, H, d, e]
+    W2: Tensor  # [B, N, H, e, d]
+    S1: Tensor | None  # of the shapes of W1 and W2: the momentum
+    S2: Tensor | None
+    W2_init: Tensor  # [N, H, e, d]
+    k: Tensor  # [B, H, T, d], and v and q: the input paths
+    v: Tensor
+    q: Tensor
+    logits: Tensor | None  # [3, B, H, T] of eta, alpha and mu
+    readout: Tensor | None  # [2, H, d] and bias [2, H] of eta and alpha
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is, besides its tensors."""
+
+    system: MemorySystem
+    want_surprise: bool
+    generic: Generic
+    operands: torch.dtype | None
+
+
+def run(
+    system: MemorySystem,
+    initial: Mapping[str, Tensor],
+    weights: RunningWeights,
+    inputs: StepInputs,
+    readouts: Readouts | None,
+    want_surprise: bool,
+    generic: Generic,
+    operands: torch.dtype | None = None,
+) -> tuple[Tensor, RunningWeights, Tensor | None]:
+    """Run over whole chunks: y [B, H, T, d], the weights at the last boundary and the surprise [B, T] or None.
+
+    Args:
+        system: one that `covers` accepts.
+        initial: per matrix [N, H, out, in].
+        weights: at a boundary of all memories.
+        inputs: of T tokens, a multiple of the chunk length, none of them padding.
+        generic: the same by the generic step, differentiated where second derivatives are wanted.
+        operands: dtype that the factors of products are rounded to, None for that of the weights.
+    """
+    W, S, paths = weights.anchor, weights.momentum, inputs.paths
+    if system.momentum and S is None:
+        S = {name: torch.zeros_like(w, requires_grad=False) for name, w in W.items()}
+    S1, S2 = (None, None) if S is None else (S["W1"], S["W2"])
+    gates = (inputs.gates, None, None) if readouts is None else (None, *readouts)
+    given = Given(W["W1"], W["W2"], S1, S2, initial["W2"], paths["k"], paths["v"], paths["q"], *gates)
+    call = Run(system, want_surprise, generic, operands)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        y, W1, W2, S1, S2, surprise = _Chunks.apply(call, *given)
+    else:
+        y, W1, W2, S1, S2, surprise = forward(call, given, None)
+    after = {"W1": W1, "W2": W2}
+    return y, RunningWeights(after, after, None if S is None else {"W1": S1, "W2": S2}), surprise
+
+
+class _Chunks(torch.autograd.Function):
+    """`forward` and `backward`; where the backward pass is itself to be differentiated, the generic step's."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Run, *tensors: Tensor | None) -> tuple[Any, ...]:
+        kept: list[Kept] = []
+        outputs = forward(call, Given._make(tensors), kept)  # type: ignore[arg-type]
+        leaves, ctx.spec = pytree.tree_flatten(kept)
+        ctx.call = call
+        if outputs[-1] is not None:
+            ctx.mark_non_differentiable(outputs[-1])
+        ctx.save_for_backward(*tensors, *outputs[1:-1], *leaves)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        everything = ctx.saved_tensors  # once: activation checkpointing recomputes at each access
+        count = len(Given._fields)
+        given, after, leaves = (
+            Given._make(everything[:count]),
+            everything[count : count + 4],
+            everything[count + 4 :],
+        )
+        g_after = grads[:-1]  # the last is the surprise's
+        if torch.is_grad_enabled():
+            return None, *_differentiable_backward(ctx.call, given, (gy, *g_after))
+        with torch.autocast(gy.device.type, enabled=False):
+            kept = pytree.tree_unflatten(list(leaves), ctx.spec)
+            return None, *backward(ctx.call, given, after, kept, gy, g_after)
+
+
+def _differentiable_backward(call: Run, given: Given, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients from the generic step, as a graph that can be differentiated again."""
+    # Views, as one input may be computed from another: W2 at the start of a sequence is W2_init, expanded.
+    given = Given._make(None if t is None else t.view_as(t) for t in given)
+    momentum = None if given.S1 is None else {"W1": given.S1, "W2": given.S2}
+    y, W, S = call.generic(
+        {"W1": given.W1[0], "W2": given.W2_init},  # of W1's initial value nothing is used but its shape
+        {"W1": given.W1, "W2": given.W2},
+        momentum,
+        StepInputs({"k": given.k, "v": given.v, "q": given.q}, given.logits, None),
+        None if given.readout is None else Readouts(given.readout, given.bias),
+    )
+    outputs = (y, W["W1"], W["W2"]) if S is None else (y, W["W1"], W["W2"], S["W1"], S["W2"])
+    wanted = [t for t in given if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            outputs,
+            wanted,
+            grads[: len(outputs)],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in given]
+
+
+def _matrices(given: Sequence[Tensor | None], W2_init: Tensor) -> tuple[Matrix, Matrix]:
+    """[B, N, H, ...] of W1, W2, S1 and S2 -> [N, B·H, ...]: memories first, so that a slice of them, as that of
+    the memory that is read out, is contiguous."""
+    W1, W2, S1, S2 = (None if t is None else t.transpose(0, 1).flatten(1, 2).contiguous() for t in given)
+    return Matrix(W1, S1), Matrix(W2, S2, W2_init)
+
+
+def _batch_first(matrices: tuple[Matrix, Matrix], batch: int) -> tuple[Tensor | None, ...]:
+    """The inverse, of new tensors."""
+    m1, m2 = matrices
+    return tuple(
+        None if t is None else t.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+        for t in (m1.W, m2.W, m1.S, m2.S)
+    )
+
+
+def _chunks(system: MemorySystem, given: Given, back: bool = False) -> Iterator[tuple[slice, ChunkInputs]]:
+    """Columns and inputs of each chunk, the last first with `back`."""
+    (B, _, T, _), size = given.k.shape, system.chunk_size
+    paths = {"k": given.k, "v": given.v, "q": given.q}
+    sources = [PATH_OF[name] for name in system.generated or ("k", "v")]
+    readout = None if given.readout is None else given.readout.repeat(1, B, 1).unsqueeze(-2)
+    bias = None if given.bias is None else given.bias.repeat(1, B).unsqueeze(-1)
+    starts = range(0, T, size)
+    for start in reversed(starts) if back else starts:
+        now = slice(start, start + size)
+        x = torch.stack([paths[name][:, :, now] for name in sources]).flatten(1, 2)
+        q = None if "q" in system.generated else given.q[:, :, now].flatten(0, 1)
+        logits = None if given.logits is None else given.logits[..., now].flatten(1, 2)
+        yield now, ChunkInputs(x, q, logits, readout, bias)
+
+
+def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]:
+    """All chunks: y, W1, W2, S1, S2 and the surprise; what the backward pass needs of each goes into `kept`."""
+    B, H, T, _ = given.k.shape
+    ws = Scratch(given.W1.dtype, call.operands)
+    W1, W2 = _matrices(given[:4], given.W2_init.repeat(1, B, 1, 1))
+    y = torch.empty_like(given.q)
+    surprise = y.new_empty(B, T) if call.want_surprise else None
+    for columns, inputs in _chunks(call.system, given):
+        out, W1, W2, error, chunk = forward_chunk(ws, call.system, inputs, W1, W2)
+        y[:, :, columns] = out.unflatten(0, (B, H))
+        if surprise is not None:
+            surprise[:, columns] = error.square().sum(-1).unflatten(0, (B, H)).sum(1).sqrt()
+        if kept is not None:
+            kept.append(chunk._replace(W2=chunk.W2._replace(W_init=None)))
+    return y, *_batch_first((W1, W2), B), surprise
+
+
+def backward(
+    call: Run,
+    given: Given,
+    after: Sequence[Tensor | None],
+    kept: Sequence[Kept],
+    gy: Tensor,
+    g_after: Sequence[Tensor | None],
+) -> Given:
+    """All chunks, the last first: the gradients to `given`.
+
+    Args:
+        after: W1, W2, S1 and S2 after the last chunk, [B, N, H, ...], and `g_after` the gradients to them.
+        gy: [B, H, T, d].
+    """
+    B, H, T, _ = given.k.shape
+    ws = Scratch(given.W1.dtype, call.operands)
+    W2_init = given.W2_init.repeat(1, B, 1, 1)
+    weights, g = _matrices(after, W2_init), _matrices(g_after, torch.zeros_like(W2_init))
+    g_k, g_v, g_q = g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
+    per_chunk, g_readout = [], None
+    for chunk, (columns, inputs) in zip(reversed(kept), _chunks(call.system, given, back=True), strict=True):
+        chunk = chunk._replace(W2=chunk.W2._replace(W_init=W2_init))
+        g_out = gy[:, :, columns].flatten(0, 1)
+        g, found = backward_chunk(ws, call.system, inputs, chunk, weights, g, g_out)
+        weights = chunk.W1, chunk.W2
+        for g_path, value in zip(g_paths, (found.k, found.v, found.q), strict=True):
+            g_path[:, :, columns] = value.unflatten(0, (B, H))
+        per_chunk.insert(0, found.logits)
+        if found.readout is not None:
+            g_readout = found.readout if g_readout is None else g_readout + found.readout
+    g_logits, g_bias = torch.cat(per_chunk, dim=-1).unflatten(1, (B, H)), None
+    if g_readout is not None:
+        g_readout = g_readout.squeeze(-2).unflatten(1, (B, H)).sum(1)
+        g_logits, g_bias = None, g_logits.sum((1, 3))
+    g_W1, g_W2, g_S1, g_S2 = _batch_first(g, B)
+    g_W2_init = g[1].W_init.unflatten(1, (B, H)).sum(1)
+    return Given(g_W1, g_W2, g_S1, g_S2, g_W2_init, g_k, g_v, g_q, g_logits, g_readout, g_bias)
