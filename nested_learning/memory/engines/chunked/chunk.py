@@ -135,7 +135,10 @@ def gates_backward(system: MemorySystem, gates: Gates, logs: Logs) -> Tensor:
         carried = carried + gates.m * torch.bmm(Gamma, logs.c)
         carried = carried + to_end * (torch.bmm(gates.Mu, logs.P_C) + gates.m * logs.c_C)
         carried = carried.squeeze(-1)
-        totals = torch.stack([logs.read - carried, carried - logs.written])
+        # ⟨a_s, g_a_s⟩ once more, from the numbers that `carried` was made of: the two nearly cancel
+        written = (logs.P[0] * gates.P).sum(-2)
+        written = written + (gates.P[:, -1].unsqueeze(-1) * logs.P_C + gates.Mu[:, -1].unsqueeze(-1) * logs.M_C).squeeze(-1)
+        totals = torch.stack([logs.read - carried, carried - written])
         ends = torch.stack([logs.end_T, logs.end_U])
     else:
         totals, ends = (logs.read - logs.written + logs.erased).unsqueeze(0), logs.end_T.unsqueeze(0)
@@ -244,7 +247,7 @@ def backward_chunk(
     written, at_key = kept.written, slopes(ws, kept.written)
     column = torch.zeros_like(gates.eta)  # [M, C, 1]
     row, one = column[..., 0], column[:, 0, 0]
-    logs = Logs(row, one, one, row, row, column, column, column[:, :1])
+    logs = Logs(row, one, one, row, row, column, column, column, column[:, :1])
     m1, m2 = (
         MatrixBackward(ws, gates, logs, *parts, *g)
         for parts, g in zip(

@@ -207,6 +207,7 @@ class Logs:
     erased: Tensor
     c: Tensor
     P_C: Tensor
+    M_C: Tensor
     c_C: Tensor
     P: Tensor | None = None
 
@@ -267,8 +268,10 @@ class MatrixBackward:
             logs.c_C = logs.c_C + ws(("moved", self.g_W.shape), torch.mul, S, self.g_W).sum((0, 2, 3)).view(-1, 1, 1)
             logs.end_U = logs.end_U + ws(("moved", self.g_W.shape), torch.mul, after.S, self.g_S).sum((0, 2, 3))
             M, low = gates.Mu[:, -1].unsqueeze(-1), ws.low("g", self.g_S)
+            through_S = ws.bmm(self.A, low, ("S x", S.shape))
+            logs.M_C = logs.M_C + ws.dot(self.X, through_S).sum(0) * rate
             self.g_A.mul_(P).addcmul_(ws.bmm(self.low_X, low.mT, f"through S{name}"), M)
-            self.g_X.mul_(P * rate).addcmul_(ws.bmm(self.A, low, f"back S{name}"), M * rate)
+            self.g_X.mul_(P * rate).addcmul_(through_S, M * rate)
             g_S = ws(f"g_S{name}", torch.mul, self.g_S, gates.m[:, -1:])
             self.g_S = g_S.addcmul_(self.g_W, gates.c[:, -1:])
         if self.g_W_init is not None:
