@@ -1,7 +1,8 @@
 """How fast a memory layer learns: `python -m benchmarks.memory_step [--json FILE]`.
 
-Forward and backward of one self-modifying layer of hope-tiny's shape, the chunk algebra against the generic step,
-interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and gradients.
+Forward and backward of one self-modifying layer of hope-tiny's shape, the chunk algebra against the generic
+step, interleaved in one process, medians. A gate first: no timing unless the two agree in outputs and
+gradients.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def scan(
         inputs: the same as for one step, over all T columns.
         boundary: where chunks end.
         compiled: run the generic step through torch.compile.
-        operands: dtype that the chunk algebra rounds the factors of its products to; None for that of the weights.
+        operands: dtype of the factors of products in the chunk algebra; None for that of the weights.
 
     Returns: y [B, H, T, d], surprise [B, T] or None, and the weights after the sequence.
     """

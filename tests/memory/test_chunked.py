@@ -5,6 +5,7 @@ Both are checked against an independent oracle in tests/layers; here is asserted
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -450,7 +451,12 @@ def functional(monkeypatch):
     return call
 
 
-FORMS = [{}, {"adaptive_q": True, "expansion": 2.0}, {"kind": Titans}, {"kind": Titans, "momentum_scaled": False}]
+FORMS = [
+    {},
+    {"adaptive_q": True, "expansion": 2.0},
+    {"kind": Titans},
+    {"kind": Titans, "momentum_scaled": False},
+]
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
@@ -474,7 +480,7 @@ def chunk_call(monkeypatch, name: str, layer: torch.nn.Module) -> tuple[Any, tup
             raise _Recorded
         return function(*calls[-1])
 
-    with monkeypatch.context() as patch, pytest.raises(_Recorded):
+    with monkeypatch.context() as patch, contextlib.suppress(_Recorded):
         patch.setattr(chunked, name, record)
         results(layer, batch(layer, 2, 12))
     return function, calls[1]

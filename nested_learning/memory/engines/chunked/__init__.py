@@ -1,7 +1,7 @@
 """Whole chunks of Titans and self-modifying Titans as one autograd function, written out for speed.
 
-The generic engine stays the definition: a run covers whole chunks from a boundary on, without padding, and gives
-the same numbers. One chunk is chunk.py; here is one after the other, and back.
+The generic engine stays the definition: a run covers whole chunks from a boundary on, without padding, and
+gives the same numbers. chunk.py has one chunk; here is one after the other, and back.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from nested_learning.memory.signals import PATH_OF, Readouts, StepInputs
 from nested_learning.memory.state import Weights
 from nested_learning.memory.step import RunningWeights
 
-# The same run by the generic step, in the order y [B, H, T, d], weights and momentum after the last chunk: from
-# the initial memories, weights and momentum at the first boundary, inputs and readouts.
+# The same run by the generic step: y [B, H, T, d], weights and momentum after the last chunk, from the
+# initial memories, weights and momentum at the first boundary, inputs and readouts.
 Generic = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor] | None, StepInputs, Readouts | None],
     tuple[Tensor, Weights, Weights | None],
@@ -60,7 +60,7 @@ def covers(system: MemorySystem) -> bool:
 
 
 class Given(NamedTuple):
-    """The tensors that a run is a function of, and the gradients to them. None where the system has no such."""
+    """The tensors that a run is a function of, or the gradients to them; None where the system has none."""
 
     W1: Tensor  # [B, N, H, d, e]
     W2: Tensor  # [B, N, H, e, d]
@@ -95,7 +95,9 @@ def run(
     generic: Generic,
     operands: torch.dtype | None = None,
 ) -> tuple[Tensor, RunningWeights, Tensor | None]:
-    """Run over whole chunks: y [B, H, T, d], the weights at the last boundary and the surprise [B, T] or None.
+    """Run over whole chunks.
+
+    Returns y [B, H, T, d], the weights at the last boundary, and the surprise [B, T] or None.
 
     Args:
         system: one that `covers` accepts.
@@ -121,12 +123,12 @@ def run(
 
 
 class _Chunks(torch.autograd.Function):
-    """`forward` and `backward`; where the backward pass is itself to be differentiated, the generic step's."""
+    """`forward` and `backward`; the generic step's backward where that is itself to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, call: Run, *tensors: Tensor | None) -> tuple[Any, ...]:
         kept: list[Kept] = []
-        outputs = forward(call, Given._make(tensors), kept)  # type: ignore[arg-type]
+        outputs = forward(call, Given._make(tensors), kept)
         leaves, ctx.spec = pytree.tree_flatten(kept)
         ctx.call = call
         if outputs[-1] is not None:
@@ -155,13 +157,18 @@ def _differentiable_backward(call: Run, given: Given, grads: Sequence[Tensor | N
     """The same gradients from the generic step, as a graph that can be differentiated again."""
     # Views, as one input may be computed from another: W2 at the start of a sequence is W2_init, expanded.
     given = Given._make(None if t is None else t.view_as(t) for t in given)
-    momentum = None if given.S1 is None else {"W1": given.S1, "W2": given.S2}
+    momentum = None
+    if given.S1 is not None and given.S2 is not None:
+        momentum = {"W1": given.S1, "W2": given.S2}
+    readouts = None
+    if given.readout is not None and given.bias is not None:
+        readouts = Readouts(given.readout, given.bias)
     y, W, S = call.generic(
         {"W1": given.W1[0], "W2": given.W2_init},  # of W1's initial value nothing is used but its shape
         {"W1": given.W1, "W2": given.W2},
         momentum,
         StepInputs({"k": given.k, "v": given.v, "q": given.q}, given.logits, None),
-        None if given.readout is None else Readouts(given.readout, given.bias),
+        readouts,
     )
     outputs = (y, W["W1"], W["W2"]) if S is None else (y, W["W1"], W["W2"], S["W1"], S["W2"])
     wanted = [t for t in given if t is not None and t.requires_grad]
@@ -178,15 +185,15 @@ def _differentiable_backward(call: Run, given: Given, grads: Sequence[Tensor | N
     return [next(found) if t is not None and t.requires_grad else None for t in given]
 
 
-def _matrices(given: Sequence[Tensor | None], W2_init: Tensor) -> tuple[Matrix, Matrix]:
-    """[B, N, H, ...] of W1, W2, S1 and S2 -> [N, B·H, ...]: memories first, so that a slice of them, as that of
-    the memory that is read out, is contiguous."""
-    W1, W2, S1, S2 = (None if t is None else t.transpose(0, 1).flatten(1, 2).contiguous() for t in given)
+def _matrices(given: Sequence[Any], W2_init: Tensor) -> tuple[Matrix, Matrix]:
+    """W1, W2, S1 and S2 [B, N, H, ...] as [N, B·H, ...]: a slice of memories is contiguous then."""
+    rows: list[Any] = [None if t is None else t.transpose(0, 1).flatten(1, 2).contiguous() for t in given]
+    W1, W2, S1, S2 = rows
     return Matrix(W1, S1), Matrix(W2, S2, W2_init)
 
 
-def _batch_first(matrices: tuple[Matrix, Matrix], batch: int) -> tuple[Tensor | None, ...]:
-    """The inverse, of new tensors."""
+def _batch_first(matrices: tuple[Matrix, Matrix], batch: int) -> tuple[Any, ...]:
+    """W1, W2, S1 and S2 as [B, N, H, ...]."""
     m1, m2 = matrices
     return tuple(
         None if t is None else t.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
@@ -211,13 +218,14 @@ def _chunks(system: MemorySystem, given: Given, back: bool = False) -> Iterator[
 
 
 def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]:
-    """All chunks: y, W1, W2, S1, S2 and the surprise; what the backward pass needs of each goes into `kept`."""
+    """All chunks: y, W1, W2, S1, S2 and the surprise. What the backward pass needs goes into `kept`."""
     B, H, T, _ = given.k.shape
     ws = Scratch(given.W1.dtype, call.operands)
     W1, W2 = _matrices(given[:4], given.W2_init.repeat(1, B, 1, 1))
     y = torch.empty_like(given.q)
     surprise = y.new_empty(B, T) if call.want_surprise else None
     for columns, inputs in _chunks(call.system, given):
+        # the weights after a chunk are the anchors of the next (eq 90)
         out, W1, W2, error, chunk = forward_chunk(ws, call.system, inputs, W1, W2)
         y[:, :, columns] = out.unflatten(0, (B, H))
         if surprise is not None:
@@ -241,12 +249,13 @@ def backward(
         after: W1, W2, S1 and S2 after the last chunk, [B, N, H, ...], and `g_after` the gradients to them.
         gy: [B, H, T, d].
     """
-    B, H, T, _ = given.k.shape
+    B, H = given.k.shape[:2]
     ws = Scratch(given.W1.dtype, call.operands)
     W2_init = given.W2_init.repeat(1, B, 1, 1)
     weights, g = _matrices(after, W2_init), _matrices(g_after, torch.zeros_like(W2_init))
     g_k, g_v, g_q = g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
-    per_chunk, g_readout = [], None
+    per_chunk: list[Tensor] = []  # gradients to the logits
+    g_readout: Tensor | None = None
     for chunk, (columns, inputs) in zip(reversed(kept), _chunks(call.system, given, back=True), strict=True):
         chunk = chunk._replace(W2=chunk.W2._replace(W_init=W2_init))
         g_out = gy[:, :, columns].flatten(0, 1)
@@ -257,10 +266,12 @@ def backward(
         per_chunk.insert(0, found.logits)
         if found.readout is not None:
             g_readout = found.readout if g_readout is None else g_readout + found.readout
-    g_logits, g_bias = torch.cat(per_chunk, dim=-1).unflatten(1, (B, H)), None
-    if g_readout is not None:
-        g_readout = g_readout.squeeze(-2).unflatten(1, (B, H)).sum(1)
-        g_logits, g_bias = None, g_logits.sum((1, 3))
+    logits = torch.cat(per_chunk, dim=-1).unflatten(1, (B, H))
+    if g_readout is None:
+        g_gates = logits, None, None
+    else:
+        g_gates = None, g_readout.squeeze(-2).unflatten(1, (B, H)).sum(1), logits.sum((1, 3))
     g_W1, g_W2, g_S1, g_S2 = _batch_first(g, B)
+    assert g[1].W_init is not None
     g_W2_init = g[1].W_init.unflatten(1, (B, H)).sum(1)
-    return Given(g_W1, g_W2, g_S1, g_S2, g_W2_init, g_k, g_v, g_q, g_logits, g_readout, g_bias)
+    return Given(g_W1, g_W2, g_S1, g_S2, g_W2_init, g_k, g_v, g_q, *g_gates)

@@ -1,4 +1,4 @@
-"""One chunk of Titans or self-modifying Titans, forward and backward: the order of its steps, and its signals.
+"""A chunk of Titans or self-modifying Titans, forward and backward: its signals, and the order of its steps.
 
 Shapes and notation as in memory.py. Two systems run through the same steps (eq 86-88):
 
@@ -61,23 +61,26 @@ class ChunkGradients(NamedTuple):
     readout: Tensor | None  # [2, M, 1, d]
 
 
+class Momentum(NamedTuple):
+    """Decays of a chunk with momentum: m_t is the product of the μ_s up to t, M_ts that from s to t."""
+
+    Gamma: Tensor  # [M, C, C] Γ
+    Mu: Tensor  # [M, C, C] M
+    m: Tensor  # [M, C, 1]
+    c: Tensor  # [M, C, 1] Σ_{r≤t} Γ_tr m_r: what W_t holds of the momentum before the chunk
+
+
 class Gates(NamedTuple):
-    """Rates and decays of a chunk: γ_t, m_t are the products of α_s, μ_s up to t, Γ and M those from s to t."""
+    """Rates and decays of a chunk: γ_t is the product of the retentions up to t, Γ_ts that since s."""
 
     sigmoids: Tensor  # [2 or 3, M, C] of the logits of eta, alpha and mu
-    clamped: Tensor  # [1 or 2, M, C] where the log of a decay is below the floor, and has no gradient
-    eta: Tensor  # [M, C, 1]
+    clamped: Tensor  # [1 or 2, M, C] where a decay's log is below the floor: no gradient
+    eta: Tensor  # [M, C, 1] η_t
     gamma: Tensor  # [M, C, 1] γ_t
-    before: Tensor | None  # [M, C, 1] γ_{t−1}, without momentum
-    P: Tensor  # [M, C, C] Γ M, without momentum Γ
-    Gamma: Tensor | None  # [M, C, C], with momentum, as the rest
-    Mu: Tensor | None  # [M, C, C] M
-    m: Tensor | None  # [M, C, 1]
-    c: Tensor | None  # [M, C, 1] Σ_{r≤t} Γ_tr m_r
-
-    def erased(self) -> Tensor:
-        """[M, C, C] η_t Γ_{t−1,s} for s < t, else 0: the part of the write at s that t erases."""
-        return F.pad(self.eta[:, 1:] * self.P[:, :-1], (0, 0, 1, 0))
+    P: Tensor  # [M, C, C] Γ M, without momentum Γ: what W_t holds of the write at s
+    momentum: Momentum | None
+    before: Tensor | None  # [M, C, 1] γ_{t−1}, for the delta rule
+    erased: Tensor | None  # [M, C, C] η_t Γ_{t−1,s} for s < t, else 0: what t erases of write s
 
 
 class Generated(NamedTuple):
@@ -117,34 +120,35 @@ def gates_of(system: MemorySystem, logits: Tensor) -> Gates:
     since_start = total.exp()
     # above the diagonal the exponential may overflow: those entries are set, not multiplied, to zero
     between = (total - total.mT).exp_().tril_()
-    first = sigmoids, clamped, eta.unsqueeze(-1), since_start[0]
-    if not system.momentum:
-        return Gates(*first, (total - log)[0].exp_(), between[0], None, None, None, None)
-    P, m = torch.bmm(between[0], between[1]), since_start[1]
-    return Gates(*first, None, P, between[0], between[1], m, P[..., :1] * m[:, :1])
+    if system.momentum:
+        P, m = torch.bmm(between[0], between[1]), since_start[1]
+        momentum = Momentum(between[0], between[1], m, P[..., :1] * m[:, :1])
+        return Gates(sigmoids, clamped, eta.unsqueeze(-1), since_start[0], P, momentum, None, None)
+    eta, Gamma = eta.unsqueeze(-1), between[0]
+    erased = F.pad(eta[:, 1:] * Gamma[:, :-1], (0, 0, 1, 0))
+    return Gates(sigmoids, clamped, eta, since_start[0], Gamma, None, (total - log)[0].exp_(), erased)
 
 
 def gates_backward(system: MemorySystem, gates: Gates, logs: Logs) -> Tensor:
-    """The gradients to the logits [2 or 3, M, C], from those to logarithms."""
-    if system.momentum:
-        assert gates.Gamma is not None and gates.Mu is not None and gates.m is not None and logs.P is not None  # noqa: PT018, E501
-        # P_ts = e^(T_t) Σ_r e^(U_r − T_r) e^(−U_s) and c_t = e^(T_t) Σ_r e^(U_r − T_r): besides reads and writes
-        # there is what passes from the momentum into the weights at r.
-        Gamma, to_end = gates.Gamma.mT, gates.Gamma[:, -1].unsqueeze(-1)
-        carried = (torch.bmm(Gamma, logs.P[0]) * gates.Mu).sum(-1, keepdim=True)
-        carried = carried + gates.m * torch.bmm(Gamma, logs.c)
-        carried = carried + to_end * (torch.bmm(gates.Mu, logs.P_C) + gates.m * logs.c_C)
-        carried = carried.squeeze(-1)
-        # ⟨a_s, g_a_s⟩ once more, from the numbers that `carried` was made of: the two nearly cancel
-        written = (logs.P[0] * gates.P).sum(-2)
-        written = written + (gates.P[:, -1].unsqueeze(-1) * logs.P_C + gates.Mu[:, -1].unsqueeze(-1) * logs.M_C).squeeze(-1)
+    """The gradients to the logits [2 or 3, M, C], from those to logarithms (see `Logs`)."""
+    if gates.momentum is not None and logs.P is not None:
+        Gamma, Mu, m, _ = gates.momentum
+        P_C, M_C, Gamma_C = (D[:, -1].unsqueeze(-1) for D in (gates.P, Mu, Gamma))  # [M, C, 1]
+        # P_ts = e^(T_t) Σ_r e^(U_r − T_r) e^(−U_s) and c_t = e^(T_t) Σ_r e^(U_r − T_r). Besides reads at t
+        # and the writes at s there is what passes from the momentum into the weights at r:
+        carried = (torch.bmm(Gamma.mT, logs.P[0]) * Mu).sum(-1, keepdim=True) + m * torch.bmm(
+            Gamma.mT, logs.c
+        )
+        carried = (carried + Gamma_C * (torch.bmm(Mu, logs.P_C) + m * logs.c_C)).squeeze(-1)
+        # The writes once more from what `carried` is made of, as where μ is small the two nearly cancel.
+        written = (logs.P[0] * gates.P).sum(-2) + (P_C * logs.P_C + M_C * logs.M_C).squeeze(-1)
         totals = torch.stack([logs.read - carried, carried - written])
         ends = torch.stack([logs.end_T, logs.end_U])
     else:
         totals, ends = (logs.read - logs.written + logs.erased).unsqueeze(0), logs.end_T.unsqueeze(0)
     # T_t = Σ_{s≤t} log α_s; that of the last token holds all of them. T_{t−1} lacks log α_t.
     g_log = totals.flip(-1).cumsum(-1).flip(-1) + ends.unsqueeze(-1)
-    if not system.momentum:
+    if gates.momentum is None:
         g_log = g_log - logs.erased
     g_log = torch.cat([logs.written.unsqueeze(0), g_log.masked_fill(gates.clamped, 0.0)])
     g_logits = g_log * (1 - gates.sigmoids)
@@ -194,15 +198,18 @@ def generate_backward(
     return g_x, ws.add_bmm(g_logits * readout, low, m2.low_W[at]), g_readout
 
 
-def for_each(ws: Scratch, name: str, x: Tensor, count: int) -> Tensor:
-    """x [M, C, d] for each of `count` memories."""
-    return x.unsqueeze(0) if count == 1 else ws(name, torch.stack, [x] * count)
-
-
 def forward_chunk(
     ws: Scratch, system: MemorySystem, given: ChunkInputs, W1: Matrix, W2: Matrix
 ) -> tuple[Tensor, Matrix, Matrix, Tensor, Kept]:
-    """y [M, C, d], W1 and W2 after the chunk, the error of the memory that is read out [M, C, d], what is kept."""
+    """One chunk.
+
+    Args:
+        W1, W2: the anchors, the weights at the boundary before the chunk (eq 90).
+
+    Returns:
+        y [M, C, d], W1 and W2 after the chunk, the error v̂ − M(k) [M, C, d] of the memory that is read out,
+        and what the backward pass needs.
+    """
     generated = targets = None
     if given.logits is None:
         generated, logits = generate(ws, W1.W, W2.W, given)
@@ -211,15 +218,15 @@ def forward_chunk(
         logits, vectors = given.logits, given.x
     gates, N = gates_of(system, logits), len(W1.W)
     k, v, q = vectors[0], vectors[1], vectors[2:3] if given.q is None else given.q.unsqueeze(0)
-    keys = for_each(ws, "keys", k, N)
+    keys = ws("keys", torch.stack, [k] * N)
     if system.self_targets:
         targets = evaluate(ws, "targets", W1.W, W2.W, v.repeat(N, 1, 1, 1))
     residual = torch.sub(v, k).unsqueeze(0) if targets is None else ws("residual", torch.sub, targets.y, k)
     written, u, A2 = write(ws, gates, W1.W, W2.W, keys, residual, delta=targets is not None)
     # y_t = M_t(q_t) with the weights after the token's own write (eq 89, read="token")
-    z_q, read2 = read(ws, gates, last(W2), q, k.unsqueeze(0), A2[-1:])
+    z_q, read2 = read(ws, gates, W2, q, keys, A2)
     u_q, f_q = hidden(ws, "u_q", z_q)
-    out, read1 = read(ws, gates, last(W1), u_q, u[-1:], written.A[-1:])
+    out, read1 = read(ws, gates, W1, u_q, u, written.A)
     kept = Kept(W1, W2, generated, gates, targets, written, read2, z_q, f_q, read1)
     after = end(ws, gates, W1, "u", u, written.A), end(ws, gates, W2, "keys", keys, A2)
     return (q + out)[0], *after, written.error[-1], kept
@@ -248,17 +255,9 @@ def backward_chunk(
     column = torch.zeros_like(gates.eta)  # [M, C, 1]
     row, one = column[..., 0], column[:, 0, 0]
     logs = Logs(row, one, one, row, row, column, column, column, column[:, :1])
-    m1, m2 = (
-        MatrixBackward(ws, gates, logs, *parts, *g)
-        for parts, g in zip(
-            (
-                ("1", kept.W1, at_key.u, written.A, 1.0),
-                ("2", kept.W2, for_each(ws, "keys", k, N), at_key.direction, gates.eta),
-            ),
-            g_after,
-            strict=True,
-        )
-    )
+    keys = ws("keys", torch.stack, [k] * N)
+    m1 = MatrixBackward(ws, gates, logs, "1", kept.W1, at_key.u, written.A, 1.0, *g_after[0])
+    m2 = MatrixBackward(ws, gates, logs, "2", kept.W2, keys, at_key.direction, gates.eta, *g_after[1])
     m1.end(after[0])
     m2.end(after[1])
 
@@ -275,7 +274,7 @@ def backward_chunk(
     if targets is None:
         g_v = g_residual[0]
     else:
-        values = for_each(ws, "keys", v, N)  # in the place of the keys
+        values = ws("keys", torch.stack, [v] * N)  # in the place of the keys
         g_v = evaluate_backward(m1, m2, "targets", slice(0, N), values, targets, g_residual).sum(0)
     g_logits, g_readout = gates_backward(system, gates, logs), None
     if generated is not None:
@@ -285,8 +284,3 @@ def backward_chunk(
         g_q = g_q if given.q is not None else g_x[2:]
     before = Matrix(m1.g_W, m1.g_S, m1.g_W_init), Matrix(m2.g_W, m2.g_S, m2.g_W_init)
     return before, ChunkGradients(g_k, g_v, g_q[0], g_logits, g_readout)
-
-
-def last(matrix: Matrix) -> Matrix:
-    """That of the memory that is read out."""
-    return Matrix(*(None if t is None else t[-1:] for t in matrix))

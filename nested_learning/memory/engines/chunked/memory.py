@@ -4,16 +4,16 @@ Shapes: N memories, of which the last is read out, M = batch · heads rows, C to
 width. Notation as in `ops/delta_rule/README.md`. Of each matrix W [N, M, out, in] the chunk knows the inputs
 X [N, M, C, in] and the writes A [N, M, C, out] of its tokens, and W_t follows from them:
 
-    W_t = W_init + γ_t (W_0 − W_init) + c_t S_0 + Σ_{s≤t} P_ts a_s x_sᵀ        (without momentum S = 0, P = Γ).
+    W_t = W_init + γ_t (W_0 − W_init) + c_t S_0 + Σ_{s≤t} P_ts a_s x_sᵀ     (without momentum S = 0, P = Γ).
 
 The gradients are by hand. Autograd would keep every intermediate, and add, expand and zero-fill gradients in
 passes of their own; on a CPU these passes over memory are what a chunk costs. A gradient is called g_ and the
-name of the tensor it belongs to.
+name of the tensor that it belongs to. Gradients to one tensor are added up inside the matrix products.
 
-Gradients to decays and rates need no [C, C] products of their own, by Euler's identity: where L depends on a
-number s only through y = s·z, s ∂L/∂s = ⟨y, ∂L/∂y⟩. All of them enter as factors of reads, writes and ends, so
-the gradient to the logarithm of a factor is the inner product of what it scales and its gradient. `Logs`
-collects these products; `gates_backward` (chunk.py) draws them together.
+Gradients to decays and rates need no products of their own, by Euler's identity: where the loss L depends on
+a number s through y = s·z alone, s ∂L/∂s = ⟨y, ∂L/∂y⟩. All of them enter as factors of reads, writes and
+ends, so the gradient to the logarithm of a factor is the inner product of what it scales with the gradient to
+that. `Logs` collects these products, `gates_backward` (chunk.py) draws them together.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def write(
     clip = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
     if delta:
         # b_t = η_t (residual_t − W1_{t−1} u_t), and W1_{t−1} = γ_{t−1} W1 + Σ_{s<t} Γ_{t−1,s} b_s u_sᵀ
-        assert gates.before is not None
-        system = ws.bmm(low, low.mT, "system").mul_(gates.erased())
+        assert gates.before is not None and gates.erased is not None  # noqa: PT018
+        system = ws.bmm(low, low.mT, "system").mul_(gates.erased)
         inverse = inverse_unit_lower(system)
         right = residual.addcmul_(gates.before, answer, value=-1).mul_(gates.eta)
         A = torch.matmul(inverse, right)  # the solve stays in full precision
@@ -152,19 +152,19 @@ def write(
 
 
 def read(ws: Scratch, gates: Gates, matrix: Matrix, x: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Read]:
-    """o_t = W_t x_t after each token's write; all arguments of the one memory that is read out."""
-    W, S, W_init = matrix
+    """o_t = W_t x_t after each token's write, of the last memory; x [1, M, C, in]."""
+    W, S, W_init = (None if t is None else t[-1:] for t in matrix)
+    assert W is not None
     low = ws.low("x", x)
-    raw = ws.bmm(low, X.mT)
+    raw = ws.bmm(low, X[-1:].mT)
     moved = ws.bmm(low, W.mT)
     start = None if W_init is None else ws.bmm(low, W_init.mT)
     if start is not None:
         moved.sub_(start)
     moved.mul_(gates.gamma)
-    if S is not None:
-        assert gates.c is not None
-        moved.addcmul_(ws.bmm(low, S.mT, ("S x", S.shape)), gates.c)
-    moved = ws.add_bmm(moved, ws("scores", torch.mul, raw, gates.P), A)
+    if S is not None and gates.momentum is not None:
+        moved.addcmul_(ws.bmm(low, S.mT, ("S x", S.shape)), gates.momentum.c)
+    moved = ws.add_bmm(moved, ws("scores", torch.mul, raw, gates.P), A[-1:])
     return moved if start is None else start.add_(moved), Read(moved, raw)
 
 
@@ -173,11 +173,11 @@ def end(ws: Scratch, gates: Gates, matrix: Matrix, name: str, X: Tensor, A: Tens
     W, S, W_init = matrix
     gamma, P = gates.gamma[:, -1:], gates.P[:, -1].unsqueeze(-1)  # [M, 1, 1] γ_C, [M, C, 1] P_C
     after = W * gamma if W_init is None else torch.lerp(W_init, W, gamma)
-    if S is not None:
-        assert gates.c is not None and gates.m is not None and gates.Mu is not None  # noqa: PT018
-        after.addcmul_(S, gates.c[:, -1:])
-        held = ws(f"{name} in S", torch.mul, X, gates.Mu[:, -1].unsqueeze(-1))
-        S = ws.add_bmm(S * gates.m[:, -1:], A.mT, held)
+    if S is not None and gates.momentum is not None:
+        _, Mu, m, c = gates.momentum
+        after.addcmul_(S, c[:, -1:])
+        held = ws(f"{name} in S", torch.mul, X, Mu[:, -1].unsqueeze(-1))
+        S = ws.add_bmm(S * m[:, -1:], A.mT, held)
     return Matrix(ws.add_bmm(after, A.mT, ws(name, torch.mul, X, P)), S, W_init)
 
 
@@ -192,12 +192,13 @@ class Logs:
     Γ_ts = exp(T_t − T_s), M_ts = exp(U_t − U_s).
 
     Attributes:
-        read: [M, C] ⟨o_t, g_o_t⟩: a read at t is scaled by exp(T_t).
+        read: [M, C] ⟨o_t, g_o_t⟩, as a read at t is scaled by exp(T_t).
         end_T, end_U: [M] ⟨W_C, g_W_C⟩ and ⟨S_C, g_S_C⟩, scaled by exp(T_C) and exp(U_C).
-        written: [M, C] ⟨a_s, g_a_s⟩: a write at s is scaled by η_s, and by exp(−U_s), without momentum exp(−T_s).
-        erased: [M, C] the part of `written` that is an erase, scaled by exp(T_{t−1}).
-        P, c: [M, C, C], [M, C, 1] gradients to P_ts and c_t from reads, above the diagonal of P without meaning.
-        P_C, c_C: [M, C, 1], [M, 1, 1] gradients to the last row of P and c from the end of the chunk.
+        written: [M, C] ⟨a_s, g_a_s⟩: a write at s is scaled by η_s and, without momentum, by exp(−T_s).
+        erased: [M, C] that part of `written` which is an erase, scaled by exp(T_{t−1}).
+        c, P: [M, C, 1] and [1, M, C, C] gradients to c_t and P_ts themselves, from reads; with momentum only,
+            as the rest. P above the diagonal has no meaning.
+        P_C, M_C, c_C: [M, C, 1] twice and [M, 1, 1] gradients to the last rows, from the end of the chunk.
     """
 
     read: Tensor
@@ -253,30 +254,29 @@ class MatrixBackward:
         ws, gates, logs, name = self.ws, self.gates, self.logs, self.name
         S, W_init, rate = self.matrix.S, self.matrix.W_init, self.rate
         gamma, P = gates.gamma[:, -1:], gates.P[:, -1].unsqueeze(-1)
-        low = ws.low("g", self.g_W)
-        self.g_A = ws.bmm(self.low_X, low.mT, f"g_A{name}")
+        low, product = ws.low("g", self.g_W), ("product", self.g_W.shape)
+        self.g_A = ws.bmm(self.low_X, low.mT, f"g_A{name}")  # not yet times P, as the next
         self.g_X = ws.bmm(self.A, low, f"g_X{name}")
-        moved = after.W if W_init is None else ws(("moved", self.g_W.shape), torch.sub, after.W, W_init)
-        logs.end_T = logs.end_T + ws(("moved", self.g_W.shape), torch.mul, moved, self.g_W).sum((0, 2, 3))
-        if S is None:
+        moved = after.W if W_init is None else ws(product, torch.sub, after.W, W_init)
+        logs.end_T = logs.end_T + ws(product, torch.mul, moved, self.g_W).sum((0, 2, 3))
+        if S is None or gates.momentum is None:
             self.g_A.mul_(P)
             self.g_X.mul_(P * rate)
         else:
             assert self.g_S is not None and after.S is not None  # noqa: PT018
-            assert gates.m is not None and gates.c is not None and gates.Mu is not None  # noqa: PT018
-            logs.P_C = logs.P_C + ws.dot(self.X, self.g_X).sum(0) * rate  # ⟨A_s, g_W x_s⟩, not yet times P
-            logs.c_C = logs.c_C + ws(("moved", self.g_W.shape), torch.mul, S, self.g_W).sum((0, 2, 3)).view(-1, 1, 1)
-            logs.end_U = logs.end_U + ws(("moved", self.g_W.shape), torch.mul, after.S, self.g_S).sum((0, 2, 3))
-            M, low = gates.Mu[:, -1].unsqueeze(-1), ws.low("g", self.g_S)
+            _, Mu, m, c = gates.momentum
+            M, low = Mu[:, -1].unsqueeze(-1), ws.low("g", self.g_S)
             through_S = ws.bmm(self.A, low, ("S x", S.shape))
+            logs.P_C = logs.P_C + ws.dot(self.X, self.g_X).sum(0) * rate  # ⟨a_s, g_W x_s⟩
             logs.M_C = logs.M_C + ws.dot(self.X, through_S).sum(0) * rate
-            self.g_A.mul_(P).addcmul_(ws.bmm(self.low_X, low.mT, f"through S{name}"), M)
+            logs.c_C = logs.c_C + ws(product, torch.mul, S, self.g_W).sum((0, 2, 3)).view(-1, 1, 1)
+            logs.end_U = logs.end_U + ws(product, torch.mul, after.S, self.g_S).sum((0, 2, 3))
+            self.g_A.mul_(P).addcmul_(ws.bmm(self.low_X, low.mT, ("S A", S.shape)), M)
             self.g_X.mul_(P * rate).addcmul_(through_S, M * rate)
-            g_S = ws(f"g_S{name}", torch.mul, self.g_S, gates.m[:, -1:])
-            self.g_S = g_S.addcmul_(self.g_W, gates.c[:, -1:])
+            self.g_S = ws(f"g_S{name}", torch.mul, self.g_S, m[:, -1:]).addcmul_(self.g_W, c[:, -1:])
         if self.g_W_init is not None:
             self.g_W_init = ws(f"g_W_init{name}", torch.addcmul, self.g_W_init, self.g_W, 1 - gamma)
-        # From the second chunk on g_W is this buffer already, and scaled in place.
+        # From the second chunk on g_W is this buffer already, and scaled in place; g_S and g_W_init likewise.
         self.g_W = ws(f"g_W{name}", torch.mul, self.g_W, gamma)
 
     def read(self, x: Tensor, kept: Read, g_o: Tensor) -> Tensor:
@@ -305,12 +305,12 @@ class MatrixBackward:
             rest = g_o - left
             self.g_W_init = ws.add_bmm(self.g_W_init, rest.mT, x, at=at)
             g_x = ws.add_bmm(g_x, rest, W_init)
-        if S is not None:
-            assert self.g_S is not None and gates.c is not None  # noqa: PT018
-            self.g_S = ws.add_bmm(self.g_S, torch.mul(g_o, gates.c).mT, x, at=at)
+        if S is not None and gates.momentum is not None:
+            assert self.g_S is not None
+            self.g_S = ws.add_bmm(self.g_S, (g_o * gates.momentum.c).mT, x, at=at)
             through_S = ws.bmm(g_o, S, ("S x", S.shape))
             logs.c = logs.c + ws.dot(through_S, x)[0]
-            g_x.addcmul_(through_S, gates.c)
+            g_x.addcmul_(through_S, gates.momentum.c)
         return g_x
 
 
@@ -372,9 +372,9 @@ def write_backward(
     # The writes of W1: (I + E) A = η (residual − γ_{t−1} answer), E = erased ⊙ u uᵀ; by gradient descent
     # E = 0 and γ_{t−1} = 1. With g_right = (I + E)⁻ᵀ g_A the gradient to E is −g_right Aᵀ.
     g_right = m1.g_A
-    if kept.inverse is not None:
+    if kept.inverse is not None and gates.erased is not None:
         g_right = ws("g_right", torch.matmul, kept.inverse.mT, m1.g_A)
-        g_gram = ws.bmm(g_right, kept.A.mT, "g_gram").mul_(gates.erased())
+        g_gram = ws.bmm(g_right, kept.A.mT, "g_gram").mul_(gates.erased)
         both = ws("g_gram both", torch.add, g_gram, g_gram.mT)  # u stands on both sides of u uᵀ
         m1.g_X = ws.add_bmm(m1.g_X, both, m1.low_X, alpha=-1)
     written = ws.dot(g_right, kept.A).sum(0)

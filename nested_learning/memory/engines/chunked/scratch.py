@@ -1,4 +1,4 @@
-"""Where the chunk algebra puts its results: into buffers that it reuses, or into new tensors for a compiler."""
+"""Where the chunk algebra puts its results: buffers that it reuses, or new tensors for a compiler."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 class Scratch:
     """Results by name, and products of matrices.
 
-    With `reuse`, a result goes into the buffer of its name, made at first use and written over by each chunk in
-    turn: fresh memory costs more than arithmetic on memory that is in a cache. An operation that is given the
-    buffer of its own name works in place. Without `reuse`, every result is a new tensor and no argument is
-    changed, which a compiler can trace and arrange for itself. The numbers are the same.
+    With `reuse`, a result goes into the buffer of its name, made at first use and written over by each chunk
+    in turn: fresh memory costs more than arithmetic on memory that is in a cache. An operation that is given
+    the buffer of its own name works in place. Without `reuse`, every result is a new tensor and nothing that
+    came from outside of the chunk is changed: functions that a compiler can trace. The numbers are the same.
 
     Args:
         dtype: that of the results.
