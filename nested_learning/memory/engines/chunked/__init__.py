@@ -232,6 +232,7 @@ def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]
             surprise[:, columns] = error.square().sum(-1).unflatten(0, (B, H)).sum(1).sqrt()
         if kept is not None:
             kept.append(chunk._replace(W2=chunk.W2._replace(W_init=None)))
+        del chunk  # the next takes its memory, where nothing keeps it
     return y, *_batch_first((W1, W2), B), surprise
 
 

@@ -102,7 +102,6 @@ class Kept(NamedTuple):
     targets: Evaluated | None
     written: Written
     read2: Read
-    z_q: Tensor  # [1, M, C, e] W2_t q_t
     f_q: Tensor  # [1, M, C, 1]
     read1: Read
 
@@ -165,7 +164,7 @@ def generate(ws: Scratch, W1: Tensor, W2: Tensor, given: ChunkInputs) -> tuple[G
     """
     assert given.readout is not None and given.bias is not None  # noqa: PT018
     x, V, G = given.x, len(given.x) - 2, len(given.x)
-    vectors = evaluate(ws, "vectors", W1[:V], W2[:V], x[:V].clone())
+    vectors = evaluate(ws, "u vectors", W1[:V], W2[:V], x[:V].clone())
     z = ws.bmm(x[V:], W2[V:G].mT)
     u, f = hidden(ws, "u gates", z)
     folded = (W1[V:G] * given.readout.mT).sum(-2, keepdim=True)
@@ -185,7 +184,7 @@ def generate_backward(
     assert given.readout is not None
     ws, x, readout, g_logits = m1.ws, given.x, given.readout, g_logits.unsqueeze(-1)
     V = len(x) - 2
-    g_x = evaluate_backward(m1, m2, "vectors", slice(0, V), x[:V], kept.vectors, g_vectors)
+    g_x = evaluate_backward(m1, m2, "u vectors", slice(0, V), x[:V], kept.vectors, g_vectors)
     at, x = slice(V, V + 2), x[V:]
     u = ws("u gates", silu, kept.z).mul_(kept.f)
     g_folded = (u * g_logits).sum(-2, keepdim=True)
@@ -218,18 +217,18 @@ def forward_chunk(
         logits, vectors = given.logits, given.x
     gates, N = gates_of(system, logits), len(W1.W)
     k, v, q = vectors[0], vectors[1], vectors[2:3] if given.q is None else given.q.unsqueeze(0)
-    keys = ws("keys", torch.stack, [k] * N)
+    keys = k.unsqueeze(0) if N == 1 else ws("keys", torch.stack, [k] * N)
     if system.self_targets:
-        targets = evaluate(ws, "targets", W1.W, W2.W, v.repeat(N, 1, 1, 1))
+        targets = evaluate(ws, "u", W1.W, W2.W, v.repeat(N, 1, 1, 1))
     residual = torch.sub(v, k).unsqueeze(0) if targets is None else ws("residual", torch.sub, targets.y, k)
     written, u, A2 = write(ws, gates, W1.W, W2.W, keys, residual, delta=targets is not None)
     # y_t = M_t(q_t) with the weights after the token's own write (eq 89, read="token")
-    z_q, read2 = read(ws, gates, W2, q, keys, A2)
-    u_q, f_q = hidden(ws, "u_q", z_q)
-    out, read1 = read(ws, gates, W1, u_q, u, written.A)
-    kept = Kept(W1, W2, generated, gates, targets, written, read2, z_q, f_q, read1)
+    read2 = read(ws, gates, W2, q, keys, A2)
+    u_q, f_q = hidden(ws, "u_q", read2.o)
+    read1 = read(ws, gates, W1, u_q, u, written.A)
+    kept = Kept(W1, W2, generated, gates, targets, written, read2, f_q, read1)
     after = end(ws, gates, W1, "u", u, written.A), end(ws, gates, W2, "keys", keys, A2)
-    return (q + out)[0], *after, written.error[-1], kept
+    return (q + read1.o)[0], *after, written.error[-1], kept
 
 
 def backward_chunk(
@@ -255,7 +254,7 @@ def backward_chunk(
     column = torch.zeros_like(gates.eta)  # [M, C, 1]
     row, one = column[..., 0], column[:, 0, 0]
     logs = Logs(row, one, one, row, row, column, column, column, column[:, :1])
-    keys = ws("keys", torch.stack, [k] * N)
+    keys = k.unsqueeze(0) if N == 1 else ws("keys", torch.stack, [k] * N)
     m1 = MatrixBackward(ws, gates, logs, "1", kept.W1, at_key.u, written.A, 1.0, *g_after[0])
     m2 = MatrixBackward(ws, gates, logs, "2", kept.W2, keys, at_key.direction, gates.eta, *g_after[1])
     m1.end(after[0])
@@ -263,9 +262,9 @@ def backward_chunk(
 
     # y = q + W1_t u_q, u_q = n(σ(W2_t q))
     gy = gy.unsqueeze(0)
-    u_q = ws("u_q", silu, kept.z_q).mul_(kept.f_q)
+    u_q = ws("u_q", silu, kept.read2.o).mul_(kept.f_q)
     g_u = m1.read(u_q, kept.read1, gy)
-    g_z, _ = through_hidden(ws, "g_z_q", g_u, u_q, kept.z_q, kept.f_q)
+    g_z, _ = through_hidden(ws, "g_z_q", g_u, u_q, kept.read2.o, kept.f_q)
     g_q = m2.read(q, kept.read2, g_z).add_(gy)
 
     residual = None if targets is None else ws("residual", torch.sub, targets.y, k)
@@ -275,7 +274,7 @@ def backward_chunk(
         g_v = g_residual[0]
     else:
         values = ws("keys", torch.stack, [v] * N)  # in the place of the keys
-        g_v = evaluate_backward(m1, m2, "targets", slice(0, N), values, targets, g_residual).sum(0)
+        g_v = evaluate_backward(m1, m2, "u", slice(0, N), values, targets, g_residual).sum(0)
     g_logits, g_readout = gates_backward(system, gates, logs), None
     if generated is not None:
         g_vectors = torch.stack([g_k, g_v] if given.q is not None else [g_k, g_v, g_q[0]])

@@ -65,9 +65,10 @@ class Written(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Tensors that the gradient of one matrix's read needs."""
+    """The answer of one matrix to the queries, and tensors that its gradient needs."""
 
-    moved: Tensor  # [1, M, C, out] (W_t − W_init) x_t
+    o: Tensor  # [1, M, C, out] W_t x_t
+    start: Tensor | None  # [1, M, C, out] W_init x_t
     raw: Tensor  # [1, M, C, C] ⟨x_t, x_s⟩ of queries and keys
 
 
@@ -106,10 +107,10 @@ def silu_backward(g: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
 def evaluate(ws: Scratch, name: str, W1: Tensor, W2: Tensor, x: Tensor) -> Evaluated:
     """M(x), scaled down to norm 1 where it is longer: what a memory generates (eq 86), its target (eq 87).
 
-    In the place of x.
+    In the place of x; the hidden vectors are in the buffer `name`.
     """
     z = ws.bmm(x, W2.mT)
-    u, f = hidden(ws, f"u {name}", z)
+    u, f = hidden(ws, name, z)
     y = ws.add_bmm(x, u, W1.mT)
     f_y = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1.0).reciprocal_()
     return Evaluated(y.mul_(f_y), f_y, z, f)
@@ -151,21 +152,21 @@ def write(
     return Written(z, f, error, g, along, clip, A, inverse), u, gradient.mul_(gates.eta * clip)
 
 
-def read(ws: Scratch, gates: Gates, matrix: Matrix, x: Tensor, X: Tensor, A: Tensor) -> tuple[Tensor, Read]:
+def read(ws: Scratch, gates: Gates, matrix: Matrix, x: Tensor, X: Tensor, A: Tensor) -> Read:
     """o_t = W_t x_t after each token's write, of the last memory; x [1, M, C, in]."""
     W, S, W_init = (None if t is None else t[-1:] for t in matrix)
     assert W is not None
     low = ws.low("x", x)
     raw = ws.bmm(low, X[-1:].mT)
-    moved = ws.bmm(low, W.mT)
+    o = ws.bmm(low, W.mT)
     start = None if W_init is None else ws.bmm(low, W_init.mT)
-    if start is not None:
-        moved.sub_(start)
-    moved.mul_(gates.gamma)
+    if start is None:
+        o.mul_(gates.gamma)
+    else:  # γ W x + (1 − γ) W_init x
+        o.lerp_(start, 1 - gates.gamma)
     if S is not None and gates.momentum is not None:
-        moved.addcmul_(ws.bmm(low, S.mT, ("S x", S.shape)), gates.momentum.c)
-    moved = ws.add_bmm(moved, ws("scores", torch.mul, raw, gates.P), A[-1:])
-    return moved if start is None else start.add_(moved), Read(moved, raw)
+        o.addcmul_(ws.bmm(low, S.mT, ("S x", S.shape)), gates.momentum.c)
+    return Read(ws.add_bmm(o, ws("scores", torch.mul, raw, gates.P), A[-1:]), start, raw)
 
 
 def end(ws: Scratch, gates: Gates, matrix: Matrix, name: str, X: Tensor, A: Tensor) -> Matrix:
@@ -192,7 +193,7 @@ class Logs:
     Γ_ts = exp(T_t − T_s), M_ts = exp(U_t − U_s).
 
     Attributes:
-        read: [M, C] ⟨o_t, g_o_t⟩, as a read at t is scaled by exp(T_t).
+        read: [M, C] ⟨o_t − W_init x_t, g_o_t⟩, as this part of a read at t is scaled by exp(T_t).
         end_T, end_U: [M] ⟨W_C, g_W_C⟩ and ⟨S_C, g_S_C⟩, scaled by exp(T_C) and exp(U_C).
         written: [M, C] ⟨a_s, g_a_s⟩: a write at s is scaled by η_s and, without momentum, by exp(−T_s).
         erased: [M, C] that part of `written` which is an erase, scaled by exp(T_{t−1}).
@@ -287,7 +288,8 @@ class MatrixBackward:
         ws, gates, logs, at = self.ws, self.gates, self.logs, slice(len(self.X) - 1, len(self.X))
         W, S, W_init = (None if t is None else t[at] for t in self.matrix)
         assert W is not None
-        logs.read = logs.read + ws.dot(kept.moved, g_o).sum((0, 3))
+        moved = kept.o if kept.start is None else ws("moved", torch.sub, kept.o, kept.start)
+        logs.read = logs.read + ws.dot(moved, g_o).sum((0, 3))
         scores = ws("scores", torch.mul, kept.raw, gates.P)
         self.g_A = ws.add_bmm(self.g_A, scores.mT, g_o, at=at)
         g_scores = ws.bmm(g_o, (self.A[at] * self.rate).mT, "g_scores")
@@ -317,16 +319,19 @@ class MatrixBackward:
 def evaluate_backward(
     m1: MatrixBackward, m2: MatrixBackward, name: str, at: slice, x: Tensor, kept: Evaluated, g_y: Tensor
 ) -> Tensor:
-    """Through `evaluate` of the memories `at`: the gradient to x, in the place of that to y."""
+    """Through `evaluate` of the memories `at`: the gradient to x, in the place of that to y.
+
+    Overwrites the buffers `name` and "g_z `name`".
+    """
     ws = m1.ws
     # y = r / max(‖r‖, 1), r = x + W1 u: the part along y is lost where r was longer
     along = ws.dot(kept.y, g_y).mul_(kept.f_y < 1)
     g_r = g_y.addcmul_(kept.y, along, value=-1).mul_(kept.f_y)
     low = ws.low(f"g_r {name}", g_r)
-    u = ws(f"u {name}", silu, kept.z).mul_(kept.f)
+    u = ws(name, silu, kept.z).mul_(kept.f)
     m1.g_W = ws.add_bmm(m1.g_W, low.mT, u, at=at)
-    g_u = ws.bmm(low, m1.low_W[at], f"g_u {name}")
-    g_z, _ = through_hidden(ws, f"g_u {name}", g_u, u, kept.z, kept.f)
+    g_u = ws.bmm(low, m1.low_W[at], f"g_z {name}")
+    g_z, _ = through_hidden(ws, f"g_z {name}", g_u, u, kept.z, kept.f)
     low = ws.low(f"g_z {name}", g_z)
     m2.g_W = ws.add_bmm(m2.g_W, low.mT, x, at=at)
     return ws.add_bmm(g_r, low, m2.low_W[at])
@@ -352,7 +357,7 @@ def slopes(ws: Scratch, kept: Written) -> Slopes:
     h.addcmul_(h, s, value=-1)  # z s (1 − s)
     second = slope.mul_(2).add_(h).addcmul_(h, s, value=-2)  # s (1 − s) (2 + z (1 − 2 s))
     first = s.add_(h)  # s + z s (1 − s)
-    across = ws("across", torch.addcmul, kept.g, u, kept.along, value=-1)
+    across = ws("g_z u", torch.addcmul, kept.g, u, kept.along, value=-1)
     direction = ws("direction", torch.mul, across, first).mul_(f * kept.clip)
     return Slopes(u, first, second, across, direction)
 
