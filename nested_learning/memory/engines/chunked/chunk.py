@@ -135,9 +135,8 @@ def gates_backward(system: MemorySystem, gates: Gates, logs: Logs) -> Tensor:
         P_C, M_C, Gamma_C = (D[:, -1].unsqueeze(-1) for D in (gates.P, Mu, Gamma))  # [M, C, 1]
         # P_ts = e^(T_t) Σ_r e^(U_r − T_r) e^(−U_s) and c_t = e^(T_t) Σ_r e^(U_r − T_r). Besides reads at t
         # and the writes at s there is what passes from the momentum into the weights at r:
-        carried = (torch.bmm(Gamma.mT, logs.P[0]) * Mu).sum(-1, keepdim=True) + m * torch.bmm(
-            Gamma.mT, logs.c
-        )
+        carried = (torch.bmm(Gamma.mT, logs.P[0]) * Mu).sum(-1, keepdim=True)
+        carried = carried + m * torch.bmm(Gamma.mT, logs.c)
         carried = (carried + Gamma_C * (torch.bmm(Mu, logs.P_C) + m * logs.c_C)).squeeze(-1)
         # The writes once more from what `carried` is made of, as where μ is small the two nearly cancel.
         written = (logs.P[0] * gates.P).sum(-2) + (P_C * logs.P_C + M_C * logs.M_C).squeeze(-1)
