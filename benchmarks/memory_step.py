@@ -50,7 +50,7 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
     x = torch.randn(shape["batch"], shape["tokens"], shape["width"], requires_grad=True)
     for a, b in zip(slopes(layer, x), generic_slopes(layer, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
-    works = {"fused": lambda: slopes(layer, x), "generic": lambda: generic_slopes(layer, x)}
+    works = {"chunked": lambda: slopes(layer, x), "generic": lambda: generic_slopes(layer, x)}
     seconds = interleaved(works, repeats)
     rows = [
         {

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.ops.context import traced
-from nested_learning.ops.norm import UNIT_FLOOR, scale_rows
+from nested_learning.ops.norm import UNIT_FLOOR
 
 # Numbers of one block and thread: a few tensors of this size stay in a core's caches.
 BLOCK = 131_072
@@ -93,7 +93,7 @@ def _plain_heads(
         z = causal_conv(z, weight)
     h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     parts = [
-        scale_rows(part, UNIT_FLOOR**2, 0.0)[0] if wanted else part
+        part * (part.square().sum(-1, keepdim=True) + UNIT_FLOOR**2).rsqrt() if wanted else part
         for part, wanted in zip(h.unbind(2), heads.unit, strict=True)
     ]
     return tuple(part.transpose(1, 2) for part in parts)

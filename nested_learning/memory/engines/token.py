@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nested_learning.memory.fused import self_modifying
+from nested_learning.memory.engines import chunked
 from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
@@ -31,7 +31,7 @@ class TokenWrite(NamedTuple):
 def can_run(system: MemorySystem, call: Call) -> bool:
     """Self-modifying Titans without gradients, a token at a time."""
     plain = not (call.grad or call.compiling or call.checked)
-    return call.one_token and plain and self_modifying.covers(system)
+    return call.one_token and plain and bool(system.generated) and chunked.covers(system)
 
 
 def run(

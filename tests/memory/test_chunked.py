@@ -1,47 +1,50 @@
-"""The fused run of whole chunks against the generic step: values, every gradient, second derivatives.
+"""The chunk algebra against the generic step: values, every gradient, second derivatives.
 
 Both are checked against an independent oracle in tests/layers; here is asserted that its cases reach both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from nested_learning.layers import SelfModifyingTitans, Titans
-from nested_learning.memory import fused
-from nested_learning.memory.fused import scratch
+from nested_learning.memory import engine, engines
+from nested_learning.memory.engines import chunked
+from nested_learning.memory.engines.chunked import scratch
 from tests.layers import test_memory_layer_vs_oracle as oracle
 
 TOLERANCE = 1e-12
 
 
 @pytest.fixture
-def fused_runs(monkeypatch):
-    """A list that grows by the number of tokens of each fused run."""
+def chunked_runs(monkeypatch):
+    """A list that grows by the number of tokens of each run."""
     runs: list[int] = []
-    run = fused.run
+    run = chunked.run_chunks
 
-    def spy(system, initial, weights, inputs, *others):
+    def spy(system, initial, state, inputs, how):
         runs.append(inputs.paths["k"].shape[2])
-        return run(system, initial, weights, inputs, *others)
+        return run(system, initial, state, inputs, how)
 
-    monkeypatch.setattr(fused, "run", spy)
+    monkeypatch.setattr(chunked, "run_chunks", spy)
     return runs
 
 
 @pytest.fixture
 def generic(monkeypatch):
-    """A function that calls another with the fused run switched off."""
+    """A function that calls another with the chunk algebra switched off."""
 
     def call(f, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "supports", lambda *_: False)
+            patch.setattr(engine, "choose", lambda *_: engines.generic)
             return f(*args, **kwargs)
 
     return call
@@ -116,27 +119,27 @@ KINDS = pytest.mark.parametrize("kind", [SelfModifyingTitans, Titans])
 
 
 @pytest.mark.parametrize(("rows", "tokens", "options"), SHAPES)
-def test_equals_the_generic_step(rows, tokens, options, fused_runs, generic):
+def test_equals_the_generic_step(rows, tokens, options, chunked_runs, generic):
     layer = build(**options)
     x = batch(layer, rows, tokens)
     expected = generic(results, layer, x)
-    assert not fused_runs
+    assert not chunked_runs
     actual = results(layer, x)
     size = layer.system.chunk_size
-    assert fused_runs == [tokens // size * size]
+    assert chunked_runs == [tokens // size * size]
     assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}], ids=str)
-def test_equals_the_oracle(options, fused_runs):
+def test_equals_the_oracle(options, chunked_runs):
     oracle.compare(oracle.Case(tokens=11, **options))
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_titans_equals_the_oracle(scaled, fused_runs):
+def test_titans_equals_the_oracle(scaled, chunked_runs):
     oracle.compare(oracle.Case(tokens=11, rule="gd", projection=None, momentum=True, momentum_scaled=scaled))
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
 
 
 @pytest.mark.parametrize("bias", [-300.0, -60.0, 30.0])
@@ -196,47 +199,47 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
-def test_other_systems_take_the_generic_step(options, fused_runs):
+def test_other_systems_take_the_generic_step(options, chunked_runs):
     layer = build(**options)
     outputs(layer, batch(layer, 2, 8))
-    assert not fused_runs
+    assert not chunked_runs
 
 
 @KINDS
-def test_other_calls_take_the_generic_step(kind, fused_runs):
+def test_other_calls_take_the_generic_step(kind, chunked_runs):
     layer = build(kind=kind)
     x = batch(layer, 2, 8)
     mask = torch.ones(2, 8, dtype=torch.bool)
     layer(x, mask=mask)
     layer(x[:, :3])
-    assert not fused_runs
+    assert not chunked_runs
     _, state = layer(x)
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
     layer(x[:, :5], state=state)
     layer(x[:, :1], state=state)
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
 
 
 @KINDS
-def test_without_gradients(kind, fused_runs):
+def test_without_gradients(kind, chunked_runs):
     layer = build(kind=kind)
     x = batch(layer, 2, 13)
     with torch.no_grad():
         actual = outputs(layer, x)
-    assert fused_runs == [12]
+    assert chunked_runs == [12]
     assert not any(t.requires_grad for t in actual.values())
     assert_same(actual, {name: t.detach() for name, t in outputs(layer, x).items()}, 0.0)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @KINDS
-def test_surprise(kind, mode, fused_runs, generic):
+def test_surprise(kind, mode, chunked_runs, generic):
     layer = build(kind=kind)
     x = batch(layer, 2, 13)
     with mode():
         expected = generic(layer, x, return_surprise=True)[2]
         actual = layer(x, return_surprise=True)[2]
-    assert fused_runs == [12]
+    assert chunked_runs == [12]
     assert not actual.requires_grad
     assert_same({"surprise": actual}, {"surprise": expected})
 
@@ -296,7 +299,7 @@ def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in(ki
 
 
 @KINDS
-def test_second_derivatives_by_finite_differences(kind, fused_runs):
+def test_second_derivatives_by_finite_differences(kind, chunked_runs):
     layer = build(kind=kind, hidden_size=4, chunk_size=2, conv_size=0)
     parameters = dict(layer.named_parameters())
 
@@ -307,11 +310,11 @@ def test_second_derivatives_by_finite_differences(kind, fused_runs):
     inputs = (batch(layer, 1, 4), *(layer.initial[name].detach().requires_grad_() for name in ("W1", "W2")))
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
-    assert fused_runs
+    assert chunked_runs
 
 
 @KINDS
-def test_second_derivatives_equal_the_generic_ones(kind, fused_runs, generic):
+def test_second_derivatives_equal_the_generic_ones(kind, chunked_runs, generic):
     layer = build(kind=kind)
     x = batch(layer, 2, 8)
     leaves = [x, *layer.parameters()]
@@ -322,7 +325,7 @@ def test_second_derivatives_equal_the_generic_ones(kind, fused_runs, generic):
         return {str(i): g for i, g in enumerate(found)}
 
     actual = penalty()
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
     assert_same(actual, generic(penalty), 1e-10)
 
 
@@ -339,14 +342,14 @@ def test_under_checkpointing(kind, generic):
 
 
 @KINDS
-def test_functional_transforms_take_the_generic_step(kind, fused_runs):
+def test_functional_transforms_take_the_generic_step(kind, chunked_runs):
     layer = build(kind=kind)
     x = batch(layer, 2, 8).detach()
     slope = torch.func.grad(lambda x: layer(x)[0].square().sum())(x)
-    assert not fused_runs
+    assert not chunked_runs
     leaf = x.clone().requires_grad_()
     layer(leaf)[0].square().sum().backward()
-    assert fused_runs == [8]
+    assert chunked_runs == [8]
     assert_same({"x": slope}, {"x": leaf.grad})
 
 
@@ -369,7 +372,7 @@ LOW = pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 
 @KINDS
 @LOW
 @pytest.mark.parametrize("how", ["module in bfloat16", "autocast"])
-def test_factors_in_bfloat16(kind, options, how, fused_runs):
+def test_factors_in_bfloat16(kind, options, how, chunked_runs):
     """Rounding the factors of products moves every output and gradient by its own size, and no further."""
     if kind is Titans:
         options = {"expansion": options.get("expansion", 1.0)}
@@ -382,7 +385,7 @@ def test_factors_in_bfloat16(kind, options, how, fused_runs):
     else:
         found = results(low.bfloat16(), x.detach().bfloat16().requires_grad_())
     expected = results(exact, x)
-    assert fused_runs == [64, 64]
+    assert chunked_runs == [64, 64]
     assert all(found[name].dtype == torch.float32 for name in found if name.endswith("after"))
     for name, value in expected.items():
         off = ((found[name].float() - value).norm() / value.norm()).item()
@@ -400,8 +403,8 @@ def test_only_the_factors_are_rounded(kind, monkeypatch):
     assert_same(results(layer, x), expected, 1e-5)
 
 
-def _always_by_factors(self, like, operands=None):
-    self._like, self._operands, self._buffers = like, like.dtype, {}
+def _always_by_factors(self, dtype, operands=None, reuse=True):
+    self._dtype, self._operands, self._reuse, self._buffers = dtype, dtype, reuse, {}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -431,3 +434,73 @@ def test_single_tokens_without_gradients(options, masked):
     assert with_gradients.keys() == without.keys()
     for name, expected in with_gradients.items():
         torch.testing.assert_close(without[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.fixture
+def functional(monkeypatch):
+    """A function that calls another with every result of the chunk algebra a new tensor."""
+
+    class Functional(scratch.Scratch):
+        def __init__(self, dtype, operands=None):
+            super().__init__(dtype, operands, reuse=False)
+
+    def call(f, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(chunked, "Scratch", Functional)
+            return f(*args)
+
+    return call
+
+
+FORMS = [
+    {},
+    {"adaptive_q": True, "expansion": 2.0},
+    {"kind": Titans},
+    {"kind": Titans, "momentum_scaled": False},
+]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_without_buffers(options, functional):
+    layer = build(**options)
+    x = batch(layer, 2, 12)
+    assert_same(functional(results, layer, x), results(layer, x), 1e-13)
+
+
+class _Recorded(Exception):
+    """Ends a run at the call that was to be recorded."""
+
+
+def chunk_call(monkeypatch, name: str, layer: torch.nn.Module) -> tuple[Any, tuple[Any, ...]]:
+    """One of the two functions of a chunk, and the arguments it got for the second chunk, without buffers."""
+    function, calls = getattr(chunked, name), []
+
+    def record(ws, *arguments):
+        calls.append((scratch.Scratch(torch.float64, reuse=False), *arguments))
+        if len(calls) == 2:
+            raise _Recorded
+        return function(*calls[-1])
+
+    with monkeypatch.context() as patch, contextlib.suppress(_Recorded):
+        patch.setattr(chunked, name, record)
+        results(layer, batch(layer, 2, 12))
+    return function, calls[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["forward_chunk", "backward_chunk"])
+@pytest.mark.parametrize("options", [{"adaptive_q": True}, {"kind": Titans}], ids=str)
+def test_one_graph_without_buffers(options, name, backend, monkeypatch):
+    """A compiler can follow a chunk from end to end, and it changes none of its arguments."""
+    function, arguments = chunk_call(monkeypatch, name, build(**options))
+    torch.compiler.reset()
+    given = [t for t in pytree.tree_leaves(arguments[2:]) if isinstance(t, Tensor)]
+    before = [t.clone() for t in given]
+    with torch.no_grad():
+        expected = function(*arguments)
+        actual = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(given, before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.compiler.reset()
