@@ -2,9 +2,9 @@
 
 - `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
   each layer equals a float64 copy of itself that is fed token by token.
-- `compile`: memories without a fused run, forward + backward, plainly and with `set_compile_step`, and the
-  seconds that the first pass takes with it. It needs a C++ compiler, and minutes. A gate first: both give
-  the same.
+- `compile`: memories that no engine is written out for, forward + backward, plainly and with
+  `set_compile_step`, and the seconds that the first pass takes with it. It needs a C++ compiler, and minutes.
+  A gate first: both give the same.
 
 `--only NAME ...` chooses mixers. With `--against FOLDER` the mixers here against those of another commit, in
 both passes.
@@ -25,7 +25,7 @@ from nested_learning.layers import MIXERS, set_compile_step
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
-UNFUSED = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
+GENERIC = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
 
 
 def checked_mixers(shape: dict[str, int], only: list[str] | None) -> dict[str, torch.nn.Module]:
@@ -66,7 +66,7 @@ def compiling(shape: dict[str, int], repeats: int, only: list[str] | None) -> di
     torch.manual_seed(0)
     x = cases.inputs(shape)
     rows = []
-    for name in (name for name in UNFUSED if only is None or name in only):
+    for name in (name for name in GENERIC if only is None or name in only):
         plain = cases.mixer(name, shape)
         compiled = copy.deepcopy(plain)
         set_compile_step(compiled, True)
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--only", nargs="+", metavar="NAME", help="these mixers alone")
     against.add_option(options)
     given = options.parse_args(arguments)
-    known = sorted(set(MIXERS) - {"memory"}) if given.question == "mixers" else UNFUSED
+    known = sorted(set(MIXERS) - {"memory"}) if given.question == "mixers" else GENERIC
     for name in given.only or ():
         if name not in known:
             options.error(f"argument --only: unknown mixer {name!r}; known: {', '.join(known)}")

@@ -1,6 +1,6 @@
 """A set of associative memories as data: architecture, objective, rule, retention, schedule.
 
-A sequence layer is one `MemorySystem`. A new model is a new value of it, not a new scan.
+A sequence layer is one `MemorySystem`. A new model is a new value of it, not a new loop.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ class HopeConfig(PreTrainedConfig):
             without gradients; with gradients all segments' activations are kept all the same, and several
             short passes take longer than a long one.
         recompute: "chunk" lets the memory layers keep little for the backward pass and compute the chunks
-            there again; see `layers.memory_layer.set_recompute`. None keeps everything. Changes no result.
-        compile_step: run the step of memories without a fused run through torch.compile; see
-            `layers.memory_layer.set_compile_step`.
+            there again; see `layers.set_recompute`. None keeps everything. Changes no result.
+        compile_step: run the step of memories without a written-out engine through torch.compile; see
+            `layers.set_compile_step`.
         pad_token_id, bos_token_id, eos_token_id: None where there is none.
 
     Raises:
