@@ -54,7 +54,7 @@ class Scratch:
     def _rounded(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b [n, rows, columns] with rounded factors, in their dtype; the next product overwrites it."""
         factors = []
-        for side, x in (("left", a.flatten(0, -3)), ("right", b.flatten(0, -3))):
+        for side, x in (("left", _batch(a)), ("right", _batch(b))):
             rounded = x.dtype == self._operands
             factors.append(x if rounded else self._cast((side, x.shape, x.stride()), x, self._operands))
         a, b = factors
@@ -68,10 +68,10 @@ class Scratch:
             if name is None:
                 return product.to(self._dtype, copy=True)
             return self._cast(name, product, self._dtype)
-        a, b = a.flatten(0, -3), b.flatten(0, -3)
+        a, b = _batch(a), _batch(b)
         buffer = self._buffers.get(name)
         if buffer is not None:
-            torch.bmm(a, b, out=buffer.flatten(0, -3))
+            torch.bmm(a, b, out=_batch(buffer))
             return buffer
         product = torch.bmm(a, b).view(shape)
         if self._reuse and name is not None:
@@ -86,13 +86,13 @@ class Scratch:
         The sum is taken inside the product, or outside of rounded factors.
         """
         part = base if at is None else base[at]
-        flat = part.flatten(0, -3)
+        flat = _batch(part)
         if self._operands is not None:
             product = self._rounded(a, b)
             total = flat.add_(product, alpha=alpha) if self._reuse else flat.add(product, alpha=alpha)
         else:
             add = flat.baddbmm_ if self._reuse else flat.baddbmm
-            total = add(a.flatten(0, -3), b.flatten(0, -3), alpha=alpha)
+            total = add(_batch(a), _batch(b), alpha=alpha)
         if self._reuse:
             return base
         total = total.view(part.shape)
@@ -101,3 +101,8 @@ class Scratch:
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """⟨a, b⟩ along the last dimension, kept: a new tensor."""
         return self(("dot", a.shape), torch.mul, a, b).sum(-1, keepdim=True)
+
+
+def _batch(x: Tensor) -> Tensor:
+    """[n, M, rows, columns] -> [n·M, rows, columns]; one memory alone is a cheaper case."""
+    return x.squeeze(0) if len(x) == 1 else x.flatten(0, 1)
