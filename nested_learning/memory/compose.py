@@ -10,7 +10,7 @@ from typing import Any
 from nested_learning._errors import unknown
 from nested_learning.memory.architecture import ARCHITECTURES, Architecture
 from nested_learning.memory.objective import OBJECTIVES, Dot, Lp, Objective
-from nested_learning.memory.retention import Decay, Form, Retention
+from nested_learning.memory.retention import DecayName, Form, Retention
 from nested_learning.memory.system import (
     Gradient,
     MemorySystem,
@@ -31,7 +31,7 @@ def compose(
     objective: str = "l2",
     p: float | None = None,
     rule: RuleName = "gd",
-    decay: Decay = "gated",
+    decay: DecayName = "gated",
     form: Form = "linear",
     q: float | None = None,
     gradient: Gradient = "anchor",
@@ -169,7 +169,7 @@ def _objective(name: str, p: float | None, rule: RuleName) -> Objective:
     return OBJECTIVES[name]()
 
 
-def _retention(decay: Decay, form: Form, q: float | None) -> Retention:
+def _retention(decay: DecayName, form: Form, q: float | None) -> Retention:
     if q is None:
         return Retention(decay=decay, form=form)
     if form != "lq":

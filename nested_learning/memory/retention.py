@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Decay = Literal["none", "constant", "gated"]
+DecayName = Literal["none", "constant", "gated"]
 Form = Literal["linear", "lq", "kl"]
 # Keeps ‖A‖^(q−2) away from zero: as A fades, A / ‖A‖^(q−2) would grow without bound.
 _LEAST_NORM = 0.1
@@ -28,7 +28,7 @@ class Retention:
         q: exponent of "lq", at least 2.
     """
 
-    decay: Decay = "gated"
+    decay: DecayName = "gated"
     form: Form = "linear"
     q: float = 4.0
 

@@ -41,12 +41,12 @@ class MatrixRule:
     clip: float | None = None
 
 
-Rule = Mapping[str, MatrixRule]  # per weight matrix
+LearningRule = Mapping[str, MatrixRule]  # per weight matrix
 
 
 def learning_rule(
     architecture: Architecture, objective: Objective, rule: RuleName, retention: Retention | None = None
-) -> Rule:
+) -> LearningRule:
     """How each matrix of a memory learns (spec section 3, "The rule inside the MLP").
 
     Args:
@@ -114,7 +114,7 @@ class MemorySystem:
     """
 
     architecture: Architecture = field(default_factory=ResidualMLP)
-    rule: Rule = field(hash=False)
+    rule: LearningRule = field(hash=False)
     retention: Retention = field(default_factory=Retention)
     gradient: Gradient = "anchor"
     rate: Rate = "gated"

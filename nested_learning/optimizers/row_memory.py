@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+RowObjective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 DEFAULT_WIDTH = 64
 
@@ -87,4 +87,4 @@ def surrogate(answer: Tensor, value: Tensor, previous: Tensor | None) -> Tensor:
     return loss
 
 
-OBJECTIVES: dict[str, Objective] = {"dot": dot, "l2": l2, "surrogate": surrogate}
+OBJECTIVES: dict[str, RowObjective] = {"dot": dot, "l2": l2, "surrogate": surrogate}

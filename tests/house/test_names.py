@@ -10,16 +10,23 @@ from pathlib import Path
 
 from tests.house.imports import ROOT, modules
 
-# Class names that two modules define, each with the reason.
+# Names of classes and types that two modules define, each with the reason.
 SHARED: dict[str, str] = {}
 # Openings that leave out the noun: "Of the weights." for "Standard deviation of the weights."
 NO_NOUN = re.compile(r"(Of|What|Those|That of|The same)\b")
 
 
 def classes(path: Path) -> set[str]:
-    """Names of all classes that a module defines."""
+    """Names of all classes and type aliases (CamelCase names set at the top) that a module defines."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    set_at_top = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and re.match(r"_?[A-Z][a-z]", target.id)
+    }
+    return set_at_top | {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:

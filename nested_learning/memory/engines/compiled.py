@@ -15,8 +15,8 @@ from nested_learning.memory.running import Boundaries, Call, How, Inputs, Memory
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
 
-Backend = str | Callable[..., Any]
-BACKEND: Backend = "inductor"
+Compiler = str | Callable[..., Any]
+BACKEND: Compiler = "inductor"
 _broken = False  # once compiling has failed
 
 
@@ -38,8 +38,8 @@ def run(
 
 
 @cache
-def _compiled(take: generic.Step, backend: Backend) -> generic.Step:
-    return torch.compile(take, dynamic=False, backend=backend)
+def _compiled(take: generic.StepFunction, compiler: Compiler) -> generic.StepFunction:
+    return torch.compile(take, dynamic=False, backend=compiler)
 
 
 def compiled_step(

@@ -24,7 +24,7 @@ from nested_learning.ops.delta_rule.chunk import Chunk, Decay
 from nested_learning.ops.norm import clip_norm
 
 # y [B, H, C, d], current weights, momentum, surprise [B, C] of a step.
-Step = Callable[..., tuple[Tensor, Weights, Weights | None, Tensor | None]]
+StepFunction = Callable[..., tuple[Tensor, Weights, Weights | None, Tensor | None]]
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
@@ -39,7 +39,7 @@ def run(
     inputs: Inputs,
     boundaries: Boundaries,
     how: How,
-    step_by: Step | None = None,
+    step_by: StepFunction | None = None,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
     """All tokens of a run: y [B, H, T, d], the state after them, and the surprise [B, T] if wanted.
 
@@ -70,7 +70,7 @@ def run(
 def step(
     system: MemorySystem, initial: Weights, state: MemoryState, inputs: Inputs, want_surprise: bool
 ) -> tuple[Tensor, Weights, Weights | None, Tensor | None]:
-    """C tokens that lie within one chunk of every memory; results as `Step` has them.
+    """C tokens that lie within one chunk of every memory; results as `StepFunction` has them.
 
     Signals, targets and gradients come from the anchor; the weights move on from `current` token by token,
     exactly, by the delta-rule recurrence (spec section 4). Where the retention is not linear, both hold what

@@ -20,8 +20,8 @@ from torch import Tensor
 from nested_learning.memory.engines.chunked.memory import (
     ChunkGates,
     Evaluated,
+    MatrixRead,
     Momentum,
-    Read,
     WeightMatrix,
     Written,
     end,
@@ -83,9 +83,9 @@ class Kept(NamedTuple):
     gates: ChunkGates
     targets: Evaluated | None
     written: Written
-    read2: Read
+    read2: MatrixRead
     f_q: Tensor  # [1, M, C, 1]
-    read1: Read
+    read1: MatrixRead
 
 
 def gates_of(system: MemorySystem, logits: Tensor) -> ChunkGates:

@@ -73,7 +73,7 @@ class Written(NamedTuple):
     inverse: Tensor | None  # [N, M, C, C] of the delta rule's triangular system
 
 
-class Read(NamedTuple):
+class MatrixRead(NamedTuple):
     """The answer of one matrix to the queries, and tensors that its gradient needs."""
 
     o: Tensor  # [1, M, C, out] W_t x_t
@@ -161,7 +161,7 @@ def write(
     return Written(z, f, error, g, along, clip, A, inverse), u, gradient.mul_(gates.eta * clip)
 
 
-def read(ws: Scratch, gates: ChunkGates, matrix: WeightMatrix, x: Tensor, X: Tensor, A: Tensor) -> Read:
+def read(ws: Scratch, gates: ChunkGates, matrix: WeightMatrix, x: Tensor, X: Tensor, A: Tensor) -> MatrixRead:
     """o_t = W_t x_t after each token's write, of the last memory; x [1, M, C, in]."""
     W, S, W_init = (None if t is None else t[-1:] for t in matrix)
     assert W is not None
@@ -175,7 +175,7 @@ def read(ws: Scratch, gates: ChunkGates, matrix: WeightMatrix, x: Tensor, X: Ten
         o.lerp_(start, 1 - gates.gamma)
     if S is not None and gates.momentum is not None:
         o.addcmul_(ws.bmm(low, S.mT, ("S x", S.shape)), gates.momentum.c)
-    return Read(ws.add_bmm(o, ws("scores", torch.mul, raw, gates.P), A[-1:]), start, raw)
+    return MatrixRead(ws.add_bmm(o, ws("scores", torch.mul, raw, gates.P), A[-1:]), start, raw)
 
 
 def end(

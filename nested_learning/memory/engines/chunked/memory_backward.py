@@ -21,7 +21,7 @@ from torch import Tensor
 from nested_learning.memory.engines.chunked.memory import (
     ChunkGates,
     Evaluated,
-    Read,
+    MatrixRead,
     WeightMatrix,
     Written,
     silu,
@@ -125,7 +125,7 @@ class MatrixBackward:
         # From the second chunk on g_W is this buffer already, and scaled in place; g_S and g_W_init likewise.
         self.g_W = ws(f"g_W{name}", torch.mul, self.g_W, gamma)
 
-    def read(self, x: Tensor, kept: Read, g_o: Tensor) -> Tensor:
+    def read(self, x: Tensor, kept: MatrixRead, g_o: Tensor) -> Tensor:
         """Through `read`, which is of the last memory: the gradient to the queries x [1, M, C, in].
 
         o = γ (W − W_init) x + W_init x + c S x + (raw ⊙ P) A with raw = x Xᵀ.
