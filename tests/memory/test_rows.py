@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from nested_learning.layers.memory import layer as memory_layer
-from nested_learning.layers.registry import build_mixer
+from nested_learning.layers.registry import MIXERS, build_mixer
 
 
 def run(layer, x, mask, state=None):
@@ -42,8 +44,15 @@ def test_groups_change_nothing(name, padded, monkeypatch):
     assert after.nbytes() == state.nbytes()  # what is held once stays so
 
 
-def test_no_rows():
-    layer = build_mixer("titans", 8, 2, {"chunk_size": 4})
-    y, state = layer(torch.zeros(0, 4, 8))
-    assert y.shape == (0, 4, 8)
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"memory"}))
+def test_no_rows(name):
+    known = inspect.signature(MIXERS[name]).parameters
+    options = {option: 4 for option in ("chunk_size", "window") if option in known}
+    layer = build_mixer(name, 8, 2, options)
+    x = torch.zeros(0, 9, 8, requires_grad=True)
+    y, state = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 9, 8)
+    assert x.grad is not None
     assert all(len(t) == 0 for t in state.tensors())
+    assert layer(torch.zeros(0, 1, 8), state)[0].shape == (0, 1, 8)

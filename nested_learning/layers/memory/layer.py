@@ -274,7 +274,7 @@ class MemoryLayer(nn.Module):
         if self.gates_generated:
             return None, Readouts(torch.stack(weights).to(dtype), torch.stack(biases).to(dtype))
         logits = F.linear(x, torch.cat(weights), torch.cat(biases)).to(dtype)  # [B, C, gates · H]
-        return logits.unflatten(-1, (len(gates), -1)).permute(2, 0, 3, 1), None
+        return logits.unflatten(-1, (len(gates), self.num_heads)).permute(2, 0, 3, 1), None
 
     # Where the tokens stand, what they start from -----------------------------------------------------------
 

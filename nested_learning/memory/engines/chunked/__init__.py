@@ -200,11 +200,11 @@ def _matrices(given: Sequence[Any], W2_init: Tensor) -> tuple[WeightMatrix, Weig
     return WeightMatrix(W1, S1), WeightMatrix(W2, S2, W2_init)
 
 
-def _batch_first(matrices: tuple[WeightMatrix, WeightMatrix], batch: int) -> tuple[Any, ...]:
-    """W1, W2, S1 and S2 as [B, N, H, ...]."""
+def _batch_first(matrices: tuple[WeightMatrix, WeightMatrix], shape: tuple[int, int]) -> tuple[Any, ...]:
+    """W1, W2, S1 and S2 as [B, N, H, ...], where `shape` is (B, H)."""
     m1, m2 = matrices
     return tuple(
-        None if t is None else t.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+        None if t is None else t.unflatten(1, shape).transpose(0, 1).contiguous()
         for t in (m1.W, m2.W, m1.S, m2.S)
     )
 
@@ -241,7 +241,7 @@ def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]
         if kept is not None:
             kept.append(chunk._replace(W2=chunk.W2._replace(W_init=None)))
         del chunk  # the next takes its memory, where nothing keeps it
-    return y, *_batch_first((W1, W2), B), surprise
+    return y, *_batch_first((W1, W2), (B, H)), surprise
 
 
 def backward(
@@ -280,7 +280,7 @@ def backward(
         g_gates = logits, None, None
     else:
         g_gates = None, g_readout.squeeze(-2).unflatten(1, (B, H)).sum(1), logits.sum((1, 3))
-    g_W1, g_W2, g_S1, g_S2 = _batch_first(g, B)
+    g_W1, g_W2, g_S1, g_S2 = _batch_first(g, (B, H))
     assert g[1].W_init is not None
     g_W2_init = g[1].W_init.unflatten(1, (B, H)).sum(1)
     return Given(g_W1, g_W2, g_S1, g_S2, g_W2_init, g_k, g_v, g_q, *g_gates)
