@@ -55,7 +55,7 @@ class Context:
         return Context(tuple((k[..., :length, :], v[..., :length, :]) for k, v in self.layers if length))
 
     def to(self, dtype: torch.dtype) -> Context:
-        """These keys and values in another precision."""
+        """Context of equal keys and values in another precision."""
         return Context(tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.layers))
 
     def open(self) -> Cache:

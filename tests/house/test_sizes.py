@@ -12,14 +12,17 @@ LONGEST_FUNCTION = 60
 
 
 def functions() -> Iterator[tuple[int, str, str]]:
-    """(lines, where, docstring) of every function and method; the docstring does not count as lines."""
+    """(lines, where, docstring) of every function and method, its signature and docstring included."""
     for path in modules().values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 text = ast.get_docstring(node, clean=False) or ""
                 assert node.end_lineno is not None
-                lines = node.end_lineno - node.lineno + 1 - (text.count("\n") + 1 if text else 0)
-                yield lines, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", text
+                yield (
+                    node.end_lineno - node.lineno + 1,
+                    f"{path.relative_to(ROOT)}:{node.lineno} {node.name}",
+                    text,
+                )
 
 
 def test_files():

@@ -64,7 +64,7 @@ class HopeModel(HopePreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> HopeModelOutput:
-        """Run the blocks over new tokens.
+        """Run the blocks over new tokens. Long: it describes every argument that callers of transformers pass.
 
         Args:
             input_ids: [B, T] int; or `inputs_embeds` [B, T, D] instead.
@@ -249,6 +249,8 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         token_type_ids: Tensor | None = None,
     ) -> HopeCausalLMOutput:
         """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
+
+        Long: it names every argument of `HopeModel.forward` and hands them on.
 
         Args:
             labels: [B, T] int, unshifted: label t + 1 is compared with logits t; −100 is not counted. The

@@ -212,6 +212,8 @@ def write_backward(
 ) -> Tensor:
     """Through `write`: the gradient to the residual v̂ − k, in the place of that to W1's writes.
 
+    Long: one derivation, of which every line needs those above it.
+
     Args:
         residual: as `write` took it, for the delta rule; None for gradient descent.
     """
