@@ -64,7 +64,7 @@ class HopeModel(HopePreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> HopeModelOutput:
-        """Run the blocks over new tokens. Long: it describes every argument that callers of transformers pass.
+        """Run the blocks over new tokens. Long: it describes every argument that transformers passes.
 
         Args:
             input_ids: [B, T] int; or `inputs_embeds` [B, T, D] instead.

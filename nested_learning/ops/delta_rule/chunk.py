@@ -203,8 +203,8 @@ def chunked(
     """The recurrence of this package (spec section 4), exact, `chunk_size` tokens at a time.
 
     Leading dimensions are free and broadcast against each other; T need not be a multiple of `chunk_size`.
-    Differentiable in every tensor argument. Computes in the dtype it is given: pass float32 or float64. Long: it
-    describes eleven arguments.
+    Differentiable in every tensor argument. Computes in the dtype it is given: pass float32 or float64.
+    Long: it describes eleven arguments.
 
     Args:
         W0: [..., d_out, d_in] initial weights.
