@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -25,6 +24,7 @@ from nested_learning.training.config import OptimConfig, TrainConfig, require
 from nested_learning.training.config_file import read_yaml, to_dict
 from nested_learning.training.data import DataBundle, DataConfig, build_data
 from nested_learning.training.models import saved_folder
+from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, plot_losses, versions
 from nested_learning.training.run import Outcome, TrainingDiverged
 from nested_learning.training.run_folder import RunFolder, whole_folder, write_json
@@ -135,9 +135,9 @@ def adapt(
         OSError: the folder cannot be written.
         TrainingDiverged: a loss was NaN or infinite.
     """
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         raise ValueError(
-            f"adapt runs in one process, got {PartialState().num_processes}: each text is a sequence of "
+            f"adapt runs in one process, got {process_state().num_processes}: each text is a sequence of "
             "passes of its own, which processes cannot share yet"
         )
     folder = RunFolder(config.output)
@@ -147,7 +147,7 @@ def adapt(
     bundle = build_data(data, config.steps * config.batch_size)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32)
-    model.to(PartialState().device)
+    model.to(process_state().device)
     learner = stack_levels(model, levels=levels, gradient_checkpointing=config.gradient_checkpointing)
     if not resume:
         saved = {"config": to_dict(config), "levels": [level.describe() for level in learner.levels]}

@@ -15,7 +15,6 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +26,7 @@ from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte,
 from nested_learning.training.memory_probe import step_memory
 from nested_learning.training.models import model_config, new_model, preset_or_yaml
 from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 
 
@@ -143,7 +143,7 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
     Raises:
         ValueError: an unknown preset or key, or a text that does not fit.
     """
-    device = PartialState().device
+    device = process_state().device
     chosen = {name: preset_or_yaml(name) for name in config.models}
     runs: list[dict[str, Any]] = []
     for seed in config.seeds:

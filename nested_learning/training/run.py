@@ -25,6 +25,7 @@ from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainC
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
+from nested_learning.training.process import process_state
 from nested_learning.training.results import write_results
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, split_batch, trainer_arguments
@@ -69,7 +70,7 @@ def train(
         OSError: the folder cannot be written.
         TrainingDiverged: a loss was NaN or infinite. The state before that step is the last checkpoint.
     """
-    process = PartialState()
+    process = process_state()
     folder = RunFolder(config.output)
     if process.is_main_process:
         folder.check(resume=resume, overwrite=overwrite)

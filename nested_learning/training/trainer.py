@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -26,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.process import process_state
 from nested_learning.training.run_folder import RunFolder
 
 
@@ -71,7 +71,7 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
         output_dir=str(folder.checkpoints),
         max_steps=config.steps,
         max_grad_norm=config.optim.max_grad_norm,
-        use_cpu=PartialState().device.type == "cpu",  # said outright, or bf16 is refused there
+        use_cpu=process_state().device.type == "cpu",  # said outright, or bf16 is refused there
         bf16=config.precision == "bf16",
         activation_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="sequential",  # the dataset is in the order to be trained on

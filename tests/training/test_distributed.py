@@ -44,3 +44,19 @@ def test_two_processes_give_the_losses_of_one(tiny, tmp_path, preset):
         for curve in ("train", "validation"):
             expected = [loss for _, loss in one["losses"][curve]]
             assert [loss for _, loss in other["losses"][curve]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_processes_on_cpus_know_each_other(tmp_path):
+    """Also before there is a Trainer: one alone clears the folder and fixes the number of steps."""
+    script = tmp_path / "who.py"
+    script.write_text(
+        "from nested_learning.training.process import process_state\n"
+        "p = process_state()\n"
+        "said = f'{p.num_processes} {p.is_main_process}'\n"
+        f"open(r'{tmp_path}/' + str(p.process_index), 'w').write(said)\n"
+        "p.destroy_process_group()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*TORCHRUN, str(script)], env=environment, timeout=300, check=True)
+    assert (tmp_path / "0").read_text() == "2 True"
+    assert (tmp_path / "1").read_text() == "2 False"
