@@ -70,6 +70,8 @@ def check(command: str) -> None:
         SystemExit: the parser refuses it.
     """
     words = shlex.split(command, comments=True)
+    # The folder that `git worktree add ../before COMMIT` makes is to be there: any checkout will do.
+    words = [str(ROOT) if word == "../before" else word for word in words]
     if words[0] == "nested-learning":
         assert words[1] in COMMANDS, f"no command {words[1]!r}"
         raise SystemExit(main(words[1:]))
