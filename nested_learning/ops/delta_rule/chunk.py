@@ -17,7 +17,7 @@ from nested_learning.ops.delta_rule.triangular import solve_unit_lower
 
 # exp(-80) is zero beside 1 in float64 too; the bound keeps differences of cumulative sums finite when a
 # decay underflows to log 0 = -inf.
-_LOG_FLOOR = -80.0
+LOG_FLOOR = -80.0
 
 
 class Decay:
@@ -32,7 +32,7 @@ class Decay:
     """
 
     def __init__(self, log_decay: Tensor) -> None:
-        total = log_decay.clamp_min(_LOG_FLOOR).cumsum(-1)  # [..., C]
+        total = log_decay.clamp_min(LOG_FLOOR).cumsum(-1)  # [..., C]
         C = log_decay.shape[-1]
         future = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).triu(1)
         difference = total.unsqueeze(-1) - total.unsqueeze(-2)

@@ -41,8 +41,7 @@ from nested_learning.memory.engines.chunked.memory_backward import (
 )
 from nested_learning.memory.engines.chunked.scratch import Scratch
 from nested_learning.memory.system import MemorySystem
-
-LOG_FLOOR = -80.0  # that of ops.delta_rule.chunk.Decay
+from nested_learning.ops.delta_rule.chunk import LOG_FLOOR
 
 
 class ChunkInputs(NamedTuple):
