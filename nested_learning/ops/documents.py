@@ -1,0 +1,387 @@
+"""Documents in a row: several sequences end to end, read as rows of their own (spec section 8).
+
+Longest first, and the batch shrinks as they end: work is the sum of the documents' chunks, and every engine
+sees what it always sees, rows that begin at a boundary of all memories. Nothing of a document can reach
+another one, as no two ever share a row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Tokens whose reading costs about as much as one call more. Rows that have ended are read on, to no effect,
+# until this much would be spared by a call without them (measured, docs/log.md).
+CALL = 256
+
+Reader = Callable[[Any, Any, Tensor | None, bool], tuple[Any, Any]]
+
+
+class Rows(NamedTuple):
+    """Rows of the state after an earlier step; `step` −1 is the state that the call was given."""
+
+    step: int
+    rows: Tensor | slice  # [n] int64; a slice where they are the first ones
+
+
+class Step(NamedTuple):
+    """Documents that are read together, and which of their tokens.
+
+    Attributes:
+        columns: [n, L] int64, places of the tokens in the flat inputs, all rows' columns and then the prefix.
+        real: [n, L] bool, False = no token, whose place is that of any token; None where that need not be
+            known, since neither output nor state of such columns is asked for.
+        before: where the states come from, in the order of the rows; empty for the initial state.
+        aligned: every document stands at a boundary of all memories.
+    """
+
+    columns: Tensor
+    real: Tensor | None
+    before: tuple[Rows, ...]
+    aligned: bool
+
+
+class Plan(NamedTuple):
+    """Steps in their order, and where their results belong.
+
+    Attributes:
+        place: [B · T] int64, where each token's output stands among those of all steps, one after another.
+        last: where each row's state after its last document comes from, in the order of `order`; empty where
+            no states are kept.
+        order: [B] int64, the place of row b among those.
+    """
+
+    steps: tuple[Step, ...]
+    place: Tensor
+    last: tuple[Rows, ...]
+    order: Tensor
+
+
+class Documents:
+    """Where the documents of a batch of rows begin. Waits for the device once, when it is made.
+
+    Args:
+        begins: [B, T] bool, tokens that begin a document. A row's first real token that does not begin one
+            goes on with the row's state, if there is one.
+        real: [B, T] bool, False = padding, which belongs to no document; None: there is none.
+        keep: whether the states after the rows' last documents are wanted.
+
+    Attributes:
+        padded: `real`.
+        starts: [D] int64 on the CPU, for each document its first token among all real ones, row after row.
+        lengths, rows: [D] int64 on the CPU, its number of tokens and its row.
+    """
+
+    def __init__(self, begins: Tensor, real: Tensor | None = None, keep: bool = True) -> None:
+        self.shape, self.device, self.padded, self.keep = begins.shape, begins.device, real, keep
+        B, T = begins.shape
+        held = begins if real is None else torch.stack([begins, real])
+        held = held.cpu()  # the one time that the device is waited for
+        if real is None:
+            self.tokens = torch.arange(B * T)  # [N], places of the real tokens
+            begins = held.flatten()
+        else:
+            self.tokens = held[1].flatten().nonzero().squeeze(1)
+            begins = held[0].flatten()[self.tokens]
+        row = self.tokens // max(T, 1)
+        first = torch.ones_like(begins)  # of its row
+        first[1:] = row[1:] != row[:-1]
+        self.starts = (begins | first).nonzero().squeeze(1)
+        self.lengths = torch.diff(self.starts, append=self.starts.new_tensor([len(self.tokens)]))
+        self.rows = row[self.starts]
+        self._goes_on = ~begins[self.starts]
+        self._plans: dict[tuple[int, bool, int], Plan] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def goes_on(self, given: bool) -> Tensor:
+        """[D] bool on the CPU: which documents go on with their row's state, where one is `given`."""
+        return self._goes_on if given else torch.zeros_like(self._goes_on)
+
+    def last(self) -> Tensor:
+        """[D] bool on the CPU: which documents are the last of their row."""
+        last = torch.ones_like(self._goes_on)
+        last[:-1] = self.rows[1:] != self.rows[:-1]
+        return last
+
+    def positions(self) -> Tensor:
+        """[B, T] int64: the place of each token in its document, from 0 in this call; 0 for padding."""
+        B, T = self.shape
+        flat = torch.zeros(B * T, dtype=torch.long)
+        inside = torch.arange(len(self.tokens)) - self.starts.repeat_interleave(self.lengths)
+        flat[self.tokens] = inside
+        return flat.view(B, T).to(self.device)
+
+    def numbers(self) -> Tensor:
+        """[B, T] int64: the number of each token's document in the batch; −1 for padding."""
+        B, T = self.shape
+        flat = torch.full((B * T,), -1)
+        flat[self.tokens] = torch.arange(len(self)).repeat_interleave(self.lengths)
+        return flat.view(B, T).to(self.device)
+
+    def plan(self, step: int, given: bool, prefix: int = 0) -> Plan:
+        """How to read the documents, the same plan for all layers that ask alike.
+
+        Args:
+            step: tokens after which all chunks of the reader end together.
+            given: whether there is a state that the first documents may go on with.
+            prefix: number of tokens in front of every document that begins.
+        """
+        key = (step, given, prefix)
+        if key not in self._plans:
+            self._plans[key] = _Planner(self, step, given, prefix).plan()
+        return self._plans[key]
+
+    def read(
+        self, read: Reader, inputs: Any, state: Any, step: int, prefix: Tensor | None = None
+    ) -> tuple[Any, Any]:
+        """Read the documents with a function for rows.
+
+        Args:
+            read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
+                tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
+                [n, L] bool or None; `aligned` says that all rows stand at a boundary of every chunk length.
+                Every column is given a token; those of `real` False must have no effect.
+            inputs: tree of tensors [B, T, ...].
+            state: tree of tensors [B, ...], from before the call; None for none.
+            step: as in `plan`.
+            prefix: [P, ...], read in front of every document that begins; for inputs that are one tensor.
+
+        Returns:
+            outputs, trees of tensors [B, T, ...], zero for padding; and the states after the rows' last
+            documents, None where they are not kept.
+        """
+        plan = self.plan(step, state is not None, 0 if prefix is None else len(prefix))
+        flat = pytree.tree_map_only(Tensor, lambda x: x.flatten(0, 1), inputs)
+        if prefix is not None:
+            flat = torch.cat([flat, prefix.to(flat.dtype)])
+        outputs: list[Any] = []
+        states: list[Any] = []
+
+        def states_of(sources: Sequence[Rows]) -> Any:
+            parts = [_select(state if s.step < 0 else states[s.step], s.rows) for s in sources]
+            return _join(parts) if parts else None
+
+        for now in plan.steps:
+            x = pytree.tree_map_only(Tensor, functools.partial(_tokens, index=now.columns), flat)
+            y, after = read(x, states_of(now.before), now.real, now.aligned)
+            outputs.append(y)
+            states.append(after)
+        leaves = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
+        joined = [self._unpack(parts, plan.place) for parts in leaves]
+        y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
+        if not self.keep:
+            return y, None
+        return y, _select(states_of(plan.last), plan.order)
+
+    def _unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
+        """Outputs of all steps [n, L, ...] -> [B, T, ...]; None where there are none."""
+        if parts[0] is None:
+            return None
+        y = torch.cat([part.flatten(0, 1) for part in parts if part is not None])
+        y = y.index_select(0, place).unflatten(0, self.shape)
+        if self.padded is None:
+            return y
+        return y.masked_fill(~self.padded.view(*self.shape, *[1] * (y.dim() - 2)), 0)
+
+
+class _Planner:
+    """Lays out the steps of a `Plan`; everything on the CPU until the end."""
+
+    def __init__(self, documents: Documents, step: int, given: bool, prefix: int) -> None:
+        self.documents, self.size, self.given, self.prefix = documents, step, given, prefix
+        goes_on = documents.goes_on(given)
+        self.lengths = documents.lengths + torch.where(goes_on, 0, prefix)
+        self.prefixes = torch.where(goes_on, 0, prefix)
+        self.wanted = documents.last() if documents.keep else torch.zeros_like(goes_on)
+        self.goes_on = goes_on
+        self.steps: list[Step] = []
+        self.after: dict[int, tuple[int, int]] = {}  # document -> step and row of the state at its end
+        self.place = torch.zeros(documents.shape[0] * documents.shape[1], dtype=torch.long)
+        self.outputs = 0
+
+    def plan(self) -> Plan:
+        new, old = (~self.goes_on).nonzero().squeeze(1), self.goes_on.nonzero().squeeze(1)
+        self._go_on(old)
+        self._begin(new)
+        last, order = self._last()
+        device = self.documents.device
+        return Plan(tuple(self.steps), self.place.to(device), last, order)
+
+    def _go_on(self, documents: Tensor) -> None:
+        """Documents that go on with a state, at whatever place of a chunk they stand: like padded rows."""
+        documents = documents[self.lengths[documents].argsort(descending=True, stable=True)]
+        if len(documents) == 0:
+            return
+        ends = self.lengths[documents].tolist()
+        before, start = Rows(-1, self.documents.rows[documents]), 0
+        for stop in _cuts(ends, []):
+            count = sum(end > start for end in ends)
+            now = self._step(documents[:count], start, stop, (before,), False, True)
+            self.after.update({int(documents[r]): (now, r) for r in range(count) if ends[r] <= stop})
+            left, start = sum(end > stop for end in ends), stop
+            before = Rows(now, slice(0, left))
+
+    def _begin(self, documents: Tensor) -> None:
+        """Documents that begin: whole chunks first; those whose state is wanted read their last, unfinished
+        chunk with `real`, the others to the end of the chunk."""
+        size = self.size
+        wanted = self.wanted[documents]
+        whole = torch.where(wanted, self.lengths[documents] // size, -(-self.lengths[documents] // size))
+        order = whole.argsort(descending=True, stable=True)
+        documents, whole, wanted = documents[order], whole[order] * size, wanted[order]
+        ends = whole.tolist()
+        forced = whole[wanted].tolist()
+        kept: dict[int, tuple[int, int]] = {}  # document -> step and row of the state at its last boundary
+        start, now = 0, -1
+        for stop in _cuts([end for end in ends if end], forced):
+            count = sum(end > start for end in ends)
+            before = (Rows(now, slice(0, count)),) if start else ()
+            now = self._step(documents[:count], start, stop, before, True, False)
+            for row in range(count):
+                if bool(wanted[row]) and ends[row] == stop:
+                    kept[int(documents[row])] = (now, row)
+            start = stop
+        self._finish(documents[wanted], kept)
+
+    def _finish(self, documents: Tensor, kept: dict[int, tuple[int, int]]) -> None:
+        """The unfinished last chunks of documents whose state is wanted."""
+        chosen = documents.tolist()
+        whole = {d: int(self.lengths[d]) // self.size * self.size for d in chosen}
+        self.after.update({d: kept[d] for d in chosen if whole[d] == int(self.lengths[d])})
+        for fresh in (True, False):
+            rest = [d for d in chosen if d not in self.after and (d not in kept) == fresh]
+            if not rest:
+                continue
+            # In the order of the steps that their states come from, so that each is looked up once.
+            rest.sort(key=lambda d: kept.get(d, (0, 0)))
+            before = () if fresh else _sources([kept[d] for d in rest])
+            index = torch.tensor(rest)
+            starts = torch.tensor([whole[d] for d in rest])
+            length = int((self.lengths[index] - starts).max())
+            now = self._step(index, starts, length, before, True, True)
+            self.after.update({d: (now, row) for row, d in enumerate(rest)})
+
+    def _last(self) -> tuple[tuple[Rows, ...], Tensor]:
+        """Where the state after each batch row's last document comes from."""
+        if not self.documents.keep:
+            return (), torch.zeros(0, dtype=torch.long)
+        B = self.documents.shape[0]
+        found: dict[int, tuple[int, int]] = {}
+        for document, place in self.after.items():
+            found[int(self.documents.rows[document])] = place
+        empty = [b for b in range(B) if b not in found]
+        if empty and self.given:
+            found.update({b: (-1, b) for b in empty})
+        elif empty:  # rows of nothing but padding: the initial state
+            index = torch.zeros(len(empty), 1, dtype=torch.long)
+            real = torch.zeros(len(empty), 1, dtype=torch.bool)
+            self.steps.append(Step(self._to_device(index), self._to_device(real), (), True))
+            self.outputs += len(empty)
+            found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
+        rows = sorted(range(B), key=lambda b: found[b])
+        order = torch.empty(B, dtype=torch.long)
+        order[torch.tensor(rows, dtype=torch.long)] = torch.arange(B)
+        sources = _sources([found[b] for b in rows])
+        return self._sources_to_device(sources), self._to_device(order)
+
+    def _step(
+        self,
+        documents: Tensor,
+        start: int | Tensor,
+        stop: int,
+        before: tuple[Rows, ...],
+        aligned: bool,
+        padded: bool,
+    ) -> int:
+        """Add a step for the tokens from `start` to `stop` of these documents and give its number; with a
+        start for each document, `stop` is how many."""
+        length = stop if isinstance(start, Tensor) else stop - start
+        starts = start if isinstance(start, Tensor) else torch.full((len(documents),), start)
+        inside = starts.unsqueeze(1) + torch.arange(length)  # [n, L] token of the document
+        lengths = self.lengths[documents].unsqueeze(1)
+        real = inside < lengths
+        inside = torch.minimum(inside, lengths - 1)  # columns without a token repeat the document's last one
+        token = inside - self.prefixes[documents].unsqueeze(1)
+        own = self.documents.tokens[(self.documents.starts[documents].unsqueeze(1) + token).clamp_min(0)]
+        index = torch.where(token < 0, len(self.place) + inside, own)
+        held = real & (token >= 0)
+        self.place[index[held]] = self.outputs + held.flatten().nonzero().squeeze(1)
+        self.outputs += real.numel()
+        flags = self._to_device(real) if padded and not bool(real.all()) else None
+        self.steps.append(Step(self._to_device(index), flags, self._sources_to_device(before), aligned))
+        return len(self.steps) - 1
+
+    def _to_device(self, t: Tensor) -> Tensor:
+        return t.to(self.documents.device)
+
+    def _sources_to_device(self, sources: Sequence[Rows]) -> tuple[Rows, ...]:
+        return tuple(
+            s if isinstance(s.rows, slice) else Rows(s.step, self._to_device(s.rows)) for s in sources
+        )
+
+
+def _tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] for x [tokens, ...] and index [n, L]."""
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+def _cuts(ends: Sequence[int], forced: Sequence[int]) -> list[int]:
+    """Columns at which the batch is cut, the last of them max(ends).
+
+    Args:
+        ends: column after each document's last.
+        forced: columns that are cuts in any case.
+    """
+    values = sorted(set(ends))
+    must = set(forced)
+    cuts, ended, wasted = [], 0, 0
+    for value, following in zip(values, [*values[1:], 0][: len(values)], strict=True):
+        ended += ends.count(value)
+        wasted += ended * (following - value)
+        if not following or value in must or wasted > CALL:
+            cuts.append(value)
+            ended = wasted = 0
+    return cuts
+
+
+def _sources(places: Sequence[tuple[int, int]]) -> tuple[Rows, ...]:
+    """Places (step, row), sorted by step, as one entry per step."""
+    steps = sorted({step for step, _ in places})
+    return tuple(Rows(s, torch.tensor([row for step, row in places if step == s])) for s in steps)
+
+
+def _select(tree: Any, rows: Tensor | slice) -> Any:
+    """Rows of every tensor; what fields share stays shared, and all rows are the tensor itself."""
+    done: dict[int, Tensor] = {}
+
+    def select(t: Tensor) -> Tensor:
+        if id(t) not in done:
+            if isinstance(rows, Tensor):
+                done[id(t)] = t.index_select(0, rows.to(t.device))
+            else:
+                done[id(t)] = t if rows.stop == len(t) else t[rows]
+        return done[id(t)]
+
+    return pytree.tree_map_only(Tensor, select, tree)
+
+
+def _join(trees: Sequence[Any]) -> Any:
+    """The rows of several trees as one; what fields share in all of them stays shared."""
+    if len(trees) == 1:
+        return trees[0]
+    parts = list(zip(*(pytree.tree_leaves(tree) for tree in trees), strict=True))
+    joined: dict[tuple[int, ...], Any] = {}
+    for part in parts:
+        key = tuple(map(id, part))
+        if key not in joined:
+            joined[key] = torch.cat(part) if isinstance(part[0], Tensor) else part[0]
+    return pytree.tree_unflatten(
+        [joined[tuple(map(id, part))] for part in parts], pytree.tree_structure(trees[0])
+    )
