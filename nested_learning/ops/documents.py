@@ -79,13 +79,14 @@ class Batch(NamedTuple):
 
 
 class Documents:
-    """Where the documents of a batch of rows begin. Waits for the device once, when it is made.
+    """Where the documents of a batch of rows begin. Waits for the device only when it is made.
 
     Args:
         begins: [B, T] bool, tokens that begin a document. A row's first real token that does not begin one
             goes on with the row's state, if there is one.
         real: [B, T] bool, False = padding, which belongs to no document; None: there is none.
         keep: whether the states after the rows' last documents are wanted.
+        device: where the tokens are, if `begins` is not there.
 
     Attributes:
         padded: `real`.
@@ -93,17 +94,22 @@ class Documents:
         lengths, rows: [D] int64 on the CPU, its number of tokens and its row.
     """
 
-    def __init__(self, begins: Tensor, real: Tensor | None = None, keep: bool = True) -> None:
-        self.shape, self.device, self.padded, self.keep = begins.shape, begins.device, real, keep
+    def __init__(
+        self,
+        begins: Tensor,
+        real: Tensor | None = None,
+        keep: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.shape, self.padded, self.keep = begins.shape, real, keep
+        self.device = device or begins.device
         B, T = begins.shape
-        held = begins if real is None else torch.stack([begins, real])
-        held = held.cpu()  # the one time that the device is waited for
+        begins = begins.cpu().flatten()  # here the device is waited for
         if real is None:
             self.tokens = torch.arange(B * T)  # [N], places of the real tokens
-            begins = held.flatten()
         else:
-            self.tokens = held[1].flatten().nonzero().squeeze(1)
-            begins = held[0].flatten()[self.tokens]
+            self.tokens = real.cpu().flatten().nonzero().squeeze(1)
+            begins = begins[self.tokens]
         row = self.tokens // max(T, 1)
         first = torch.ones_like(begins)  # of its row
         first[1:] = row[1:] != row[:-1]
@@ -116,6 +122,18 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def segment(self, start: int, stop: int, keep: bool) -> Documents:
+        """The same documents in the columns from `start` to `stop` alone.
+
+        Args:
+            keep: whether the states after them are wanted.
+        """
+        begins = self.tokens.new_zeros(self.shape[0] * self.shape[1], dtype=torch.bool)
+        begins[self.tokens[self.starts[~self._goes_on]]] = True
+        begins = begins.view(self.shape)[:, start:stop]
+        padded = None if self.padded is None else self.padded[:, start:stop]
+        return Documents(begins, padded, keep, self.device)
 
     def goes_on(self, given: bool) -> Tensor:
         """[D] bool on the CPU: which documents go on with their row's state, where one is `given`."""
