@@ -147,7 +147,7 @@ class Documents:
             read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
                 tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
                 [n, L] bool or None; `aligned` says that all rows stand at a boundary of every chunk length.
-                Every column is given a token; those of `real` False must have no effect.
+                Columns of `real` False are zero and must have no effect.
             inputs: tree of tensors [B, T, ...].
             state: tree of tensors [B, ...], from before the call; None for none.
             step: as in `plan`.
@@ -169,7 +169,7 @@ class Documents:
             return _join(parts) if parts else None
 
         for now in plan.steps:
-            x = pytree.tree_map_only(Tensor, functools.partial(_tokens, index=now.columns), flat)
+            x = pytree.tree_map_only(Tensor, functools.partial(_tokens, step=now), flat)
             y, after = read(x, states_of(now.before), now.real, now.aligned)
             outputs.append(y)
             states.append(after)
@@ -279,11 +279,13 @@ class _Planner:
         empty = [b for b in range(B) if b not in found]
         if empty and self.given:
             found.update({b: (-1, b) for b in empty})
-        elif empty:  # rows of nothing but padding: the initial state
-            index = torch.zeros(len(empty), 1, dtype=torch.long)
-            real = torch.zeros(len(empty), 1, dtype=torch.bool)
-            self.steps.append(Step(self._to_device(index), self._to_device(real), (), True))
-            self.outputs += len(empty)
+        elif empty:  # rows of nothing but padding: the initial state, after the prefix if there is one
+            P = self.prefix
+            columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
+            index = columns.repeat(len(empty), 1)
+            real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
+            self.steps.append(Step(self._to_device(index), real, (), True))
+            self.outputs += index.numel()
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
         order = torch.empty(B, dtype=torch.long)
@@ -327,9 +329,13 @@ class _Planner:
         )
 
 
-def _tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for x [tokens, ...] and index [n, L]."""
-    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+def _tokens(x: Tensor, step: Step) -> Tensor:
+    """The step's tokens [n, L, ...] of x [tokens, ...]."""
+    index = step.columns
+    found = x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+    if step.real is None:
+        return found
+    return found.masked_fill(~step.real.view(*index.shape, *[1] * (x.dim() - 1)), 0)
 
 
 def _cuts(ends: Sequence[int], forced: Sequence[int]) -> list[int]:
