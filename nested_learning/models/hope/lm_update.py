@@ -83,7 +83,7 @@ class LMUpdate:
         Waits for the device once per segment where rows may stand at different places, to see whether any
         of them has come to a boundary.
         """
-        x, ids, real, learn = tokens
+        x, ids, real, learn, _ = tokens
         assert ids is not None
         states = dict(states)
         position = self._prepare(states, x, aligned=real is None)
