@@ -42,6 +42,8 @@ def find_documents(
         ValueError: for values that do not fit x, and where two of them disagree about a boundary.
     """
     if isinstance(documents, Documents):
+        if documents.shape != x.shape[:2]:
+            raise ValueError(f"documents are those of {[*documents.shape]} tokens, x has {[*x.shape[:2]]}")
         return documents
     said: dict[str, Tensor] = {}
     begins = None

@@ -233,7 +233,7 @@ class Documents:
             read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
                 tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
                 [n, L] bool or None; `aligned` says that all rows stand at a boundary of every chunk length.
-                Every column is given a token; those of `real` False must have no effect.
+                Columns of `real` False are zero and must have no effect.
             inputs: tree of tensors [B, T, ...].
             state: tree of tensors [B, ...], from before the call; None for none.
             step: as in `plan`.
@@ -255,7 +255,8 @@ class Documents:
             return _join(parts) if parts else None
 
         for now in plan.steps:
-            x = pytree.tree_map_only(Tensor, functools.partial(tokens_at, columns=now.columns), flat)
+            take = functools.partial(tokens_at, columns=now.columns, real=now.real)
+            x = pytree.tree_map_only(Tensor, take, flat)
             y, after = read(x, states_of(now.before), now.real, now.aligned)
             outputs.append(y)
             states.append(after)
@@ -365,11 +366,13 @@ class _Planner:
         empty = [b for b in range(B) if b not in found]
         if empty and self.given:
             found.update({b: (-1, b) for b in empty})
-        elif empty:  # rows of nothing but padding: the initial state
-            index = torch.zeros(len(empty), 1, dtype=torch.long)
-            real = torch.zeros(len(empty), 1, dtype=torch.bool)
-            self.steps.append(Step(self._to_device(index), self._to_device(real), (), True))
-            self.outputs += len(empty)
+        elif empty:  # rows of nothing but padding: the initial state, after the prefix if there is one
+            P = self.prefix
+            columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
+            index = columns.repeat(len(empty), 1)
+            real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
+            self.steps.append(Step(self._to_device(index), real, (), True))
+            self.outputs += index.numel()
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
         order = torch.empty(B, dtype=torch.long)
@@ -413,9 +416,10 @@ class _Planner:
         )
 
 
-def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
-    """[n, L, ...] of x [tokens, ...] at columns [n, L]."""
-    return x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
+def tokens_at(x: Tensor, columns: Tensor, real: Tensor | None = None) -> Tensor:
+    """[n, L, ...] of x [tokens, ...] at columns [n, L]; zero where `real` is False."""
+    found = x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
+    return found if real is None else found.masked_fill(~real.view(*columns.shape, *[1] * (x.dim() - 1)), 0)
 
 
 def _cuts(ends: Sequence[int], forced: Sequence[int]) -> list[int]:
