@@ -20,7 +20,7 @@ def find_documents(
     cu_seq_lens: Tensor | None = None,
     keep: bool = True,
 ) -> Documents | None:
-    """The documents of a call, None where each row is one that needs no treatment of its own.
+    """The documents of a call, None where each row is at most one that needs no treatment of its own.
 
     Waits for the device once where something is said.
 
@@ -44,7 +44,7 @@ def find_documents(
     if isinstance(documents, Documents):
         if documents.shape != x.shape[:2]:
             raise ValueError(f"documents are those of {[*documents.shape]} tokens, x has {[*x.shape[:2]]}")
-        return documents
+        return documents if len(documents) else None
     said: dict[str, Tensor] = {}
     begins = None
     if documents is not None:
@@ -71,8 +71,10 @@ def find_documents(
 
 
 def _checked(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """`value` as [B, T] on x's device."""
+    """`value` as [B, T] on x's device; [B] will do for one token per row."""
     B, T = x.shape[:2]
+    if T == 1 and isinstance(value, Tensor) and value.dim() == 1:
+        value = value.unsqueeze(1)
     shapes = ([B, T], [1, T])
     if not isinstance(value, Tensor) or value.dtype not in _INTEGERS or list(value.shape) not in shapes:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

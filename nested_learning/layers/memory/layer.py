@@ -162,9 +162,7 @@ class MemoryLayer(nn.Module):
         Raises:
             ValueError: when x, mask, state, documents or position_ids do not fit.
         """
-        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
-        if state is not None:
-            self._check_state(state, len(x))
+        self.check_call(x, state, mask)
         packed = find_documents(x, mask, state is not None, documents, position_ids)
         if packed is None:
             y, state, surprise = self._read_rows(x, state, mask, return_surprise)
@@ -179,7 +177,7 @@ class MemoryLayer(nn.Module):
         documents: Documents,
         want_surprise: bool,
         prefix: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor | None]:
+    ) -> tuple[Tensor, Any, Any]:
         """`forward` on documents in a row, in front of which may stand a prefix.
 
         Args:
@@ -377,7 +375,12 @@ class MemoryLayer(nn.Module):
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
 
-    def _check_state(self, state: MemoryState, rows: int) -> None:
+    def check_call(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
+        """ValueError where x, state or mask do not fit."""
+        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
+        if state is None:
+            return
+        rows = len(x)
         if not isinstance(state, MemoryState):
             raise ValueError(
                 f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"
