@@ -133,7 +133,7 @@ class MemoryAsContext(nn.Module):
     def _read(
         self, x: Tensor, state: ContextState | None, mask: Tensor | None, aligned: bool
     ) -> tuple[tuple[Tensor, Tensor], ContextState]:
-        """y [B, T, D] and the surprise [B, T], and the state; `aligned` says that all rows begin a segment."""
+        """y [B, T, D] and the surprise [B, T], and the state; `aligned`: all rows begin a segment."""
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         position = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position
         if x.shape[1] == 1:  # one token of each row, wherever the row stands inside its segment
