@@ -37,6 +37,7 @@ def find_documents(
     Raises:
         ValueError: for values that do not fit x, and where two of them disagree about a boundary.
     """
+    check_documents(x, documents, position_ids)
     if isinstance(documents, Documents):
         return documents
     said: dict[str, Tensor] = {}
@@ -60,6 +61,22 @@ def find_documents(
     found = Documents(inside if begins is None else begins, real, keep)
     plain = len(found) == len(found.rows.unique()) and (not given or bool(found.goes_on(True).all()))
     return None if plain or not len(found) else found
+
+
+def check_documents(
+    x: Tensor, documents: Tensor | Documents | None = None, position_ids: Tensor | None = None
+) -> None:
+    """ValueError for what does not fit x [B, T, ...]. Does not wait for the device."""
+    if isinstance(documents, Documents):
+        if documents.shape != x.shape[:2]:
+            raise ValueError(
+                f"documents are those of a batch of {list(documents.shape)} tokens, the input has "
+                f"{list(x.shape[:2])}: make them anew for each batch"
+            )
+    elif documents is not None:
+        _checked("documents", documents, x)
+    if position_ids is not None:
+        _checked("position_ids", position_ids, x)
 
 
 def _checked(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
 from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.ops.documents import Documents
 
 # Weights for the CMS blocks of some layers during one call: layer index to one entry per level.
 CMSWeights = Mapping[int, Sequence[Weights | None]]
@@ -69,10 +70,11 @@ class Tokens(NamedTuple):
     ids: Tensor | None  # [B, T] int64
     real: Tensor | None  # [B, T] bool, False = padding; None: all are real
     learn: Tensor | None  # [B, T] bool, the tokens that a CMS learns from; None: all
+    documents: Documents | None = None  # where documents in a row begin; None: each row is one
 
     def columns(self, start: int, stop: int) -> Tokens:
         """The tokens of the columns from `start` to `stop`."""
-        return Tokens._make(None if t is None else t[:, start:stop] for t in self)
+        return Tokens._make(None if t is None else t[:, start:stop] for t in self[:4])
 
 
 class Piece(NamedTuple):
