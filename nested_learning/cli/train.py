@@ -14,7 +14,6 @@ from nested_learning.training.config import TrainConfig
 from nested_learning.training.config_file import (
     OPEN_FIELDS,
     instantiate,
-    load_config,
     refuse_changes,
 )
 from nested_learning.training.run_folder import RunFolder
@@ -76,7 +75,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Namespace]:
     folder = RunFolder(values.output)
     if not (values.resume and folder.is_run()):
         return instantiate(parser, values), values
-    saved = load_config(folder.config)
+    saved = folder.saved_config()
     given = parse(parser, argv, aliases=ALIASES, open_groups=OPEN_FIELDS, defaults=False)
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     refuse_changes(saved, {key: value for key, value in given.as_dict().items() if key in fields})

@@ -16,12 +16,15 @@ def find_documents(
     given: bool,
     documents: Tensor | Documents | None = None,
     position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
     keep: bool = True,
 ) -> Documents | None:
     """The documents of a call, None where each row is one that needs no treatment of its own.
 
     Waits for the device once where something is said.
+
+    Long: the callers pass what their own callers may say.
 
     Args:
         x: [B, T, ...], the call's tokens.
@@ -31,19 +34,22 @@ def find_documents(
             document goes on with its state. Or what this function returned before.
         position_ids: [B, T] or [1, T] int; a real token at 0 begins a document, also where it is its row's
             first and there is a state. Those of padding are ignored.
+        seq_idx: as `documents`.
         cu_seq_lens: [documents + 1] int, the first column of each document and T, where B = 1.
         keep: whether the states after the call are wanted.
 
     Raises:
         ValueError: for values that do not fit x, and where two of them disagree about a boundary.
     """
-    check_documents(x, documents, position_ids)
     if isinstance(documents, Documents):
+        check_documents(x, documents)
         return documents
     said: dict[str, Tensor] = {}
     begins = None
     if documents is not None:
         said["documents"] = _changes(_checked("documents", documents, x), real)
+    if seq_idx is not None:
+        said["seq_idx"] = _changes(_checked("seq_idx", seq_idx, x), real)
     if cu_seq_lens is not None:
         said["cu_seq_lens"] = _changes(_numbers(cu_seq_lens, x), real)
     if position_ids is not None:
@@ -69,10 +75,7 @@ def check_documents(
     """ValueError for what does not fit x [B, T, ...]. Does not wait for the device."""
     if isinstance(documents, Documents):
         if documents.shape != x.shape[:2]:
-            raise ValueError(
-                f"documents are those of a batch of {list(documents.shape)} tokens, the input has "
-                f"{list(x.shape[:2])}: make them anew for each batch"
-            )
+            raise ValueError(f"documents are those of {[*documents.shape]} tokens, x has {[*x.shape[:2]]}")
     elif documents is not None:
         _checked("documents", documents, x)
     if position_ids is not None:

@@ -20,6 +20,8 @@ from nested_learning.ops.rows import join_rows, select_rows
 # Tokens whose reading costs about as much as one call more. Rows that have ended are read on, to no effect,
 # until this much would be spared by a call without them (measured, docs/log.md).
 CALL = 256
+# Of the longest document, the length of the shortest that is read in one batch with it, padded.
+ALIKE = 0.75
 
 # From (inputs, state, real, aligned), and `first` where that is asked for, to (outputs, state).
 Reader = Callable[..., tuple[Any, Any]]
@@ -68,14 +70,29 @@ class Plan(NamedTuple):
     order: Tensor
 
 
+class Batch(NamedTuple):
+    """Documents of about the same length.
+
+    Attributes:
+        columns: [n, L] int64, as in `Step`.
+        real: [n, L] bool, False where a document has ended.
+        rows: [n] int64, the row of each document.
+    """
+
+    columns: Tensor
+    real: Tensor
+    rows: Tensor
+
+
 class Documents:
-    """Where the documents of a batch of rows begin. Waits for the device once, when it is made.
+    """Where the documents of a batch of rows begin. Waits for the device only when it is made.
 
     Args:
         begins: [B, T] bool, tokens that begin a document. A row's first real token that does not begin one
             goes on with the row's state, if there is one.
         real: [B, T] bool, False = padding, which belongs to no document; None: there is none.
         keep: whether the states after the rows' last documents are wanted.
+        device: where the tokens are, if `begins` is not there.
 
     Attributes:
         padded: `real`.
@@ -83,17 +100,22 @@ class Documents:
         lengths, rows: [D] int64 on the CPU, its number of tokens and its row.
     """
 
-    def __init__(self, begins: Tensor, real: Tensor | None = None, keep: bool = True) -> None:
-        self.shape, self.device, self.padded, self.keep = begins.shape, begins.device, real, keep
+    def __init__(
+        self,
+        begins: Tensor,
+        real: Tensor | None = None,
+        keep: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.shape, self.padded, self.keep = begins.shape, real, keep
+        self.device = device or begins.device
         B, T = begins.shape
-        held = begins if real is None else torch.stack([begins, real])
-        held = held.cpu()  # the one time that the device is waited for
+        begins = begins.cpu().flatten()  # here the device is waited for
         if real is None:
             self.tokens = torch.arange(B * T)  # [N], places of the real tokens
-            begins = held.flatten()
         else:
-            self.tokens = held[1].flatten().nonzero().squeeze(1)
-            begins = held[0].flatten()[self.tokens]
+            self.tokens = real.cpu().flatten().nonzero().squeeze(1)
+            begins = begins[self.tokens]
         row = self.tokens // max(T, 1)
         first = torch.ones_like(begins)  # of its row
         first[1:] = row[1:] != row[:-1]
@@ -102,9 +124,22 @@ class Documents:
         self.rows = row[self.starts]
         self._goes_on = ~begins[self.starts]
         self._plans: dict[tuple[int, bool, int], Plan] = {}
+        self._batches: dict[bool, tuple[tuple[Batch, ...], Batch | None, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def segment(self, start: int, stop: int, keep: bool) -> Documents:
+        """The same documents in the columns from `start` to `stop` alone.
+
+        Args:
+            keep: whether the states after them are wanted.
+        """
+        begins = self.tokens.new_zeros(self.shape[0] * self.shape[1], dtype=torch.bool)
+        begins[self.tokens[self.starts[~self._goes_on]]] = True
+        begins = begins.view(self.shape)[:, start:stop]
+        padded = None if self.padded is None else self.padded[:, start:stop]
+        return Documents(begins, padded, keep, self.device)
 
     def goes_on(self, given: bool) -> Tensor:
         """[D] bool on the CPU: which documents go on with their row's state, where one is `given`."""
@@ -118,18 +153,69 @@ class Documents:
 
     def positions(self) -> Tensor:
         """[B, T] int64: the place of each token in its document, from 0 in this call; 0 for padding."""
-        B, T = self.shape
-        flat = torch.zeros(B * T, dtype=torch.long)
         inside = torch.arange(len(self.tokens)) - self.starts.repeat_interleave(self.lengths)
-        flat[self.tokens] = inside
-        return flat.view(B, T).to(self.device)
+        return self._to_rows(inside)
 
-    def numbers(self) -> Tensor:
-        """[B, T] int64: the number of each token's document in the batch; −1 for padding."""
-        B, T = self.shape
-        flat = torch.full((B * T,), -1)
-        flat[self.tokens] = torch.arange(len(self)).repeat_interleave(self.lengths)
-        return flat.view(B, T).to(self.device)
+    def of_tokens(self, value: Tensor) -> Tensor:
+        """[B, T]: of a value [D] on the CPU, that of each token's document; 0 or False for padding."""
+        return self._to_rows(value.repeat_interleave(self.lengths))
+
+    def _to_rows(self, value: Tensor) -> Tensor:
+        """[B, T] on the device, of values [N] of all real tokens on the CPU."""
+        flat = value.new_zeros(self.shape[0] * self.shape[1])
+        flat[self.tokens] = value
+        return flat.view(self.shape).to(self.device)
+
+    def last_tokens(self, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of each row's last document.
+
+        Returns:
+            columns [B, L] int64 as in `Step`, which of them are `real` [B, L] bool, and, on the CPU, the rows
+            [B] bool whose last document goes on with their state, those without a token among them.
+        """
+        B = self.shape[0]
+        last = self.last()
+        starts, lengths = torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.long)
+        goes_on = torch.full((B,), given)
+        rows = self.rows[last]
+        starts[rows], lengths[rows] = self.starts[last], self.lengths[last]
+        goes_on[rows] = self.goes_on(given)[last]
+        inside = torch.arange(int(lengths.max())).expand(B, -1)
+        real = inside < lengths.unsqueeze(1)
+        columns = self.tokens[(starts.unsqueeze(1) + inside).where(real, 0)]
+        return columns.to(self.device), real.to(self.device), goes_on
+
+    def batches(self, given: bool) -> tuple[tuple[Batch, ...], Batch | None, Tensor]:
+        """All documents whole, in batches: for layers that see a document at once.
+
+        Returns:
+            The documents that begin, in batches of lengths of which none is below `ALIKE` times the longest;
+            those that go on with a state, in one batch; and the place of each token as in `Plan.place`, in
+            the outputs of the first and then of the other.
+        """
+        if given not in self._batches:
+            goes_on = self.goes_on(given)
+            order = self.lengths.argsort(descending=True, stable=True)
+            groups: list[list[int]] = []
+            for document in order[~goes_on[order]].tolist():
+                if not groups or self.lengths[document] < ALIKE * self.lengths[groups[-1][0]]:
+                    groups.append([])
+                groups[-1].append(document)
+            old = goes_on.nonzero().squeeze(1)
+            place = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long)
+            outputs, batches = 0, []
+            for group in [*(torch.tensor(group) for group in groups), *([old] if len(old) else [])]:
+                lengths = self.lengths[group].unsqueeze(1)
+                inside = torch.arange(int(lengths.max())).expand(len(group), -1)
+                real = inside < lengths
+                columns = self.tokens[self.starts[group].unsqueeze(1) + torch.minimum(inside, lengths - 1)]
+                place[columns[real]] = outputs + real.flatten().nonzero().squeeze(1)
+                outputs += real.numel()
+                parts = (columns, real, self.rows[group])
+                batches.append(Batch(*(part.to(self.device) for part in parts)))
+            last = batches.pop() if len(old) else None
+            self._batches[given] = tuple(batches), last, place.to(self.device)
+        return self._batches[given]
 
     def plan(self, step: int, given: bool, prefix: int = 0) -> Plan:
         """How to read the documents, the same plan for all layers that ask alike.
@@ -159,8 +245,8 @@ class Documents:
         Args:
             read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
                 tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
-                [n, L] bool or None; `aligned` says that all rows stand at a boundary, see `Step`. Every
-                column is given a token; those of `real` False must have no effect.
+                [n, L] bool or None; `aligned` says that all rows stand at a boundary, see `Step`. Columns of
+                `real` False are zero and must have no effect.
             inputs: tree of tensors [B, T, ...].
             state: tree of tensors [B, ...], from before the call; None for none.
             step: as in `plan`.
@@ -183,19 +269,20 @@ class Documents:
             return join_rows(parts) if parts else None
 
         for now in plan.steps:
-            x = pytree.tree_map_only(Tensor, functools.partial(_tokens, index=now.columns), flat)
+            take = functools.partial(tokens_at, columns=now.columns, real=now.real)
+            x = pytree.tree_map_only(Tensor, take, flat)
             told = (now.first,) if tell_first else ()
             y, after = read(x, states_of(now.before), now.real, now.aligned, *told)
             outputs.append(y)
             states.append(after)
         leaves = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
-        joined = [self._unpack(parts, plan.place) for parts in leaves]
+        joined = [self.unpack(parts, plan.place) for parts in leaves]
         y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
         if not self.keep:
             return y, None
         return y, select_rows(states_of(plan.last), plan.order)
 
-    def _unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
+    def unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
         """Outputs of all steps [n, L, ...] -> [B, T, ...]; None where there are none."""
         if parts[0] is None:
             return None
@@ -294,11 +381,13 @@ class _Planner:
         empty = [b for b in range(B) if b not in found]
         if empty and self.given:
             found.update({b: (-1, b) for b in empty})
-        elif empty:  # rows of nothing but padding: the initial state
-            index = torch.zeros(len(empty), 1, dtype=torch.long)
-            real = torch.zeros(len(empty), 1, dtype=torch.bool)
-            self.steps.append(Step(self._to_device(index), self._to_device(real), (), True, None))
-            self.outputs += len(empty)
+        elif empty:  # rows of nothing but padding: the initial state, after the prefix if there is one
+            P = self.prefix
+            columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
+            index = columns.repeat(len(empty), 1)
+            real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
+            self.steps.append(Step(self._to_device(index), real, (), True, None))
+            self.outputs += index.numel()
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
         order = torch.empty(B, dtype=torch.long)
@@ -344,9 +433,10 @@ class _Planner:
         )
 
 
-def _tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for x [tokens, ...] and index [n, L]."""
-    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+def tokens_at(x: Tensor, columns: Tensor, real: Tensor | None = None) -> Tensor:
+    """[n, L, ...] of x [tokens, ...] at columns [n, L]; zero where `real` is False."""
+    found = x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
+    return found if real is None else found.masked_fill(~real.view(*columns.shape, *[1] * (x.dim() - 1)), 0)
 
 
 def _cuts(ends: Sequence[int], forced: Sequence[int]) -> list[int]:

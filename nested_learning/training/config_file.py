@@ -17,9 +17,18 @@ from nested_learning.training.config import TrainConfig
 OPEN_FIELDS = ("model",)  # free keys below these: HopeConfig knows them, not this file
 
 
-def load_config(path: Path) -> TrainConfig:
-    """The configuration of a YAML file. ValueError for what is wrong in it, OSError if it cannot be read."""
+def load_config(path: Path, absent: dict[str, Any] | None = None) -> TrainConfig:
+    """The configuration of a YAML file. ValueError for what is wrong in it, OSError if it cannot be read.
+
+    Args:
+        absent: values, by dotted name, of keys that are absent in the file; of others the default.
+    """
     values = read_yaml(path)
+    for name, value in (absent or {}).items():
+        group, _, key = name.rpartition(".")
+        part = values.get(group) if group else values
+        if isinstance(part, dict):
+            part.setdefault(key, value)
     check_keys(values, path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, None)

@@ -22,7 +22,7 @@ from nested_learning.models import preset
 from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
-from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
+from nested_learning.training.config_file import dump_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.process import process_state
@@ -97,7 +97,7 @@ def seeded_data(config: TrainConfig) -> DataBundle:
 
 def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """The run's own configuration, after checking that the given one is the same."""
-    saved = load_config(folder.config)
+    saved = folder.saved_config()
     assert saved.steps is not None
     given = config.with_steps(saved.steps) if config.steps in (None, saved.steps) else config
     refuse_changes(saved, to_dict(given))

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_learning._files import write_text
+from nested_learning.training.config import TrainConfig
+from nested_learning.training.config_file import load_config
 
 HEADER = "# nested-learning training run\n"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -41,6 +43,10 @@ class RunFolder:
                 return file.readline() == HEADER
         except (OSError, UnicodeDecodeError):
             return False
+
+    def saved_config(self) -> TrainConfig:
+        """The run's configuration. One that was saved before documents were marked had them joined."""
+        return load_config(self.config, {"data.documents": "joined"})
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse, before any work is done, a folder that this run must not or cannot write.

@@ -214,7 +214,7 @@ def test_documents_are_nothing_to_static_blocks(update: str) -> None:
     for said in ({"documents": torch.zeros(2, 8)}, {"position_ids": torch.zeros(9, dtype=torch.long)}):
         with pytest.raises(ValueError, match=r"must be an integer tensor \[batch, tokens\] = \[2, 9\]"):
             cms(x, **said)
-    with pytest.raises(ValueError, match=r"a batch of \[1, 9\] tokens, the input has \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"those of \[1, 9\] tokens, x has \[2, 9\]"):
         cms(x, documents=Documents(starts(9)))
 
 

@@ -112,12 +112,12 @@ def test_work_is_that_of_the_documents_chunks() -> None:
     assert len(plan.steps) < len(lengths)
 
 
-def test_positions_and_numbers() -> None:
+def test_facts_about_documents() -> None:
     begins = torch.tensor([[True, False, False, True], [False, False, True, False]])
     real = torch.tensor([[True, True, False, True], [False, True, True, True]])
     documents = Documents(begins, real)
     assert documents.positions().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
-    assert documents.numbers().tolist() == [[0, 0, -1, 1], [-1, 2, 3, 3]]
+    assert documents.of_tokens(torch.tensor([5, 6, 7, 8])).tolist() == [[5, 5, 0, 6], [0, 7, 8, 8]]
     assert documents.goes_on(True).tolist() == [False, False, True, False]
     assert documents.last().tolist() == [False, True, False, True]
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
+from nested_learning.layers.documents import find_documents
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence
 from nested_learning.memory.state import State
+from nested_learning.ops.documents import Documents, tokens_at
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState | None]:
         """Attend from x [B, T, D] to itself and to the tokens in `state`.
 
         Args:
@@ -89,15 +96,21 @@ class Attention(nn.Module):
             state: from an earlier call on the same rows, None at the start. One of another dtype (a session
                 saved by the model in another precision) is converted to that of the new keys and values.
             mask: [B, T] bool, True = real token; None if all are.
+            documents, position_ids: where documents in a row begin, see `find_documents`. Positions are
+                counted from each document's first token, and none sees another.
 
         Returns:
-            y [B, T, D], zero at padded positions, and the state with the new tokens in it.
+            y [B, T, D], zero at padded positions, and the state with the new tokens in it, those of each
+            row's last document.
 
         Raises:
             ValueError: when x, mask or state do not fit.
         """
         self._check(x, state, mask)
         real = mask
+        packed = find_documents(x, real, state is not None, documents, position_ids)
+        if packed is not None:
+            return self._read_documents(x, state, packed)
         positions = self._positions(x, state, real)
         query, key, value = self._project(x, positions)
         key_positions = positions
@@ -113,6 +126,65 @@ class Attention(nn.Module):
         if real is not None:
             y = y.masked_fill(~real[..., None], 0)
         return y, self._remember(AttentionState(key, value, key_positions), padded=real is not None)
+
+    def _read_documents(
+        self, x: Tensor, state: AttentionState | None, documents: Documents
+    ) -> tuple[Tensor, AttentionState | None]:
+        """`forward` where rows hold several documents, each attending to itself."""
+        new, going_on, place = documents.batches(state is not None)
+        positions = documents.positions()
+        if state is not None:
+            at = state.positions.amax(dim=1) + 1
+            goes_on = documents.of_tokens(documents.goes_on(True))
+            positions = positions + torch.where(goes_on, at.unsqueeze(1), 0)
+        vectors = self._project(x, positions)
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in vectors]  # [B · T, heads, d]
+        outputs = []
+        for columns, _, _ in new:
+            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
+            inside = torch.arange(columns.shape[1], device=x.device).unsqueeze(0)
+            whole = self.window is None or columns.shape[1] <= self.window
+            outputs.append(self._attend(query, key, value, None if whole else self._allowed(inside, inside)))
+        if going_on is not None:
+            assert state is not None
+            columns, real, rows = going_on
+            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
+            own = positions.flatten()[columns].masked_fill(~real, -1)
+            before = state.select_rows(rows)
+            key = torch.cat([before.key.to(key.dtype), key], dim=2)
+            value = torch.cat([before.value.to(value.dtype), value], dim=2)
+            allowed = self._allowed(own, torch.cat([before.positions, own], dim=1))
+            outputs.append(self._attend(query, key, value, allowed))
+        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], place)
+        assert y is not None
+        y = self.out_proj(y)
+        if documents.padded is not None:
+            y = y.masked_fill(~documents.padded[..., None], 0)
+        if not documents.keep:
+            return y, None
+        return y, self._remember(self._last(state, documents, positions, *flat[1:]), padded=True)
+
+    def _last(
+        self,
+        state: AttentionState | None,
+        documents: Documents,
+        positions: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> AttentionState:
+        """Keys and values of each row's last document, of all tokens' [B · T, heads, d]."""
+        columns, real, goes_on = documents.last_tokens(state is not None)
+        own = positions.flatten()[columns].masked_fill(~real, -1)
+        key, value = (tokens_at(t, columns).transpose(1, 2) for t in (key, value))
+        new = AttentionState(key, value, own)
+        if state is None or not goes_on.any():
+            return new
+        before = state.positions.masked_fill(~goes_on.to(own.device).unsqueeze(1), -1)
+        return AttentionState(
+            torch.cat([state.key.to(key.dtype), key], dim=2),
+            torch.cat([state.value.to(value.dtype), value], dim=2),
+            torch.cat([before, own], dim=1),
+        )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """y [B, H, T, d] of eq 62; `allowed` [B or 1, T, S] bool, None for the plain causal triangle."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.documents import find_documents
 from nested_learning.layers.memory.history import packed_history
 from nested_learning.layers.token_inputs import check_sequence
 from nested_learning.memory import check, engine
@@ -17,6 +18,7 @@ from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState,
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
 from nested_learning.ops.context import full_precision, traced
+from nested_learning.ops.documents import Documents
 from nested_learning.ops.heads import Heads, gated_norm, last_inputs, unit_heads
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.recompute import recomputed
@@ -136,8 +138,10 @@ class MemoryLayer(nn.Module):
         state: MemoryState | None = None,
         mask: Tensor | None = None,
         return_surprise: bool = False,
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Tensor]:
-        """Read a sequence, learning from it.
+        """Read a sequence, or several documents in a row, learning from it.
 
         Args:
             x: [B, T, hidden_size], any floating dtype. The memories run in float32 (float64 for float64).
@@ -145,22 +149,51 @@ class MemoryLayer(nn.Module):
             mask: [B, T] bool, True = real token. A padded token changes nothing and its output is zero.
             return_surprise: also return [B, T], the error ‖M(k) − v̂‖ of the memory that is read out,
                 over all heads, at its anchor (detached; zero for padding).
+            documents: [B, T] or [1, T] int, constant within a document and another in the next one. Each is
+                read as if it stood in a row of its own, but a row's first goes on with its state. Or a
+                `Documents`, which other layers of the same call share.
+            position_ids: [B, T] or [1, T] int, another way to say it: a real token at position 0 begins a
+                document, also where it is its row's first and there is a state.
 
         Returns: y [B, T, hidden_size] in x's dtype (that of the autocast region, if one is active), the
-            state after the sequence, and the surprise if asked for.
+            state after the sequence, or after the last document of each row (None with a `Documents` that
+            does not keep it), and the surprise if asked for.
 
         Raises:
-            ValueError: when x, mask or state do not fit.
+            ValueError: when x, mask, state, documents or position_ids do not fit.
         """
         check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
         if state is not None:
             self._check_state(state, len(x))
-        work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
-        if len(x) * work > ROWS and x.device.type == "cpu" and not traced():
-            y, state, surprise = self._read_in_groups(x, state, mask, return_surprise, max(1, ROWS // work))
+        packed = find_documents(x, mask, state is not None, documents, position_ids)
+        if packed is None:
+            y, state, surprise = self._read_rows(x, state, mask, return_surprise)
         else:
-            y, state, surprise = self._read(x, state, mask, return_surprise)
+            y, state, surprise = self.read_documents(x, state, packed, return_surprise)
         return (y, state) if surprise is None else (y, state, surprise)
+
+    def read_documents(
+        self,
+        x: Tensor,
+        state: MemoryState | None,
+        documents: Documents,
+        want_surprise: bool,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """`forward` on documents in a row, in front of which may stand a prefix.
+
+        Args:
+            prefix: [P, hidden_size], tokens that are read in front of every document that begins.
+        """
+
+        def read(
+            x: Tensor, state: MemoryState | None, real: Tensor | None, aligned: bool
+        ) -> tuple[tuple[Tensor, Tensor | None], MemoryState]:
+            y, after, surprise = self._read_rows(x, state, real, want_surprise, aligned)
+            return (y, surprise), after
+
+        (y, surprise), after = documents.read(read, x, state, max(self.system.chunk_sizes), prefix)
+        return y, after, surprise
 
     def recall(self, q: Tensor, state: MemoryState | None = None) -> Tensor:
         """Read the memory at its anchor, the weights of the last chunk boundary, without writing.
@@ -187,11 +220,47 @@ class MemoryLayer(nn.Module):
 
     # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
 
-    def _read(
-        self, x: Tensor, state: MemoryState | None, real: Tensor | None, want_surprise: bool
+    def _read_rows(
+        self,
+        x: Tensor,
+        state: MemoryState | None,
+        real: Tensor | None,
+        want_surprise: bool,
+        aligned: bool = False,
     ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        """`forward` on rows that are read together."""
-        place = self._place(x, state, real)
+        """`forward` on rows, of which a CPU reads together as many as stay in its caches from chunk to chunk.
+
+        Args:
+            aligned: all rows stand at a boundary of every memory.
+        """
+        work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
+        if len(x) * work <= ROWS or x.device.type != "cpu" or traced():
+            return self._read(x, state, real, want_surprise, aligned)
+        groups = -(-len(x) // max(1, ROWS // work))
+        size = -(-len(x) // groups)
+        ys, states, surprises = [], [], []
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            before = None if state is None else state.slice_rows(rows)
+            y, after, surprise = self._read(
+                x[rows], before, None if real is None else real[rows], want_surprise, aligned
+            )
+            ys.append(y)
+            states.append(after)
+            surprises.append(surprise)
+        joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
+        return torch.cat(ys), MemoryState.join_rows(states), joined
+
+    def _read(
+        self,
+        x: Tensor,
+        state: MemoryState | None,
+        real: Tensor | None,
+        want_surprise: bool,
+        aligned: bool,
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """`_read_rows` on rows that are read together."""
+        place = self._place(x, state, real, aligned)
         start = self._start(state, place.position, torch.promote_types(x.dtype, torch.float32))
         chunk = max(self.system.chunk_sizes)
         long = self.recompute is not None and torch.is_grad_enabled() and place.x.shape[1] > chunk
@@ -278,11 +347,12 @@ class MemoryLayer(nn.Module):
 
     # Where the tokens stand, what they start from -----------------------------------------------------------
 
-    def _place(self, x: Tensor, state: MemoryState | None, real: Tensor | None) -> Place:
+    def _place(self, x: Tensor, state: MemoryState | None, real: Tensor | None, aligned: bool) -> Place:
         """The columns that the memories read, and where their chunks end."""
         B, T, _ = x.shape
         period = self.system.period
-        if state is None and real is None:
+        aligned = aligned or state is None
+        if aligned and real is None:
             position = torch.full((B,), T % period, dtype=torch.long, device=x.device)
             return Place(x, None, Boundaries(common=True), position)
         if state is not None and T == 1:
@@ -291,7 +361,7 @@ class MemoryLayer(nn.Module):
             return Place(x, real, boundaries, end % period)
         if real is None:
             real = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        if state is None:
+        if state is None or aligned:
             layout = row_layout(real, torch.zeros(B, dtype=torch.long, device=x.device), T)
         else:
             layout = row_layout(real, state.position, period - 1 + T)
@@ -306,26 +376,6 @@ class MemoryLayer(nn.Module):
         if any(W.dtype != dtype for W in state.current.values()):  # from a session in another precision
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
-
-    def _read_in_groups(
-        self, x: Tensor, state: MemoryState | None, real: Tensor | None, want_surprise: bool, most: int
-    ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        """`_read` on groups of equal size, of at most so many rows: as many as stay in a CPU's caches from
-        chunk to chunk."""
-        groups = -(-len(x) // most)
-        size = -(-len(x) // groups)
-        ys, states, surprises = [], [], []
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            before = None if state is None else state.slice_rows(rows)
-            y, after, surprise = self._read(
-                x[rows], before, None if real is None else real[rows], want_surprise
-            )
-            ys.append(y)
-            states.append(after)
-            surprises.append(surprise)
-        joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
-        return torch.cat(ys), MemoryState.join_rows(states), joined
 
     def _check_state(self, state: MemoryState, rows: int) -> None:
         if not isinstance(state, MemoryState):

@@ -42,6 +42,7 @@ class HopeBlock(GradientCheckpointingLayer):
         real: Tensor | None = None,
         learn: Tensor | None = None,
         cms_weights: Sequence[Weights | None] | None = None,
+        documents: Documents | None = None,
         **mixer_options: Any,
     ) -> tuple[Any, ...]:
         """Run the block over x [B, T, D].
@@ -52,14 +53,17 @@ class HopeBlock(GradientCheckpointingLayer):
             real: [B, T] bool, False = padding.
             learn: [B, T] bool, the tokens that the CMS learns from; None: all.
             cms_weights: per level, weights in the place of the CMS block's own.
+            documents: where documents in a row begin; None: every row is one.
             mixer_options: what else the mixer takes, such as `return_surprise`.
 
         Returns:
             y [B, T, D], both states after x, and what else the mixer returns, such as its surprise [B, T].
         """
         mixer_state, cms_state = states
+        if documents is not None:  # a mixer from elsewhere need not know the option
+            mixer_options["documents"] = documents
         mixed, mixer_state, *surprise = self.mixer(self.mixer_norm(x), mixer_state, real, **mixer_options)
-        y, cms_state = self.cms(x + mixed, cms_state, cms_weights, real, learn)
+        y, cms_state = self.cms(x + mixed, cms_state, cms_weights, real, learn, documents)
         return y, (mixer_state, cms_state), *surprise
 
 
@@ -70,11 +74,16 @@ class Tokens(NamedTuple):
     ids: Tensor | None  # [B, T] int64
     real: Tensor | None  # [B, T] bool, False = padding; None: all are real
     learn: Tensor | None  # [B, T] bool, the tokens that a CMS learns from; None: all
-    documents: Documents | None = None  # where documents in a row begin; None: each row is one
+    documents: Documents | None = None  # where documents in a row begin; None: every row is one
 
     def columns(self, start: int, stop: int) -> Tokens:
         """The tokens of the columns from `start` to `stop`."""
-        return Tokens._make(None if t is None else t[:, start:stop] for t in self[:4])
+        documents = self.documents
+        if documents is not None and (start or stop < self.x.shape[1]):
+            documents = documents.segment(start, stop, documents.keep or stop < self.x.shape[1])
+        x, *others = (None if t is None else t[:, start:stop] for t in self[:-1])
+        assert x is not None
+        return Tokens(x, *others, documents)
 
 
 class Piece(NamedTuple):
@@ -129,7 +138,9 @@ class Blocks:
             options = {"return_surprise": True} if surprised else {}
             weights = self.cms_weights.get(index)
             with check.scope(f"model.{mixer}"):  # the CMS checks no values
-                x, new, *error = block(x, before, tokens.real, tokens.learn, weights, **options)
+                x, new, *error = block(
+                    x, before, tokens.real, tokens.learn, weights, tokens.documents, **options
+                )
             after[mixer], after[cms] = new
             surprise.append(error[0] if error else None)
         x = self.norm(x)

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from nested_learning.layers.documents import find_documents
 from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock, Tokens, join
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
@@ -63,6 +64,11 @@ class HopeModel(HopePreTrainedModel):
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> HopeModelOutput:
         """Run the blocks over new tokens. Long: it describes every argument that transformers passes.
 
@@ -83,14 +89,21 @@ class HopeModel(HopePreTrainedModel):
                 learn from; None: it learns from all. Memory layers learn from whatever they read.
             lm_head: from the output to logits; needed, with `input_ids`, where the CMS learns from the
                 next-token loss (`cms_update="lm"`), and of no use otherwise. `HopeForCausalLM` gives its own.
-            output_attentions, position_ids, token_type_ids: only there because callers of any transformers
-                model pass them; must be False or None. Positions follow from the mask and the state.
+            position_ids: [B, T] or [1, T]; a real token at position 0 begins a document, which nothing of an
+                earlier one in its row reaches, nor anything of the cache. Other positions are not read: a
+                document's tokens are counted, from the cache where it goes on from there.
+            seq_idx: [B, T] int, constant within a document, another in the next one. A row's first document
+                goes on from the cache, if there is one; so with `cu_seq_lens_q`.
+            cu_seq_lens_q, cu_seq_lens_k: [documents + 1] int, where one row of T tokens is cut into
+                documents, from 0 to T. Both are the same; `max_length_q`, `max_length_k` are of no use here.
+            output_attentions, token_type_ids: only there because callers of any transformers model pass
+                them; must be False or None.
 
         Raises:
             ValueError: for ids outside of the vocabulary (checked on the CPU only; elsewhere it would wait
                 for the device), a mask, a cache or weights that do not fit, what Hope does not have.
         """
-        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, position_ids, token_type_ids)
+        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, token_type_ids)
         self._check_tokens(input_ids, inputs_embeds, attention_mask, learn_mask, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
@@ -116,8 +129,17 @@ class HopeModel(HopePreTrainedModel):
             exact = self.config.cms_meta_gradient == "exact"
             reader = LMUpdate(blocks, self.embed_tokens, lm_head, exact)
         states = {} if cache is None else cache.states
+        documents = find_documents(
+            x,
+            real,
+            bool(states),
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens=_one_of(cu_seq_lens_q, cu_seq_lens_k),
+            keep=cache is not None,
+        )
         size = self.config.segment_size or length
-        tokens, pieces = Tokens(x, input_ids, real, learn), []
+        tokens, pieces = Tokens(x, input_ids, real, learn, documents), []
         for start in range(0, length, size):
             piece, states = reader.read(tokens.columns(start, start + size), states)
             pieces.append(piece)
@@ -138,18 +160,12 @@ class HopeModel(HopePreTrainedModel):
         learn_mask: Tensor | None,
         lm_head: Head | None,
         output_attentions: bool | None,
-        position_ids: Tensor | None,
         token_type_ids: Tensor | None,
     ) -> None:
         """ValueError for options that Hope, or a model with this configuration, does not have."""
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "Hope returns no attention weights (memories have none): leave output_attentions at False"
-            )
-        if position_ids is not None:
-            raise ValueError(
-                "Hope counts positions itself, from attention_mask and the state: leave position_ids away. "
-                "Sequences packed into one row are not kept apart; give each a row of its own"
             )
         if token_type_ids is not None:
             raise ValueError("Hope has no token types: leave token_type_ids away")
@@ -216,6 +232,15 @@ class HopeModel(HopePreTrainedModel):
             )
 
 
+def _one_of(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
+    """Where documents are cut, by what is said for queries and for keys."""
+    if queries is not None and keys is not None and not torch.equal(queries, keys):
+        raise ValueError(
+            f"cu_seq_lens_q and cu_seq_lens_k must be the same, got {queries.tolist()} and {keys.tolist()}"
+        )
+    return keys if queries is None else queries
+
+
 class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     """Hope with a language-modelling head, tied to the embedding unless the configuration says otherwise."""
 
@@ -247,6 +272,11 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> HopeCausalLMOutput:
         """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
 
@@ -276,6 +306,9 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             output_attentions=output_attentions,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
             return_dict=True,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

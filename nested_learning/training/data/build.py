@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from nested_learning._errors import unknown
 from nested_learning.training.data.packing import (
     PackedDataset,
     TokenizedText,
@@ -21,6 +22,7 @@ from nested_learning.training.data.sources import STREAM_PREFIX, load_corpus
 from nested_learning.training.data.streaming import StreamedDataset, open_stream
 from nested_learning.training.data.tokenizers import make_tokenizer
 
+DOCUMENTS = ("marked", "joined")
 BPE_SAMPLE_BYTES = 16 << 20  # bytes at the start of a stream that a BPE is trained on
 
 
@@ -34,6 +36,8 @@ class DataConfig:
         tokenizer: "byte", "bpe" (trained on the training text) or the folder of a saved tokenizer.
         bpe_vocab_size: ids of a BPE, bytes and special tokens included.
         block_size: tokens per sample, T.
+        documents: what a sample is that holds several documents: "marked", the model keeps them apart, or
+            "joined", one text.
         text_column: the column of a `datasets` source that holds the text.
         validation_fraction: share of the text for validation, in (0, 0.5]; a `datasets` source has its
             validation split or `num_held_out` rows instead.
@@ -49,6 +53,7 @@ class DataConfig:
     tokenizer: str = "byte"
     bpe_vocab_size: int = 4096
     block_size: int = 256
+    documents: Literal["marked", "joined"] = "marked"
     text_column: str = "text"
     validation_fraction: float = 0.1
     num_held_out: int = 200
@@ -61,6 +66,8 @@ class DataConfig:
         for name in ("source", "tokenizer", "text_column"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
+        if self.documents not in DOCUMENTS:
+            raise unknown("documents", str(self.documents), DOCUMENTS)
         check_positive(
             bpe_vocab_size=self.bpe_vocab_size,
             block_size=self.block_size,
@@ -85,6 +92,10 @@ class DataConfig:
     def is_streamed(self) -> bool:
         return self.source.startswith(STREAM_PREFIX)
 
+    def end_of_text(self, tokenizer: PreTrainedTokenizerFast) -> int | None:
+        """The token after which samples mark the begin of a document; None where documents are joined."""
+        return tokenizer.eos_token_id if self.documents == "marked" else None
+
 
 @dataclass(frozen=True)
 class DataBundle:
@@ -92,8 +103,9 @@ class DataBundle:
 
     Attributes:
         tokenizer: the tokenizer, to be saved with the model.
-        train: samples {"input_ids", "labels"} [T] in the order of training: sample i of the run is item i
-            (use a sequential sampler), or the i-th of an iteration.
+        train: samples {"input_ids", "labels"} [T], with "position_ids" where documents are marked, in the
+            order of training: sample i of the run is item i (use a sequential sampler), or the i-th of an
+            iteration.
         validation: samples likewise, the same ones every time.
         bytes_per_token: UTF-8 bytes per token of the validation text, for `bits_per_byte`.
         summary: sizes and sources of the text that was read, ready for JSON.
@@ -125,9 +137,10 @@ def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
     texts = [document.text for document in corpus.train]
     tokenizer = make_tokenizer(config.tokenizer, texts, config.bpe_vocab_size)
     text = tokenize(tokenizer, texts)
-    train = PackedDataset(text, config.block_size, num_train_samples, config.seed)
+    end = config.end_of_text(tokenizer)
+    train = PackedDataset(text, config.block_size, num_train_samples, config.seed, end)
     held_out = tokenize(tokenizer, [document.text for document in corpus.validation])
-    validation = ValidationDataset(held_out, config.block_size, config.max_validation_blocks)
+    validation = ValidationDataset(held_out, config.block_size, config.max_validation_blocks, end)
     summary = _summary(config, tokenizer, num_train_samples, validation) | {
         "train_documents": len(corpus.train),
         "train_bytes": text.num_bytes,
@@ -145,11 +158,12 @@ def _build_streamed(config: DataConfig, num_train_samples: int) -> DataBundle:
         config.tokenizer, _first_bytes(stream.once(), BPE_SAMPLE_BYTES), config.bpe_vocab_size
     )
     limit = None if config.max_validation_blocks is None else config.max_validation_blocks * config.block_size
+    end = config.end_of_text(tokenizer)
     validation = ValidationDataset(
-        _tokenize_first(tokenizer, held_out, limit), config.block_size, config.max_validation_blocks
+        _tokenize_first(tokenizer, held_out, limit), config.block_size, config.max_validation_blocks, end
     )
     train = StreamedDataset(
-        stream, tokenizer, config.block_size, num_train_samples, config.seed, config.shuffle_blocks
+        stream, tokenizer, config.block_size, num_train_samples, config.seed, config.shuffle_blocks, end
     )
     summary = _summary(config, tokenizer, num_train_samples, validation)
     return DataBundle(tokenizer, train, validation, validation.bytes_per_token, summary)

@@ -1,7 +1,8 @@
 """Blocks of T tokens out of one long row of tokens: every sample a function of (seed, index) alone.
 
 Documents are joined end to end, each closed by its end-of-text token, and cut into blocks without
-padding. Since sample i depends on nothing but the seed and i, a run resumes at the exact batch by its
+padding. The samples say where documents begin, so that a model keeps them apart, unless they are to be read
+as one text. Since sample i depends on nothing but the seed and i, a run resumes at the exact batch by its
 index, and processes that share the indices among them see together the batches that one would see.
 """
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from nested_learning.training.data.tokenizers import encode_documents
 
 Sample = dict[str, Tensor]
+IGNORED = -100  # the label that transformers' losses do not count
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
@@ -28,10 +30,24 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / (bytes_per_token * math.log(2))
 
 
-def sample_of(block: np.ndarray) -> Sample:
-    """{"input_ids", "labels"}, both [T] int64, of a block of ids [T]. Models shift the labels themselves."""
+def sample_of(block: np.ndarray, end_of_text: int | None = None) -> Sample:
+    """{"input_ids", "labels"}, both [T] int64, of a block of ids [T]. Models shift the labels themselves.
+
+    Args:
+        block: [T] ids.
+        end_of_text: the token that closes a document. With it there are "position_ids" [T] too, the place of
+            each token in its document or in what the block has of it, and the first token of a later document
+            is no label: nothing before it foretells it. None: the block is read as one text.
+    """
     ids = torch.from_numpy(block.astype(np.int64))
-    return {"input_ids": ids, "labels": ids.clone()}
+    labels = ids.clone()
+    if end_of_text is None:
+        return {"input_ids": ids, "labels": labels}
+    begins = np.concatenate([[True], block[:-1] == end_of_text])
+    labels[torch.from_numpy(begins)[1:].nonzero().squeeze(1) + 1] = IGNORED
+    places = np.arange(len(block))
+    positions = places - np.maximum.accumulate(np.where(begins, places, 0))
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.from_numpy(positions)}
 
 
 @dataclass(frozen=True)
@@ -64,12 +80,20 @@ class PackedDataset(Dataset[Sample]):
         block_size: T.
         num_samples: length of the dataset; any number of epochs.
         seed: seed of the offsets and orders.
+        end_of_text: see `sample_of`.
 
     Raises:
         ValueError: fewer than T tokens, or a size below 1.
     """
 
-    def __init__(self, text: TokenizedText, block_size: int, num_samples: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        text: TokenizedText,
+        block_size: int,
+        num_samples: int,
+        seed: int = 0,
+        end_of_text: int | None = None,
+    ) -> None:
         check_positive(block_size=block_size, num_samples=num_samples)
         check_enough(len(text.ids), block_size, "training")
         self.tokens = text.ids
@@ -77,6 +101,7 @@ class PackedDataset(Dataset[Sample]):
         self.block_size = block_size
         self.num_samples = num_samples
         self.seed = seed
+        self.end_of_text = end_of_text
 
     @property
     def blocks_per_epoch(self) -> int:
@@ -86,7 +111,7 @@ class PackedDataset(Dataset[Sample]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        """{"input_ids", "labels"}: [T] int64. Raises IndexError outside 0..num_samples - 1."""
+        """A sample as `sample_of` makes it. Raises IndexError outside 0..num_samples - 1."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         epoch, place = divmod(index, self.blocks_per_epoch)
@@ -95,7 +120,7 @@ class PackedDataset(Dataset[Sample]):
         block = self.tokens[start : start + self.block_size]
         if len(block) < self.block_size:  # around the end of the ring
             block = np.concatenate([block, self.tokens[: self.block_size - len(block)]])
-        return sample_of(block)
+        return sample_of(block, self.end_of_text)
 
 
 @lru_cache(maxsize=4)
@@ -115,17 +140,25 @@ class ValidationDataset(Dataset[Sample]):
         text: N tokens.
         block_size: T.
         max_blocks: limit, or None for all N // T blocks.
+        end_of_text: see `sample_of`.
 
     Raises:
         ValueError: fewer than T tokens, or a size below 1.
     """
 
-    def __init__(self, text: TokenizedText, block_size: int, max_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        text: TokenizedText,
+        block_size: int,
+        max_blocks: int | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
         check_positive(block_size=block_size, max_blocks=1 if max_blocks is None else max_blocks)
         check_enough(len(text.ids), block_size, "validation")
         self.tokens = text.ids
         self.bytes_per_token = text.bytes_per_token
         self.block_size = block_size
+        self.end_of_text = end_of_text
         self.total_blocks = len(text.ids) // block_size
         self.num_blocks = min(self.total_blocks, max_blocks or self.total_blocks)
 
@@ -133,11 +166,11 @@ class ValidationDataset(Dataset[Sample]):
         return self.num_blocks
 
     def __getitem__(self, index: int) -> Sample:
-        """{"input_ids", "labels"}: [T] int64. Raises IndexError outside 0..len - 1."""
+        """A sample as `sample_of` makes it. Raises IndexError outside 0..len - 1."""
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} of {self.num_blocks}")
         start = index * self.total_blocks // self.num_blocks * self.block_size
-        return sample_of(self.tokens[start : start + self.block_size])
+        return sample_of(self.tokens[start : start + self.block_size], self.end_of_text)
 
 
 def check_positive(**sizes: int) -> None:

@@ -88,6 +88,7 @@ class StreamedDataset(IterableDataset[Sample]):
         num_samples: blocks of one full iteration.
         seed: seed of the shuffle.
         shuffle_blocks: blocks per window; 1 keeps the order of the stream.
+        end_of_text: see `sample_of`.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class StreamedDataset(IterableDataset[Sample]):
         num_samples: int,
         seed: int = 0,
         shuffle_blocks: int = 1024,
+        end_of_text: int | None = None,
     ) -> None:
         check_positive(block_size=block_size, num_samples=num_samples, shuffle_blocks=shuffle_blocks)
         self.stream = stream
@@ -106,6 +108,7 @@ class StreamedDataset(IterableDataset[Sample]):
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle_blocks = shuffle_blocks
+        self.end_of_text = end_of_text
         self._begin = self._fresh_state()
         self._now = self._begin
         self._num_bytes = 0
@@ -150,7 +153,7 @@ class StreamedDataset(IterableDataset[Sample]):
             order = np.random.default_rng([self.seed, state["window"]]).permutation(self.shuffle_blocks)
             for place in range(state["place"], min(self.shuffle_blocks, self.num_samples - first)):
                 self._now = state | {"place": place + 1}
-                yield sample_of(blocks[order[place]])
+                yield sample_of(blocks[order[place]], self.end_of_text)
             state = state | {
                 "window": state["window"] + 1,
                 "place": 0,

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import default_data_collator
 
+from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.training.data import PackedDataset, ValidationDataset, bits_per_byte, byte_tokenizer
-from nested_learning.training.data.packing import TokenizedText, tokenize
+from nested_learning.training.data.packing import TokenizedText, sample_of, tokenize
 
 
 def positions(num_tokens: int) -> TokenizedText:
@@ -151,3 +152,33 @@ def test_bytes_per_token_counts_ends_of_documents():
     assert text.ids.tolist() == [110, 195, 169, 256, 97, 98, 99, 256]
     assert text.bytes_per_token == 6 / 8
     assert PackedDataset(text, 4, 2).bytes_per_token == ValidationDataset(text, 4).bytes_per_token == 6 / 8
+
+
+END = 9
+
+
+def test_samples_mark_where_documents_begin():
+    block = np.array([1, 2, END, 3, END, END, 4, 5], dtype=np.uint16)
+    sample = sample_of(block, END)
+    assert sample["input_ids"].tolist() == block.tolist()
+    assert sample["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    # A block's first label is never counted, as nothing stands before it.
+    assert sample["labels"].tolist() == [1, 2, END, -100, END, -100, -100, 5]
+    joined = sample_of(block)
+    assert joined["labels"].tolist() == block.tolist()
+    assert "position_ids" not in joined
+
+
+@pytest.mark.parametrize("mixer", ["self_modifying_titans", "attention"])
+def test_marked_documents_train_on_the_losses_of_separate_rows(mixer):
+    """The loss of packed samples is that of each document in a row of its own, over the same labels."""
+    config = HopeConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2, num_heads=2, mixer=mixer)
+    tiny_model = HopeForCausalLM(config).double().train()
+    text = np.array([1, 2, 3, END, 4, 5, END, 6, 7, 8, 1, END], dtype=np.uint16)
+    sample = {name: t[None] for name, t in sample_of(text, END).items()}
+    packed = tiny_model(**sample).loss
+    total = torch.zeros((), dtype=torch.float64)
+    for document in ([1, 2, 3, END], [4, 5, END], [6, 7, 8, 1, END]):
+        ids = torch.tensor([document])
+        total += tiny_model(ids, labels=ids).loss * (len(document) - 1)
+    torch.testing.assert_close(packed, total / 9, rtol=0, atol=1e-12)
