@@ -42,8 +42,7 @@ def find_documents(
         ValueError: for values that do not fit x, and where two of them disagree about a boundary.
     """
     if isinstance(documents, Documents):
-        if documents.shape != x.shape[:2]:
-            raise ValueError(f"documents are those of {[*documents.shape]} tokens, x has {[*x.shape[:2]]}")
+        check_documents(x, documents)
         return documents if len(documents) else None
     said: dict[str, Tensor] = {}
     begins = None
@@ -68,6 +67,19 @@ def find_documents(
     found = Documents(inside if begins is None else begins, real, keep)
     plain = len(found) == len(found.rows.unique()) and (not given or bool(found.goes_on(True).all()))
     return None if plain or not len(found) else found
+
+
+def check_documents(
+    x: Tensor, documents: Tensor | Documents | None = None, position_ids: Tensor | None = None
+) -> None:
+    """ValueError for what does not fit x [B, T, ...]. Does not wait for the device."""
+    if isinstance(documents, Documents):
+        if documents.shape != x.shape[:2]:
+            raise ValueError(f"documents are those of {[*documents.shape]} tokens, x has {[*x.shape[:2]]}")
+    elif documents is not None:
+        _checked("documents", documents, x)
+    if position_ids is not None:
+        _checked("position_ids", position_ids, x)
 
 
 def _checked(name: str, value: Tensor, x: Tensor) -> Tensor:

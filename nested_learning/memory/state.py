@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nested_learning.ops.rows import join_rows
+
 S = TypeVar("S", bound="State")
 TensorFn = Callable[[Tensor], Tensor]
 # The weights of a memory or a block: matrix name -> tensor. Where they are a memory layer's, each tensor is
@@ -92,14 +94,8 @@ class State:
     @staticmethod
     def join_rows(states: Sequence[S]) -> S:
         """The states of several batches as that of one. What each shares between fields stays shared."""
-        parts = list(zip(*(pytree.tree_leaves(state) for state in states), strict=True))
-        joined: dict[tuple[int, ...], Tensor] = {}
-        for part in parts:
-            if isinstance(part[0], Tensor):
-                key = tuple(map(id, part))
-                joined[key] = joined[key] if key in joined else torch.cat(part)
-        leaves = [joined.get(tuple(map(id, part))) for part in parts]
-        return pytree.tree_unflatten(leaves, pytree.tree_structure(states[0]))
+        joined: S = join_rows(states)
+        return joined
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat `{"field": t, "field.key": t}` for a safetensors file; fields that are None are left out."""

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nested_learning.ops.rows import join_rows, select_rows
+
 # Tokens whose reading costs about as much as one call more. Rows that have ended are read on, to no effect,
 # until this much would be spared by a call without them (measured, docs/log.md).
 CALL = 256
 # Of the longest document, the length of the shortest that is read in one batch with it, padded.
 ALIKE = 0.75
 
-Reader = Callable[[Any, Any, Tensor | None, bool], tuple[Any, Any]]
+# From (inputs, state, real, aligned), and `first` where that is asked for, to (outputs, state).
+Reader = Callable[..., tuple[Any, Any]]
 
 
 class Rows(NamedTuple):
@@ -39,13 +42,16 @@ class Step(NamedTuple):
         real: [n, L] bool, False = no token, whose place is that of any token; None where that need not be
             known, since neither output nor state of such columns is asked for.
         before: where the states come from, in the order of the rows; empty for the initial state.
-        aligned: every document stands at a boundary of all memories.
+        aligned: every document stands at a boundary, a multiple of the plan's step.
+        first: tokens of every document before these, where the documents are aligned and whole chunks of them
+            are read; else None. Aligned without `first` are ends of documents, less than a chunk of each.
     """
 
     columns: Tensor
     real: Tensor | None
     before: tuple[Rows, ...]
     aligned: bool
+    first: int | None
 
 
 class Plan(NamedTuple):
@@ -215,7 +221,8 @@ class Documents:
         """How to read the documents, the same plan for all layers that ask alike.
 
         Args:
-            step: tokens after which all chunks of the reader end together.
+            step: tokens after which chunks of the reader end: all of them, for a reader that asks for rows at
+                a boundary; the shortest, for one that can make do with the number of tokens before.
             given: whether there is a state that the first documents may go on with.
             prefix: number of tokens in front of every document that begins.
         """
@@ -225,19 +232,26 @@ class Documents:
         return self._plans[key]
 
     def read(
-        self, read: Reader, inputs: Any, state: Any, step: int, prefix: Tensor | None = None
+        self,
+        read: Reader,
+        inputs: Any,
+        state: Any,
+        step: int,
+        prefix: Tensor | None = None,
+        tell_first: bool = False,
     ) -> tuple[Any, Any]:
         """Read the documents with a function for rows.
 
         Args:
             read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
                 tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
-                [n, L] bool or None; `aligned` says that all rows stand at a boundary of every chunk length.
-                Columns of `real` False are zero and must have no effect.
+                [n, L] bool or None; `aligned` says that all rows stand at a boundary, see `Step`. Columns of
+                `real` False are zero and must have no effect.
             inputs: tree of tensors [B, T, ...].
             state: tree of tensors [B, ...], from before the call; None for none.
             step: as in `plan`.
             prefix: [P, ...], read in front of every document that begins; for inputs that are one tensor.
+            tell_first: give `read` a fifth argument, `first` of `Step`.
 
         Returns:
             outputs, trees of tensors [B, T, ...], zero for padding; and the states after the rows' last
@@ -251,13 +265,14 @@ class Documents:
         states: list[Any] = []
 
         def states_of(sources: Sequence[Rows]) -> Any:
-            parts = [_select(state if s.step < 0 else states[s.step], s.rows) for s in sources]
-            return _join(parts) if parts else None
+            parts = [select_rows(state if s.step < 0 else states[s.step], s.rows) for s in sources]
+            return join_rows(parts) if parts else None
 
         for now in plan.steps:
             take = functools.partial(tokens_at, columns=now.columns, real=now.real)
             x = pytree.tree_map_only(Tensor, take, flat)
-            y, after = read(x, states_of(now.before), now.real, now.aligned)
+            told = (now.first,) if tell_first else ()
+            y, after = read(x, states_of(now.before), now.real, now.aligned, *told)
             outputs.append(y)
             states.append(after)
         leaves = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
@@ -265,7 +280,7 @@ class Documents:
         y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
         if not self.keep:
             return y, None
-        return y, _select(states_of(plan.last), plan.order)
+        return y, select_rows(states_of(plan.last), plan.order)
 
     def unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
         """Outputs of all steps [n, L, ...] -> [B, T, ...]; None where there are none."""
@@ -371,7 +386,7 @@ class _Planner:
             columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
             index = columns.repeat(len(empty), 1)
             real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
-            self.steps.append(Step(self._to_device(index), real, (), True))
+            self.steps.append(Step(self._to_device(index), real, (), True, None))
             self.outputs += index.numel()
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
@@ -404,7 +419,9 @@ class _Planner:
         self.place[index[held]] = self.outputs + held.flatten().nonzero().squeeze(1)
         self.outputs += real.numel()
         flags = self._to_device(real) if padded and not bool(real.all()) else None
-        self.steps.append(Step(self._to_device(index), flags, self._sources_to_device(before), aligned))
+        first = None if isinstance(start, Tensor) or not aligned else start
+        sources = self._sources_to_device(before)
+        self.steps.append(Step(self._to_device(index), flags, sources, aligned, first))
         return len(self.steps) - 1
 
     def _to_device(self, t: Tensor) -> Tensor:
@@ -445,33 +462,3 @@ def _sources(places: Sequence[tuple[int, int]]) -> tuple[Rows, ...]:
     """Places (step, row), sorted by step, as one entry per step."""
     steps = sorted({step for step, _ in places})
     return tuple(Rows(s, torch.tensor([row for step, row in places if step == s])) for s in steps)
-
-
-def _select(tree: Any, rows: Tensor | slice) -> Any:
-    """Rows of every tensor; what fields share stays shared, and all rows are the tensor itself."""
-    done: dict[int, Tensor] = {}
-
-    def select(t: Tensor) -> Tensor:
-        if id(t) not in done:
-            if isinstance(rows, Tensor):
-                done[id(t)] = t.index_select(0, rows.to(t.device))
-            else:
-                done[id(t)] = t if rows.stop == len(t) else t[rows]
-        return done[id(t)]
-
-    return pytree.tree_map_only(Tensor, select, tree)
-
-
-def _join(trees: Sequence[Any]) -> Any:
-    """The rows of several trees as one; what fields share in all of them stays shared."""
-    if len(trees) == 1:
-        return trees[0]
-    parts = list(zip(*(pytree.tree_leaves(tree) for tree in trees), strict=True))
-    joined: dict[tuple[int, ...], Any] = {}
-    for part in parts:
-        key = tuple(map(id, part))
-        if key not in joined:
-            joined[key] = torch.cat(part) if isinstance(part[0], Tensor) else part[0]
-    return pytree.tree_unflatten(
-        [joined[tuple(map(id, part))] for part in parts], pytree.tree_structure(trees[0])
-    )

@@ -74,7 +74,7 @@ class LearningLevel(NamedTuple):
         assert self.projections is not None
         x, learn = segments.pack(x), segments.learned(learn)
         keys, values = self.projections(x, self.block, self.own["up.weight"].dtype)
-        seen: Tensor | int = 0 if segments.aligned else position
+        seen = position if segments.position is None else segments.position
         branches = []
         for segment in segments:
             weights = {name: W.to(x.dtype) for name, W in state.weights.items()}
@@ -88,8 +88,8 @@ class LearningLevel(NamedTuple):
                     state = state._replace(context=kept)
                 count = len(segment) if segment.real is None else segment.real.sum(1)
                 seen = seen + count
-                moved = True if segment.real is None else count > 0
-                state = self._finish(_add(state, grads, grads), seen, moved)
+                moved: Rows = True if segment.real is None else count > 0
+                state = self._finish(_add(state, grads, grads), seen, False if segments.inside else moved)
         return segments.unpack(torch.cat(branches, 1)), state
 
     def learn(

@@ -40,26 +40,38 @@ class Segments:
     Args:
         batch_size, length: B and T of the call.
         chunk_size: C.
-        position: [B] int64, tokens before the call; None where there are none.
+        position: [B] int64, tokens before the call; a number where they are as many for all rows.
         real: [B, T] bool, True = real token; None: all are.
+        inside: no row comes to a boundary with these tokens, hence they are one segment as they stand.
 
     Attributes:
-        aligned: all rows are at the start of a chunk, and none has padding.
+        position: tokens before the call where all rows have as many and none has padding; else None.
+        inside: as given.
     """
 
     def __init__(
-        self, batch_size: int, length: int, chunk_size: int, position: Tensor | None, real: Tensor | None
+        self,
+        batch_size: int,
+        length: int,
+        chunk_size: int,
+        position: Tensor | int,
+        real: Tensor | None,
+        inside: bool = False,
     ) -> None:
-        self.aligned = position is None and real is None
+        self.inside, self.position = inside, None
         self._layout: RowLayout | None = None
-        first = min(chunk_size, length)
-        columns, self._real = length, real
-        if not self.aligned and length > 1:
+        first, columns, self._real = min(chunk_size, length), length, real
+        if isinstance(position, int) and real is None:
+            self.position = position
+            first = min(chunk_size - position % chunk_size, length)
+        elif inside:
+            first = length
+        elif length > 1:
+            device = position.device if isinstance(position, Tensor) else None
             if real is None:
-                assert position is not None
-                real = torch.ones(batch_size, length, dtype=torch.bool, device=position.device)
-            if position is None:
-                position = torch.zeros(batch_size, dtype=torch.long, device=real.device)
+                real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+            if isinstance(position, int):
+                position = torch.full((batch_size,), position, device=real.device)
             left = chunk_size - position.to(real.device) % chunk_size
             columns = first + length - 1
             self._layout = row_layout(real, (first - left).clamp_min(0), columns)

@@ -22,7 +22,9 @@ from nested_learning.layers.cms.level import (
 from nested_learning.layers.cms.regression import KeyValue
 from nested_learning.layers.cms.segments import Segments
 from nested_learning.layers.cms.writer import CMSState, LevelWriter
+from nested_learning.layers.documents import check_documents, find_documents
 from nested_learning.memory.state import State, Weights
+from nested_learning.ops.documents import Documents
 
 
 class ContinuumMemorySystem(nn.Module):
@@ -113,6 +115,8 @@ class ContinuumMemorySystem(nn.Module):
         weights: Sequence[Weights | None] | None = None,
         mask: Tensor | None = None,
         learn: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Pass x [B, T, D] through the blocks, learning from it with the update "regression".
 
@@ -124,17 +128,25 @@ class ContinuumMemorySystem(nn.Module):
             mask: [B, T] bool, True = real token; a padded token counts for nothing. Matters only where the
                 call learns.
             learn: [B, T] bool, False = read, but not learned from; it advances the chunks all the same.
+            documents, position_ids: where documents in a row begin, see `find_documents`. Each is learned
+                from alone, its chunks counted from its first token; static blocks see single tokens.
 
         Returns:
-            y [B, T, D] and the state after the tokens, None where nothing is learned in the call.
+            y [B, T, D] and the state after the tokens, that of each row's last document; None where nothing
+            is learned in the call, or no state is wanted of `documents`.
 
         Raises:
-            ValueError: for a state or weights that do not fit.
+            ValueError: for a state, weights or documents that do not fit.
         """
         if state is not None or weights is not None:
             self._check(x, state, weights)
         if self.learns and self.update == "regression":
-            return self._learn_and_read(x, cast("CMSState | None", state), mask, learn)
+            packed = find_documents(x, mask, state is not None, documents, position_ids)
+            before = cast("CMSState | None", state)
+            if packed is not None:
+                return self._read_documents(x, before, learn, packed)
+            return self._learn_and_read(x, before, mask, learn)
+        check_documents(x, documents, position_ids)
         y = x
         for index, block in enumerate(self.blocks):
             own = None if weights is None else weights[index]
@@ -201,22 +213,54 @@ class ContinuumMemorySystem(nn.Module):
             after[index] = level.learn(before, inside[index], crossing.get(index), position, rows)
         return CMSState.join(position % self.levels[-1].chunk_size, after)
 
+    def _read_documents(
+        self, x: Tensor, state: CMSState | None, learn: Tensor | None, documents: Documents
+    ) -> tuple[Tensor, CMSState | None]:
+        """`forward` with the update "regression", of documents as rows of their own."""
+
+        def read(
+            inputs: tuple[Tensor, Tensor | None],
+            before: CMSState | None,
+            real: Tensor | None,
+            aligned: bool,
+            first: int | None,
+        ) -> tuple[Tensor, CMSState]:
+            x, learn = inputs
+            return self._learn_and_read(x, before, real, learn, first, inside=aligned and first is None)
+
+        # Slower levels see where the rows stand by `first`, on the host too.
+        step = self.levels[self._learning[0]].chunk_size
+        y, after = documents.read(read, (x, learn), state, step, tell_first=True)
+        return y, after
+
     def _learn_and_read(
-        self, x: Tensor, state: CMSState | None, real: Tensor | None, learn: Tensor | None
+        self,
+        x: Tensor,
+        state: CMSState | None,
+        real: Tensor | None,
+        learn: Tensor | None,
+        first: int | None = None,
+        inside: bool = False,
     ) -> tuple[Tensor, CMSState]:
-        """`forward` with the update "regression"."""
+        """`forward` with the update "regression".
+
+        Args:
+            first: tokens of every row before x, where they are as many and known.
+            inside: no row comes to a boundary of any level.
+        """
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
+        position: Tensor | int
         if state is None:
-            before, position = self.start(B, dtype), None
+            before, position = self.start(B, dtype), 0
         else:  # which may come from a session in another precision
             before = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-            position = before.position.to(x.device)
+            position = before.position.to(x.device) if first is None else first
         after, y = {}, x
         for index, block in enumerate(self.blocks):
             source = x if self.variant == "independent" else y  # eq 74, eq 73
             if index in self._learning:
-                segments = Segments(B, T, self.levels[index].chunk_size, position, real)
+                segments = Segments(B, T, self.levels[index].chunk_size, position, real, inside)
                 level = self._level(index, B, dtype)
                 branch, after[index] = level.read(
                     source, before.level(index), segments, before.position, learn

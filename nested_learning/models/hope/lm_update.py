@@ -24,6 +24,7 @@ from nested_learning.layers.cms.segments import Segment, Segments
 from nested_learning.layers.cms.writer import Rows
 from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.block_hope import Blocks, Piece, States, Tokens, join
+from nested_learning.ops.rows import padded
 
 PENDING = "pending"
 Head = Callable[[Tensor], Tensor]
@@ -80,20 +81,47 @@ class LMUpdate:
     def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
         """As `Blocks.read`, where chunks are learned from before the first token after them is read.
 
+        Documents are read as rows of their own, so that no pair of tokens is of two of them.
+
         Waits for the device once per segment where rows may stand at different places, to see whether any
         of them has come to a boundary.
+        """
+        if tokens.documents is None:
+            return self._read_rows(tokens, states)
+
+        def read(
+            tokens: Tokens, before: States | None, real: Tensor | None, aligned: bool, first: int | None
+        ) -> tuple[Piece, States]:
+            inside = aligned and first is None
+            piece, after = self._read_rows(tokens._replace(real=real), before or {}, first, inside)
+            return piece, dict(sorted(after.items()))  # in one order, to be joined
+
+        inputs, before = tokens._replace(real=None, documents=None), dict(sorted(states.items())) or None
+        piece, after = tokens.documents.read(read, inputs, before, self.chunk_size, tell_first=True)
+        return piece, after or {}
+
+    def _read_rows(
+        self, tokens: Tokens, states: States, first: int | None = None, inside: bool = False
+    ) -> tuple[Piece, States]:
+        """`read` for rows of one document.
+
+        Args:
+            first: tokens of every row before these, where they are as many and known.
+            inside: no row comes to the end of a chunk.
         """
         x, ids, real, learn, _ = tokens
         assert ids is not None
         states = dict(states)
         position = self._prepare(states, x, aligned=real is None)
-        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, real)
+        position = position if first is None else first
+        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, real, inside)
         learn = torch.ones_like(ids, dtype=torch.bool) if learn is None else learn
         x, ids, learn = (segments.pack(t) for t in (x, ids, learn))
         pieces = []
         for number, segment in enumerate(segments):
             columns = segment.of(ids), segment.of(learn)
-            self._enter(states, segment, *columns, number if segments.aligned else None)
+            known = None if segments.position is None else segments.position // self.chunk_size + number
+            self._enter(states, segment, *columns, known)
             pending = _pending(states)
             weights = {
                 layer: cms.current_weights(_cms_state(states[name]), x.dtype)
@@ -111,11 +139,11 @@ class LMUpdate:
         unpacked = [None if s is None else segments.unpack(s) for s in surprise]
         return Piece(segments.unpack(y), tuple(map(segments.unpack, hidden)), tuple(unpacked)), states
 
-    def _prepare(self, states: States, x: Tensor, aligned: bool) -> Tensor | None:
+    def _prepare(self, states: States, x: Tensor, aligned: bool) -> Tensor | int:
         """Fill in the states before the first token.
 
         Returns:
-            Tokens of the running chunk [B] int64, None where all rows are at the start.
+            Tokens of the running chunk [B] int64, 0 where all rows are at the start.
         """
         if PENDING in states:
             return _pending(states).count.to(x.device) % self.chunk_size
@@ -127,7 +155,7 @@ class LMUpdate:
         states[PENDING] = PendingChunk(ids, ids.bool(), ids.new_zeros(rows))
         if not aligned:
             states.update(zip(self.mixer_names, self._initial_mixers(x), strict=True))
-        return None
+        return 0
 
     def _initial_mixers(self, x: Tensor) -> list[State]:
         """The mixers' states before any token, written out: padding changes nothing."""
@@ -144,7 +172,7 @@ class LMUpdate:
             states: changed in place.
             segment: the segment.
             ids, learn: its tokens [B, S].
-            number: number of the segment, None where rows may stand at different places.
+            number: number of the segment in all rows; None where they may stand at different places.
         """
         pending = _pending(states)
         begins: Rows = True
@@ -277,17 +305,10 @@ def _choose_rows(rows: Rows, new: State, old: State | None) -> State:
         if a is None or b is None:
             return a
         sizes = [max(pair) for pair in zip(a.shape, b.shape, strict=True)]
-        a, b = _padded(a, sizes), _padded(b, sizes)
+        a, b = padded(a, sizes), padded(b, sizes)
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
     return pytree.tree_map(choose, new, old)
-
-
-def _padded(t: Tensor, sizes: list[int]) -> Tensor:
-    missing = [
-        n for size, have in zip(reversed(sizes), reversed(t.shape), strict=True) for n in (size - have, 0)
-    ]
-    return F.pad(t, missing, value=0 if t.is_floating_point() else -1) if any(missing) else t
 
 
 def _cast(weights: Weights | None, dtype: torch.dtype) -> Weights | None:
