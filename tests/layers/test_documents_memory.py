@@ -241,7 +241,7 @@ def test_whole_chunks_run_by_the_written_out_engine(monkeypatch: pytest.MonkeyPa
             return by[1](system, initial, state, inputs, *rest)
 
         monkeypatch.setattr(module, "run", counted)
-    monkeypatch.setattr("nested_learning.ops.documents.CALL", 0)
+    monkeypatch.setattr("nested_learning.ops.document_plan.CALL", 0)
     layer = build("self_modifying_titans")
     x = normal(2, 24, D)
     found = find_documents(x, None, False, documents=PACKED, keep=False)

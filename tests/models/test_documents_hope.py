@@ -179,7 +179,7 @@ class Rows(Dataset[dict[str, list[int]]]):
 def test_trainer_with_a_flattening_collator(options: dict[str, bool], tmp_path: Any) -> None:
     """transformers' own: the loss of a step is that of the documents in rows of their own."""
     model = small_model(MIXERS["hybrid"]).train()
-    total = sum(model(part, labels=part).loss * (part.shape[1] - 1) for part in documents())
+    total = sum(float(model(part, labels=part).loss.detach()) * (part.shape[1] - 1) for part in documents())
     args = TrainingArguments(
         str(tmp_path), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to="none",
         use_cpu=True, remove_unused_columns=False, train_sampling_strategy="sequential", disable_tqdm=True,
@@ -188,4 +188,4 @@ def test_trainer_with_a_flattening_collator(options: dict[str, bool], tmp_path: 
     trainer = Trainer(model, args, DataCollatorWithFlattening(**options), Rows())
     loss = trainer.train().training_loss
     assert isinstance(model, HopeForCausalLM)
-    assert loss == pytest.approx(float(total) / (sum(LENGTHS) - len(LENGTHS)), abs=1e-6)
+    assert loss == pytest.approx(total / (sum(LENGTHS) - len(LENGTHS)), abs=1e-6)
