@@ -25,7 +25,7 @@ class Source(NamedTuple):
     rows: Tensor | slice  # [n] int64; a slice where they are the first ones
 
 
-class Step(NamedTuple):
+class ReadingStep(NamedTuple):
     """Documents that are read together, and which of their tokens.
 
     Attributes:
@@ -55,17 +55,17 @@ class Plan(NamedTuple):
         order: [B] int64, the place of row b among those.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[ReadingStep, ...]
     place: Tensor
     last: tuple[Source, ...]
     order: Tensor
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Documents of about the same length.
 
     Attributes:
-        columns: [n, L] int64, as in `Step`.
+        columns: [n, L] int64, as in `ReadingStep`.
         real: [n, L] bool, False where a document has ended.
         rows: [n] int64, the row of each document.
     """
@@ -75,7 +75,9 @@ class Batch(NamedTuple):
     rows: Tensor
 
 
-def plan_batches(documents: Documents, given: bool) -> tuple[tuple[Batch, ...], Batch | None, Tensor]:
+def plan_batches(
+    documents: Documents, given: bool
+) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
     """Results of `Documents.batches`."""
     goes_on = documents.goes_on(given)
     order = documents.lengths.argsort(descending=True, stable=True)
@@ -96,7 +98,7 @@ def plan_batches(documents: Documents, given: bool) -> tuple[tuple[Batch, ...], 
         place[columns[real]] = outputs + real.flatten().nonzero().squeeze(1)
         outputs += real.numel()
         parts = (columns, real, documents.rows[group])
-        batches.append(Batch(*(part.to(documents.device) for part in parts)))
+        batches.append(DocumentBatch(*(part.to(documents.device) for part in parts)))
     last = batches.pop() if len(old) else None
     return tuple(batches), last, place.to(documents.device)
 
@@ -111,7 +113,7 @@ class Planner:
         self.prefixes = torch.where(goes_on, 0, prefix)
         self.wanted = documents.last() if documents.keep else torch.zeros_like(goes_on)
         self.goes_on = goes_on
-        self.steps: list[Step] = []
+        self.steps: list[ReadingStep] = []
         self.after: dict[int, tuple[int, int]] = {}  # document -> step and row of the state at its end
         self.place = torch.zeros(documents.shape[0] * documents.shape[1], dtype=torch.long)
         self.outputs = 0
@@ -194,7 +196,7 @@ class Planner:
             columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
             index = columns.repeat(len(empty), 1)
             real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
-            self.steps.append(Step(self._to_device(index), real, (), True, None))
+            self.steps.append(ReadingStep(self._to_device(index), real, (), True, None))
             self.outputs += index.numel()
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
@@ -229,7 +231,7 @@ class Planner:
         flags = self._to_device(real) if padded and not bool(real.all()) else None
         first = None if isinstance(start, Tensor) or not aligned else start
         sources = self._sources_to_device(before)
-        self.steps.append(Step(self._to_device(index), flags, sources, aligned, first))
+        self.steps.append(ReadingStep(self._to_device(index), flags, sources, aligned, first))
         return len(self.steps) - 1
 
     def _to_device(self, t: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nested_learning.ops.document_plan import Batch, Plan, Planner, Source, plan_batches
+from nested_learning.ops.document_plan import DocumentBatch, Plan, Planner, Source, plan_batches
 from nested_learning.ops.rows import join_rows, select_rows
 
 # From (inputs, state, real, aligned), and `first` where that is asked for, to (outputs, state).
-Reader = Callable[..., tuple[Any, Any]]
+ReadRows = Callable[..., tuple[Any, Any]]
 
 
 class Documents:
@@ -62,7 +62,7 @@ class Documents:
         self.rows = row[self.starts]
         self._goes_on = ~begins[self.starts]
         self._plans: dict[tuple[int, bool, int], Plan] = {}
-        self._batches: dict[bool, tuple[tuple[Batch, ...], Batch | None, Tensor]] = {}
+        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -108,8 +108,8 @@ class Documents:
         """Tokens of each row's last document.
 
         Returns:
-            columns [B, L] int64 as in `Step`, which of them are `real` [B, L] bool, and, on the CPU, the rows
-            [B] bool whose last document goes on with their state, those without a token among them.
+            columns [B, L] int64 as in `ReadingStep`, which of them are `real` [B, L] bool, and, on the CPU,
+            the rows [B] bool whose last document goes on with their state, those without a token among them.
         """
         B = self.shape[0]
         last = self.last()
@@ -123,7 +123,7 @@ class Documents:
         columns = self.tokens[(starts.unsqueeze(1) + inside).where(real, 0)]
         return columns.to(self.device), real.to(self.device), goes_on
 
-    def batches(self, given: bool) -> tuple[tuple[Batch, ...], Batch | None, Tensor]:
+    def batches(self, given: bool) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
         """All documents whole, in batches: for layers that see a document at once.
 
         Returns:
@@ -151,7 +151,7 @@ class Documents:
 
     def read(
         self,
-        read: Reader,
+        read: ReadRows,
         inputs: Any,
         state: Any,
         step: int,
@@ -163,13 +163,13 @@ class Documents:
         Args:
             read: from (inputs, state, real, aligned) to (outputs, state): inputs and outputs are trees of
                 tensors [n, L, ...], the state is a tree of tensors [n, ...], None for the initial one; `real`
-                [n, L] bool or None; `aligned` says that all rows stand at a boundary, see `Step`. Columns of
-                `real` False are zero and must have no effect.
+                [n, L] bool or None; `aligned` says that all rows stand at a boundary, see `ReadingStep`.
+                Columns of `real` False are zero and must have no effect.
             inputs: tree of tensors [B, T, ...].
             state: tree of tensors [B, ...], from before the call; None for none.
             step: as in `plan`.
             prefix: [P, ...], read in front of every document that begins; for inputs that are one tensor.
-            tell_first: give `read` a fifth argument, `first` of `Step`.
+            tell_first: give `read` a fifth argument, `first` of `ReadingStep`.
 
         Returns:
             outputs, trees of tensors [B, T, ...], zero for padding; and the states after the rows' last

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from nested_learning.layers import LowRankSelfModifyingMLP, SelfModifyingLinear, set_recompute
 from nested_learning.layers.attention import AttentionState, MemoryAttentionState
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.memory import layer as memory_layer
 from nested_learning.layers.memory.row import MemoryRow
 from nested_learning.layers.registry import MIXERS, build_mixer
+from nested_learning.layers.token_inputs import find_documents
 from nested_learning.memory import engine
 from nested_learning.memory.engines import chunked, generic, token
 from nested_learning.memory.running import MemoryState

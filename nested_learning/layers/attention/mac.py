@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, check_state
+from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents

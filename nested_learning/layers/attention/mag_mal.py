@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import normed
 from nested_learning.layers.attention.persistent import PersistentWindowAttention
 from nested_learning.layers.attention.softmax import AttentionState
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.layers.token_inputs import check_state
+from nested_learning.layers.token_inputs import check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence
+from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents, tokens_at
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.documents import find_documents
-from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
+from nested_learning.layers.token_inputs import as_sequence, check_count, check_state, find_documents
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule

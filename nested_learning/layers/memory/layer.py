@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.layers.token_inputs import check_sequence, find_documents
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
