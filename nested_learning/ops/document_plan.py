@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nested_learning.ops.documents import Documents
+from nested_learning.ops.document_rows import DocumentRows
 
 # Tokens whose reading costs about as much as one call more. Source that have ended are read on, to no effect,
 # until this much would be spared by a call without them (measured, docs/log.md).
@@ -76,7 +75,7 @@ class DocumentBatch(NamedTuple):
 
 
 def plan_batches(
-    documents: Documents, given: bool
+    documents: DocumentRows, given: bool
 ) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
     """Results of `Documents.batches`."""
     goes_on = documents.goes_on(given)
@@ -106,7 +105,7 @@ def plan_batches(
 class Planner:
     """Lays out the steps of a `Plan`; everything on the CPU until the end."""
 
-    def __init__(self, documents: Documents, step: int, given: bool, prefix: int) -> None:
+    def __init__(self, documents: DocumentRows, step: int, given: bool, prefix: int) -> None:
         self.documents, self.size, self.given, self.prefix = documents, step, given, prefix
         goes_on = documents.goes_on(given)
         self.lengths = documents.lengths + torch.where(goes_on, 0, prefix)
