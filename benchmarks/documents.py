@@ -34,6 +34,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LAYOUTS = ("full", "flat", "packed", "padded")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
     tokens: int = 8192  # of a batch, about
@@ -95,8 +98,8 @@ def step_of(model: HopeForCausalLM, batch: dict[str, Tensor]) -> Callable[[], No
     return step
 
 
-def measure(name: str, size: Size, repeats: int, seed: int) -> list[dict[str, Any]]:
-    """A row of figures for each layout of the batch."""
+def measure(name: str, size: Size, repeats: int, seed: int, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """A row of figures for each layout of the batch that is wanted."""
     base, changes = MODELS[name]
     torch.manual_seed(seed)
     model = HopeForCausalLM(preset(base, **{**changes, **dict(size.changes)})).train()
@@ -107,6 +110,7 @@ def measure(name: str, size: Size, repeats: int, seed: int) -> list[dict[str, An
         "packed": best_fit(lengths, size.longest),
         "padded": [[length] for length in lengths],
     }
+    layouts = {layout: layouts[layout] for layout in wanted}
     steps = {
         layout: step_of(model, batch_of(rows, model.config.vocab_size)) for layout, rows in layouts.items()
     }
@@ -119,8 +123,7 @@ def measure(name: str, size: Size, repeats: int, seed: int) -> list[dict[str, An
             "rows": len(rows),
             "documents": sum(map(len, rows)),
             "useful tokens/s": rate[layout],
-            "of full": rate[layout] / rate["full"],
-            "of padded": rate[layout] / rate["padded"],
+            **{f"of {other}": rate[layout] / rate[other] for other in ("full", "padded") if other in rate},
         }
         for layout, rows in layouts.items()
     ]
@@ -130,9 +133,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
     options.add_argument("--seed", type=int, default=0, help="seed of the lengths")
+    options.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, metavar="NAME")
     given = options.parse_args(arguments)
     size, repeats = QUICK if given.quick else Size(), given.repeats or (1 if given.quick else 7)
-    rows = [row for name in given.models for row in measure(name, size, repeats, given.seed)]
+    rows = [row for name in given.models for row in measure(name, size, repeats, given.seed, given.layouts)]
     show(f"documents in a row, {size}, lengths of seed {given.seed}", rows)
     return record({"size": vars(size), "repeats": repeats, "seed": given.seed, "rows": rows}, given.json)
 

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     """Steps in their order, and where their results belong.
 
     Attributes:
+        columns: [outputs] int64, those of all steps, one after another.
         place: [B · T] int64, where each token's output stands among those of all steps, one after another.
         last: where each row's state after its last document comes from, in the order of `order`; empty where
             no states are kept.
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     """
 
     steps: tuple[ReadingStep, ...]
+    columns: Tensor
     place: Tensor
     last: tuple[Source, ...]
     order: Tensor
@@ -74,10 +76,23 @@ class DocumentBatch(NamedTuple):
     rows: Tensor
 
 
-def plan_batches(
-    documents: DocumentRows, given: bool
-) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
-    """Results of `Documents.batches`."""
+class DocumentBatches(NamedTuple):
+    """All documents whole.
+
+    Attributes:
+        new: documents that begin, in batches of lengths of which none is below `ALIKE` times the longest.
+        going_on: those that go on with a state.
+        columns, place: as in `Plan`, of `new` and then of `going_on`.
+    """
+
+    new: tuple[DocumentBatch, ...]
+    going_on: DocumentBatch | None
+    columns: Tensor
+    place: Tensor
+
+
+def plan_batches(documents: DocumentRows, given: bool) -> DocumentBatches:
+    """Batches of documents of about the same length."""
     goes_on = documents.goes_on(given)
     order = documents.lengths.argsort(descending=True, stable=True)
     groups: list[list[int]] = []
@@ -98,8 +113,9 @@ def plan_batches(
         outputs += real.numel()
         parts = (columns, real, documents.rows[group])
         batches.append(DocumentBatch(*(part.to(documents.device) for part in parts)))
-    last = batches.pop() if len(old) else None
-    return tuple(batches), last, place.to(documents.device)
+    columns = torch.cat([batch.columns.flatten() for batch in batches])
+    going_on = batches.pop() if len(old) else None
+    return DocumentBatches(tuple(batches), going_on, columns, place.to(documents.device))
 
 
 class Planner:
@@ -123,7 +139,8 @@ class Planner:
         self._begin(new)
         last, order = self._last()
         device = self.documents.device
-        return Plan(tuple(self.steps), self.place.to(device), last, order)
+        columns = torch.cat([step.columns.flatten() for step in self.steps])
+        return Plan(tuple(self.steps), columns, self.place.to(device), last, order)
 
     def _go_on(self, documents: Tensor) -> None:
         """Documents that go on with a state, at whatever place of a chunk they stand: like padded rows."""

@@ -7,7 +7,6 @@ another one, as no two ever share a row.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nested_learning.ops.document_plan import DocumentBatch, Plan, Planner, Source, plan_batches
+from nested_learning.ops.document_plan import DocumentBatches, Plan, Planner, Source, plan_batches
 from nested_learning.ops.document_rows import DocumentRows
 from nested_learning.ops.rows import join_rows, select_rows
 
@@ -35,7 +34,7 @@ class Documents(DocumentRows):
     ) -> None:
         super().__init__(begins, real, keep, device)
         self._plans: dict[tuple[int, bool, int], Plan] = {}
-        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]] = {}
+        self._batches: dict[bool, DocumentBatches] = {}
 
     def segment(self, start: int, stop: int, keep: bool) -> Documents:
         """Documents in the columns from `start` to `stop` alone.
@@ -49,14 +48,8 @@ class Documents(DocumentRows):
         padded = None if self.padded is None else self.padded[:, start:stop]
         return Documents(begins, padded, keep, self.device)
 
-    def batches(self, given: bool) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
-        """All documents whole, in batches: for layers that see a document at once.
-
-        Returns:
-            The documents that begin, in batches of lengths of which none is below `ALIKE` times the longest;
-            those that go on with a state, in one batch; and the place of each token as in `Plan.place`, in
-            the outputs of the first and then of the other.
-        """
+    def batches(self, given: bool) -> DocumentBatches:
+        """Documents whole, for layers that see one at once; `given` as in `plan`."""
         if given not in self._batches:
             self._batches[given] = plan_batches(self, given)
         return self._batches[given]
@@ -112,15 +105,16 @@ class Documents(DocumentRows):
             parts = [select_rows(state if s.step < 0 else states[s.step], s.rows) for s in sources]
             return join_rows(parts) if parts else None
 
-        for now in plan.steps:
-            take = functools.partial(tokens_at, columns=now.columns, real=now.real)
-            x = pytree.tree_map_only(Tensor, take, flat)
+        leaves, spec = pytree.tree_flatten(flat)
+        taken = [[t] * len(plan.steps) if t is None else pieces_of(t, plan) for t in leaves]
+        for number, now in enumerate(plan.steps):
+            x = pytree.tree_unflatten([pieces[number] for pieces in taken], spec)
             told = (now.first,) if tell_first else ()
             y, after = read(x, states_of(now.before), now.real, now.aligned, *told)
             outputs.append(y)
             states.append(after)
-        leaves = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
-        joined = [self.unpack(parts, plan.place) for parts in leaves]
+        found = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
+        joined = [self.unpack(parts, plan.place) for parts in found]
         y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
         if not self.keep:
             return y, None
@@ -137,7 +131,19 @@ class Documents(DocumentRows):
         return y.masked_fill(~self.padded.view(*self.shape, *[1] * (y.dim() - 2)), 0)
 
 
-def tokens_at(x: Tensor, columns: Tensor, real: Tensor | None = None) -> Tensor:
-    """[n, L, ...] of x [tokens, ...] at columns [n, L]; zero where `real` is False."""
-    found = x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
-    return found if real is None else found.masked_fill(~real.view(*columns.shape, *[1] * (x.dim() - 1)), 0)
+def pieces_of(x: Tensor, plan: Plan | DocumentBatches) -> list[Tensor]:
+    """[n, L, ...] for each step or batch, of x [tokens, ...]; a step's are zero where `real` is False.
+
+    All are taken at once: one by one, each would have a gradient of the size of x.
+    """
+    steps = plan.steps if isinstance(plan, Plan) else (*plan.new, *filter(None, [plan.going_on]))
+    parts = x.index_select(0, plan.columns).split([step.columns.numel() for step in steps])
+    pieces = [part.view(*step.columns.shape, *x.shape[1:]) for part, step in zip(parts, steps, strict=True)]
+    if not isinstance(plan, Plan):
+        return pieces
+    return [
+        piece
+        if step.real is None
+        else piece.masked_fill(~step.real.view(*step.real.shape, *[1] * (x.dim() - 1)), 0)
+        for piece, step in zip(pieces, plan.steps, strict=True)
+    ]
