@@ -154,7 +154,7 @@ def test_documents_learn_as_if_alone(variant: str, data: st.DataObject) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
 @pytest.mark.parametrize("meta", ["first_order", "exact"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_many_documents_learn_as_if_alone(variant: str, meta: str, data: st.DataObject) -> None:
     levels = data.draw(st.sampled_from([LEVELS, [{"chunk_size": 3}], [{"chunk_size": 1}, {"chunk_size": 8}]]))

@@ -31,8 +31,8 @@ class LearningLevel(NamedTuple):
     slower: writer of the next level, which learns this one's initial state; None unless "nested".
     projections: keys and values from the block's input; None unless "regression".
     scale: [e] each head's weight at its hidden units (eq 74); None in a chain.
-    own: the block's matrices, as many as there are rows [B, out, in]: what the slowest level trains, and what
-        learning starts from.
+    matrices: the block's matrices [out, in]: what the slowest level trains, and what learning starts from.
+    own: the same, as many as there are rows [B, out, in].
     """
 
     block: MLPBlock
@@ -40,6 +40,7 @@ class LearningLevel(NamedTuple):
     slower: LevelWriter | None
     projections: KeyValue | None
     scale: Tensor | None
+    matrices: Weights
     own: Weights
 
     def start(self, exact: bool) -> LevelState:
@@ -73,16 +74,22 @@ class LearningLevel(NamedTuple):
         """
         assert self.projections is not None
         x, learn = segments.pack(x), segments.learned(learn)
-        keys, values = self.projections(x, self.block, self.own["up.weight"].dtype)
+        keys, values = self.projections(x[:, : segments.taught], self.block, self.own["up.weight"].dtype)
         seen = position if segments.position is None else segments.position
         branches = []
         for segment in segments:
-            weights = {name: W.to(x.dtype) for name, W in state.weights.items()}
+            # Until its first write a row that began in the call has the block's matrices, as all others have:
+            # products with one matrix cost less than those with one per row.
+            first = isinstance(seen, int) and seen < self.writer.level.chunk_size
+            current = self.matrices if first else state.weights
+            weights = {name: W.to(x.dtype) for name, W in current.items()}
             branches.append(self.block(segment.of(x), weights, self.scale, residual=False))
+            if segment.read_only:
+                continue
             key, value = segment.of(keys), segment.of(values)
             taught = None if learn is None else segment.of(learn)
             with full_precision(x.device):
-                grads = self._gradients(state, key, value, taught)
+                grads = self._gradients(current, state.sums, key, value, taught)
                 if state.context:
                     kept = remember(state.context, key, value, taught, segment.real, seen)
                     state = state._replace(context=kept)
@@ -106,12 +113,14 @@ class LearningLevel(NamedTuple):
             initial_sums = _with_crossing(inside, crossing, position % self.slower.level.chunk_size != 0)
         return self._finish(_add(state, sums, initial_sums), position, rows)
 
-    def _gradients(self, state: LevelState, key: Tensor, value: Tensor, learn: Tensor | None) -> Weights:
-        """Gradients that tokens [B, S, D] of one chunk add to its sums."""
+    def _gradients(
+        self, weights: Weights, sums: Weights, key: Tensor, value: Tensor, learn: Tensor | None
+    ) -> Weights:
+        """Gradients that tokens [B, S, D] of one chunk add to its sums, at the weights in force."""
         scale = None if self.scale is None else self.scale.to(key.dtype)
-        grads, phi, _ = summed_gradients(state.weights, key, value, self.block.activation, learn, scale)
+        grads, phi, _ = summed_gradients(weights, key, value, self.block.activation, learn, scale)
         if self.writer.rule == "dgd":
-            anchor, total = state.weights[DELTA_RULE_MATRIX], state.sums[DELTA_RULE_MATRIX]
+            anchor, total = weights[DELTA_RULE_MATRIX], sums[DELTA_RULE_MATRIX]
             grads[DELTA_RULE_MATRIX] = delta_rule_gradient(anchor, total, phi, value, self.writer.lr, learn)
         return grads
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,13 @@ class Segment(NamedTuple):
     """Columns `start` to `stop` of the packed tokens; a boundary lies at their end or nowhere.
 
     real: [B, stop − start] bool, None where all columns are.
+    read_only: nothing is to be learned from these columns.
     """
 
     start: int
     stop: int
     real: Tensor | None
+    read_only: bool
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -38,26 +40,29 @@ class Segments:
     twice their length, and nothing waits for the device.
 
     Args:
-        batch_size, length: B and T of the call.
+        shape: (B, T) of the call.
         chunk_size: C.
         position: [B] int64, tokens before the call; a number where they are as many for all rows.
         real: [B, T] bool, True = real token; None: all are.
         inside: no row comes to a boundary with these tokens, hence they are one segment as they stand.
+        longest: tokens of the longest row to its end, where no state is wanted and `position` is a number.
 
     Attributes:
         position: tokens before the call where all rows have as many and none has padding; else None.
         inside: as given.
+        taught: columns to learn from; what is learned from the others, no token that is read would see.
     """
 
     def __init__(
         self,
-        batch_size: int,
-        length: int,
+        shape: Sequence[int],
         chunk_size: int,
         position: Tensor | int,
         real: Tensor | None,
         inside: bool = False,
+        longest: int | None = None,
     ) -> None:
+        batch_size, length = shape
         self.inside, self.position = inside, None
         self._layout: RowLayout | None = None
         first, columns, self._real = min(chunk_size, length), length, real
@@ -78,10 +83,16 @@ class Segments:
             self._real = self._layout.real
         ends = [*range(first, columns, chunk_size), columns]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.taught = columns
+        if longest is not None and self.position is not None:
+            # From the begin of the last chunk on: its write would come too late.
+            last = (longest - 1) // chunk_size * chunk_size
+            self.taught = min(max(last - self.position, 0), columns)
 
     def __iter__(self) -> Iterator[Segment]:
         for start, stop in self._bounds:
-            yield Segment(start, stop, None if self._real is None else self._real[:, start:stop])
+            real = None if self._real is None else self._real[:, start:stop]
+            yield Segment(start, stop, real, start >= self.taught)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, columns, ...]; empty columns are zero."""

@@ -26,6 +26,9 @@ from nested_learning.layers.token_inputs import check_documents, find_documents
 from nested_learning.memory.state import State, Weights
 from nested_learning.ops.documents import Documents
 
+# Documents are cut into pieces of the fastest level's chunk, and of no more tokens than these.
+_STEP = 64
+
 
 class ContinuumMemorySystem(nn.Module):
     """Residual MLP blocks from the fastest level to the slowest, static or learning in context (eq 70-74).
@@ -226,10 +229,13 @@ class ContinuumMemorySystem(nn.Module):
             first: int | None,
         ) -> tuple[Tensor, CMSState]:
             x, learn = inputs
-            return self._learn_and_read(x, before, real, learn, first, inside=aligned and first is None)
+            inside = aligned and first is None
+            return self._learn_and_read(x, before, real, learn, first, inside, longest)
 
-        # Slower levels see where the rows stand by `first`, on the host too.
-        step = self.levels[self._learning[0]].chunk_size
+        longest = None if documents.keep else int(documents.lengths.max())
+        # All levels see by `first` where the rows stand in their chunks.
+        chunk = self.levels[self._learning[0]].chunk_size
+        step = next(n for n in range(min(chunk, _STEP), 0, -1) if chunk % n == 0)
         y, after = documents.read(read, (x, learn), state, step, tell_first=True)
         return y, after
 
@@ -241,12 +247,14 @@ class ContinuumMemorySystem(nn.Module):
         learn: Tensor | None,
         first: int | None = None,
         inside: bool = False,
+        longest: int | None = None,
     ) -> tuple[Tensor, CMSState]:
         """`forward` with the update "regression".
 
         Args:
             first: tokens of every row before x, where they are as many and known.
             inside: no row comes to a boundary of any level.
+            longest: tokens of the longest row to its end, where no state is wanted after it.
         """
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -260,7 +268,8 @@ class ContinuumMemorySystem(nn.Module):
         for index, block in enumerate(self.blocks):
             source = x if self.variant == "independent" else y  # eq 74, eq 73
             if index in self._learning:
-                segments = Segments(B, T, self.levels[index].chunk_size, position, real, inside)
+                size = self.levels[index].chunk_size
+                segments = Segments((B, T), size, position, real, inside, longest)
                 level = self._level(index, B, dtype)
                 branch, after[index] = level.read(
                     source, before.level(index), segments, before.position, learn
@@ -275,13 +284,15 @@ class ContinuumMemorySystem(nn.Module):
         """One level that learns in context, for a call on `batch_size` rows with states of `dtype`."""
         block = cast(MLPBlock, self.blocks[index])
         nested = self.variant == "nested" and index + 1 < len(self.levels)
+        matrices = {name: W.to(dtype) for name, W in block.matrices().items()}
         return LearningLevel(
             block,
             writer=cast(LevelWriter, self.writers[index]),
             slower=cast(LevelWriter, self.writers[index + 1]) if nested else None,
             projections=cast(KeyValue, self.projections[str(index)]) if self.projections else None,
             scale=self._hidden_scale(index),
-            own={name: W.to(dtype).expand(batch_size, *W.shape) for name, W in block.matrices().items()},
+            matrices=matrices,
+            own={name: W.expand(batch_size, *W.shape) for name, W in matrices.items()},
         )
 
     def _hidden_scale(self, index: int) -> Tensor | None:

@@ -114,7 +114,7 @@ class LMUpdate:
         states = dict(states)
         position = self._prepare(states, x, aligned=real is None)
         position = position if first is None else first
-        segments = Segments(x.shape[0], x.shape[1], self.chunk_size, position, real, inside)
+        segments = Segments(x.shape[:2], self.chunk_size, position, real, inside)
         learn = torch.ones_like(ids, dtype=torch.bool) if learn is None else learn
         x, ids, learn = (segments.pack(t) for t in (x, ids, learn))
         pieces = []
