@@ -1,4 +1,4 @@
-"""Tokens of a call on a sequence [B, T, D], or on one token per row [B, D]: checks, and documents in a row."""
+"""Tokens of a call, a sequence [B, T, D] or one token per row [B, D]: checks, and documents in a row."""
 
 from __future__ import annotations
 

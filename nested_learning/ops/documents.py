@@ -7,7 +7,6 @@ another one, as no two ever share a row.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nested_learning.ops.document_plan import DocumentBatch, Plan, Planner, Source, plan_batches
+from nested_learning.ops.document_plan import DocumentBatch, Layout, Plan, Planner, Source, plan_batches
+from nested_learning.ops.places import take
 from nested_learning.ops.rows import join_rows, select_rows
 
 # From (inputs, state, real, aligned), and `first` where that is asked for, to (outputs, state).
@@ -62,7 +62,7 @@ class Documents:
         self.rows = row[self.starts]
         self._goes_on = ~begins[self.starts]
         self._plans: dict[tuple[int, bool, int], Plan] = {}
-        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]] = {}
+        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -108,8 +108,9 @@ class Documents:
         """Tokens of each row's last document.
 
         Returns:
-            columns [B, L] int64 as in `ReadingStep`, which of them are `real` [B, L] bool, and, on the CPU,
-            the rows [B] bool whose last document goes on with their state, those without a token among them.
+            columns [B, L] int64, places among all tokens, that of any token for columns without one; which of
+            them are `real` [B, L] bool; and, on the CPU, the rows [B] bool whose last document goes on with
+            their state, those without a token among them.
         """
         B = self.shape[0]
         last = self.last()
@@ -123,13 +124,12 @@ class Documents:
         columns = self.tokens[(starts.unsqueeze(1) + inside).where(real, 0)]
         return columns.to(self.device), real.to(self.device), goes_on
 
-    def batches(self, given: bool) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Tensor]:
+    def batches(self, given: bool) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]:
         """All documents whole, in batches: for layers that see a document at once.
 
         Returns:
             The documents that begin, in batches of lengths of which none is below `ALIKE` times the longest;
-            those that go on with a state, in one batch; and the place of each token as in `Plan.place`, in
-            the outputs of the first and then of the other.
+            those that go on with a state, in one batch; and the layout of the first and then of the other.
         """
         if given not in self._batches:
             self._batches[given] = plan_batches(self, given)
@@ -176,9 +176,8 @@ class Documents:
             documents, None where they are not kept.
         """
         plan = self.plan(step, state is not None, 0 if prefix is None else len(prefix))
-        flat = pytree.tree_map_only(Tensor, lambda x: x.flatten(0, 1), inputs)
-        if prefix is not None:
-            flat = torch.cat([flat, prefix.to(flat.dtype)])
+        leaves, spec = pytree.tree_flatten(inputs)
+        parts = [self.gather(x, plan.layout, prefix) for x in leaves]
         outputs: list[Any] = []
         states: list[Any] = []
 
@@ -186,32 +185,38 @@ class Documents:
             parts = [select_rows(state if s.step < 0 else states[s.step], s.rows) for s in sources]
             return join_rows(parts) if parts else None
 
-        for now in plan.steps:
-            take = functools.partial(tokens_at, columns=now.columns, real=now.real)
-            x = pytree.tree_map_only(Tensor, take, flat)
+        for i, now in enumerate(plan.steps):
+            x = pytree.tree_unflatten([part[i] for part in parts], spec)
             told = (now.first,) if tell_first else ()
             y, after = read(x, states_of(now.before), now.real, now.aligned, *told)
             outputs.append(y)
             states.append(after)
-        leaves = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
-        joined = [self.unpack(parts, plan.place) for parts in leaves]
+        found = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
+        joined = [self.unpack(pieces, plan.layout) for pieces in found]
         y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
         if not self.keep:
             return y, None
         return y, select_rows(states_of(plan.last), plan.order)
 
-    def unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
-        """Outputs of all steps [n, L, ...] -> [B, T, ...]; None where there are none."""
+    def gather(self, x: Tensor | None, layout: Layout, prefix: Tensor | None = None) -> Sequence[Any]:
+        """Tokens x [B, T, ...] as they stand in each batch of a layout, [n, L, ...]; None where x is."""
+        if x is None:
+            return [None] * len(layout.shapes)
+        taken = take(x.flatten(0, 1), layout.tokens, layout.columns)
+        if prefix is not None and layout.prefix is not None:
+            columns, tokens = layout.prefix
+            taken = taken.index_put((columns,), prefix.to(x.dtype).index_select(0, tokens))
+        pieces = taken.split([n * length for n, length in layout.shapes])
+        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, layout.shapes, strict=True)]
+
+    def unpack(self, parts: Sequence[Tensor | None], layout: Layout) -> Tensor | None:
+        """Outputs of all batches [n, L, ...] -> [B, T, ...], zero for padding; None where there are none."""
         if parts[0] is None:
             return None
         y = torch.cat([part.flatten(0, 1) for part in parts if part is not None])
-        y = y.index_select(0, place).unflatten(0, self.shape)
-        if self.padded is None:
-            return y
-        return y.masked_fill(~self.padded.view(*self.shape, *[1] * (y.dim() - 2)), 0)
+        return take(y, layout.columns, layout.tokens).unflatten(0, self.shape)
 
 
-def tokens_at(x: Tensor, columns: Tensor, real: Tensor | None = None) -> Tensor:
-    """[n, L, ...] of x [tokens, ...] at columns [n, L]; zero where `real` is False."""
-    found = x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
-    return found if real is None else found.masked_fill(~real.view(*columns.shape, *[1] * (x.dim() - 1)), 0)
+def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
+    """[n, L, ...] of x [tokens, ...] at columns [n, L]."""
+    return x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])

@@ -130,38 +130,40 @@ class Attention(nn.Module):
         self, x: Tensor, state: AttentionState | None, documents: Documents
     ) -> tuple[Tensor, AttentionState | None]:
         """`forward` where rows hold several documents, each attending to itself."""
-        new, going_on, place = documents.batches(state is not None)
+        new, going_on, layout = documents.batches(state is not None)
         positions = documents.positions()
         if state is not None:
             at = state.positions.amax(dim=1) + 1
             goes_on = documents.of_tokens(documents.goes_on(True))
             positions = positions + torch.where(goes_on, at.unsqueeze(1), 0)
         vectors = self._project(x, positions)
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in vectors]  # [B · T, heads, d]
+        tokens_first = [t.transpose(1, 2) for t in vectors]  # [B, T, heads, d]
+        batches = list(zip(*(documents.gather(t, layout) for t in tokens_first), strict=True))
         outputs = []
-        for columns, _, _ in new:
-            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
-            inside = torch.arange(columns.shape[1], device=x.device).unsqueeze(0)
-            whole = self.window is None or columns.shape[1] <= self.window
+        for (_, length), _, _ in new:
+            query, key, value = (t.transpose(1, 2) for t in batches[len(outputs)])
+            inside = torch.arange(length, device=x.device).unsqueeze(0)
+            whole = self.window is None or length <= self.window
             outputs.append(self._attend(query, key, value, None if whole else self._allowed(inside, inside)))
         if going_on is not None:
             assert state is not None
-            columns, real, rows = going_on
-            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
-            own = positions.flatten()[columns].masked_fill(~real, -1)
+            _, real, rows = going_on
+            query, key, value = (t.transpose(1, 2) for t in batches[-1])
+            own = documents.gather(positions, layout)[-1].masked_fill(~real, -1)
             before = state.select_rows(rows)
             key = torch.cat([before.key.to(key.dtype), key], dim=2)
             value = torch.cat([before.value.to(value.dtype), value], dim=2)
             allowed = self._allowed(own, torch.cat([before.positions, own], dim=1))
             outputs.append(self._attend(query, key, value, allowed))
-        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], place)
+        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], layout)
         assert y is not None
         y = self.out_proj(y)
         if documents.padded is not None:
             y = y.masked_fill(~documents.padded[..., None], 0)
         if not documents.keep:
             return y, None
-        return y, self._remember(self._last(state, documents, positions, *flat[1:]), padded=True)
+        key, value = (t.flatten(0, 1) for t in tokens_first[1:])
+        return y, self._remember(self._last(state, documents, positions, key, value), padded=True)
 
     def _last(
         self,
