@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nested_learning.ops.document_rows import DocumentRows
+from nested_learning.ops.places import Places
 
-# Tokens whose reading costs about as much as one call more. Source that have ended are read on, to no effect,
+# Tokens whose reading costs about as much as one call more. Rows that have ended are read on, to no effect,
 # until this much would be spared by a call without them (measured, docs/log.md).
 CALL = 256
 # Of the longest document, the length of the shortest that is read in one batch with it, padded.
@@ -18,7 +19,7 @@ ALIKE = 0.75
 
 
 class Source(NamedTuple):
-    """Source of the state after an earlier step; `step` −1 is the state that the call was given."""
+    """Rows of the state after an earlier step; `step` −1 is the state that the call was given."""
 
     step: int
     rows: Tensor | slice  # [n] int64; a slice where they are the first ones
@@ -28,36 +29,50 @@ class ReadingStep(NamedTuple):
     """Documents that are read together, and which of their tokens.
 
     Attributes:
-        columns: [n, L] int64, places of the tokens in the flat inputs, all rows' columns and then the prefix.
-        real: [n, L] bool, False = no token, whose place is that of any token; None where that need not be
-            known, since neither output nor state of such columns is asked for.
+        shape: (n, L), documents and columns.
+        real: [n, L] bool, False = no token, but zeros; None where that need not be known, since neither
+            output nor state of such columns is asked for.
         before: where the states come from, in the order of the rows; empty for the initial state.
         aligned: every document stands at a boundary, a multiple of the plan's step.
         first: tokens of every document before these, where the documents are aligned and whole chunks of them
             are read; else None. Aligned without `first` are ends of documents, less than a chunk of each.
     """
 
-    columns: Tensor
+    shape: tuple[int, int]
     real: Tensor | None
     before: tuple[Source, ...]
     aligned: bool
     first: int | None
 
 
+class Layout(NamedTuple):
+    """Tokens of all rows, and the K columns of several batches of documents [n, L], one after another.
+
+    Attributes:
+        shapes: (n, L) of each batch.
+        tokens: of each column the token that stands there, none for those without one and for a prefix.
+        columns: of each token the column that it stands in, none for padding.
+        prefix: the columns [n] int64 of prefixes, and which token of the prefix stands in each; None without.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    tokens: Places
+    columns: Places
+    prefix: tuple[Tensor, Tensor] | None
+
+
 class Plan(NamedTuple):
     """Steps in their order, and where their results belong.
 
     Attributes:
-        columns: [outputs] int64, those of all steps, one after another.
-        place: [B · T] int64, where each token's output stands among those of all steps, one after another.
+        layout: where the tokens stand in the steps.
         last: where each row's state after its last document comes from, in the order of `order`; empty where
             no states are kept.
         order: [B] int64, the place of row b among those.
     """
 
     steps: tuple[ReadingStep, ...]
-    columns: Tensor
-    place: Tensor
+    layout: Layout
     last: tuple[Source, ...]
     order: Tensor
 
@@ -66,33 +81,20 @@ class DocumentBatch(NamedTuple):
     """Documents of about the same length.
 
     Attributes:
-        columns: [n, L] int64, as in `ReadingStep`.
+        shape: (n, L), documents and columns.
         real: [n, L] bool, False where a document has ended.
         rows: [n] int64, the row of each document.
     """
 
-    columns: Tensor
+    shape: tuple[int, int]
     real: Tensor
     rows: Tensor
 
 
-class DocumentBatches(NamedTuple):
-    """All documents whole.
-
-    Attributes:
-        new: documents that begin, in batches of lengths of which none is below `ALIKE` times the longest.
-        going_on: those that go on with a state.
-        columns, place: as in `Plan`, of `new` and then of `going_on`.
-    """
-
-    new: tuple[DocumentBatch, ...]
-    going_on: DocumentBatch | None
-    columns: Tensor
-    place: Tensor
-
-
-def plan_batches(documents: DocumentRows, given: bool) -> DocumentBatches:
-    """Batches of documents of about the same length."""
+def plan_batches(
+    documents: DocumentRows, given: bool
+) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]:
+    """Results of `Documents.batches`."""
     goes_on = documents.goes_on(given)
     order = documents.lengths.argsort(descending=True, stable=True)
     groups: list[list[int]] = []
@@ -101,21 +103,39 @@ def plan_batches(documents: DocumentRows, given: bool) -> DocumentBatches:
             groups.append([])
         groups[-1].append(document)
     old = goes_on.nonzero().squeeze(1)
-    place = torch.zeros(documents.shape[0] * documents.shape[1], dtype=torch.long)
-    outputs, batches = 0, []
+    columns, batches = [], []
     for group in [*(torch.tensor(group) for group in groups), *([old] if len(old) else [])]:
         lengths = documents.lengths[group].unsqueeze(1)
         inside = torch.arange(int(lengths.max())).expand(len(group), -1)
         real = inside < lengths
         inside = documents.starts[group].unsqueeze(1) + torch.minimum(inside, lengths - 1)
-        columns = documents.tokens[inside]
-        place[columns[real]] = outputs + real.flatten().nonzero().squeeze(1)
-        outputs += real.numel()
-        parts = (columns, real, documents.rows[group])
-        batches.append(DocumentBatch(*(part.to(documents.device) for part in parts)))
-    columns = torch.cat([batch.columns.flatten() for batch in batches])
-    going_on = batches.pop() if len(old) else None
-    return DocumentBatches(tuple(batches), going_on, columns, place.to(documents.device))
+        columns.append(torch.where(real, documents.tokens[inside], -1))
+        parts = (real.to(documents.device), documents.rows[group].to(documents.device))
+        batches.append(DocumentBatch((len(group), real.shape[1]), *parts))
+    layout = lay_out(documents, columns)
+    last = batches.pop() if len(old) else None
+    return tuple(batches), last, layout
+
+
+def lay_out(documents: DocumentRows, columns: Sequence[Tensor]) -> Layout:
+    """The layout of batches.
+
+    Args:
+        columns: of each batch [n, L] int64 on the CPU, the token of each column; −1 none, −2 − p token p of
+            the prefix.
+    """
+    flat, device = torch.cat([c.flatten() for c in columns]), documents.device
+    filled = (flat >= 0).nonzero().squeeze(1)
+    place = torch.full((documents.shape[0] * documents.shape[1],), -1)
+    place[flat[filled]] = filled
+    prefixed = (flat < -1).nonzero().squeeze(1)
+    prefix = prefixed.to(device), (-2 - flat[prefixed]).to(device)
+    return Layout(
+        tuple((c.shape[0], c.shape[1]) for c in columns),
+        Places.of(flat, device),
+        Places.of(place, device),
+        prefix if len(prefixed) else None,
+    )
 
 
 class Planner:
@@ -130,17 +150,14 @@ class Planner:
         self.goes_on = goes_on
         self.steps: list[ReadingStep] = []
         self.after: dict[int, tuple[int, int]] = {}  # document -> step and row of the state at its end
-        self.place = torch.zeros(documents.shape[0] * documents.shape[1], dtype=torch.long)
-        self.outputs = 0
+        self.columns: list[Tensor] = []  # of each step [n, L], as in `lay_out`
 
     def plan(self) -> Plan:
         new, old = (~self.goes_on).nonzero().squeeze(1), self.goes_on.nonzero().squeeze(1)
         self._go_on(old)
         self._begin(new)
         last, order = self._last()
-        device = self.documents.device
-        columns = torch.cat([step.columns.flatten() for step in self.steps])
-        return Plan(tuple(self.steps), columns, self.place.to(device), last, order)
+        return Plan(tuple(self.steps), lay_out(self.documents, self.columns), last, order)
 
     def _go_on(self, documents: Tensor) -> None:
         """Documents that go on with a state, at whatever place of a chunk they stand: like padded rows."""
@@ -209,11 +226,9 @@ class Planner:
             found.update({b: (-1, b) for b in empty})
         elif empty:  # rows of nothing but padding: the initial state, after the prefix if there is one
             P = self.prefix
-            columns = len(self.place) + torch.arange(P) if P else torch.zeros(1, dtype=torch.long)
-            index = columns.repeat(len(empty), 1)
-            real = None if P else self._to_device(torch.zeros_like(index, dtype=torch.bool))
-            self.steps.append(ReadingStep(self._to_device(index), real, (), True, None))
-            self.outputs += index.numel()
+            columns = (-2 - torch.arange(P) if P else torch.full((1,), -1)).repeat(len(empty), 1)
+            real = None if P else self._to_device(torch.zeros_like(columns, dtype=torch.bool))
+            self._add(columns, real, (), True, None)
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
         order = torch.empty(B, dtype=torch.long)
@@ -237,17 +252,26 @@ class Planner:
         inside = starts.unsqueeze(1) + torch.arange(length)  # [n, L] token of the document
         lengths = self.lengths[documents].unsqueeze(1)
         real = inside < lengths
-        inside = torch.minimum(inside, lengths - 1)  # columns without a token repeat the document's last one
         token = inside - self.prefixes[documents].unsqueeze(1)
-        own = self.documents.tokens[(self.documents.starts[documents].unsqueeze(1) + token).clamp_min(0)]
-        index = torch.where(token < 0, len(self.place) + inside, own)
-        held = real & (token >= 0)
-        self.place[index[held]] = self.outputs + held.flatten().nonzero().squeeze(1)
-        self.outputs += real.numel()
+        index = self.documents.starts[documents].unsqueeze(1) + token
+        own = self.documents.tokens[index.clamp(0, len(self.documents.tokens) - 1)]
+        columns = torch.where(token < 0, -2 - inside, own).where(real, -1)
         flags = self._to_device(real) if padded and not bool(real.all()) else None
         first = None if isinstance(start, Tensor) or not aligned else start
-        sources = self._sources_to_device(before)
-        self.steps.append(ReadingStep(self._to_device(index), flags, sources, aligned, first))
+        return self._add(columns, flags, self._sources_to_device(before), aligned, first)
+
+    def _add(
+        self,
+        columns: Tensor,
+        real: Tensor | None,
+        before: tuple[Source, ...],
+        aligned: bool,
+        first: int | None,
+    ) -> int:
+        """Add a step and give its number; `columns` as in `lay_out`."""
+        shape = columns.shape[0], columns.shape[1]
+        self.columns.append(columns)
+        self.steps.append(ReadingStep(shape, real, before, aligned, first))
         return len(self.steps) - 1
 
     def _to_device(self, t: Tensor) -> Tensor:

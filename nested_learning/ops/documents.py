@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nested_learning.ops.document_plan import DocumentBatches, Plan, Planner, Source, plan_batches
+from nested_learning.ops.document_plan import DocumentBatch, Layout, Plan, Planner, Source, plan_batches
 from nested_learning.ops.document_rows import DocumentRows
+from nested_learning.ops.places import take
 from nested_learning.ops.rows import join_rows, select_rows
 
 # From (inputs, state, real, aligned), and `first` where that is asked for, to (outputs, state).
@@ -34,7 +35,7 @@ class Documents(DocumentRows):
     ) -> None:
         super().__init__(begins, real, keep, device)
         self._plans: dict[tuple[int, bool, int], Plan] = {}
-        self._batches: dict[bool, DocumentBatches] = {}
+        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]] = {}
 
     def segment(self, start: int, stop: int, keep: bool) -> Documents:
         """Documents in the columns from `start` to `stop` alone.
@@ -48,8 +49,13 @@ class Documents(DocumentRows):
         padded = None if self.padded is None else self.padded[:, start:stop]
         return Documents(begins, padded, keep, self.device)
 
-    def batches(self, given: bool) -> DocumentBatches:
-        """Documents whole, for layers that see one at once; `given` as in `plan`."""
+    def batches(self, given: bool) -> tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]:
+        """All documents whole, in batches: for layers that see a document at once.
+
+        Returns:
+            The documents that begin, in batches of lengths of which none is below `ALIKE` times the longest;
+            those that go on with a state, in one batch; and the layout of the first and then of the other.
+        """
         if given not in self._batches:
             self._batches[given] = plan_batches(self, given)
         return self._batches[given]
@@ -95,9 +101,8 @@ class Documents(DocumentRows):
             documents, None where they are not kept.
         """
         plan = self.plan(step, state is not None, 0 if prefix is None else len(prefix))
-        flat = pytree.tree_map_only(Tensor, lambda x: x.flatten(0, 1), inputs)
-        if prefix is not None:
-            flat = torch.cat([flat, prefix.to(flat.dtype)])
+        leaves, spec = pytree.tree_flatten(inputs)
+        parts = [self.gather(x, plan.layout, prefix) for x in leaves]
         outputs: list[Any] = []
         states: list[Any] = []
 
@@ -105,45 +110,38 @@ class Documents(DocumentRows):
             parts = [select_rows(state if s.step < 0 else states[s.step], s.rows) for s in sources]
             return join_rows(parts) if parts else None
 
-        leaves, spec = pytree.tree_flatten(flat)
-        taken = [[t] * len(plan.steps) if t is None else pieces_of(t, plan) for t in leaves]
-        for number, now in enumerate(plan.steps):
-            x = pytree.tree_unflatten([pieces[number] for pieces in taken], spec)
+        for i, now in enumerate(plan.steps):
+            x = pytree.tree_unflatten([part[i] for part in parts], spec)
             told = (now.first,) if tell_first else ()
             y, after = read(x, states_of(now.before), now.real, now.aligned, *told)
             outputs.append(y)
             states.append(after)
         found = zip(*(pytree.tree_leaves(y) for y in outputs), strict=True)
-        joined = [self.unpack(parts, plan.place) for parts in found]
+        joined = [self.unpack(pieces, plan.layout) for pieces in found]
         y = pytree.tree_unflatten(joined, pytree.tree_structure(outputs[0]))
         if not self.keep:
             return y, None
         return y, select_rows(states_of(plan.last), plan.order)
 
-    def unpack(self, parts: Sequence[Tensor | None], place: Tensor) -> Tensor | None:
-        """Outputs of all steps [n, L, ...] -> [B, T, ...]; None where there are none."""
+    def gather(self, x: Tensor | None, layout: Layout, prefix: Tensor | None = None) -> Sequence[Any]:
+        """Tokens x [B, T, ...] as they stand in each batch of a layout, [n, L, ...]; None where x is."""
+        if x is None:
+            return [None] * len(layout.shapes)
+        taken = take(x.flatten(0, 1), layout.tokens, layout.columns)
+        if prefix is not None and layout.prefix is not None:
+            columns, tokens = layout.prefix
+            taken = taken.index_put((columns,), prefix.to(x.dtype).index_select(0, tokens))
+        pieces = taken.split([n * length for n, length in layout.shapes])
+        return [piece.unflatten(0, shape) for piece, shape in zip(pieces, layout.shapes, strict=True)]
+
+    def unpack(self, parts: Sequence[Tensor | None], layout: Layout) -> Tensor | None:
+        """Outputs of all batches [n, L, ...] -> [B, T, ...], zero for padding; None where there are none."""
         if parts[0] is None:
             return None
         y = torch.cat([part.flatten(0, 1) for part in parts if part is not None])
-        y = y.index_select(0, place).unflatten(0, self.shape)
-        if self.padded is None:
-            return y
-        return y.masked_fill(~self.padded.view(*self.shape, *[1] * (y.dim() - 2)), 0)
+        return take(y, layout.columns, layout.tokens).unflatten(0, self.shape)
 
 
-def pieces_of(x: Tensor, plan: Plan | DocumentBatches) -> list[Tensor]:
-    """[n, L, ...] for each step or batch, of x [tokens, ...]; a step's are zero where `real` is False.
-
-    All are taken at once: one by one, each would have a gradient of the size of x.
-    """
-    steps = plan.steps if isinstance(plan, Plan) else (*plan.new, *filter(None, [plan.going_on]))
-    parts = x.index_select(0, plan.columns).split([step.columns.numel() for step in steps])
-    pieces = [part.view(*step.columns.shape, *x.shape[1:]) for part, step in zip(parts, steps, strict=True)]
-    if not isinstance(plan, Plan):
-        return pieces
-    return [
-        piece
-        if step.real is None
-        else piece.masked_fill(~step.real.view(*step.real.shape, *[1] * (x.dim() - 1)), 0)
-        for piece, step in zip(pieces, plan.steps, strict=True)
-    ]
+def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
+    """[n, L, ...] of x [tokens, ...] at columns [n, L]."""
+    return x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])

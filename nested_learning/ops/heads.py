@@ -112,11 +112,11 @@ class _UnitHeads(torch.autograd.Function):
         B, T, channels = x.shape
         shape = (B, heads.per_path, T, channels // (len(heads.unit) * heads.per_path))
         outputs = tuple(x.new_empty(shape) for _ in heads.unit)
-        for row, columns in _blocks(x, T):
-            z = _convolve(_window(x, history, len(taps) - 1, row, columns), taps)
+        for rows, columns in _blocks(x, T):
+            z = _convolve(_window(x, history, len(taps) - 1, rows, columns), taps)
             h, f = _unit_factors(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
-            for out, part in zip(outputs, h.mul_(f).unbind(1), strict=True):
-                out[row, :, columns] = part.transpose(0, 1)
+            for out, part in zip(outputs, h.mul_(f).unbind(2), strict=True):
+                out[rows, :, columns] = part.transpose(1, 2)
         return outputs
 
     @staticmethod
@@ -128,31 +128,31 @@ class _UnitHeads(torch.autograd.Function):
         before = len(taps) - 1
         g_x, g_taps = torch.empty_like(x), torch.zeros_like(taps)
         g_history = None if history is None else torch.zeros_like(history)
-        for row, columns in _blocks(x, x.shape[1]):
-            window = _window(x, history, before, row, columns)
+        for rows, columns in _blocks(x, x.shape[1]):
+            window = _window(x, history, before, rows, columns)
             z = _convolve(window, taps)
             y, f = _unit_factors(F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1)), heads)
             y.mul_(f)
-            g_z = torch.stack([g[row, :, columns].transpose(0, 1) for g in grads], dim=1)
+            g_z = torch.stack([g[rows, :, columns].transpose(1, 2) for g in grads], dim=2)
             along = (y * g_z).sum(-1, keepdim=True)
             if not all(heads.unit):
                 along = along * _wanted(heads, f)
-            g_z = g_z.addcmul_(y, along, value=-1).mul_(f).flatten(1)
+            g_z = g_z.addcmul_(y, along, value=-1).mul_(f).flatten(2)
             torch.ops.aten.silu_backward.grad_input(g_z, z, grad_input=g_z)
-            product = y.view_as(g_z)  # no longer needed
+            product, count = y.view_as(g_z), g_z.shape[1]  # y is no longer needed
             for j in range(len(taps)):
-                torch.mul(g_z, window[j : j + len(g_z)], out=product)
-                g_taps[j] += product.sum(0)
+                torch.mul(g_z, window[:, j : j + count], out=product)
+                g_taps[j] += product.sum((0, 1))
             # The last tap is the token's own and comes first, so that every column is set before it is
             # added to.
-            torch.mul(g_z, taps[-1], out=g_x[row, columns])
+            torch.mul(g_z, taps[-1], out=g_x[rows, columns])
             for j, tap in enumerate(taps[:-1]):
                 start = columns.start - before + j
                 outside = max(0, -start)  # columns that lie in the history
-                g_x[row, start + outside : max(0, start + len(g_z))].addcmul_(g_z[outside:], tap)
+                g_x[rows, start + outside : max(0, start + count)].addcmul_(g_z[:, outside:], tap)
                 if g_history is not None and outside:
-                    count, first = min(outside, len(g_z)), columns.start + j
-                    g_history[row, first : first + count].addcmul_(g_z[:count], tap)
+                    inside, first = min(outside, count), columns.start + j
+                    g_history[rows, first : first + inside].addcmul_(g_z[:, :inside], tap)
         return g_x, g_history, None if weight is None else g_taps.T.unsqueeze(1), None
 
 
@@ -173,26 +173,27 @@ def _taps(x: Tensor, weight: Tensor | None) -> Tensor:
     return x.new_ones(1, x.shape[-1]) if weight is None else weight.squeeze(1).T.contiguous()
 
 
-def _window(x: Tensor, history: Tensor | None, before: int, row: int, columns: slice) -> Tensor:
-    """The columns of one row, with as many as `before` in front [before + columns, channels]."""
+def _window(x: Tensor, history: Tensor | None, before: int, rows: slice, columns: slice) -> Tensor:
+    """The columns of some rows, with as many as `before` in front [rows, before + columns, channels]."""
     start = columns.start - before
     if start >= 0:
-        return x[row, start : columns.stop]
-    front = x.new_zeros(before, x.shape[-1]) if history is None else history[row]
-    return torch.cat([front, x[row, : columns.stop]])[columns.start :]
+        return x[rows, start : columns.stop]
+    own = x[rows, : columns.stop]
+    front = x.new_zeros(len(own), before, x.shape[-1]) if history is None else history[rows]
+    return torch.cat([front, own], dim=1)[:, columns.start :]
 
 
 def _convolve(window: Tensor, taps: Tensor) -> Tensor:
-    """The convolution of one row [K−1+T, channels] -> [T, channels]."""
-    columns = len(window) - len(taps) + 1
-    out = window[:columns] * taps[0]
+    """The convolution of rows [rows, K−1+T, channels] -> [rows, T, channels]."""
+    columns = window.shape[1] - len(taps) + 1
+    out = window[:, :columns] * taps[0]
     for j, tap in enumerate(taps[1:], start=1):
-        out.addcmul_(window[j : j + columns], tap)
+        out.addcmul_(window[:, j : j + columns], tap)
     return out
 
 
 def _unit_factors(h: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """h [columns, P, H, d] and the factors [columns, P, H, 1] that make it unit-norm; 1 where not wanted."""
+    """h [..., P, H, d] and the factors [..., P, H, 1] that make it unit-norm; 1 where not wanted."""
     f = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().add_(UNIT_FLOOR**2).rsqrt_()
     return h, f if all(heads.unit) else torch.where(_wanted(heads, f).bool(), f, 1.0)
 
@@ -231,9 +232,9 @@ class _GatedNorm(torch.autograd.Function):
         ctx.save_for_backward(y, gate, weight)
         ctx.eps = eps
         out = torch.empty_like(gate)
-        for row, columns in _blocks(gate, gate.shape[1]):
-            n, _ = _rms_normalised(y[row, columns], eps)
-            torch.mul(n.mul_(weight).flatten(1), F.silu(gate[row, columns]), out=out[row, columns])
+        for rows, columns in _blocks(gate, gate.shape[1]):
+            n, _ = _rms_normalised(y[rows, columns], eps)
+            torch.mul(n.mul_(weight).flatten(2), F.silu(gate[rows, columns]), out=out[rows, columns])
         return out
 
     @staticmethod
@@ -246,16 +247,16 @@ class _GatedNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
             return *(next(found) if t.requires_grad else None for t in inputs), None
         g_y, g_gate, g_weight = torch.empty_like(y), torch.empty_like(gate), torch.zeros_like(weight)
-        for row, columns in _blocks(gate, gate.shape[1]):
-            n, r = _rms_normalised(y[row, columns], ctx.eps)
-            z, g_out = gate[row, columns], g[row, columns]
-            g_n = (g_out * F.silu(z)).unflatten(1, n.shape[1:])
-            scaled = (n * weight).flatten(1).mul_(g_out)
-            g_gate[row, columns] = torch.ops.aten.silu_backward(scaled, z)
-            g_weight += (g_n * n).sum((0, 1))
+        for rows, columns in _blocks(gate, gate.shape[1]):
+            n, r = _rms_normalised(y[rows, columns], ctx.eps)
+            z, g_out = gate[rows, columns], g[rows, columns]
+            g_n = (g_out * F.silu(z)).unflatten(2, n.shape[2:])
+            scaled = (n * weight).flatten(2).mul_(g_out)
+            g_gate[rows, columns] = torch.ops.aten.silu_backward(scaled, z)
+            g_weight += (g_n * n).sum((0, 1, 2))
             g_n.mul_(weight)
             along = (g_n * n).mean(-1, keepdim=True)
-            g_y[row, columns] = g_n.addcmul_(n, along, value=-1).mul_(r)
+            g_y[rows, columns] = g_n.addcmul_(n, along, value=-1).mul_(r)
         return g_y, g_gate, g_weight, None
 
 
@@ -271,9 +272,10 @@ def _plainly(x: Tensor) -> bool:
     return x.device.type != "cpu" or x.numel() < BLOCK or traced()
 
 
-def _blocks(x: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:
-    """Rows of x [B, ..., channels] and columns among `tokens`, block by block."""
+def _blocks(x: Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of x [B, ..., channels] and columns among `tokens`, in blocks: columns of a row, or whole rows."""
     size = max(1, BLOCK * torch.get_num_threads() // x.shape[-1])
-    for row in range(len(x)):
+    together = max(1, size // tokens)
+    for row in range(0, len(x), together):
         for start in range(0, tokens, size):
-            yield row, slice(start, min(start + size, tokens))
+            yield slice(row, row + together), slice(start, min(start + size, tokens))

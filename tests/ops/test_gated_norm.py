@@ -12,10 +12,10 @@ from nested_learning.ops.heads import gated_norm
 EPS = 1e-6
 
 
-def inputs(dtype=torch.float64):
+def inputs(dtype=torch.float64, rows=2, tokens=7):
     generator = torch.Generator().manual_seed(0)
-    y = torch.randn(2, 3, 7, 4, dtype=dtype, generator=generator).transpose(1, 2).requires_grad_()
-    gate = torch.randn(2, 7, 12, dtype=dtype, generator=generator).requires_grad_()
+    y = torch.randn(rows, 3, tokens, 4, dtype=dtype, generator=generator).transpose(1, 2).requires_grad_()
+    gate = torch.randn(rows, tokens, 12, dtype=dtype, generator=generator).requires_grad_()
     weight = torch.randn(4, dtype=dtype, generator=generator).requires_grad_()
     return y, gate, weight
 
@@ -25,10 +25,11 @@ def definition(y, gate, weight):
     return scaled.flatten(2) * gate * torch.sigmoid(gate)
 
 
-@pytest.mark.parametrize("block", [1, 40, 1_000_000])
-def test_equals_the_definition(block, monkeypatch):
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 7), (5, 2)])
+@pytest.mark.parametrize("block", [1, 40, 60, 1_000_000])
+def test_equals_the_definition(block, rows, tokens, monkeypatch):
     monkeypatch.setattr(ops, "BLOCK", block)
-    leaves = inputs()
+    leaves = inputs(rows=rows, tokens=tokens)
     actual, expected = gated_norm(*leaves, EPS), definition(*leaves)
     slope = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
     found = [torch.autograd.grad(out, leaves, slope) for out in (actual, expected)]

@@ -17,6 +17,7 @@ CASES = [
     (2, 5, 0, (True, True, True), 2, 3),
     (2, 6, 3, (False, False, False), 1, 5),
     (2, 2, 4, (True, True, True), 1, 2),  # shorter than its history
+    (5, 2, 4, (True, False, True), 1, 4),  # blocks of several rows
 ]
 
 
@@ -46,7 +47,7 @@ def by_library(x, history, weight, heads):
     return torch.where(wanted, scaled, h).permute(2, 0, 3, 1, 4).unbind()
 
 
-@pytest.mark.parametrize("block", [1, 40, 1_000_000])
+@pytest.mark.parametrize("block", [1, 40, 100, 1_000_000])
 @pytest.mark.parametrize("from_zeros", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_library(case, from_zeros, block, monkeypatch):

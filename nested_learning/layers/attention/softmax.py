@@ -13,7 +13,7 @@ from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
-from nested_learning.ops.documents import Documents, pieces_of
+from nested_learning.ops.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -130,40 +130,40 @@ class Attention(nn.Module):
         self, x: Tensor, state: AttentionState | None, documents: Documents
     ) -> tuple[Tensor, AttentionState | None]:
         """`forward` where rows hold several documents, each attending to itself."""
-        batches = documents.batches(state is not None)
+        new, going_on, layout = documents.batches(state is not None)
         positions = documents.positions()
         if state is not None:
             at = state.positions.amax(dim=1) + 1
             goes_on = documents.of_tokens(documents.goes_on(True))
             positions = positions + torch.where(goes_on, at.unsqueeze(1), 0)
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in self._project(x, positions)]  # [B · T, heads, d]
-        parts = [
-            [piece.transpose(1, 2) for piece in pieces]
-            for pieces in zip(*(pieces_of(t, batches) for t in flat), strict=True)
-        ]
-        outputs = []
-        for (query, key, value), batch in zip(parts, batches.new, strict=False):
-            inside = torch.arange(batch.columns.shape[1], device=x.device).unsqueeze(0)
-            whole = self.window is None or batch.columns.shape[1] <= self.window
+        vectors = self._project(x, positions)
+        tokens_first = [t.transpose(1, 2) for t in vectors]  # [B, T, heads, d]
+        batches = list(zip(*(documents.gather(t, layout) for t in tokens_first), strict=True))
+        outputs: list[Tensor] = []
+        for (_, length), _, _ in new:
+            query, key, value = (t.transpose(1, 2) for t in batches[len(outputs)])
+            inside = torch.arange(length, device=x.device).unsqueeze(0)
+            whole = self.window is None or length <= self.window
             outputs.append(self._attend(query, key, value, None if whole else self._allowed(inside, inside)))
-        if batches.going_on is not None:
+        if going_on is not None:
             assert state is not None
-            columns, real, rows = batches.going_on
-            query, key, value = parts[-1]
-            own = positions.flatten()[columns].masked_fill(~real, -1)
+            _, real, rows = going_on
+            query, key, value = (t.transpose(1, 2) for t in batches[-1])
+            own = documents.gather(positions, layout)[-1].masked_fill(~real, -1)
             before = state.select_rows(rows)
             key = torch.cat([before.key.to(key.dtype), key], dim=2)
             value = torch.cat([before.value.to(value.dtype), value], dim=2)
             allowed = self._allowed(own, torch.cat([before.positions, own], dim=1))
             outputs.append(self._attend(query, key, value, allowed))
-        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], batches.place)
+        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], layout)
         assert y is not None
         y = self.out_proj(y)
         if documents.padded is not None:
             y = y.masked_fill(~documents.padded[..., None], 0)
         if not documents.keep:
             return y, None
-        return y, self._remember(self._last(state, documents, positions, *flat[1:]), padded=True)
+        key, value = (t.flatten(0, 1) for t in tokens_first[1:])
+        return y, self._remember(self._last(state, documents, positions, key, value), padded=True)
 
     def _last(
         self,
