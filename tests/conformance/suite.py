@@ -1,0 +1,136 @@
+"""Test classes for Hope from transformers' mixins; laid out among its tests, where `tests` is transformers' own.
+
+One class per entry of `table.CONFIGURATIONS`, without the tests of `table.NOT_APPLICABLE`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import unittest
+from typing import Any
+
+import torch
+from tests.causal_lm_tester import CausalLMModelTest
+from tests.models.hope.table import CONFIGURATIONS, NOT_APPLICABLE
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ids_tensor
+from transformers.models.auto import modeling_auto
+
+from nested_learning import HopeConfig, HopeForCausalLM, HopeModel
+from nested_learning.models.hope import (
+    HopeForQuestionAnswering,
+    HopeForSequenceClassification,
+    HopeForTokenClassification,
+)
+
+# transformers' tests take a model's task from these lists of its own classes.
+for task, model in {
+    "": HopeModel,
+    "FOR_CAUSAL_LM": HopeForCausalLM,
+    "FOR_SEQUENCE_CLASSIFICATION": HopeForSequenceClassification,
+    "FOR_TOKEN_CLASSIFICATION": HopeForTokenClassification,
+    "FOR_QUESTION_ANSWERING": HopeForQuestionAnswering,
+}.items():
+    names = getattr(modeling_auto, f"MODEL_{task}_MAPPING_NAMES".replace("__", "_"))
+    names["hope"] = model.__name__
+
+
+class HopeModelTester:
+    """What transformers' mixins ask of a model's tester."""
+
+    batch_size, seq_length, vocab_size = 3, 7, 99
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 2
+    num_labels, type_sequence_label_size = 3, 2
+    is_training = True
+    config_class = HopeConfig
+    base_model_class, causal_lm_class = HopeModel, HopeForCausalLM
+    sequence_classification_class = HopeForSequenceClassification
+    token_classification_class = HopeForTokenClassification
+    question_answering_class = HopeForQuestionAnswering
+    all_model_classes = (
+        HopeModel,
+        HopeForCausalLM,
+        HopeForSequenceClassification,
+        HopeForTokenClassification,
+        HopeForQuestionAnswering,
+    )
+
+    def __init__(self, parent: unittest.TestCase, fields: dict[str, Any]) -> None:
+        self.parent, self.fields = parent, fields
+
+    def get_config(self) -> HopeConfig:
+        """A small configuration."""
+        return HopeConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_heads=self.num_attention_heads,
+            cms_levels=[{"chunk_size": 2}, {"chunk_size": 8}],
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **self.fields,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[HopeConfig, dict[str, torch.Tensor]]:
+        """A configuration and a batch whose rows are padded on the right."""
+        ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        lengths = torch.tensor([self.seq_length - 2, self.seq_length, self.seq_length - 1])
+        mask = (torch.arange(self.seq_length) < lengths[:, None]).long()
+        return self.get_config(), {"input_ids": ids, "attention_mask": mask}
+
+    def prepare_config_and_inputs(self) -> tuple[Any, ...]:
+        """As above, in the order that `create_and_check_model` takes them."""
+        config, inputs = self.prepare_config_and_inputs_for_common()
+        return config, inputs["input_ids"], inputs["attention_mask"]
+
+    def create_and_check_model(self, config: HopeConfig, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """The base model runs, with a mask and without."""
+        model = HopeModel(config).eval()
+        for given in (mask, None):
+            y = model(ids, attention_mask=given).last_hidden_state
+            self.parent.assertEqual(y.shape, (self.batch_size, self.seq_length, self.hidden_size))
+
+
+class HopeTests(CausalLMModelTest):
+    """All of transformers' tests that are there, for one configuration."""
+
+    fields: dict[str, Any]
+    has_attentions = False
+    pipeline_model_mapping = {  # noqa: RUF012
+        "feature-extraction": HopeModel,
+        "text-generation": HopeForCausalLM,
+        "text-classification": HopeForSequenceClassification,
+        "zero-shot": HopeForSequenceClassification,
+        "token-classification": HopeForTokenClassification,
+    }
+    model_tester = None
+
+    def setUp(self) -> None:
+        self.model_tester = HopeModelTester(self, self.fields)
+        self.config_tester = ConfigTester(self, config_class=HopeConfig, hidden_size=32)
+        self.all_model_classes = HopeModelTester.all_model_classes
+
+
+def _without(test: str, reason: str) -> Any:
+    def skipped(self: unittest.TestCase, *args: Any, **kwargs: Any) -> None:
+        self.skipTest(f"not applicable: {reason}")
+
+    skipped.__name__ = test
+    return skipped
+
+
+def _plain_name(test: str) -> str:
+    """The name in the table of a test with parameters, which `parameterized` appends."""
+    known = [name for name in NOT_APPLICABLE if test == name or test.startswith(f"{name}_0")]
+    return known[0] if known else test
+
+
+for configuration, fields in CONFIGURATIONS.items():
+    body: dict[str, Any] = {"fields": fields}
+    for test, _ in inspect.getmembers(HopeTests, callable):
+        reason = NOT_APPLICABLE.get(_plain_name(test)) if test.startswith("test_") else None
+        if reason:
+            body[test] = _without(test, reason)
+    name = f"Hope_{configuration}"
+    globals()[name] = type(name, (HopeTests, unittest.TestCase), body)
