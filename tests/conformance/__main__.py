@@ -1,6 +1,6 @@
 """Run transformers' common tests on Hope and report.
 
-    python -m tests.conformance [--transformers FOLDER] [--cache FOLDER] [--select EXPRESSION]
+    python -m tests.conformance [--transformers FOLDER] [--only CONFIGURATION ...] [--select EXPRESSION]
 
 The exit code is 1 where a test failed, 2 where the tests could not be run.
 """
@@ -22,21 +22,21 @@ from tests.conformance.table import CONFIGURATIONS
 ROOT = Path(__file__).parents[2]
 
 
-def run(suite: Path, packages: Path, select: str, workers: str) -> Path:
-    """Run the tests of a laid-out folder; returns the file of results (JUnit's XML)."""
-    results = suite / "results.xml"
+def run(suite: Path, packages: Path, configuration: str, select: str) -> Path:
+    """Run the tests of one configuration in a laid-out folder; returns their outcomes (JUnit's XML)."""
+    results = suite / f"{configuration}.xml"
     (suite / "pytest.ini").write_text("[pytest]\naddopts = -q --disable-warnings\n")
     path = [str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "pytest", "tests/models/hope", f"--junitxml={results}", "--tb=short"]
-    command += ["-k", select] if select else []
-    command += ["-n", workers] if workers != "0" else []
+    chosen = f"Hope_{configuration}" + (f" and ({select})" if select else "")
+    command = [sys.executable, "-m", "pytest", "tests/models/hope", f"--junitxml={results}", "-k", chosen]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    subprocess.run(command, cwd=suite, env=environment, check=False)
+    print(f"{configuration}:", flush=True)
+    subprocess.run([*command, "--tb=short"], cwd=suite, env=environment, check=False)
     return results
 
 
@@ -45,8 +45,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.add_argument("--transformers", help="a checkout of transformers, or a folder with its tests/")
     parser.add_argument("--cache", default=str(ROOT / ".cache" / "conformance"))
+    parser.add_argument("--only", nargs="+", choices=[*CONFIGURATIONS], default=[*CONFIGURATIONS])
     parser.add_argument("--select", default="", help="which tests, as pytest's -k")
-    parser.add_argument("--workers", default="0", help="processes, as pytest-xdist's -n; 0: this one")
     arguments = parser.parse_args()
     elsewhere = Path(arguments.transformers).resolve() if arguments.transformers else None
     if elsewhere is not None and not (elsewhere / "tests").is_dir():
@@ -54,15 +54,15 @@ def main() -> int:
         return 2
     cache = Path(arguments.cache).resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    archive = fetch_archive(transformers.__version__, cache)
+    archive, packages = fetch_archive(transformers.__version__, cache), fetch_packages(cache)
     missing = lay_out(archive, elsewhere, cache / "suite")
-    results = run(cache / "suite", fetch_packages(cache), arguments.select, arguments.workers)
-    if not results.exists():
+    paths = [run(cache / "suite", packages, name, arguments.select) for name in arguments.only]
+    if not all(path.exists() for path in paths):
         print("error: pytest wrote no results; see its output above", file=sys.stderr)
         return 2
-    counts = read_results(results)
-    print(render(counts, {name: count * len(CONFIGURATIONS) for name, count in missing.items()}))
-    return 1 if counts.failed else 0
+    results = read_results(paths)
+    print(render(results, {name: count * len(paths) for name, count in missing.items()}))
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":

@@ -1,27 +1,38 @@
-"""Test classes for Hope from transformers' mixins; laid out among its tests, where `tests` is transformers' own.
+"""Test classes for Hope from transformers' mixins, laid out where `tests` is transformers' own folder.
 
 One class per entry of `table.CONFIGURATIONS`, without the tests of `table.NOT_APPLICABLE`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import tempfile
 import unittest
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tests.causal_lm_tester import CausalLMModelTest
-from tests.models.hope.table import CONFIGURATIONS, NOT_APPLICABLE
-from tests.test_configuration_common import ConfigTester
+from tests.models.hope.table import CONFIGURATIONS, FOR_ATTENTION, NOT_APPLICABLE
 from tests.test_modeling_common import ids_tensor
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from nested_learning import HopeConfig, HopeForCausalLM, HopeModel
+from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
 from nested_learning.models.hope import (
     HopeForQuestionAnswering,
     HopeForSequenceClassification,
     HopeForTokenClassification,
 )
+from nested_learning.training.data.tokenizers import byte_tokenizer
+from tests import test_configuration_common, test_pipeline_mixin
+
+# The values that any configuration has to keep, of a version that had more of them.
+_common = test_configuration_common.config_common_kwargs
+_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+test_configuration_common.config_common_kwargs = {k: v for k, v in _common.items() if k in _fields}
 
 # transformers' tests take a model's task from these lists of its own classes.
 for task, model in {
@@ -58,10 +69,10 @@ class HopeModelTester:
     def __init__(self, parent: unittest.TestCase, fields: dict[str, Any]) -> None:
         self.parent, self.fields = parent, fields
 
-    def get_config(self) -> HopeConfig:
+    def get_config(self, vocab_size: int = vocab_size) -> HopeConfig:
         """A small configuration."""
         return HopeConfig(
-            vocab_size=self.vocab_size,
+            vocab_size=vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_heads=self.num_attention_heads,
@@ -89,7 +100,7 @@ class HopeModelTester:
         model = HopeModel(config).eval()
         for given in (mask, None):
             y = model(ids, attention_mask=given).last_hidden_state
-            self.parent.assertEqual(y.shape, (self.batch_size, self.seq_length, self.hidden_size))
+            assert y.shape == (self.batch_size, self.seq_length, self.hidden_size)
 
 
 class HopeTests(CausalLMModelTest):
@@ -108,16 +119,65 @@ class HopeTests(CausalLMModelTest):
 
     def setUp(self) -> None:
         self.model_tester = HopeModelTester(self, self.fields)
-        self.config_tester = ConfigTester(self, config_class=HopeConfig, hidden_size=32)
+        self.config_tester = test_configuration_common.ConfigTester(
+            self, config_class=HopeConfig, hidden_size=32
+        )
         self.all_model_classes = HopeModelTester.all_model_classes
+
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: HopeConfig
+    ) -> None:
+        assert isinstance(past_key_values, HopeCache)
+        assert past_key_values.batch_size == batch_size
+        assert past_key_values.get_seq_length() == seq_length
+        assert set(past_key_values.states) == set(config.state_names)
+
+    def _check_caches_are_equal(self, first: HopeCache, second: HopeCache) -> None:
+        assert first.get_seq_length() == second.get_seq_length()
+        torch.testing.assert_close(first.tokens_seen, second.tokens_seen)
+        assert set(first.states) == set(second.states)
+        for name, state in first.states.items():
+            for a, b in zip(state.tensors(), second.states[name].tensors(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def run_task_tests(self, task: str, dtype: str = "float32") -> None:
+        """As in transformers, with a small model of its own where that takes one from the hub."""
+        model = self.pipeline_model_mapping.get(task)
+        with tempfile.TemporaryDirectory() as folder:
+            summary = {}
+            if model is not None:
+                tokenizer = byte_tokenizer()
+                target = Path(folder, HopeConfig.model_type, model.__name__)
+                model(self.model_tester.get_config(vocab_size=len(tokenizer))).save_pretrained(target)
+                tokenizer.save_pretrained(target)
+                summary = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": []}
+                summary = {model.__name__: summary}
+            with (
+                mock.patch.object(test_pipeline_mixin, "TRANSFORMERS_TINY_MODEL_PATH", folder),
+                mock.patch.object(test_pipeline_mixin, "tiny_model_summary", summary),
+            ):
+                super().run_task_tests(task, dtype)
 
 
 def _without(test: str, reason: str) -> Any:
+    """A test that cannot apply."""
+
     def skipped(self: unittest.TestCase, *args: Any, **kwargs: Any) -> None:
         self.skipTest(f"not applicable: {reason}")
 
     skipped.__name__ = test
     return skipped
+
+
+def _with_attentions(test: str) -> Any:
+    """A test that transformers asks of models with attention only, asked of Hope without any too."""
+
+    def run(self: HopeTests, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(self, "has_attentions", True):
+            getattr(super(type(self), self), test)(*args, **kwargs)
+
+    run.__name__ = test
+    return run
 
 
 def _plain_name(test: str) -> str:
@@ -130,6 +190,8 @@ for configuration, fields in CONFIGURATIONS.items():
     body: dict[str, Any] = {"fields": fields}
     for test, _ in inspect.getmembers(HopeTests, callable):
         reason = NOT_APPLICABLE.get(_plain_name(test)) if test.startswith("test_") else None
+        if test in FOR_ATTENTION:
+            body[test] = _with_attentions(test)
         if reason:
             body[test] = _without(test, reason)
     name = f"Hope_{configuration}"

@@ -21,8 +21,8 @@ class _HopeClassifier(HopePreTrainedModel):
 class HopeForSequenceClassification(GenericForSequenceClassification, _HopeClassifier):
     """Hope that classifies a text: logits [B, num_labels] from the output at its last token.
 
-    That is the last one in the row which is not `config.pad_token_id`, on whichever side the padding is; without
-    such an id a batch has one row. With `inputs_embeds` it is the last column: pad those on the left.
+    That is the last one in the row which is not `config.pad_token_id`, on whichever side the padding is;
+    without such an id a batch has one row. With `inputs_embeds` it is the last column: pad those on the left.
     """
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Nearer to an argument of Hope's own than this, an unknown keyword is taken for a typo of it. Names that other
+# An unknown keyword as near as this to an argument of Hope's is taken for a typo of it. Names that other
 # models have, such as `encoder_attention_mask` (0.78 from `attention_mask`), are further away.
 _NEAR = 0.85
 _ONE_TEXT = "texts in one row are not kept apart; give each a row of its own"
@@ -46,7 +46,9 @@ def check_keywords(given: Mapping[str, Any], own: Collection[str]) -> None:
             continue
         near = difflib.get_close_matches(name, own, n=1, cutoff=_NEAR)
         if near:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?")
+            raise TypeError(
+                f"forward() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?"
+            )
 
 
 def check_positions(position_ids: Tensor, given: Tensor, real: Tensor | None) -> None:
