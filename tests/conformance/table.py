@@ -21,7 +21,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "titans": {"mixer": "titans", "mixer_options": {"titans": {"chunk_size": 4}}},
     "gated_deltanet": {"mixer": "gated_deltanet", "mixer_options": {"gated_deltanet": {"chunk_size": 4}}},
-    "mac": {"mixer": "mac", "mixer_options": {"mac": {"segment_size": 4}}},
+    "mac": {"mixer": "mac", "mixer_options": {"mac": {"segment": 4}}},
     "attention": {"mixer": "attention"},
     "hybrid": {
         "mixer": ["sliding_window_attention", "self_modifying_titans"],

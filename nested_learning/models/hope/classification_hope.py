@@ -12,7 +12,7 @@ from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
 
 
 class _HopeClassifier(HopePreTrainedModel):
-    """What the heads for labels share; `cms_update="lm"` needs tied embeddings, which give it its logits."""
+    """Base of the heads for labels; `cms_update="lm"` needs tied embeddings, which give it its logits."""
 
     # Their losses are means over the labels: Trainer has to divide by the steps of gradient accumulation.
     accepts_loss_kwargs = False
