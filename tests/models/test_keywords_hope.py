@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
 
 from nested_learning.training.data.tokenizers import byte_tokenizer
 from tests.models.small_models import CASES, VOCAB, small_model
@@ -145,6 +146,7 @@ def test_labels_that_are_shifted_already(model, ids):
     for other in (labels, None, (labels + 1) % VOCAB):
         torch.testing.assert_close(model(ids, labels=other, shift_labels=shifted).loss, expected, **EXACT)
     # The last column has a label here, as where a row goes on elsewhere.
+    assert find_labels(type(model)) == ["labels"]  # what Trainer's evaluation asks of a dataset
     logits = logits_of(model, ids)
     nll = -logits.log_softmax(-1).gather(2, ids[..., None]).sum()
     got = model(ids, shift_labels=ids, num_items_in_batch=50).loss

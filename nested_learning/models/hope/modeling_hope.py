@@ -266,7 +266,6 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         learn_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **others: Any,
     ) -> HopeCausalLMOutput:
         """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
@@ -279,11 +278,12 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             logits_to_keep: compute logits for the last n positions only (0: all), or for given positions.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels
                 (transformers' Trainer passes it for gradient accumulation).
-            shift_labels: [B, T] int, labels that are shifted already: label t is compared with logits t. They
-                take the place of `labels` (as sequence-parallel training needs it, where the row goes on
-                elsewhere).
+            others: `shift_labels`, [B, T] int, labels that are shifted already: label t is compared with
+                logits t. They take the place of `labels` (as sequence-parallel training needs it, where the
+                row goes on elsewhere). Not among the arguments, or Trainer would expect them of any dataset.
             The rest: see `HopeModel.forward`.
         """
+        shift_labels = others.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
