@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # A worker per core, four at most: each loads PyTorch.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow conformance lint setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -35,5 +35,8 @@ test: lint  ## lint, types and the tests that take seconds
 test-slow: lint  ## every test, the long ones too
 	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow"
 
+conformance: $(STAMP)  ## transformers' own common tests on Hope; TRANSFORMERS=FOLDER: a checkout, for those in no archive
+	@$(BIN)/python -m tests.conformance $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
+
 clean:  ## remove caches and runs, keep the virtual environment
-	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nested_learning.memory import check
 from nested_learning.memory.state import State
@@ -122,6 +123,13 @@ def find_documents(
     if isinstance(documents, Documents):
         check_documents(x, documents)
         return documents if len(documents) else None
+    if documents is position_ids is seq_idx is cu_seq_lens is None:
+        return None
+    if isinstance(x, FakeTensor):
+        raise ValueError(
+            "where documents begin decides what is computed, which a program of torch.export cannot follow: "
+            "leave position_ids and the like away"
+        )
     said: dict[str, Tensor] = {}
     begins = None
     if documents is not None:
@@ -134,8 +142,6 @@ def find_documents(
         begins = _checked("position_ids", position_ids, x) == 0
         begins = begins if real is None else begins & real
         said["position_ids"] = begins & ~_first(begins, real)
-    if not said:
-        return None
     inside = next(iter(said.values()))
     for name, other in said.items():
         if not torch.equal(other, inside):

@@ -226,7 +226,9 @@ def test_exact_meta_gradients_are_finite_differences(mixers):
 def test_what_it_needs_is_said():
     model, _ = pair(FOUR[:1])
     ids = tokens(5)
-    with pytest.raises(ValueError, match="run HopeForCausalLM, or give lm_head"):
+    assert torch.equal(model.model(ids)[0], model.model(ids, lm_head=model.lm_head)[0])  # tied
+    model.config.tie_word_embeddings = False
+    with pytest.raises(ValueError, match="run HopeForCausalLM, give lm_head, or set tie"):
         model.model(ids)
     out = model.model(ids, lm_head=model.lm_head).last_hidden_state
     assert torch.equal(model.lm_head(out), model(ids).logits)

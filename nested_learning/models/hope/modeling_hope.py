@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,6 +19,7 @@ from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
+from nested_learning.models.hope.keywords_hope import check_keywords, check_positions
 from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
@@ -63,12 +66,12 @@ class HopeModel(HopePreTrainedModel):
         lm_head: Head | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        **others: Any,
     ) -> HopeModelOutput:
         """Run the blocks over new tokens. Long: it describes every argument that transformers passes.
 
@@ -88,7 +91,9 @@ class HopeModel(HopePreTrainedModel):
             learn_mask: [B, T], zero for tokens that are read but that a CMS which learns in context does not
                 learn from; None: it learns from all. Memory layers learn from whatever they read.
             lm_head: from the output to logits; needed, with `input_ids`, where the CMS learns from the
-                next-token loss (`cms_update="lm"`), and of no use otherwise. `HopeForCausalLM` gives its own.
+                next-token loss (`cms_update="lm"`), and of no use otherwise. `HopeForCausalLM` gives its own;
+                None: the embedding, where the configuration ties it to the head.
+            output_attentions: must be False or None; memories have no attention weights.
             position_ids: [B, T] or [1, T]; a real token at position 0 begins a document, which nothing of an
                 earlier one in its row reaches, nor anything of the cache. Other positions are not read: a
                 document's tokens are counted, from the cache where it goes on from there.
@@ -96,19 +101,23 @@ class HopeModel(HopePreTrainedModel):
                 goes on from the cache, if there is one; so with `cu_seq_lens_q`.
             cu_seq_lens_q, cu_seq_lens_k: [documents + 1] int, where one row of T tokens is cut into
                 documents, from 0 to T. Both are the same; `max_length_q`, `max_length_k` are of no use here.
-            output_attentions, token_type_ids: only there because callers of any transformers model pass
-                them; must be False or None.
+            others: keywords of other models, which change nothing (`cache_position`, `num_items_in_batch`).
 
         Raises:
             ValueError: for ids outside of the vocabulary (checked on the CPU only; elsewhere it would wait
                 for the device), a mask, a cache or weights that do not fit, what Hope does not have.
+            TypeError: for a keyword that looks like a typo.
         """
-        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, token_type_ids)
+        if lm_head is None and self.config.tie_word_embeddings:
+            lm_head = self._tied_head
+        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, others)
         self._check_tokens(input_ids, inputs_embeds, attention_mask, learn_mask, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
         # A mask may cover all columns so far; those of this call are the last.
         real = None if attention_mask is None else attention_mask[:, -length:].bool()
+        if position_ids is not None:
+            check_positions(position_ids, x, real)
         learn = None if learn_mask is None else learn_mask.bool()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -154,21 +163,25 @@ class HopeModel(HopePreTrainedModel):
             surprise=result.surprise if output_surprise else None,
         )
 
+    def _tied_head(self, y: Tensor) -> Tensor:
+        """Logits [B, T, vocab_size] of y [B, T, D], by the embedding's weights."""
+        return F.linear(y, self.embed_tokens.weight)
+
     def _check_options(
         self,
         cms_weights: CMSWeights | None,
         learn_mask: Tensor | None,
         lm_head: Head | None,
         output_attentions: bool | None,
-        token_type_ids: Tensor | None,
+        others: dict[str, Any],
     ) -> None:
         """ValueError for options that Hope, or a model with this configuration, does not have."""
+        if others:
+            check_keywords(others, _ARGUMENTS)
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "Hope returns no attention weights (memories have none): leave output_attentions at False"
             )
-        if token_type_ids is not None:
-            raise ValueError("Hope has no token types: leave token_type_ids away")
         for index in cms_weights or {}:
             if index not in range(len(self.layers)):
                 raise ValueError(
@@ -186,7 +199,8 @@ class HopeModel(HopePreTrainedModel):
             )
         if self.cms_learns and update == "lm" and lm_head is None:
             raise ValueError(
-                "cms_update='lm' learns from the loss of the next token: run HopeForCausalLM, or give lm_head"
+                "cms_update='lm' learns from the loss of the next token, for which this model has no head: "
+                "run HopeForCausalLM, give lm_head, or set tie_word_embeddings"
             )
 
     def _check_tokens(
@@ -241,6 +255,16 @@ def _one_of(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
     return keys if queries is None else queries
 
 
+# Arguments of both models: what a keyword may be a typo of.
+_ARGUMENTS = frozenset(inspect.signature(HopeModel.forward).parameters) - {"self", "others"} | {
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "return_dict",
+    "shift_labels",
+}
+
+
 class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     """Hope with a language-modelling head, tied to the embedding unless the configuration says otherwise."""
 
@@ -271,12 +295,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         learn_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         position_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        **others: Any,
     ) -> HopeCausalLMOutput:
         """Logits [B, T, vocab_size] of the next token, and with `labels` the mean cross-entropy in nats.
 
@@ -288,9 +307,14 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             logits_to_keep: compute logits for the last n positions only (0: all), or for given positions.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels
                 (transformers' Trainer passes it for gradient accumulation).
-            others: see `HopeModel.forward`.
+            others: `shift_labels`, [B, T] int, labels that are shifted already: label t is compared with
+                logits t. They take the place of `labels` (as sequence-parallel training needs it, where the
+                row goes on elsewhere). Not among the arguments, or Trainer would expect them of any dataset.
+            The rest: see `HopeModel.forward`.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        shift_labels = others.pop("shift_labels", None)
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         outputs = self.model(
             input_ids=input_ids,
@@ -305,20 +329,18 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             lm_head=self.lm_head,
             output_attentions=output_attentions,
             position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
             return_dict=True,
+            **others,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
+        if has_labels:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
         return HopeCausalLMOutput(
             loss=loss,

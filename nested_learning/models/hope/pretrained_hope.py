@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -47,9 +48,16 @@ class HopePreTrainedModel(PreTrainedModel):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Recompute blocks in the backward pass; only the non-reentrant way has gradients through states."""
+        """Recompute blocks in the backward pass, always by the non-reentrant way.
+
+        The other one has no gradients through states, which are no tensors but dataclasses of them.
+        """
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("Hope's states need gradient checkpointing with use_reentrant=False")
+            warnings.warn(
+                "Hope's states need gradient checkpointing with use_reentrant=False: taken instead of True",
+                stacklevel=2,
+            )
+            activation_checkpointing_kwargs = {**activation_checkpointing_kwargs, "use_reentrant": False}  # type: ignore[dict-item]
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

@@ -1,0 +1,43 @@
+"""Tests of transformers that cannot apply to Hope, each with the reason; and the tested configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Test name (without its parameters) to the reason.
+NOT_APPLICABLE: dict[str, str] = {}
+
+# What a file of an older version than the installed transformers fails with, to the reason.
+OUTDATED = {"unexpected keyword argument 'grouped_entities'": "pipelines no longer take grouped_entities"}
+
+# Tests that transformers asks of models with attention only, and that hold for every Hope.
+FOR_ATTENTION = ("test_left_padding_compatibility",)
+
+# Short chunks, so that the tests' seven tokens cross boundaries.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "self_modifying_titans": {
+        "mixer": "self_modifying_titans",
+        "mixer_options": {"self_modifying_titans": {"chunk_size": 4}},
+    },
+    "titans": {"mixer": "titans", "mixer_options": {"titans": {"chunk_size": 4}}},
+    "gated_deltanet": {"mixer": "gated_deltanet", "mixer_options": {"gated_deltanet": {"chunk_size": 4}}},
+    "mac": {"mixer": "mac", "mixer_options": {"mac": {"segment": 4}}},
+    "attention": {"mixer": "attention"},
+    "hybrid": {
+        "mixer": ["sliding_window_attention", "self_modifying_titans"],
+        "mixer_options": {
+            "sliding_window_attention": {"window": 4},
+            "self_modifying_titans": {"chunk_size": 4},
+        },
+    },
+    "regression": {
+        "mixer": "gated_deltanet",
+        "mixer_options": {"gated_deltanet": {"chunk_size": 4}},
+        "cms_update": "regression",
+    },
+    "lm": {
+        "mixer": "gated_deltanet",
+        "mixer_options": {"gated_deltanet": {"chunk_size": 4}},
+        "cms_update": "lm",
+    },
+}
