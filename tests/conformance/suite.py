@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import tempfile
 import unittest
 from pathlib import Path
@@ -182,16 +183,16 @@ def _with_attentions(test: str) -> Any:
     return run
 
 
-def _plain_name(test: str) -> str:
-    """The name in the table of a test with parameters, which `parameterized` appends."""
-    known = [name for name in NOT_APPLICABLE if test == name or test.startswith(f"{name}_0")]
-    return known[0] if known else test
+def _reason(configuration: str, test: str) -> str | None:
+    """Why a test cannot apply; its name may have the number and values that `parameterized` appends."""
+    reasons = NOT_APPLICABLE.get(configuration, {})
+    return next((why for name, why in reasons.items() if re.fullmatch(rf"{name}(_\d+(_.*)?)?", test)), None)
 
 
 for configuration, fields in CONFIGURATIONS.items():
     body: dict[str, Any] = {"fields": fields}
     for test, _ in inspect.getmembers(HopeTests, callable):
-        reason = NOT_APPLICABLE.get(_plain_name(test)) if test.startswith("test_") else None
+        reason = _reason(configuration, test)
         if test in FOR_ATTENTION:
             body[test] = _with_attentions(test)
         if reason:
