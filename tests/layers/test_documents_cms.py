@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nested_learning.layers import CMSState, ContinuumMemorySystem
-from nested_learning.layers.documents import find_documents
+from nested_learning.layers.token_inputs import find_documents
 from nested_learning.ops.documents import Documents
 
 WIDTH = 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nested_learning.layers.documents import find_documents
+from nested_learning.layers.token_inputs import find_documents
 
 X = torch.zeros(2, 6, 3)
 ROW = torch.zeros(1, 6, 3)

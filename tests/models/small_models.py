@@ -15,6 +15,13 @@ OPTIONS = {
     "self_modifying_titans": {"chunk_size": 4, "projection_chunk_size": 8},
     "titans": {"chunk_size": 4},
 }
+# Options of mixers that have no case of their own.
+MORE_OPTIONS = {
+    "mac": {"segment": 4, "persistent_tokens": 2},
+    "mag": {"window": 4, "persistent_tokens": 2, "memory_options": {"chunk_size": 4}},
+    "mal": {"window": 4, "persistent_tokens": 2, "memory_options": {"chunk_size": 4}},
+    "gated_deltanet": {},
+}
 RECURRENT = [name for name in ("self_modifying_titans", "titans") if name in MIXERS]
 HYBRID = ["sliding_window_attention", *RECURRENT[:1]]
 CASES = {name: [name, name] for name in OPTIONS if name in MIXERS} | {"hybrid": HYBRID}
@@ -27,7 +34,7 @@ def small_config(mixers: list[str], **overrides) -> HopeConfig:
         "num_hidden_layers": len(mixers),
         "num_heads": 2,
         "mixer": mixers,
-        "mixer_options": {name: OPTIONS[name] for name in set(mixers)},
+        "mixer_options": {name: (OPTIONS | MORE_OPTIONS)[name] for name in set(mixers)},
         "cms_levels": [{"chunk_size": 2}, {"chunk_size": 8}],
         "cms_expansion": 2.0,
     }

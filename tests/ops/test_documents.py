@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nested_learning.ops.documents import CALL, Documents, _cuts
+from nested_learning.ops.document_plan import CALL, _cuts
+from nested_learning.ops.documents import Documents
 
 STEP = 4
 

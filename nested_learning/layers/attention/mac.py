@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, check_state
+from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
+from nested_learning.ops.documents import Documents
 from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import row_layout
 
@@ -116,24 +117,36 @@ class MemoryAsContext(nn.Module):
         state: ContextState | None = None,
         mask: Tensor | None = None,
         return_surprise: bool = False,
-    ) -> tuple[Tensor, ContextState] | tuple[Tensor, ContextState, Tensor]:
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ContextState | None] | tuple[Tensor, ContextState | None, Tensor]:
         """x [B, T, D] to y [B, T, D]; arguments, results and errors as in `MemoryLayer.forward`."""
         self._check(x, state, mask)
+        packed = find_documents(x, mask, state is not None, documents, position_ids)
+        if packed is None:
+            (y, surprise), state = self._read(x, state, mask, state is None)
+        else:
+            (y, surprise), state = packed.read(self._read, x, state, self.segment)
+        return (y, state, surprise) if return_surprise else (y, state)
+
+    def _read(
+        self, x: Tensor, state: ContextState | None, mask: Tensor | None, aligned: bool
+    ) -> tuple[tuple[Tensor, Tensor], ContextState]:
+        """y [B, T, D] and the surprise [B, T], and the state; `aligned`: all rows begin a segment."""
         real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         position = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position
         if x.shape[1] == 1:  # one token of each row, wherever the row stands inside its segment
             y, state, surprise = self._read_segment(x, state, real, position.unsqueeze(1))
-            y, surprise = y * real.unsqueeze(-1), surprise * real
-        else:
-            y, state, surprise = self._read_sequence(x, state, real, position)
-        return (y, state, surprise) if return_surprise else (y, state)
+            return (y * real.unsqueeze(-1), surprise * real), state
+        y, state, surprise = self._read_sequence(x, state, real, position, aligned)
+        return (y, surprise), state
 
     def _read_sequence(
-        self, x: Tensor, state: ContextState | None, real: Tensor, position: Tensor
+        self, x: Tensor, state: ContextState | None, real: Tensor, position: Tensor, aligned: bool
     ) -> tuple[Tensor, ContextState, Tensor]:
         """Segment after segment, in a layout in which all rows begin one at the same column."""
         B, T, _ = x.shape
-        before = 0 if state is None else self.segment - 1  # most that a row's running segment holds already
+        before = 0 if aligned else self.segment - 1  # most that a row's running segment holds already
         columns = -(-(before + T) // self.segment) * self.segment
         layout = row_layout(real, position, columns)
         column = torch.arange(self.segment, device=x.device).expand(B, -1)

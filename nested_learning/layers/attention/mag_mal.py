@@ -15,9 +15,10 @@ from nested_learning.layers.attention.persistent import PersistentWindowAttentio
 from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.layers.token_inputs import check_state
+from nested_learning.layers.token_inputs import check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
+from nested_learning.ops.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def build_memory(
 class _MemoryAndAttention(nn.Module):
     """A memory M and sliding-window attention SWA, both behind learned persistent tokens p.
 
-    The memory reads p at the start of a sequence; for attention they are keys and values that never leave the
-    window. A subclass says how the two are joined.
+    The memory reads p at the start of a sequence or document; for attention they are keys and values that
+    never leave the window. A subclass says how the two are joined.
 
     Args: as in `MemoryAsLayer`.
     """
@@ -82,31 +83,44 @@ class _MemoryAndAttention(nn.Module):
         state: MemoryAttentionState | None = None,
         mask: Tensor | None = None,
         return_surprise: bool = False,
-    ) -> tuple[Tensor, MemoryAttentionState] | tuple[Tensor, MemoryAttentionState, Tensor]:
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryAttentionState | None] | tuple[Tensor, MemoryAttentionState | None, Tensor]:
         """x [B, T, D] to y [B, T, D]; arguments, results and errors as in `MemoryLayer.forward`."""
         if state is not None:
             check_state(state, MemoryAttentionState, x, {})
+        memory, attention = (None, None) if state is None else (state.memory, state.attention)
+        self.memory.check_call(x, memory, mask)
         real = mask
-        remembered, memory, surprise = self._remember(x, None if state is None else state.memory, real)
+        packed = find_documents(x, real, state is not None, documents, position_ids)
+        remembered, memory, surprise = self._remember(x, memory, real, packed)
         remembered = normed(self.memory_norm, remembered).to(remembered.dtype)
-        y, attention = self._join(x, remembered, None if state is None else state.attention, real)
-        new = MemoryAttentionState(memory, attention)
+        y, attention = self._join(x, remembered, attention, real, packed)
+        new = None if memory is None or attention is None else MemoryAttentionState(memory, attention)
         return (y, new, surprise) if return_surprise else (y, new)
 
     def _remember(
-        self, x: Tensor, state: MemoryState | None, real: Tensor | None
-    ) -> tuple[Tensor, MemoryState, Tensor]:
+        self, x: Tensor, state: MemoryState | None, real: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, MemoryState | None, Tensor]:
         """M([p; x]) at the tokens x [B, T, D], the state, and the surprise [B, T]."""
-        P = len(self.attention.persistent) if state is None else 0
-        if P and x.dim() == 3:  # the memory layer itself refuses other shapes
-            x = torch.cat([self.attention.persistent.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        p = self.attention.persistent.to(x.dtype)
+        if documents is not None:
+            return self.memory.read_documents(x, state, documents, True, p)
+        P = len(p) if state is None else 0
+        if P:
+            x = torch.cat([p.expand(len(x), -1, -1), x], dim=1)
             real = None if real is None else F.pad(real, (P, 0), value=True)
         y, state, surprise = self.memory(x, state, real, return_surprise=True)
         return y[:, P:], state, surprise[:, P:]
 
     def _join(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
-    ) -> tuple[Tensor, AttentionState]:
+        self,
+        x: Tensor,
+        remembered: Tensor,
+        state: AttentionState | None,
+        real: Tensor | None,
+        documents: Documents | None,
+    ) -> tuple[Tensor, AttentionState | None]:
         """y [B, T, D] from the input and RMSnorm(M([p; x])), and the state of attention."""
         raise NotImplementedError
 
@@ -126,9 +140,14 @@ class MemoryAsGate(_MemoryAndAttention):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def _join(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
-    ) -> tuple[Tensor, AttentionState]:
-        attended, state = self.attention(x, state, real)
+        self,
+        x: Tensor,
+        remembered: Tensor,
+        state: AttentionState | None,
+        real: Tensor | None,
+        documents: Documents | None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        attended, state = self.attention(x, state, real, documents)
         attended = normed(self.attention_norm, attended).to(attended.dtype)
         return self.out_proj(attended * F.silu(remembered)), state
 
@@ -153,6 +172,11 @@ class MemoryAsLayer(_MemoryAndAttention):
     """
 
     def _join(
-        self, x: Tensor, remembered: Tensor, state: AttentionState | None, real: Tensor | None
-    ) -> tuple[Tensor, AttentionState]:
-        return self.attention(remembered, state, real)
+        self,
+        x: Tensor,
+        remembered: Tensor,
+        state: AttentionState | None,
+        real: Tensor | None,
+        documents: Documents | None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        return self.attention(remembered, state, real, documents)

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence
+from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
-from nested_learning.ops.documents import Documents, tokens_at
+from nested_learning.ops.documents import Documents, pieces_of
 
 
 @dataclass(frozen=True)
@@ -131,31 +130,33 @@ class Attention(nn.Module):
         self, x: Tensor, state: AttentionState | None, documents: Documents
     ) -> tuple[Tensor, AttentionState | None]:
         """`forward` where rows hold several documents, each attending to itself."""
-        new, going_on, place = documents.batches(state is not None)
+        batches = documents.batches(state is not None)
         positions = documents.positions()
         if state is not None:
             at = state.positions.amax(dim=1) + 1
             goes_on = documents.of_tokens(documents.goes_on(True))
             positions = positions + torch.where(goes_on, at.unsqueeze(1), 0)
-        vectors = self._project(x, positions)
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in vectors]  # [B · T, heads, d]
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in self._project(x, positions)]  # [B · T, heads, d]
+        parts = [
+            [piece.transpose(1, 2) for piece in pieces]
+            for pieces in zip(*(pieces_of(t, batches) for t in flat), strict=True)
+        ]
         outputs = []
-        for columns, _, _ in new:
-            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
-            inside = torch.arange(columns.shape[1], device=x.device).unsqueeze(0)
-            whole = self.window is None or columns.shape[1] <= self.window
+        for (query, key, value), batch in zip(parts, batches.new, strict=False):
+            inside = torch.arange(batch.columns.shape[1], device=x.device).unsqueeze(0)
+            whole = self.window is None or batch.columns.shape[1] <= self.window
             outputs.append(self._attend(query, key, value, None if whole else self._allowed(inside, inside)))
-        if going_on is not None:
+        if batches.going_on is not None:
             assert state is not None
-            columns, real, rows = going_on
-            query, key, value = (tokens_at(t, columns).transpose(1, 2) for t in flat)
+            columns, real, rows = batches.going_on
+            query, key, value = parts[-1]
             own = positions.flatten()[columns].masked_fill(~real, -1)
             before = state.select_rows(rows)
             key = torch.cat([before.key.to(key.dtype), key], dim=2)
             value = torch.cat([before.value.to(value.dtype), value], dim=2)
             allowed = self._allowed(own, torch.cat([before.positions, own], dim=1))
             outputs.append(self._attend(query, key, value, allowed))
-        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], place)
+        y = documents.unpack([out.transpose(1, 2).flatten(2) for out in outputs], batches.place)
         assert y is not None
         y = self.out_proj(y)
         if documents.padded is not None:
@@ -175,7 +176,8 @@ class Attention(nn.Module):
         """Keys and values of each row's last document, of all tokens' [B · T, heads, d]."""
         columns, real, goes_on = documents.last_tokens(state is not None)
         own = positions.flatten()[columns].masked_fill(~real, -1)
-        key, value = (tokens_at(t, columns).transpose(1, 2) for t in (key, value))
+        key, value = (t.index_select(0, columns.flatten()).unflatten(0, columns.shape) for t in (key, value))
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         new = AttentionState(key, value, own)
         if state is None or not goes_on.any():
             return new

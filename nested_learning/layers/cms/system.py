@@ -22,7 +22,7 @@ from nested_learning.layers.cms.level import (
 from nested_learning.layers.cms.regression import KeyValue
 from nested_learning.layers.cms.segments import Segments
 from nested_learning.layers.cms.writer import CMSState, LevelWriter
-from nested_learning.layers.documents import check_documents, find_documents
+from nested_learning.layers.token_inputs import check_documents, find_documents
 from nested_learning.memory.state import State, Weights
 from nested_learning.ops.documents import Documents
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
+from nested_learning.layers.token_inputs import as_sequence, check_count, check_state, find_documents
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
 from nested_learning.ops.context import full_precision
+from nested_learning.ops.documents import Documents
 from nested_learning.ops.norm import unit
 
 _RETENTION_BIAS = 4.0  # α about 0.98: an average over some fifty tokens
@@ -90,25 +91,38 @@ class LowRankSelfModifyingMLP(nn.Module):
         return f"{self.dim}, rank={self.rank}, context_size={self.context_size}, chunk_size={self.chunk_size}"
 
     def forward(
-        self, x: Tensor, state: LowRankMLPState | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, LowRankMLPState]:
+        self,
+        x: Tensor,
+        state: LowRankMLPState | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, LowRankMLPState | None]:
         """Read the tokens into the context and apply the MLP as each token's context changes it.
 
         Args:
             x: [B, T, dim], or [B, dim]: one token per row.
             state: from an earlier call on the same rows; None starts from an empty context.
             mask: [B, T] (or [B]) bool, True = real token. A padded token changes nothing, its output is zero.
+            documents, position_ids: where documents in a row begin, see `find_documents`.
 
         Returns: y of x's shape, in x's dtype (that of the autocast region, if one is active), and the state
-            after the last token.
+            after the last token of the row, None with a `Documents` that keeps none.
 
         Raises:
-            ValueError: when x, mask or state do not fit.
+            ValueError: when x, mask, state, documents or position_ids do not fit.
         """
         tokens, real = as_sequence(x, self.dim, mask, self.up.weight)
         if state is not None:
             check_state(state, LowRankMLPState, x, {"context": (tokens.shape[0], self.context_size)})
-        context, last = self._read(tokens, state, real)
+        before = None if state is None else state.context
+        packed = find_documents(tokens, real, state is not None, documents, position_ids)
+        if packed is None:
+            context, last = self._read(tokens, before, real)
+        else:
+            context, last = packed.read(
+                lambda x, before, real, _: self._read(x, before, real), tokens, before, self.chunk_size
+            )
         if check.enabled():
             check.check_values("memory", context=context)
         h = F.gelu(self.up(tokens))  # [B, T, hidden]
@@ -117,14 +131,14 @@ class LowRankSelfModifyingMLP(nn.Module):
         y = self.down(h) + (u.mT @ along).squeeze(-1)
         if real is not None:
             y = y.masked_fill(~real.unsqueeze(-1), 0)
-        return y.view(x.shape), LowRankMLPState(last)
+        return y.view(x.shape), None if last is None else LowRankMLPState(last)
 
     def weight_change(self, state: LowRankMLPState) -> Tensor:
         """ΔW of each row [B, dim, hidden_size], as the state's context generates it."""
         u, v = self._factors(state.context, self.left.weight.dtype)
         return u.mT @ v
 
-    def _read(self, x: Tensor, state: LowRankMLPState | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _read(self, x: Tensor, before: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """c_t at every token [B, T, context_size], and c_T [B, context_size]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with full_precision(x.device):
@@ -134,10 +148,9 @@ class LowRankSelfModifyingMLP(nn.Module):
             write = -torch.expm1(log_alpha).unsqueeze(-1) * F.linear(x, self.context_proj.weight.to(dtype))
             if real is not None:
                 log_alpha = log_alpha.masked_fill(~real, 0)  # x = 0 there, so the write vanishes too
-            if state is None:
-                start = x.new_zeros(x.shape[0], self.context_size, 1)
-            else:
-                start = state.context.to(dtype).unsqueeze(-1)
+            if before is None:
+                before = x.new_zeros(x.shape[0], self.context_size)
+            start = before.to(dtype).unsqueeze(-1)
             # The context is a matrix memory [context_size, 1] whose one input is always 1, without erase.
             ones = x.new_ones(x.shape[1], 1)
             context, last, _ = delta_rule.chunked(

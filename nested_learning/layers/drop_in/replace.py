@@ -35,6 +35,8 @@ class CarriedStates:
     names: Mapping[DropInLinear, str]
     states: dict[str, SelfModifyingLinearState]
     mask: Tensor | None
+    documents: Tensor | None = None
+    position_ids: Tensor | None = None
 
 
 # Scoped to the `with` block and to its thread or task: the modules themselves hold no state.
@@ -63,7 +65,10 @@ class DropInLinear(SelfModifyingLinear):
         with check.scope(self.path):
             if carried is None or name is None:  # a layer outside of the network whose states are carried
                 return super().forward(x)[0]
-            y, carried.states[name] = super().forward(x, carried.states.get(name), carried.mask)
+            said = carried.mask, carried.documents, carried.position_ids
+            y, after = super().forward(x, carried.states.get(name), *said)
+            assert after is not None  # they are tensors, which keep it
+            carried.states[name] = after
             return y
 
 
@@ -72,6 +77,8 @@ def carry_states(
     model: nn.Module,
     states: Mapping[str, SelfModifyingLinearState] | None = None,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Iterator[CarriedStates]:
     """Carry the states of a network's drop-in layers from call to call within a `with` block.
 
@@ -88,6 +95,7 @@ def carry_states(
         states: state to start from by module name, as `carried.states` of an earlier block; a layer that is
             not in it starts from W_0. The mapping is copied, never written to.
         mask: bool [B, T], True = real token; None: all tokens are real.
+        documents, position_ids: [B, T] int, where documents in a row begin, as in `SelfModifyingLinear`.
 
     Raises:
         ValueError: for a model without drop-in layers, one that checkpoints activations, or a state of a
@@ -106,7 +114,7 @@ def carry_states(
     for name in states or {}:
         if name not in names.values():
             raise unknown("drop-in layer", name, names.values())
-    carried = CarriedStates(names, dict(states or {}), mask)
+    carried = CarriedStates(names, dict(states or {}), mask, documents, position_ids)
     token = _carried.set(carried)
     try:
         yield carried

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
-from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
+from nested_learning.layers.token_inputs import as_sequence, check_count, check_state, find_documents
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops import delta_rule
 from nested_learning.ops.context import full_precision
+from nested_learning.ops.documents import Documents
 from nested_learning.ops.norm import unit
 
 Mode = Literal["normalised", "literal"]
@@ -145,8 +146,13 @@ class SelfModifyingLinear(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: SelfModifyingLinearState | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, SelfModifyingLinearState]:
+        self,
+        x: Tensor,
+        state: SelfModifyingLinearState | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, SelfModifyingLinearState | None]:
         """Apply the layer to each token and learn from it afterwards.
 
         Args:
@@ -154,32 +160,42 @@ class SelfModifyingLinear(nn.Module):
                 (float64 for float64).
             state: from an earlier call on the same rows; None starts from W_0.
             mask: [B, T] (or [B]) bool, True = real token. A padded token changes nothing, its output is zero.
+            documents, position_ids: where documents in a row begin, see `find_documents`.
 
         Returns: y of x's leading shape and out_features, in x's dtype (that of the autocast region, if one is
-            active), and the state after the last token.
+            active), and the state after the last token of the row, None with a `Documents` that keeps none.
 
         Raises:
-            ValueError: when x, mask or state do not fit.
+            ValueError: when x, mask, state, documents or position_ids do not fit.
         """
         tokens, real = as_sequence(x, self.in_features, mask, self.weight)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        shape = (tokens.shape[0], self.out_features, self.in_features)
-        if state is None:
-            delta = torch.zeros(shape, dtype=dtype, device=x.device)
-        else:
+        delta = None
+        if state is not None:
+            shape = (tokens.shape[0], self.out_features, self.in_features)
             check_state(state, SelfModifyingLinearState, x, {"delta": shape})
             delta = state.delta.to(dtype)
+        packed = find_documents(tokens, real, state is not None, documents, position_ids)
         y = F.linear(tokens, self.weight, self.bias)
         with full_precision(x.device):
-            change, delta = self._learn(tokens.to(dtype), delta, real)
+            if packed is None:
+                change, delta = self._learn(tokens.to(dtype), delta, real)
+            else:
+                change, delta = packed.read(
+                    lambda x, delta, real, _: self._learn(x, delta, real),
+                    tokens.to(dtype),
+                    delta,
+                    self.chunk_size,
+                )
         if check.enabled():
             check.check_values("memory", read=change, delta=delta)
         y = y + change.to(y.dtype)
         if real is not None:
             y = y.masked_fill(~real.unsqueeze(-1), 0)
-        return y.view(*x.shape[:-1], self.out_features), SelfModifyingLinearState(delta)
+        after = None if delta is None else SelfModifyingLinearState(delta)
+        return y.view(*x.shape[:-1], self.out_features), after
 
-    def _learn(self, x: Tensor, delta: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _learn(self, x: Tensor, delta: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(W_{t−1} − W_0) x_t at every token [B, T, out], and W_T − W_0 [B, out, in].
 
         Runs on D = W − W_0, which starts at an exact zero. W = W_0 + D put into the class's equations moves
@@ -189,6 +205,8 @@ class SelfModifyingLinear(nn.Module):
             literal:     D_t = −W_0 + α_t (D_{t−1} + W_0) − 2 η_t (D_{t−1} x_t) x_tᵀ
                                + η_t (v̂_t − 2 W_0 x_t) x_tᵀ
         """
+        if delta is None:
+            delta = x.new_zeros(len(x), self.out_features, self.in_features)
         W0, V, U = (p.to(x.dtype) for p in (self.weight, self.value_down, self.value_up))
         z = unit(x) if self.mode == "normalised" else x
         logits = F.linear(z, self.gates.weight.to(x.dtype), self.gates.bias.to(x.dtype))

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.documents import find_documents
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.layers.token_inputs import check_sequence, find_documents
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -162,9 +161,7 @@ class MemoryLayer(nn.Module):
         Raises:
             ValueError: when x, mask, state, documents or position_ids do not fit.
         """
-        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
-        if state is not None:
-            self._check_state(state, len(x))
+        self.check_call(x, state, mask)
         packed = find_documents(x, mask, state is not None, documents, position_ids)
         if packed is None:
             y, state, surprise = self._read_rows(x, state, mask, return_surprise)
@@ -179,7 +176,7 @@ class MemoryLayer(nn.Module):
         documents: Documents,
         want_surprise: bool,
         prefix: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor | None]:
+    ) -> tuple[Tensor, Any, Any]:
         """`forward` on documents in a row, in front of which may stand a prefix.
 
         Args:
@@ -377,7 +374,12 @@ class MemoryLayer(nn.Module):
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
 
-    def _check_state(self, state: MemoryState, rows: int) -> None:
+    def check_call(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
+        """ValueError where x, state or mask do not fit."""
+        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
+        if state is None:
+            return
+        rows = len(x)
         if not isinstance(state, MemoryState):
             raise ValueError(
                 f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"

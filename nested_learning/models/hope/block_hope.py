@@ -81,9 +81,10 @@ class Tokens(NamedTuple):
         documents = self.documents
         if documents is not None and (start or stop < self.x.shape[1]):
             documents = documents.segment(start, stop, documents.keep or stop < self.x.shape[1])
-        x, *others = (None if t is None else t[:, start:stop] for t in self[:-1])
-        assert x is not None
-        return Tokens(x, *others, documents)
+        ids, real, learn = (
+            None if t is None else t[:, start:stop] for t in (self.ids, self.real, self.learn)
+        )
+        return Tokens(self.x[:, start:stop], ids, real, learn, documents)
 
 
 class Piece(NamedTuple):
