@@ -93,7 +93,10 @@ class State:
 
     @staticmethod
     def join_rows(states: Sequence[S]) -> S:
-        """The states of several batches as that of one. What each shares between fields stays shared."""
+        """The states of several batches as that of one. What each shares between fields stays shared.
+
+        Keys and values of attention may be of different numbers of tokens, see `ops.rows.join_rows`.
+        """
         joined: S = join_rows(states)
         return joined
 

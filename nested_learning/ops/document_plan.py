@@ -35,7 +35,8 @@ class ReadingStep(NamedTuple):
         before: where the states come from, in the order of the rows; empty for the initial state.
         aligned: every document stands at a boundary, a multiple of the plan's step.
         first: tokens of every document before these, where the documents are aligned and whole chunks of them
-            are read; else None. Aligned without `first` are ends of documents, less than a chunk of each.
+            are read; else None. Aligned without `first` are ends of documents, less than a chunk of each, and
+            rows without a document, of nothing but the prefix.
     """
 
     shape: tuple[int, int]

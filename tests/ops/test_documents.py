@@ -88,6 +88,40 @@ def test_documents_read_as_if_alone(data: st.DataObject, rows: int, columns: int
     torch.testing.assert_close(bare["y"], wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_reader_is_told_where_all_rows_stand(keep: bool) -> None:
+    """`first` is each row's place where whole chunks are read; else less than a chunk is, or any state."""
+    begins = torch.zeros(2, 40, dtype=torch.bool)
+    begins[0, [9, 22, 36]] = True
+    begins[1, [0, 17, 33]] = True
+    x = torch.randn(2, 40, dtype=torch.float64)
+    state = read({"x": x[:, :5]}, None, None, True)[1]
+    told = []
+
+    def reader(
+        inputs: dict[str, Tensor],
+        state: dict[str, Tensor] | None,
+        real: Tensor | None,
+        aligned: bool,
+        first: int | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        told.append(first)
+        if first is not None:
+            assert aligned
+            assert real is None
+            assert inputs["x"].shape[1] % STEP == 0
+            assert first == 0 if state is None else bool((state["position"] == first).all())
+        elif aligned:
+            assert inputs["x"].shape[1] < STEP
+        return read(inputs, state, real, aligned)
+
+    documents = Documents(begins, keep=keep)
+    got, _ = documents.read(reader, {"x": x}, state, STEP, tell_first=True)
+    wanted, _ = documents.read(read, {"x": x}, state, STEP)
+    assert torch.equal(got["y"], wanted["y"])
+    assert {0, None} <= set(told)
+
+
 def test_a_prefix_stands_in_front_of_every_document_that_begins() -> None:
     begins = torch.tensor([[False, False, True, False, False, True]])
     x, p = torch.randn(1, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)

@@ -149,7 +149,8 @@ class ContinuumMemorySystem(nn.Module):
             if packed is not None:
                 return self._read_documents(x, before, learn, packed)
             return self._learn_and_read(x, before, mask, learn)
-        check_documents(x, documents, position_ids)
+        if documents is not None or position_ids is not None:
+            check_documents(x, documents, position_ids)
         y = x
         for index, block in enumerate(self.blocks):
             own = None if weights is None else weights[index]
