@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import normed
 from nested_learning.layers.attention.persistent import PersistentWindowAttention
 from nested_learning.layers.attention.softmax import AttentionState
+from nested_learning.layers.effective import held
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
 from nested_learning.layers.token_inputs import check_state
@@ -99,7 +100,8 @@ class _MemoryAndAttention(nn.Module):
         """M([p; x]) at the tokens x [B, T, D], the state, and the surprise [B, T]."""
         P = len(self.attention.persistent) if state is None else 0
         if P and x.dim() == 3:  # the memory layer itself refuses other shapes
-            x = torch.cat([self.attention.persistent.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            persistent = held(self.attention)["persistent"]
+            x = torch.cat([persistent.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
             real = None if real is None else F.pad(real, (P, 0), value=True)
         y, state, surprise = self.memory(x, state, real, return_surprise=True)
         return y[:, P:], state, surprise[:, P:]

@@ -105,7 +105,7 @@ class LowRankSelfModifyingMLP(nn.Module):
         Raises:
             ValueError: when x, mask or state do not fit.
         """
-        tokens, real = as_sequence(x, self.dim, mask, self.up.weight)
+        tokens, real = as_sequence(x, self.dim, mask, self.up)
         if state is not None:
             check_state(state, LowRankMLPState, x, {"context": (tokens.shape[0], self.context_size)})
         context, last = self._read(tokens, state, real)

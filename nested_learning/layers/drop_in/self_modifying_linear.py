@@ -161,7 +161,7 @@ class SelfModifyingLinear(nn.Module):
         Raises:
             ValueError: when x, mask or state do not fit.
         """
-        tokens, real = as_sequence(x, self.in_features, mask, self.weight)
+        tokens, real = as_sequence(x, self.in_features, mask, self)
         dtype = torch.promote_types(x.dtype, torch.float32)
         shape = (tokens.shape[0], self.out_features, self.in_features)
         if state is None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import check_sequence
+from nested_learning.layers.token_inputs import check_sequence, is_plain
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -152,9 +153,9 @@ class MemoryLayer(nn.Module):
         Raises:
             ValueError: when x, mask or state do not fit.
         """
-        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
+        check_sequence(x, self.hidden_size, mask, self.in_proj)
         if state is not None:
-            self._check_state(state, len(x))
+            self._check_state(state, x)
         work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
         if len(x) * work > ROWS and x.device.type == "cpu" and not traced():
             y, state, surprise = self._read_in_groups(x, state, mask, return_surprise, max(1, ROWS // work))
@@ -183,7 +184,8 @@ class MemoryLayer(nn.Module):
 
         Copies, not views: they become a state, which the next optimizer step must not reach.
         """
-        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in self.initial.items()}
+        initial = self.initial if is_plain(self.initial) else held(self.initial)
+        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in initial.items()}
 
     # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
 
@@ -234,10 +236,12 @@ class MemoryLayer(nn.Module):
             vectors, tail, history = self._prepare(paths.to(dtype), place, state.conv_tail, history)
             inputs = Inputs(vectors, logits, readouts, place.real)
             state = MemoryState(state.anchor, state.current, state.momentum, state.position, tail)
-            initial = {name: W.to(dtype) for name, W in self.initial.items()}
+            own = self.initial if is_plain(self.initial) else held(self.initial)
+            initial = {name: W.to(dtype) for name, W in own.items()}
             y, state, surprise = engine.run(self.system, initial, state, inputs, place.boundaries, how)
             assert self.out_norm.eps is not None  # __init__
-            y = gated_norm(y.transpose(1, 2), gate, self.out_norm.weight.to(dtype), self.out_norm.eps)
+            gain = self.out_norm.weight if is_plain(self.out_norm) else effective_gain(self.out_norm, x)
+            y = gated_norm(y.transpose(1, 2), gate, gain.to(dtype), self.out_norm.eps)
         return self.out_proj(y), state, surprise, history
 
     def _prepare(
@@ -250,7 +254,8 @@ class MemoryLayer(nn.Module):
         """
         before, weight, length = None, None, self.conv_size - 1
         if self.conv is not None:
-            weight = self.conv.weight.to(paths.dtype)
+            kernel = self.conv.weight if is_plain(self.conv) else effective_kernel(self.conv, paths)
+            weight = kernel.to(paths.dtype)
             if place.layout is not None:
                 first = int(place.boundaries.first)
                 paths, before, tail, history = packed_history(
@@ -269,11 +274,16 @@ class MemoryLayer(nn.Module):
         if not self.system.gates:
             return None, None
         gates = cast(list[nn.Linear], [self.gates[name] for name in self.system.gates])
-        weights: list[Tensor] = [gate.weight for gate in gates]
-        biases: list[Tensor] = [gate.bias for gate in gates]
+        plain = all(is_plain(gate) for gate in gates)
         if self.gates_generated:
-            return None, Readouts(torch.stack(weights).to(dtype), torch.stack(biases).to(dtype))
-        logits = F.linear(x, torch.cat(weights), torch.cat(biases)).to(dtype)  # [B, C, gates · H]
+            pairs = [(gate.weight, gate.bias) if plain else effective(gate, x) for gate in gates]
+            weights, biases = (torch.stack(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
+            return None, Readouts(weights.to(dtype), biases.to(dtype))
+        if plain:
+            logits = F.linear(x, torch.cat([g.weight for g in gates]), torch.cat([g.bias for g in gates]))
+        else:
+            logits = torch.cat([gate(x) for gate in gates], -1)
+        logits = logits.to(dtype)  # [B, C, gates · H]
         return logits.unflatten(-1, (len(gates), self.num_heads)).permute(2, 0, 3, 1), None
 
     # Where the tokens stand, what they start from -----------------------------------------------------------
@@ -327,19 +337,18 @@ class MemoryLayer(nn.Module):
         joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
         return torch.cat(ys), MemoryState.join_rows(states), joined
 
-    def _check_state(self, state: MemoryState, rows: int) -> None:
+    def _check_state(self, state: MemoryState, x: Tensor) -> None:
         if not isinstance(state, MemoryState):
             raise ValueError(
                 f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"
             )
-        if state.position.shape[0] != rows:
-            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {rows}")
-        device = self.in_proj.weight.device
-        elsewhere = {t.device for t in (state.position, *state.current.values())} - {device}
+        if state.position.shape[0] != len(x):
+            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {len(x)}")
+        elsewhere = {t.device for t in (state.position, *state.current.values())} - {x.device}
         if elsewhere:
             raise ValueError(
-                f"state is on {', '.join(sorted(map(str, elsewhere)))}, the layer on {device}; move it with "
-                "state.to(device)"
+                f"state is on {', '.join(sorted(map(str, elsewhere)))}, the layer on {x.device}; move it "
+                "with state.to(device)"
             )
         if check.enabled():
             check.check_values("state", **state.to_tensors())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,8 +41,9 @@ class HopeBlock(GradientCheckpointingLayer):
         real: Tensor | None = None,
         learn: Tensor | None = None,
         cms_weights: Sequence[Weights | None] | None = None,
+        within: Callable[[Tensor], Any] | None = None,
         **mixer_options: Any,
-    ) -> tuple[Any, ...]:
+    ) -> Any:
         """Run the block over x [B, T, D].
 
         Args:
@@ -51,11 +52,15 @@ class HopeBlock(GradientCheckpointingLayer):
             real: [B, T] bool, False = padding.
             learn: [B, T] bool, the tokens that the CMS learns from; None: all.
             cms_weights: per level, weights in the place of the CMS block's own.
+            within: called with x in the place of all this, its result returned: for what reads the block's
+                weights where a wrapper of its forward pass, such as FSDP, makes them whole.
             mixer_options: what else the mixer takes, such as `return_surprise`.
 
         Returns:
             y [B, T, D], both states after x, and what else the mixer returns, such as its surprise [B, T].
         """
+        if within is not None:
+            return within(x)
         mixer_state, cms_state = states
         mixed, mixer_state, *surprise = self.mixer(self.mixer_norm(x), mixer_state, real, **mixer_options)
         y, cms_state = self.cms(x + mixed, cms_state, cms_weights, real, learn)
@@ -105,6 +110,7 @@ class Blocks:
         keep_hidden: return the input of each block.
         want_surprise: return the memories' errors.
         cms_weights: by layer index, weights in the place of the CMS blocks' own.
+        hooks: call the modules with their hooks.
     """
 
     blocks: Sequence[HopeBlock]
@@ -112,6 +118,7 @@ class Blocks:
     keep_hidden: bool = False
     want_surprise: bool = False
     cms_weights: CMSWeights = field(default_factory=dict)
+    hooks: bool = True
 
     def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
         """The results of one segment and the states after it."""
@@ -127,10 +134,11 @@ class Blocks:
             options = {"return_surprise": True} if surprised else {}
             weights = self.cms_weights.get(index)
             with check.scope(f"model.{mixer}"):  # the CMS checks no values
-                x, new, *error = block(x, before, tokens.real, tokens.learn, weights, **options)
+                run = block if self.hooks else block.forward
+                x, new, *error = run(x, before, tokens.real, tokens.learn, weights, **options)
             after[mixer], after[cms] = new
             surprise.append(error[0] if error else None)
-        x = self.norm(x)
+        x = self.norm(x) if self.hooks else self.norm.forward(x)
         if self.keep_hidden:
             hidden.append(x)
         after = {name: state for name, state in after.items() if state is not None}
