@@ -73,7 +73,7 @@ def effective_gain(norm: nn.Module, like: Tensor) -> Tensor:
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters, by name, of a module that others read, such as nn.ParameterDict.
+    """The parameters, by name, of a module that others read, such as nn.ParameterList.
 
     Where accelerate has offloaded them, they are fetched as for a forward pass.
     """

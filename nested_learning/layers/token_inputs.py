@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 
-_PLAIN = (nn.Linear, nn.Conv1d, nn.RMSNorm, nn.ParameterDict, nn.ParameterList)
+_PLAIN = (nn.Linear, nn.Conv1d, nn.RMSNorm, nn.ParameterList, InitialMemories)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -24,9 +25,7 @@ def is_plain(module: nn.Module) -> bool:
     """
     if type(module) not in _PLAIN or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
-    if module._forward_hooks and not all(
-        getattr(h, "observes", False) for h in module._forward_hooks.values()
-    ):
+    if not all(getattr(hook, "observes", False) for hook in module._forward_hooks.values()):
         return False
     return not any(
         type(p) is not nn.Parameter and p is not None and is_traceable_wrapper_subclass(p)

@@ -18,7 +18,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp …) is under way: there are no values to decide by, and
+    """Whether a transform of torch.func (grad, vmap …) is under way: there are no values to decide by, and
     no gradients but its own."""
     return torch._C._are_functorch_transforms_active()
 

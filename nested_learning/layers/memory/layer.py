@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
+from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
 from nested_learning.layers.token_inputs import check_sequence, is_plain
 from nested_learning.memory import check, engine
@@ -94,7 +95,7 @@ class MemoryLayer(nn.Module):
         )
         shapes = system.architecture.shapes(self.head_dim)
         count = len(system.memories)
-        self.initial = nn.ParameterDict(
+        self.initial = InitialMemories(
             {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
         )
         # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
@@ -184,8 +185,11 @@ class MemoryLayer(nn.Module):
 
         Copies, not views: they become a state, which the next optimizer step must not reach.
         """
-        initial = self.initial if is_plain(self.initial) else held(self.initial)
-        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in initial.items()}
+        return {n: W.to(dtype).expand(batch_size, *W.shape).clone() for n, W in self._initial().items()}
+
+    def _initial(self) -> Weights:
+        """The initial memories of all rows, per matrix [N, H, out, in]."""
+        return cast(Weights, self.initial._parameters) if is_plain(self.initial) else held(self.initial)
 
     # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
 
@@ -236,8 +240,7 @@ class MemoryLayer(nn.Module):
             vectors, tail, history = self._prepare(paths.to(dtype), place, state.conv_tail, history)
             inputs = Inputs(vectors, logits, readouts, place.real)
             state = MemoryState(state.anchor, state.current, state.momentum, state.position, tail)
-            own = self.initial if is_plain(self.initial) else held(self.initial)
-            initial = {name: W.to(dtype) for name, W in own.items()}
+            initial = {name: W.to(dtype) for name, W in self._initial().items()}
             y, state, surprise = engine.run(self.system, initial, state, inputs, place.boundaries, how)
             assert self.out_norm.eps is not None  # __init__
             gain = self.out_norm.weight if is_plain(self.out_norm) else effective_gain(self.out_norm, x)
@@ -352,7 +355,7 @@ class MemoryLayer(nn.Module):
             )
         if check.enabled():
             check.check_values("state", **state.to_tensors())
-        memories = {name: tuple(W.shape) for name, W in self.initial.items()}
+        memories = {name: tuple(W.shape) for name, W in self._initial().items()}
         expected: dict[str, object] = {
             "anchor": memories,
             "current": memories,
