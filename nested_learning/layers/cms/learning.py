@@ -21,7 +21,7 @@ from nested_learning.layers.cms.writer import (
     zeros,
 )
 from nested_learning.memory.state import Weights
-from nested_learning.ops.context import full_precision
+from nested_learning.ops.context import full_precision, transformed
 
 
 class LearningLevel(NamedTuple):
@@ -137,7 +137,8 @@ class LearningLevel(NamedTuple):
             return state
         sums = state.initial_sums
         if state.context:
-            if isinstance(ends, Tensor) and not ends.any():  # waits for the device, but saves a whole run
+            # Waits for the device, but saves a whole run.
+            if isinstance(ends, Tensor) and not transformed() and not ends.any():
                 return state
             sums = initial_gradients(self.writer, self.block.activation, state)
         # eq 72: the slower level writes the initial state, from which this level starts again.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.effective import effective, effective_matrix, input_dtype
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
 from nested_learning.memory import check
 from nested_learning.memory.state import State
@@ -121,7 +122,7 @@ class LowRankSelfModifyingMLP(nn.Module):
 
     def weight_change(self, state: LowRankMLPState) -> Tensor:
         """ΔW of each row [B, dim, hidden_size], as the state's context generates it."""
-        u, v = self._factors(state.context, self.left.weight.dtype)
+        u, v = self._factors(state.context, input_dtype(self.left))
         return u.mT @ v
 
     def _read(self, x: Tensor, state: LowRankMLPState | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -129,9 +130,13 @@ class LowRankSelfModifyingMLP(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with full_precision(x.device):
             x = x.to(dtype)
-            retention = F.linear(x, self.retention.weight.to(dtype), self.retention.bias.to(dtype))
+            weight, bias = effective(self.retention, x)
+            assert bias is not None  # __init__
+            retention = F.linear(x, weight.to(dtype), bias.to(dtype))
             log_alpha = F.logsigmoid(retention.squeeze(-1))  # [B, T]
-            write = -torch.expm1(log_alpha).unsqueeze(-1) * F.linear(x, self.context_proj.weight.to(dtype))
+            write = -torch.expm1(log_alpha).unsqueeze(-1) * F.linear(
+                x, effective_matrix(self.context_proj, x).to(dtype)
+            )
             if real is not None:
                 log_alpha = log_alpha.masked_fill(~real, 0)  # x = 0 there, so the write vanishes too
             if state is None:

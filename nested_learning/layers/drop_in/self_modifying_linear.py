@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
+from nested_learning.layers.effective import effective
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state
 from nested_learning.memory import check
 from nested_learning.memory.state import State
@@ -191,7 +192,9 @@ class SelfModifyingLinear(nn.Module):
         """
         W0, V, U = (p.to(x.dtype) for p in (self.weight, self.value_down, self.value_up))
         z = unit(x) if self.mode == "normalised" else x
-        logits = F.linear(z, self.gates.weight.to(x.dtype), self.gates.bias.to(x.dtype))
+        weight, bias = effective(self.gates, x)
+        assert bias is not None  # __init__
+        logits = F.linear(z, weight.to(x.dtype), bias.to(x.dtype))
         eta = self.eta_max * torch.sigmoid(logits[..., 0])  # [B, T]
         log_alpha = F.logsigmoid(logits[..., 1])
         if real is not None:
