@@ -34,30 +34,22 @@ def test_cpu_offload(case):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["cpu and disk", "disk", "dispatch", "blocks"])
+@pytest.mark.parametrize("how", ["loaded", "disk", "dispatch", "parts"])
 @pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
 def test_disk(case, how, tmp_path):
     model = hope(case)
     wanted = run(copy.deepcopy(model))
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
     if how == "disk":
         offloaded = disk_offload(model, tmp_path)
     elif how == "dispatch":
-        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
         offloaded = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
-    elif how == "blocks":
-        model.save_pretrained(tmp_path / "model")
-        places = {
-            "model.embed_tokens": "cpu",
-            "model.layers.0.mixer": "cpu",
-            "model.layers.0.mixer_norm": "cpu",
-        }
-        places |= {"model.layers.0.cms": "disk", "model.norm": "disk", "lm_head": "cpu"}
-        offloaded = HopeForCausalLM.from_pretrained(
-            tmp_path / "model", device_map=places, offload_folder=tmp_path / "rest", dtype=torch.float64
-        )
     else:
+        if how == "parts":
+            places = {"model.layers.0.cms": "disk", "model.norm": "disk"}
+            places |= {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0.mixer")}
+            places |= {"model.layers.0.mixer_norm": "cpu", "lm_head": "cpu"}
         model.save_pretrained(tmp_path / "model")
-        places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
         offloaded = HopeForCausalLM.from_pretrained(
             tmp_path / "model", device_map=places, offload_folder=tmp_path / "rest", dtype=torch.float64
         )

@@ -1,4 +1,4 @@
-"""Linear layers under parametrizations, masks and hooks act and get their gradients, in every layer and mode."""
+"""Linear layers under parametrizations, masks and hooks act and get gradients, in every layer and mode."""
 
 import copy
 

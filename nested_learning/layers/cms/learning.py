@@ -73,7 +73,9 @@ class LearningLevel(NamedTuple):
         """
         assert self.projections is not None
         x, learn = segments.pack(x), segments.learned(learn)
-        keys, values = self.projections(x, self.block, self.own["up.weight"].dtype)
+        dtype = self.own["up.weight"].dtype
+        keys, values = self.projections(x, dtype)
+        keys = self.block.norm(keys).to(dtype)
         seen: Tensor | int = 0 if segments.aligned else position
         branches = []
         for segment in segments:
