@@ -128,4 +128,5 @@ def _linear(layer: nn.Linear, x: Tensor, weight: Tensor | None) -> Tensor:
         return layer(x)
     if weight.dim() == 2:
         return F.linear(x, weight)
-    return (x.reshape(len(x), -1, x.shape[-1]) @ weight.mT).reshape(*x.shape[:-1], -1)
+    # Sizes written out: −1 is ambiguous in a batch of no rows.
+    return (x.unsqueeze(1).flatten(1, -2) @ weight.mT).reshape(*x.shape[:-1], weight.shape[-2])

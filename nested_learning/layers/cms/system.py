@@ -221,7 +221,7 @@ class ContinuumMemorySystem(nn.Module):
         if state is None:
             before, position = self.start(levels), None
         else:  # which may come from a session in another precision
-            before = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            before = state.recordable().map(lambda t: t.to(dtype) if t.is_floating_point() else t)
             position = before.position.to(x.device)
         after, y = {}, x
         for index, block in enumerate(self.blocks):

@@ -142,7 +142,7 @@ class LowRankSelfModifyingMLP(nn.Module):
             if state is None:
                 start = x.new_zeros(x.shape[0], self.context_size, 1)
             else:
-                start = state.context.to(dtype).unsqueeze(-1)
+                start = state.recordable().context.to(dtype).unsqueeze(-1)
             # The context is a matrix memory [context_size, 1] whose one input is always 1, without erase.
             ones = x.new_ones(x.shape[1], 1)
             context, last, _ = delta_rule.chunked(

@@ -169,7 +169,7 @@ class SelfModifyingLinear(nn.Module):
             delta = torch.zeros(shape, dtype=dtype, device=x.device)
         else:
             check_state(state, SelfModifyingLinearState, x, {"delta": shape})
-            delta = state.delta.to(dtype)
+            delta = state.recordable().delta.to(dtype)
         y = F.linear(tokens, self.weight, self.bias)
         with full_precision(x.device):
             change, delta = self._learn(tokens.to(dtype), delta, real)

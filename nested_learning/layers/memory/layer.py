@@ -316,6 +316,8 @@ class MemoryLayer(nn.Module):
         if state is None:
             weights = self.initial_weights(len(position), dtype)
             return MemoryState(weights, weights, None, position)
+        if torch.is_grad_enabled():
+            state = state.recordable()
         if any(W.dtype != dtype for W in state.current.values()):  # from a session in another precision
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)

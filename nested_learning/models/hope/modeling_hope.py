@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -115,6 +116,8 @@ class HopeModel(HopePreTrainedModel):
             exact = self.config.cms_meta_gradient == "exact"
             reader = LMUpdate(blocks, self.embed_tokens, lm_head, exact)
         states = {} if cache is None else cache.states
+        if torch.is_grad_enabled():
+            states = {name: state.recordable() for name, state in states.items()}
         size = self.config.segment_size or length
         tokens, pieces = Tokens(x, input_ids, real, learn), []
         for start in range(0, length, size):

@@ -39,11 +39,11 @@ def gathered(modules: Sequence[nn.Module], exact: bool) -> Iterator[bool]:
     within the forward pass for the backward pass of the training step.
 
     Args:
-        modules: the modules, each sharded as a whole or not at all.
+        modules: everything that runs within.
         exact: the gradients that are taken within are to be differentiated again.
 
     Raises:
-        ValueError: for FSDP1, for exact gradients of sharded modules, and for modules with sharded parts.
+        ValueError: for modules wrapped by FSDP1, and for exact gradients of sharded ones.
     """
     if all(type(module) in (HopeBlock, nn.Linear, nn.RMSNorm) for module in modules):
         yield False
@@ -51,18 +51,12 @@ def gathered(modules: Sequence[nn.Module], exact: bool) -> Iterator[bool]:
     # Imported already, where something is sharded; else half a second.
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    sharded = [module for module in modules if isinstance(module, FSDPModule)]
-    parts = [part for module in modules for part in module.modules() if part is not module]
-    if any(isinstance(m, FullyShardedDataParallel) for m in (*modules, *parts)):
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         raise ValueError(
-            "cms_update='lm' needs the weights between the passes of its blocks, which "
+            "cms_update='lm' needs the weights between the passes of its blocks, which blocks in "
             "FullyShardedDataParallel cannot give: use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    if any(isinstance(part, FSDPModule) for part in parts):
-        raise ValueError(
-            "cms_update='lm' under fully_shard needs blocks that are sharded as a whole: shard the "
-            "HopeBlocks (model.model.layers), not parts of them"
-        )
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
     if sharded and exact:
         raise ValueError(
             "cms_meta_gradient='exact' differentiates gradients of the blocks again, for which their weights "
