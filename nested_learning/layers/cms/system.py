@@ -277,7 +277,7 @@ class ContinuumMemorySystem(nn.Module):
             )
         if not isinstance(state, CMSState):
             raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             f"{index}.{name}": (len(x), *shape)
             for index in self._learning
             for name, shape in cast(MLPBlock, self.blocks[index]).shapes().items()

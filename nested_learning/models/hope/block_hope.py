@@ -131,7 +131,7 @@ class Blocks:
             before = states.get(mixer), states.get(cms)
             # A mixer that does not say that it has a surprise need not know the option.
             surprised = self.want_surprise and getattr(block.mixer, "has_surprise", False)
-            options = {"return_surprise": True} if surprised else {}
+            options: dict[str, Any] = {"return_surprise": True} if surprised else {}
             weights = self.cms_weights.get(index)
             with check.scope(f"model.{mixer}"):  # the CMS checks no values
                 run = block if self.hooks else block.forward

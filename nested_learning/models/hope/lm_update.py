@@ -10,7 +10,7 @@ through the layers above. All that this needs is part of the state, so tokens ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -192,14 +192,15 @@ class LMUpdate:
         if index is not None:
             part = {name: state.select_rows(index) for name, state in states.items()}
             next_ids, next_learn = next_ids[index], next_learn[index]
-        grads = self._gradients(part, next_ids, next_learn)
+        grads: Sequence[Gradients] = self._gradients(part, next_ids, next_learn)
         if index is not None:
             grads = [_into_rows(g, index, len(rows)) for g in grads]
         elif not isinstance(full, bool):
             grads = pytree.tree_map(lambda g: torch.where(rows.view(-1, 1, 1), g, 0), grads)
         for layer, (block, name) in enumerate(zip(self.blocks.blocks, self.cms_names, strict=True)):
-            parts = self.levels[layer], _cms_state(states[name]), *(g[layer] for g in grads)
-            states[name] = inside(block, partial(self.systems[layer].learn, *parts), rows)
+            levels, state, (within, crossing) = self.levels[layer], states[name], (g[layer] for g in grads)
+            learn = partial(self.systems[layer].learn, levels, _cms_state(state), within, crossing)
+            states[name] = inside(block, learn, rows)
 
     def _gradients(self, states: States, next_ids: Tensor, next_learn: Tensor) -> tuple[Gradients, Gradients]:
         """Gradients of the losses of the pairs inside the chunk, and of that of its last token and the next.
@@ -219,7 +220,7 @@ class LMUpdate:
             slow = {k: W for k, W in leaves.items() if k[1] > 0 or self.systems[0].variant == "nested"}
             losses = partial(self._losses, states, next_ids, next_learn, not bare)
             if transformed():
-                sums, pull = torch.func.vjp(losses, leaves)
+                sums, pull = torch.func.vjp(losses, leaves)[:2]
                 found = [pull(row)[0] for row in torch.eye(2, dtype=sums.dtype, device=sums.device)]
                 parts = [found[0], {k: found[1][k] for k in slow}]
                 if not exact:
