@@ -72,6 +72,12 @@ class State:
         """A state of equal values, cut from the autograd graph."""
         return self.map(Tensor.detach)
 
+    def recordable(self: S) -> S:
+        """The state for a call that may record gradients: what was made in inference mode is copied there."""
+        if not torch.is_grad_enabled():  # as in inference mode itself
+            return self
+        return self.map(lambda t: t.clone() if t.is_inference() else t)
+
     def clone(self: S) -> S:
         return self.map(Tensor.clone)
 

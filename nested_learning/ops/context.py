@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -15,7 +17,19 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap …) is under way: there are no values to decide by, and
+    no gradients but its own."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def traced() -> bool:
     """Whether Python code is followed symbolically, by torch.compile or torch.func, which then sees more in
     plain operations than in what is arranged for speed."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a check may look at the numbers of x: they are there, and waiting for them costs nothing."""
+    at_hand = x.device.type == "cpu" and x.numel() > 0
+    return at_hand and not traced() and not isinstance(x, FakeTensor)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from nested_learning.ops.context import transformed
+
 Out = TypeVar("Out")
 
 
 def recomputed(function: Callable[..., Out], arguments: tuple[Any, ...], parameters: Sequence[Tensor]) -> Out:
-    """`function(*arguments)`, of which the backward pass keeps the inputs alone. It must not draw numbers.
+    """`function(*arguments)`, of which the backward pass keeps the inputs alone.
 
     The same numbers and gradients, second ones too, as `torch.utils.checkpoint`'s, which runs the first pass
     with gradients and lets hooks throw away what it saves: a third slower, and thousands of small objects per
@@ -27,8 +30,10 @@ def recomputed(function: Callable[..., Out], arguments: tuple[Any, ...], paramet
 
     Returns: what the function returns, nested likewise.
     """
+    if transformed():  # which would have to see into the backward pass
+        return function(*arguments)
     if torch.compiler.is_compiling():
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *arguments, use_reentrant=False)
     inputs, rebuild = _flatten(arguments)
     call = _Call(function, rebuild)
     outputs = _Recomputed.apply(call, len(inputs), *inputs, *parameters)
@@ -69,11 +74,34 @@ class _Call:
         return tuple(outputs)
 
 
+def _random_state(device: str) -> list[Tensor]:
+    """State of the generators that a layer may draw from, such as the dropout of an adapter in it."""
+    own = [] if device in ("cpu", "meta") else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+@contextmanager
+def _drawing_from(device: str, states: list[Tensor]) -> Iterator[None]:
+    """Draw once more what was drawn from these states on; the generators go on as if nothing had been."""
+    before = _random_state(device)
+    _set_random_state(device, states)
+    try:
+        yield
+    finally:
+        _set_random_state(device, before)
+
+
+def _set_random_state(device: str, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         device = tensors[0].device.type
-        ctx.call, ctx.count = call, count
+        ctx.call, ctx.count, ctx.random = call, count, _random_state(device)
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -86,7 +114,7 @@ class _Recomputed(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         given = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+        with _drawing_from(device, ctx.random), torch.enable_grad(), torch.autocast(device, dtype, enabled):
             # Views where the gradient is to be differentiated: the search for `wanted` ends there, and yet
             # they hang together with the graph.
             inputs = [

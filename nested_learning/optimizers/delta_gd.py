@@ -122,6 +122,8 @@ class DeltaGD(BaseOptimizer):
             x = (args[0] if args else kwargs["input"]).detach()
             output.register_hook(lambda _: self._collect(layer, weight, x))
 
+    _watch.observes = True  # type: ignore[attr-defined]  # it changes nothing, see layers.token_inputs.is_plain
+
     @torch.no_grad()
     def _collect(self, layer: nn.Module, weight: Tensor, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):

@@ -38,8 +38,8 @@ def pair(levels, variant="sequential", mixers=MIXERS, **overrides):
     parameters = dict(model.named_parameters())
     for name, _ in list(static.named_parameters()):  # the same tensors, so that gradients meet
         owner, leaf = static.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if isinstance(owner, (torch.nn.ParameterDict, torch.nn.ParameterList)):
-            owner[int(leaf) if leaf.isdigit() else leaf] = parameters[name]
+        if isinstance(owner, torch.nn.ParameterList):
+            owner[int(leaf)] = parameters[name]
         else:
             setattr(owner, leaf, parameters[name])
     static.lm_head.weight = static.model.embed_tokens.weight

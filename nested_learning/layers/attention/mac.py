@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
+from nested_learning.layers.effective import input_dtype
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
@@ -210,7 +211,7 @@ class MemoryAsContext(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor) -> Tensor:
         """Causal attention over [p; h; S] within the segment, [B, H, S, d]."""
         B, P, C = len(query), len(self.persistent), self.segment
-        p = self.qkv_proj(self.persistent.to(self.qkv_proj.weight.dtype))
+        p = self.qkv_proj(self.persistent.to(input_dtype(self.qkv_proj)))
         _, p_key, p_value = p.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
         p_key = normed(self.k_norm, p_key).to(key.dtype)  # [H, P, d]
         keys = torch.cat([p_key.expand(B, -1, -1, -1), *key.unbind(1)], dim=2)
@@ -220,7 +221,7 @@ class MemoryAsContext(nn.Module):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed.unsqueeze(1))
 
     def _check(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> None:
-        check_sequence(x, self.hidden_size, mask, self.qkv_proj.weight)
+        check_sequence(x, self.hidden_size, mask, self.qkv_proj)
         if state is not None:
             shape = len(x), 2, self.num_heads, self.segment, self.head_dim
             check_state(state, ContextState, x, {"key": shape, "value": shape, "position": (len(x),)})

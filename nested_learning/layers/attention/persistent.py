@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention.softmax import SlidingWindowAttention
+from nested_learning.layers.effective import input_dtype
 from nested_learning.layers.token_inputs import check_count
 
 
@@ -40,7 +41,7 @@ class PersistentWindowAttention(SlidingWindowAttention):
             allowed = torch.ones(1, T, T, dtype=torch.bool, device=query.device).tril()
         p_key, p_value = (
             vectors.expand(len(value), -1, -1, -1).to(value.dtype)  # in this order rows are summed in float32
-            for vectors in self._keys_and_values(self.persistent.to(self.k_proj.weight.dtype))
+            for vectors in self._keys_and_values(self.persistent.to(input_dtype(self.k_proj)))
         )
         key, value = torch.cat([p_key, key], dim=2), torch.cat([p_value, value], dim=2)
         return super()._attend(query, key, value, F.pad(allowed, (P, 0), value=True))

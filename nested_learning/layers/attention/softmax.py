@@ -200,7 +200,7 @@ class Attention(nn.Module):
         )
 
     def _check(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> None:
-        check_sequence(x, self.hidden_size, mask, self.q_proj.weight)
+        check_sequence(x, self.hidden_size, mask, self.q_proj)
         if state is None:
             return
         if not isinstance(state, AttentionState):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
+from nested_learning.layers.effective import effective_matrix
 from nested_learning.memory.state import Weights
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
@@ -35,7 +36,8 @@ class MLPBlock(nn.Module):
             raise unknown("activation", activation, ACTIVATIONS)
         if intermediate_size < 1:
             raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
-        self.intermediate_size, self.activation = intermediate_size, activation
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.activation = activation
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "swiglu" else None
@@ -53,7 +55,7 @@ class MLPBlock(nn.Module):
         Args:
             x: [..., D]; [B, ..., D] where a weight has a batch dimension.
             weights: tensors that take the place of the block's parameters of the same names (some or all of
-                `named_parameters()`), each of the parameter's own shape or with a leading batch dimension:
+                `shapes()`), each of the parameter's own shape or with a leading batch dimension:
                 then row b of the batch runs with weights b.
             hidden_scale: [intermediate_size] factors of the hidden units, None for ones.
             residual: add x to the result.
@@ -78,9 +80,24 @@ class MLPBlock(nn.Module):
         y = _linear(self.down, hidden, w.get("down.weight"))
         return x + y if residual else y
 
-    def matrices(self) -> Weights:
-        """The matrices [out, in]: the weights that a level writes to, all but the norm's gain."""
-        return {name: p for name, p in self.named_parameters() if p.dim() == 2}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight, by name; a wrapper of a linear layer counts as that layer."""
+        width, hidden = self.hidden_size, self.intermediate_size
+        gate = {} if self.gate is None else {"gate.weight": (hidden, width)}
+        return {"norm.weight": (width,), "up.weight": (hidden, width), **gate, "down.weight": (width, hidden)}
+
+    def matrices(self, like: Tensor) -> Weights:
+        """The matrices [out, in] as they act: the weights that a level writes to, all but the norm's gain.
+
+        Args:
+            like: a tensor on the device of the block's inputs.
+        """
+        linears = {"up": self.up, "gate": self.gate, "down": self.down}
+        return {
+            f"{name}.weight": effective_matrix(linear, like)
+            for name, linear in linears.items()
+            if linear is not None
+        }
 
     def _normalise(self, x: Tensor, gain: Tensor) -> Tensor:
         """The norm of x [B, ..., D] with another gain [D], or [B, D] of each row."""
@@ -90,7 +107,7 @@ class MLPBlock(nn.Module):
         return F.rms_norm(x, shape, None, self.norm.eps) * gain.view(len(x), *[1] * (x.dim() - 2), -1)
 
     def _check(self, weights: Weights, batch_size: int) -> None:
-        own = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        own = self.shapes()
         for name, weight in weights.items():
             if name not in own:
                 raise unknown("weight of the MLP block:", name, own)
@@ -111,4 +128,5 @@ def _linear(layer: nn.Linear, x: Tensor, weight: Tensor | None) -> Tensor:
         return layer(x)
     if weight.dim() == 2:
         return F.linear(x, weight)
-    return (x.reshape(len(x), -1, x.shape[-1]) @ weight.mT).reshape(*x.shape[:-1], -1)
+    # Sizes written out: −1 is ambiguous in a batch of no rows.
+    return (x.unsqueeze(1).flatten(1, -2) @ weight.mT).reshape(*x.shape[:-1], weight.shape[-2])

@@ -21,7 +21,7 @@ from nested_learning.layers.cms.writer import (
     zeros,
 )
 from nested_learning.memory.state import Weights
-from nested_learning.ops.context import full_precision
+from nested_learning.ops.context import full_precision, transformed
 
 
 class LearningLevel(NamedTuple):
@@ -42,6 +42,10 @@ class LearningLevel(NamedTuple):
     scale: Tensor | None
     matrices: Weights
     own: Weights
+
+    def for_rows(self, count: int) -> LearningLevel:
+        """The level in a call on so many rows."""
+        return self._replace(own={name: W.expand(count, *W.shape) for name, W in self.matrices.items()})
 
     def start(self, exact: bool) -> LevelState:
         """The state before the first token; `exact`: the initial state learns from exact gradients."""
@@ -74,7 +78,9 @@ class LearningLevel(NamedTuple):
         """
         assert self.projections is not None
         x, learn = segments.pack(x), segments.learned(learn)
-        keys, values = self.projections(x[:, : segments.taught], self.block, self.own["up.weight"].dtype)
+        dtype = self.own["up.weight"].dtype
+        keys, values = self.projections(x[:, : segments.taught], dtype)
+        keys = self.block.norm(keys).to(dtype)
         seen = position if segments.position is None else segments.position
         branches = []
         for segment in segments:
@@ -146,7 +152,8 @@ class LearningLevel(NamedTuple):
             return state
         sums = state.initial_sums
         if state.context:
-            if isinstance(ends, Tensor) and not ends.any():  # waits for the device, but saves a whole run
+            # Waits for the device, but saves a whole run.
+            if isinstance(ends, Tensor) and not transformed() and not ends.any():
                 return state
             sums = initial_gradients(self.writer, self.block.activation, state)
         # eq 72: the slower level writes the initial state, from which this level starts again.

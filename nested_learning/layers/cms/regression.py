@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested_learning.layers.cms.block import MLPBlock
 from nested_learning.memory.state import Weights
 from nested_learning.ops import delta_rule
 
@@ -38,9 +37,10 @@ class KeyValue(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, block: MLPBlock, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normalised keys and values [B, T, D] of `dtype` for inputs x [B, T, D]."""
-        key = block.norm(self.key(x).to(x.dtype)).to(dtype)  # under autocast too
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys [B, T, D] for inputs x [B, T, D], which the block's norm is yet to normalise, and values of
+        `dtype`, normalised."""
+        key = self.key(x).to(x.dtype)  # under autocast too
         return key, F.rms_norm(self.value(x).to(dtype), (self.hidden_size,), eps=self.eps)
 
 

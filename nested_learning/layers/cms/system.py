@@ -22,6 +22,7 @@ from nested_learning.layers.cms.level import (
 from nested_learning.layers.cms.regression import KeyValue
 from nested_learning.layers.cms.segments import Segments
 from nested_learning.layers.cms.writer import CMSState, LevelWriter
+from nested_learning.layers.effective import held
 from nested_learning.layers.token_inputs import check_documents, find_documents
 from nested_learning.memory.state import State, Weights
 from nested_learning.ops.documents import Documents
@@ -179,12 +180,16 @@ class ContinuumMemorySystem(nn.Module):
 
     # Learning in context -------------------------------------------------------------------------------
 
-    def start(self, batch_size: int, dtype: torch.dtype) -> CMSState:
-        """The state before the first token, for each row of a batch."""
-        position = torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
+    def learning(self, x: Tensor, dtype: torch.dtype) -> dict[int, LearningLevel]:
+        """The levels that learn in context, for a call on rows x [B, T, D] with states of `dtype`."""
+        return {index: self._level(index, x, dtype) for index in self._learning}
+
+    def start(self, levels: Mapping[int, LearningLevel]) -> CMSState:
+        """The state before the first token."""
         exact = self.nested_gradient == "exact"
-        levels = {index: self._level(index, batch_size, dtype).start(exact) for index in self._learning}
-        return CMSState.join(position, levels)
+        up = next(level.own["up.weight"] for level in levels.values())
+        position = torch.zeros(len(up), dtype=torch.long, device=up.device)
+        return CMSState.join(position, {index: level.start(exact) for index, level in levels.items()})
 
     def current_weights(self, state: CMSState, dtype: torch.dtype) -> list[Weights | None]:
         """Per level the weights in force, as `forward` takes them; None for a static level."""
@@ -196,13 +201,19 @@ class ContinuumMemorySystem(nn.Module):
         ]
 
     def learn(
-        self, state: CMSState, inside: Mapping[int, Weights], crossing: Mapping[int, Weights], rows: Tensor
+        self,
+        levels: Mapping[int, LearningLevel],
+        state: CMSState,
+        inside: Mapping[int, Weights],
+        crossing: Mapping[int, Weights],
+        rows: Tensor,
     ) -> CMSState:
         """Take in the gradients of one chunk of the fastest level, and write where a chunk ends with it.
 
         A level counts the pair of tokens across the chunk's end unless its own chunk ends there as well.
 
         Args:
+            levels: those of `learning` in this call.
             state: the state before the chunk.
             inside: by level, gradients [B, out, in] of each matrix, summed over the pairs inside the chunk.
             crossing: by level, gradients of the pair of its last token and the next; zero for a level left
@@ -210,11 +221,10 @@ class ContinuumMemorySystem(nn.Module):
             rows: [B] bool, the rows that this is about; the gradients of the others must be zero.
         """
         position = state.position + rows * self.levels[0].chunk_size
-        after = {}
-        for index in self._learning:
-            before = state.level(index)
-            level = self._level(index, len(rows), before.weights["up.weight"].dtype)
-            after[index] = level.learn(before, inside[index], crossing.get(index), position, rows)
+        after = {
+            index: level.learn(state.level(index), inside[index], crossing.get(index), position, rows)
+            for index, level in levels.items()
+        }
         return CMSState.join(position % self.levels[-1].chunk_size, after)
 
     def _read_documents(
@@ -259,11 +269,12 @@ class ContinuumMemorySystem(nn.Module):
         """
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)
+        levels = self.learning(x, dtype)
         position: Tensor | int
         if state is None:
-            before, position = self.start(B, dtype), 0
+            before, position = self.start(levels), 0
         else:  # which may come from a session in another precision
-            before = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+            before = state.recordable().map(lambda t: t.to(dtype) if t.is_floating_point() else t)
             position = before.position.to(x.device) if first is None else first
         after, y = {}, x
         for index, block in enumerate(self.blocks):
@@ -271,8 +282,7 @@ class ContinuumMemorySystem(nn.Module):
             if index in self._learning:
                 size = self.levels[index].chunk_size
                 segments = Segments((B, T), size, position, real, inside, longest)
-                level = self._level(index, B, dtype)
-                branch, after[index] = level.read(
+                branch, after[index] = levels[index].read(
                     source, before.level(index), segments, before.position, learn
                 )
             else:
@@ -281,11 +291,10 @@ class ContinuumMemorySystem(nn.Module):
         read = T if real is None else real.sum(1)
         return y, CMSState.join((before.position + read) % self.levels[-1].chunk_size, after)
 
-    def _level(self, index: int, batch_size: int, dtype: torch.dtype) -> LearningLevel:
-        """One level that learns in context, for a call on `batch_size` rows with states of `dtype`."""
+    def _level(self, index: int, x: Tensor, dtype: torch.dtype) -> LearningLevel:
         block = cast(MLPBlock, self.blocks[index])
         nested = self.variant == "nested" and index + 1 < len(self.levels)
-        matrices = {name: W.to(dtype) for name, W in block.matrices().items()}
+        matrices = {name: W.to(dtype) for name, W in block.matrices(x).items()}
         return LearningLevel(
             block,
             writer=cast(LevelWriter, self.writers[index]),
@@ -293,14 +302,14 @@ class ContinuumMemorySystem(nn.Module):
             projections=cast(KeyValue, self.projections[str(index)]) if self.projections else None,
             scale=self._hidden_scale(index),
             matrices=matrices,
-            own={name: W.expand(batch_size, *W.shape) for name, W in matrices.items()},
+            own={name: W.expand(len(x), *W.shape) for name, W in matrices.items()},
         )
 
     def _hidden_scale(self, index: int) -> Tensor | None:
         """Each head's weight at its hidden units [e] (eq 74); None in a chain."""
         if self.variant != "independent":
             return None
-        weights = self.head_weights[index]
+        weights = held(self.head_weights)[str(index)]
         return weights.repeat_interleave(cast(MLPBlock, self.blocks[index]).intermediate_size // len(weights))
 
     # Checks --------------------------------------------------------------------------------------------
@@ -324,8 +333,12 @@ class ContinuumMemorySystem(nn.Module):
             )
         if not isinstance(state, CMSState):
             raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
-        levels = {i: cast(MLPBlock, self.blocks[i]).matrices() for i in self._learning}
-        expected = {f"{i}.{n}": (len(x), *W.shape) for i, own in levels.items() for n, W in own.items()}
+        expected: dict[str, tuple[int, ...]] = {
+            f"{index}.{name}": (len(x), *shape)
+            for index in self._learning
+            for name, shape in cast(MLPBlock, self.blocks[index]).shapes().items()
+            if len(shape) == 2
+        }
         got = {name: tuple(W.shape) for name, W in state.weights.items()}
         if got != expected:
             raise ValueError(
@@ -347,7 +360,7 @@ class ContinuumMemorySystem(nn.Module):
         for index in self._learning if self.nested_gradient == "exact" else ():
             if index + 1 < len(self.levels):
                 tokens = (batch_size, self.levels[index + 1].chunk_size)
-                width = cast(MLPBlock, self.blocks[index]).up.in_features
+                width = cast(MLPBlock, self.blocks[index]).hidden_size
                 shapes |= {f"{index}.key": (*tokens, width), f"{index}.value": (*tokens, width)}
                 shapes[f"{index}.write"] = tokens
         return shapes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn, vmap
 
 from nested_learning.layers.cms.level import CMSLevel
+from nested_learning.layers.effective import held
 from nested_learning.memory.state import State, Weights
 from nested_learning.optimizers.memory_forms import MEMORIES, GradientMemory
 
@@ -104,7 +105,7 @@ class LevelWriter(nn.Module):
     @property
     def lr(self) -> Tensor | float:
         """η, a tensor where it is learned."""
-        return self.level.option("lr") if self.log_lr is None else self.log_lr.exp()
+        return self.level.option("lr") if self.log_lr is None else held(self)["log_lr"].exp()
 
     def write(
         self, weights: Weights, initial: Weights, sums: Weights, rule: dict[str, Tensor], rows: Rows

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.effective import effective, effective_matrix, input_dtype
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state, find_documents
 from nested_learning.memory import check
 from nested_learning.memory.state import State
@@ -112,10 +113,10 @@ class LowRankSelfModifyingMLP(nn.Module):
         Raises:
             ValueError: when x, mask, state, documents or position_ids do not fit.
         """
-        tokens, real = as_sequence(x, self.dim, mask, self.up.weight)
+        tokens, real = as_sequence(x, self.dim, mask, self.up)
         if state is not None:
             check_state(state, LowRankMLPState, x, {"context": (tokens.shape[0], self.context_size)})
-        before = None if state is None else state.context
+        before = None if state is None else state.recordable().context
         packed = find_documents(tokens, real, state is not None, documents, position_ids)
         if packed is None:
             context, last = self._read(tokens, before, real)
@@ -135,7 +136,7 @@ class LowRankSelfModifyingMLP(nn.Module):
 
     def weight_change(self, state: LowRankMLPState) -> Tensor:
         """ΔW of each row [B, dim, hidden_size], as the state's context generates it."""
-        u, v = self._factors(state.context, self.left.weight.dtype)
+        u, v = self._factors(state.context, input_dtype(self.left))
         return u.mT @ v
 
     def _read(self, x: Tensor, before: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,9 +144,13 @@ class LowRankSelfModifyingMLP(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with full_precision(x.device):
             x = x.to(dtype)
-            retention = F.linear(x, self.retention.weight.to(dtype), self.retention.bias.to(dtype))
+            weight, bias = effective(self.retention, x)
+            assert bias is not None  # __init__
+            retention = F.linear(x, weight.to(dtype), bias.to(dtype))
             log_alpha = F.logsigmoid(retention.squeeze(-1))  # [B, T]
-            write = -torch.expm1(log_alpha).unsqueeze(-1) * F.linear(x, self.context_proj.weight.to(dtype))
+            write = -torch.expm1(log_alpha).unsqueeze(-1) * F.linear(
+                x, effective_matrix(self.context_proj, x).to(dtype)
+            )
             if real is not None:
                 log_alpha = log_alpha.masked_fill(~real, 0)  # x = 0 there, so the write vanishes too
             if before is None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._errors import unknown
+from nested_learning.layers.effective import effective
 from nested_learning.layers.token_inputs import as_sequence, check_count, check_state, find_documents
 from nested_learning.memory import check
 from nested_learning.memory.state import State
@@ -168,13 +169,13 @@ class SelfModifyingLinear(nn.Module):
         Raises:
             ValueError: when x, mask, state, documents or position_ids do not fit.
         """
-        tokens, real = as_sequence(x, self.in_features, mask, self.weight)
+        tokens, real = as_sequence(x, self.in_features, mask, self)
         dtype = torch.promote_types(x.dtype, torch.float32)
         delta = None
         if state is not None:
             shape = (tokens.shape[0], self.out_features, self.in_features)
             check_state(state, SelfModifyingLinearState, x, {"delta": shape})
-            delta = state.delta.to(dtype)
+            delta = state.recordable().delta.to(dtype)
         packed = find_documents(tokens, real, state is not None, documents, position_ids)
         y = F.linear(tokens, self.weight, self.bias)
         with full_precision(x.device):
@@ -209,7 +210,9 @@ class SelfModifyingLinear(nn.Module):
             delta = x.new_zeros(len(x), self.out_features, self.in_features)
         W0, V, U = (p.to(x.dtype) for p in (self.weight, self.value_down, self.value_up))
         z = unit(x) if self.mode == "normalised" else x
-        logits = F.linear(z, self.gates.weight.to(x.dtype), self.gates.bias.to(x.dtype))
+        weight, bias = effective(self.gates, x)
+        assert bias is not None  # __init__
+        logits = F.linear(z, weight.to(x.dtype), bias.to(x.dtype))
         eta = self.eta_max * torch.sigmoid(logits[..., 0])  # [B, T]
         log_alpha = F.logsigmoid(logits[..., 1])
         if real is not None:

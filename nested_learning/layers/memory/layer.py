@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
+from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import check_sequence, find_documents
+from nested_learning.layers.token_inputs import check_sequence, find_documents, is_plain
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -94,7 +96,7 @@ class MemoryLayer(nn.Module):
         )
         shapes = system.architecture.shapes(self.head_dim)
         count = len(system.memories)
-        self.initial = nn.ParameterDict(
+        self.initial = InitialMemories(
             {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
         )
         # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
@@ -213,7 +215,11 @@ class MemoryLayer(nn.Module):
 
         Copies, not views: they become a state, which the next optimizer step must not reach.
         """
-        return {name: W.to(dtype).expand(batch_size, *W.shape).clone() for name, W in self.initial.items()}
+        return {n: W.to(dtype).expand(batch_size, *W.shape).clone() for n, W in self._initial().items()}
+
+    def _initial(self) -> Weights:
+        """The initial memories of all rows, per matrix [N, H, out, in]."""
+        return cast(Weights, self.initial._parameters) if is_plain(self.initial) else held(self.initial)
 
     # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
 
@@ -300,10 +306,11 @@ class MemoryLayer(nn.Module):
             vectors, tail, history = self._prepare(paths.to(dtype), place, state.conv_tail, history)
             inputs = Inputs(vectors, logits, readouts, place.real)
             state = MemoryState(state.anchor, state.current, state.momentum, state.position, tail)
-            initial = {name: W.to(dtype) for name, W in self.initial.items()}
+            initial = {name: W.to(dtype) for name, W in self._initial().items()}
             y, state, surprise = engine.run(self.system, initial, state, inputs, place.boundaries, how)
             assert self.out_norm.eps is not None  # __init__
-            y = gated_norm(y.transpose(1, 2), gate, self.out_norm.weight.to(dtype), self.out_norm.eps)
+            gain = self.out_norm.weight if is_plain(self.out_norm) else effective_gain(self.out_norm, x)
+            y = gated_norm(y.transpose(1, 2), gate, gain.to(dtype), self.out_norm.eps)
         return self.out_proj(y), state, surprise, history
 
     def _prepare(
@@ -316,7 +323,8 @@ class MemoryLayer(nn.Module):
         """
         before, weight, length = None, None, self.conv_size - 1
         if self.conv is not None:
-            weight = self.conv.weight.to(paths.dtype)
+            kernel = self.conv.weight if is_plain(self.conv) else effective_kernel(self.conv, paths)
+            weight = kernel.to(paths.dtype)
             if place.layout is not None:
                 first = int(place.boundaries.first)
                 paths, before, tail, history = packed_history(
@@ -335,11 +343,16 @@ class MemoryLayer(nn.Module):
         if not self.system.gates:
             return None, None
         gates = cast(list[nn.Linear], [self.gates[name] for name in self.system.gates])
-        weights: list[Tensor] = [gate.weight for gate in gates]
-        biases: list[Tensor] = [gate.bias for gate in gates]
+        plain = all(is_plain(gate) for gate in gates)
         if self.gates_generated:
-            return None, Readouts(torch.stack(weights).to(dtype), torch.stack(biases).to(dtype))
-        logits = F.linear(x, torch.cat(weights), torch.cat(biases)).to(dtype)  # [B, C, gates · H]
+            pairs = [(gate.weight, gate.bias) if plain else effective(gate, x) for gate in gates]
+            weights, biases = (torch.stack(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
+            return None, Readouts(weights.to(dtype), biases.to(dtype))
+        if plain:
+            logits = F.linear(x, torch.cat([g.weight for g in gates]), torch.cat([g.bias for g in gates]))
+        else:
+            logits = torch.cat([gate(x) for gate in gates], -1)
+        logits = logits.to(dtype)  # [B, C, gates · H]
         return logits.unflatten(-1, (len(gates), self.num_heads)).permute(2, 0, 3, 1), None
 
     # Where the tokens stand, what they start from -----------------------------------------------------------
@@ -370,32 +383,32 @@ class MemoryLayer(nn.Module):
         if state is None:
             weights = self.initial_weights(len(position), dtype)
             return MemoryState(weights, weights, None, position)
+        if torch.is_grad_enabled():
+            state = state.recordable()
         if any(W.dtype != dtype for W in state.current.values()):  # from a session in another precision
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
 
     def check_call(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
         """ValueError where x, state or mask do not fit."""
-        check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
+        check_sequence(x, self.hidden_size, mask, self.in_proj)
         if state is None:
             return
-        rows = len(x)
         if not isinstance(state, MemoryState):
             raise ValueError(
                 f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"
             )
-        if state.position.shape[0] != rows:
-            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {rows}")
-        device = self.in_proj.weight.device
-        elsewhere = {t.device for t in (state.position, *state.current.values())} - {device}
+        if state.position.shape[0] != len(x):
+            raise ValueError(f"state holds {state.position.shape[0]} rows, x has {len(x)}")
+        elsewhere = {t.device for t in (state.position, *state.current.values())} - {x.device}
         if elsewhere:
             raise ValueError(
-                f"state is on {', '.join(sorted(map(str, elsewhere)))}, the layer on {device}; move it with "
-                "state.to(device)"
+                f"state is on {', '.join(sorted(map(str, elsewhere)))}, the layer on {x.device}; move it "
+                "with state.to(device)"
             )
         if check.enabled():
             check.check_values("state", **state.to_tensors())
-        memories = {name: tuple(W.shape) for name, W in self.initial.items()}
+        memories = {name: tuple(W.shape) for name, W in self._initial().items()}
         expected: dict[str, object] = {
             "anchor": memories,
             "current": memories,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,8 +43,9 @@ class HopeBlock(GradientCheckpointingLayer):
         learn: Tensor | None = None,
         cms_weights: Sequence[Weights | None] | None = None,
         documents: Documents | None = None,
+        within: Callable[[Tensor], Any] | None = None,
         **mixer_options: Any,
-    ) -> tuple[Any, ...]:
+    ) -> Any:
         """Run the block over x [B, T, D].
 
         Args:
@@ -54,11 +55,15 @@ class HopeBlock(GradientCheckpointingLayer):
             learn: [B, T] bool, the tokens that the CMS learns from; None: all.
             cms_weights: per level, weights in the place of the CMS block's own.
             documents: where documents in a row begin; None: every row is one.
+            within: called with x in the place of all this, its result returned: for what reads the block's
+                weights where a wrapper of its forward pass, such as FSDP, makes them whole.
             mixer_options: what else the mixer takes, such as `return_surprise`.
 
         Returns:
             y [B, T, D], both states after x, and what else the mixer returns, such as its surprise [B, T].
         """
+        if within is not None:
+            return within(x)
         mixer_state, cms_state = states
         if documents is not None:  # a mixer from elsewhere need not know the option
             mixer_options["documents"] = documents
@@ -117,6 +122,7 @@ class Blocks:
         keep_hidden: return the input of each block.
         want_surprise: return the memories' errors.
         cms_weights: by layer index, weights in the place of the CMS blocks' own.
+        hooks: call the modules with their hooks.
     """
 
     blocks: Sequence[HopeBlock]
@@ -124,6 +130,7 @@ class Blocks:
     keep_hidden: bool = False
     want_surprise: bool = False
     cms_weights: CMSWeights = field(default_factory=dict)
+    hooks: bool = True
 
     def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
         """The results of one segment and the states after it."""
@@ -136,15 +143,16 @@ class Blocks:
             before = states.get(mixer), states.get(cms)
             # A mixer that does not say that it has a surprise need not know the option.
             surprised = self.want_surprise and getattr(block.mixer, "has_surprise", False)
-            options = {"return_surprise": True} if surprised else {}
+            options: dict[str, Any] = {"return_surprise": True} if surprised else {}
             weights = self.cms_weights.get(index)
             with check.scope(f"model.{mixer}"):  # the CMS checks no values
-                x, new, *error = block(
+                run = block if self.hooks else block.forward
+                x, new, *error = run(
                     x, before, tokens.real, tokens.learn, weights, tokens.documents, **options
                 )
             after[mixer], after[cms] = new
             surprise.append(error[0] if error else None)
-        x = self.norm(x)
+        x = self.norm(x) if self.hooks else self.norm.forward(x)
         if self.keep_hidden:
             hidden.append(x)
         after = {name: state for name, state in after.items() if state is not None}

@@ -18,6 +18,7 @@ from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
 from nested_learning.layers.cms.level import learning_levels, parse_levels
 from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
+from nested_learning.models.hope.adapters_hope import tell_peft
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -214,6 +215,12 @@ class HopeConfig(PreTrainedConfig):
         fields["mixers"] = self.layer_mixers
         fields["mixer_options"] = {name: self._unusual_options(name) for name in set(self.layer_mixers)}
         return hashlib.sha256(json.dumps(_by_value(fields), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; peft, which asks for it first of all, is told what adapters take by default."""
+        tell_peft(self.model_type)
+        fields: dict[str, Any] = super().to_dict()
+        return fields
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -10,26 +10,32 @@ through the layers above. All that this needs is part of the state, so tokens ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from nested_learning.layers.cms import CMSState
+from nested_learning.layers.cms.learning import LearningLevel
 from nested_learning.layers.cms.segments import Segment, Segments
 from nested_learning.layers.cms.writer import Rows
 from nested_learning.memory.state import State, Weights
-from nested_learning.models.hope.block_hope import Blocks, Piece, States, Tokens, join
+from nested_learning.models.hope.block_hope import Blocks, HopeBlock, Piece, States, Tokens, join
+from nested_learning.models.hope.sharded_hope import gathered, inside
+from nested_learning.ops.context import transformed
 from nested_learning.ops.rows import padded
 
 PENDING = "pending"
 Head = Callable[[Tensor], Tensor]
 # Per layer and level, the gradient of each matrix [B, out, in].
 Gradients = list[dict[int, Weights]]
+# The matrices [B, out, in] by (layer, level, name).
+Leaves = dict[tuple[int, int, str], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class LMUpdate:
         self.mixer_names = [f"layers.{i}.mixer" for i in layers]
         self.start_names = [f"layers.{i}.start" for i in layers]
         self.cms_names = [f"layers.{i}.cms" for i in layers]
+        self.levels: list[dict[int, LearningLevel]] = []  # by layer, from the call's first token on
 
     def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
         """As `Blocks.read`, where chunks are learned from before the first token after them is read.
@@ -145,12 +152,20 @@ class LMUpdate:
         Returns:
             Tokens of the running chunk [B] int64, 0 where all rows are at the start.
         """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if PENDING in states:  # which may come from a session in another precision
+            dtype = next(iter(_cms_state(states[self.cms_names[0]]).weights.values())).dtype
+        if not self.levels:
+            self.levels = [
+                inside(block, partial(cms.learning, dtype=dtype), x)
+                for block, cms in zip(self.blocks.blocks, self.systems, strict=True)
+            ]
+        rows = len(x)
+        self.levels = [{i: level.for_rows(rows) for i, level in levels.items()} for levels in self.levels]
         if PENDING in states:
             return _pending(states).count.to(x.device) % self.chunk_size
-        rows = len(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        for name, cms in zip(self.cms_names, self.systems, strict=True):
-            states[name] = cms.start(rows, dtype)
+        for name, cms, levels in zip(self.cms_names, self.systems, self.levels, strict=True):
+            states[name] = cms.start(levels)
         ids = torch.zeros(rows, self.chunk_size, dtype=torch.long, device=x.device)
         states[PENDING] = PendingChunk(ids, ids.bool(), ids.new_zeros(rows))
         if not aligned:
@@ -161,7 +176,12 @@ class LMUpdate:
         """The mixers' states before any token, written out: padding changes nothing."""
         nothing = torch.zeros_like(x[:, :1])
         real = torch.zeros(nothing.shape[:2], dtype=torch.bool, device=x.device)
-        return [block.mixer(block.mixer_norm(nothing), None, real)[1] for block in self.blocks.blocks]
+
+        def start(block: HopeBlock, x: Tensor) -> State:
+            state: State = block.mixer(block.mixer_norm(x), None, real)[1]
+            return state
+
+        return [inside(block, partial(start, block), nothing) for block in self.blocks.blocks]
 
     def _enter(
         self, states: States, segment: Segment, ids: Tensor, learn: Tensor, number: int | None
@@ -181,7 +201,7 @@ class LMUpdate:
             begins = pending.count % self.chunk_size == 0
             begins = begins if segment.real is None else begins & segment.real[:, 0]
             full = begins & (pending.count == self.chunk_size)
-            full = full if full.any() else False
+            full = full if transformed() or full.any() else False
         if full is not False:
             self._learn(states, full, ids[:, 0], learn[:, 0])
         if begins is True and self.mixer_names[0] not in states:
@@ -196,16 +216,20 @@ class LMUpdate:
     def _learn(self, states: States, full: Rows, next_ids: Tensor, next_learn: Tensor) -> None:
         """Take in the pending chunks of the rows `full`, followed by the tokens `next_ids` [B]."""
         rows = torch.ones_like(next_learn) if isinstance(full, bool) else full
-        index = None if isinstance(full, bool) else rows.nonzero().squeeze(1)
+        index = None if isinstance(full, bool) or transformed() else rows.nonzero().squeeze(1)
         part = dict(states)
         if index is not None:
             part = {name: state.select_rows(index) for name, state in states.items()}
             next_ids, next_learn = next_ids[index], next_learn[index]
-        inside, crossing = self._gradients(part, next_ids, next_learn)
+        grads: Sequence[Gradients] = self._gradients(part, next_ids, next_learn)
         if index is not None:
-            inside, crossing = (_into_rows(grads, index, len(rows)) for grads in (inside, crossing))
-        for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
-            states[name] = cms.learn(_cms_state(states[name]), inside[layer], crossing[layer], rows)
+            grads = [_into_rows(g, index, len(rows)) for g in grads]
+        elif not isinstance(full, bool):
+            grads = pytree.tree_map(lambda g: torch.where(rows.view(-1, 1, 1), g, 0), grads)
+        for layer, (block, name) in enumerate(zip(self.blocks.blocks, self.cms_names, strict=True)):
+            levels, state, (within, crossing) = self.levels[layer], states[name], (g[layer] for g in grads)
+            learn = partial(self.systems[layer].learn, levels, _cms_state(state), within, crossing)
+            states[name] = inside(block, learn, rows)
 
     def _gradients(self, states: States, next_ids: Tensor, next_learn: Tensor) -> tuple[Gradients, Gradients]:
         """Gradients of the losses of the pairs inside the chunk, and of that of its last token and the next.
@@ -218,54 +242,79 @@ class LMUpdate:
                 "use torch.no_grad()"
             )
         exact = self.exact and torch.is_grad_enabled()
-        pending = _pending(states)
-        with torch.enable_grad(), _differentiable_twice(exact):
-            leaves, weights = self._leaves(states, exact)
-            starts = {
-                m: states[s] for m, s in zip(self.mixer_names, self.start_names, strict=True) if s in states
-            }
-            if not exact:
-                starts = {name: state.detach() for name, state in starts.items()}
-            x = self.embed(pending.ids)
-            given = {layer: [_cast(level, x.dtype) for level in levels] for layer, levels in weights.items()}
-            blocks = Blocks(self.blocks.blocks, self.blocks.norm, cms_weights=given)
-            (y, _, _), _ = blocks.read(Tokens(x, None, None, None), starts)
-            losses = _pair_losses(self.head(y), pending, next_ids, next_learn)
-            slow = [key for key in leaves if key[1] > 0 or self.systems[0].variant == "nested"]
-            parts = []
-            for loss, keys in ((losses[:, :-1].sum(), list(leaves)), (losses[:, -1].sum(), slow)):
-                wanted = [leaves[key] for key in keys]
-                found = (
-                    torch.autograd.grad(loss, wanted, retain_graph=True, create_graph=exact) if wanted else ()
-                )
-                parts.append(_by_layer(len(self.systems), keys, found))
-        return parts[0], parts[1]
+        if not exact:
+            states = {name: state.detach() for name, state in states.items()}
+        with torch.enable_grad(), _differentiable_twice(exact), gathered(self._modules(), exact) as bare:
+            leaves = self._leaves(states, exact)
+            slow = {k: W for k, W in leaves.items() if k[1] > 0 or self.systems[0].variant == "nested"}
+            losses = partial(self._losses, states, next_ids, next_learn, not bare)
+            if transformed():
+                sums, pull = torch.func.vjp(losses, leaves)[:2]
+                found = [pull(row)[0] for row in torch.eye(2, dtype=sums.dtype, device=sums.device)]
+                parts = [found[0], {k: found[1][k] for k in slow}]
+                if not exact:
+                    parts = pytree.tree_map(Tensor.detach, parts)
+            else:
+                sums = losses(leaves)
+                parts = [_gradients_of(s, of, exact) for s, of in zip(sums, (leaves, slow), strict=True)]
+        return _by_layer(len(self.systems), parts[0]), _by_layer(len(self.systems), parts[1])
 
-    def _leaves(
-        self, states: States, exact: bool
-    ) -> tuple[dict[tuple[int, int, str], Tensor], dict[int, list[Weights | None]]]:
-        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone.
+    def _losses(
+        self, states: States, next_ids: Tensor, next_learn: Tensor, hooks: bool, leaves: Leaves
+    ) -> Tensor:
+        """Summed losses [2] of the pairs inside the pending chunk, and of its last token and the next.
 
-        Returns:
-            The leaves by (layer, level, matrix), and the same tensors by layer as `cms_weights` are given.
+        Args:
+            hooks: call modules with their hooks.
+            leaves: the CMS's weights.
         """
-        leaves, weights = {}, {}
+        pending = _pending(states)
+        starts = {
+            m: states[s] for m, s in zip(self.mixer_names, self.start_names, strict=True) if s in states
+        }
+        x = self.embed(pending.ids)
+        given = {
+            layer: [_of_level(leaves, layer, number, x.dtype) for number in range(len(cms.levels))]
+            for layer, cms in enumerate(self.systems)
+        }
+        blocks = Blocks(self.blocks.blocks, self.blocks.norm, cms_weights=given, hooks=hooks)
+        (y, _, _), _ = blocks.read(Tokens(x, None, None, None), starts)
+        head = self.head if hooks or not isinstance(self.head, nn.Module) else self.head.forward
+        losses = _pair_losses(head(y), pending, next_ids, next_learn)
+        return torch.stack([losses[:, :-1].sum(), losses[:, -1].sum()])
+
+    def _leaves(self, states: States, exact: bool) -> Leaves:
+        """The weights of the rows as inputs of their own, so that a gradient is that of this chunk alone."""
+        leaves: Leaves = {}
         for layer, (cms, name) in enumerate(zip(self.systems, self.cms_names, strict=True)):
             state = _cms_state(states[name])
-            levels: list[Weights | None] = []
             dtype = next(iter(state.weights.values())).dtype
             for number, own in enumerate(cms.current_weights(state, dtype)):
-                if own is None:
-                    levels.append(None)
-                    continue
-                level = {
-                    key: W.view_as(W) if exact and W.requires_grad else W.detach().requires_grad_()
-                    for key, W in own.items()
-                }
-                leaves.update({(layer, number, key): W for key, W in level.items()})
-                levels.append(level)
-            weights[layer] = levels
-        return leaves, weights
+                leaves |= {(layer, number, key): W for key, W in (own or {}).items()}
+        if transformed():
+            return leaves
+        return {
+            key: W.view_as(W) if exact and W.requires_grad else W.detach().requires_grad_()
+            for key, W in leaves.items()
+        }
+
+    def _modules(self) -> list[nn.Module]:
+        """Everything that a chunk runs through above the embedding."""
+        head = [self.head] if isinstance(self.head, nn.Module) else []
+        return [*self.blocks.blocks, self.blocks.norm, *head]
+
+
+def _gradients_of(loss: Tensor, leaves: Leaves, exact: bool) -> Leaves:
+    if not leaves:
+        return {}
+    found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, create_graph=exact)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _of_level(leaves: Leaves, layer: int, number: int, dtype: torch.dtype) -> Weights | None:
+    """The weights of one level; None where it has none of its own."""
+    own = {name: W.to(dtype) for (i, n, name), W in leaves.items() if (i, n) == (layer, number)}
+    return own or None
 
 
 def _pair_losses(logits: Tensor, pending: PendingChunk, next_ids: Tensor, next_learn: Tensor) -> Tensor:
@@ -277,9 +326,9 @@ def _pair_losses(logits: Tensor, pending: PendingChunk, next_ids: Tensor, next_l
     return losses.where(learn, 0)
 
 
-def _by_layer(layers: int, keys: list[tuple[int, int, str]], found: tuple[Tensor, ...]) -> Gradients:
+def _by_layer(layers: int, found: Leaves) -> Gradients:
     grads: Gradients = [{} for _ in range(layers)]
-    for (layer, level, name), g in zip(keys, found, strict=True):
+    for (layer, level, name), g in found.items():
         grads[layer].setdefault(level, {})[name] = g
     return grads
 
@@ -309,10 +358,6 @@ def _choose_rows(rows: Rows, new: State, old: State | None) -> State:
         return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
     return pytree.tree_map(choose, new, old)
-
-
-def _cast(weights: Weights | None, dtype: torch.dtype) -> Weights | None:
-    return None if weights is None else {name: W.to(dtype) for name, W in weights.items()}
 
 
 def _pending(states: States) -> PendingChunk:

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
@@ -23,6 +22,7 @@ from nested_learning.models.hope.keywords_hope import check_keywords, check_posi
 from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
+from nested_learning.ops.context import has_values
 
 
 @dataclass
@@ -138,6 +138,8 @@ class HopeModel(HopePreTrainedModel):
             exact = self.config.cms_meta_gradient == "exact"
             reader = LMUpdate(blocks, self.embed_tokens, lm_head, exact)
         states = {} if cache is None else cache.states
+        if torch.is_grad_enabled():
+            states = {name: state.recordable() for name, state in states.items()}
         documents = find_documents(
             x,
             real,
@@ -220,10 +222,9 @@ class HopeModel(HopePreTrainedModel):
         rows, length = given.shape[:2]
         if length == 0:
             raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
-        has_values = not (torch.compiler.is_compiling() or isinstance(given, FakeTensor))
-        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel() and has_values:
+        if input_ids is not None and has_values(input_ids):
             low, high = (int(bound) for bound in input_ids.aminmax())
-            size = self.embed_tokens.num_embeddings
+            size = self.config.vocab_size
             if low < 0 or high >= size:
                 raise ValueError(
                     f"token ids must lie in 0..{size - 1} (vocab_size {size}), got {low}..{high}; "

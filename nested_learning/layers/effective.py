@@ -1,0 +1,96 @@
+"""Weights of a module as they act: with an adapter, parametrization, mask, quantisation or offload.
+
+Most layers call their modules. A layer that wants a weight itself (a gate that is read out by it, the start
+of a fast weight) would pass over whatever a wrapper does in the module's forward pass. So it takes `.weight`
+of modules that are plain (`token_inputs.is_plain`) alone; of all others it asks the forward pass, which at
+the identity matrix gives the weight, to rounding, with the gradients of all that it is made of.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nested_learning.layers.token_inputs import is_plain
+from nested_learning.ops.context import full_precision
+
+
+def effective(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with which a linear module acts, in the dtype of its inputs.
+
+    Dropout of an adapter, in training mode, falls on columns of its change here: on an input feature of all
+    tokens of the call, not of each token for itself, with the same mean.
+
+    Args:
+        module: a linear layer, in whatever wrapper that keeps `in_features`.
+        like: a tensor on the device where the module takes its inputs.
+
+    Returns: weight [out, in]; bias [out], zeros where the module has none and is not plain.
+    """
+    if is_plain(module):
+        return module.weight, module.bias  # type: ignore[return-value]
+    width = int(module.in_features)  # type: ignore[arg-type]
+    probe = _input(module, like, (width + 1, width))
+    probe.fill_diagonal_(1)  # the last row stays zero: it gives the bias
+    with full_precision(like.device):
+        y = module(probe)
+    return (y[:-1] - y[-1:]).T, y[-1]
+
+
+def effective_matrix(module: nn.Module, like: Tensor) -> Tensor:
+    """Weight [out, in] of a linear layer that is to have no bias; arguments as in `effective`.
+
+    Raises:
+        ValueError: for a bias that something has added: a fast weight has no place for it.
+    """
+    if any(name.rpartition(".")[2] == "bias" for name, _ in module.named_parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has a bias, which weights that learn in context do not have: use an "
+            "adapter without one (lora_bias=False), or cms_update='none'"
+        )
+    return effective(module, like)[0]
+
+
+def effective_kernel(conv: nn.Module, like: Tensor) -> Tensor:
+    """Kernel [channels, 1, K] of a depthwise causal convolution without a bias, as it acts: its answer to an
+    impulse, backwards."""
+    if is_plain(conv):
+        return conv.weight  # type: ignore[return-value]
+    size, channels = int(conv.kernel_size[0]), int(conv.in_channels)  # type: ignore[arg-type, index]
+    impulse = _input(conv, like, (1, channels, 2 * size - 1))
+    impulse[..., size - 1] = 1
+    with full_precision(like.device):
+        return conv(impulse).flip(-1).transpose(0, 1)
+
+
+def effective_gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """Gain [d] of an RMS norm as it acts: its output at a vector of equal numbers, large against its eps."""
+    if is_plain(norm):
+        return norm.weight  # type: ignore[return-value]
+    weight = _input(norm, like, tuple(norm.normalized_shape))  # type: ignore[arg-type]
+    with full_precision(like.device):
+        return norm(weight.fill_(2.0**13))
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters, by name, of a module that others read, such as nn.ParameterList.
+
+    Where accelerate has offloaded them, they are fetched as for a forward pass.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    found = dict(module.items() if hasattr(module, "items") else module._parameters.items())  # type: ignore[operator]
+    if hook is not None:
+        hook.post_forward(module, None)
+    return found
+
+
+def input_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's inputs: that of its weight, float32 where it has none to show."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
+def _input(module: nn.Module, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, device=like.device, dtype=input_dtype(module))

@@ -1,0 +1,58 @@
+"""Weights that accelerate keeps on disk or elsewhere until a module runs: the same numbers."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+
+from nested_learning import HopeForCausalLM
+from tests.ecosystem.tiny_hope import CASES, hope, ids
+
+TEXT = ids()
+
+
+def run(model):
+    """Logits of a whole text, of one with padding and of a continuation, and a few generated tokens."""
+    mask = torch.ones_like(TEXT)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        first = model(TEXT[:, :7], use_cache=True)
+        second = model(TEXT[:, 7:], past_key_values=first.past_key_values)
+        padded = model(TEXT, attention_mask=mask)
+    made = model.generate(TEXT, max_new_tokens=3, do_sample=False)
+    return first.logits, second.logits, padded.logits, made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_offload(case):
+    model = hope(case)
+    wanted = run(copy.deepcopy(model))
+    offloaded = cpu_offload(model)
+    assert all(p.is_meta for p in offloaded.parameters())
+    for a, b in zip(run(offloaded), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["loaded", "disk", "dispatch", "parts"])
+@pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
+def test_disk(case, how, tmp_path):
+    model = hope(case)
+    wanted = run(copy.deepcopy(model))
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    if how == "disk":
+        offloaded = disk_offload(model, tmp_path)
+    elif how == "dispatch":
+        offloaded = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    else:
+        if how == "parts":
+            places = {"model.layers.0.cms": "disk", "model.norm": "disk"}
+            places |= {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0.mixer")}
+            places |= {"model.layers.0.mixer_norm": "cpu", "lm_head": "cpu"}
+        model.save_pretrained(tmp_path / "model")
+        offloaded = HopeForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "rest", dtype=torch.float64
+        )
+    assert any(p.is_meta for p in offloaded.parameters())
+    for a, b in zip(run(offloaded.eval()), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
