@@ -244,8 +244,8 @@ def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: Tensor | float) -> Ten
     """The direction u of eq 57 in its implicit form, with W − lr·u = (W − lr·G)(I + lr·S)⁻¹, in g's shape."""
     W, G = p.detach().to(g.dtype).flatten(1), g.flatten(1)
     A = S * lr
-    # What rounding may take off the smallest eigenvalue is added, so that A is positive where 1 is lost beside
-    # lr·S: Cholesky cannot fail, and the synchronisation of a check is saved.
+    # What rounding may take off the smallest eigenvalue is added, so that A is positive where 1 is lost
+    # beside lr·S: Cholesky cannot fail, and the synchronisation of a check is saved.
     A.diagonal().add_(1 + torch.finfo(A.dtype).eps * A.diagonal().sum())
     L = torch.linalg.cholesky_ex(A).L
     return torch.cholesky_solve((G + W @ S).mT, L).mT.reshape(g.shape)  # eq 57: (G + W S)(I + lr·S)⁻¹
