@@ -219,8 +219,8 @@ def _norm(grads: Weights) -> float:
     if 1e-15 < norm < math.inf or math.isnan(norm):
         return norm
     units = [magnitude(g) for g in tensors]  # the squares may have left float32
-    norms = [s * (g / s).to(dtype).norm() for g, s in zip(tensors, units, strict=True)]
-    return math.hypot(*(float(n) for n in norms))
+    found = [s * (g / s).to(dtype).norm() for g, s in zip(tensors, units, strict=True)]
+    return math.hypot(*(float(n) for n in found))
 
 
 def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:

@@ -125,8 +125,9 @@ def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) ->
 
 def _states(optimizer: Optimizer) -> NestedStates:
     inner = getattr(optimizer, "inner", None)
-    shared = not isinstance(inner, Optimizer) or inner.state is optimizer.state
-    return [dict(optimizer.state)] + ([] if shared else _states(inner))
+    if not isinstance(inner, Optimizer) or inner.state is optimizer.state:
+        return [dict(optimizer.state)]
+    return [dict(optimizer.state), *_states(inner)]
 
 
 def _has_stepped(states: NestedStates) -> bool:
