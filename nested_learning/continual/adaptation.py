@@ -28,7 +28,8 @@ class OuterReader(Reader):
 
     def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
         super().__init__(model, writers, plan)
-        self.base = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with self.workspace.bare():
+            self.base = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.scale = 1.0
 
     def read_pairs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,19 @@ class Learner:
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {self.memory!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.reader.workspace.in_use:
+            raise ValueError("deltas are in force: leave `active` before you pickle a learner")
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
+        """A learner that goes on by itself, with a base model of its own."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with self.reader.workspace.bare():
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     # Learning ------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from nested_learning.continual.deltas import DeltaState, Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
 from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter, relay
 from nested_learning.memory.state import Weights
 
@@ -171,8 +172,10 @@ class Memory:
 
     def _identity(self) -> dict[str, str]:
         """Everything that a file must agree with to be loaded."""
+        with Workspace.of(self._model).bare():
+            base = fingerprint(self._model)
         return {
-            "fingerprint": fingerprint(self._model),
+            "fingerprint": base,
             "levels": to_json([writer.level.describe() for writer in self._writers]),
             "weights": to_json([[target.name for target in writer.targets] for writer in self._writers]),
             "reading": to_json(self._plan.describe()),

@@ -42,6 +42,12 @@ class Reader:
         self.plan = plan
         self.workspace = Workspace.of(model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "workspace"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, workspace=Workspace.of(state["model"]))  # that of the copied model
+
     def score(self, row: Row, ids: Tensor, learn: Tensor) -> Tensor:
         """Next-token losses [n] (nats) of tokens inside one segment; nothing is learned yet.
 

@@ -12,6 +12,7 @@ from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -58,7 +59,8 @@ def stack_levels(
     """
     levels = check_levels(levels)
     _check_model(model)
-    targets = find_targets(model, modules)
+    with Workspace.of(model).bare():  # another learner may have its deltas in force
+        targets = find_targets(model, modules)
     num_layers = len({target.layer for target in targets})
     writers: list[DeltaWriter] = []
     for index, level in enumerate(levels):

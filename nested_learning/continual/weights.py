@@ -137,9 +137,27 @@ class Workspace:
             return cls._of_model.setdefault(model, cls())
 
     @property
+    def in_use(self) -> bool:
+        """Whether deltas stand in the model's modules, in whatever thread."""
+        return bool(self._active)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the effective weights that are kept between calls."""
         return sum(t.numel() * t.element_size() for b in self._free for t in b.weights.values())
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The base model has its own parameters inside the scope, also within a scope of deltas, and other
+        threads wait: for whoever takes hold of parameters, copies or measures them."""
+        with self.lock:
+            if self._active:
+                self._active[-1].remove()
+            try:
+                yield
+            finally:
+                if self._active:
+                    self._active[-1].put()
 
     @contextmanager
     def installed(

@@ -16,6 +16,7 @@ from nested_learning.continual.lesson import Lesson
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
 from nested_learning.memory.state import Weights
+from nested_learning.ops.norm import magnitude
 
 HISTORY = 64  # chunks that a running quantile looks back
 
@@ -214,7 +215,12 @@ def _norm(grads: Weights) -> float:
     tensors = list(grads.values())
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = torch._foreach_norm(tensors, 2, dtype)
-    return float(torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt())
+    norm = float(torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt())
+    if 1e-15 < norm < math.inf or math.isnan(norm):
+        return norm
+    units = [magnitude(g) for g in tensors]  # the squares may have left float32
+    found = [s * (g / s).to(dtype).norm() for g, s in zip(tensors, units, strict=True)]
+    return math.hypot(*(float(n) for n in found))
 
 
 def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:

@@ -125,7 +125,9 @@ def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) ->
 
 def _states(optimizer: Optimizer) -> NestedStates:
     inner = getattr(optimizer, "inner", None)
-    return [dict(optimizer.state)] + (_states(inner) if isinstance(inner, Optimizer) else [])
+    if not isinstance(inner, Optimizer) or inner.state is optimizer.state:
+        return [dict(optimizer.state)]
+    return [dict(optimizer.state), *_states(inner)]
 
 
 def _has_stepped(states: NestedStates) -> bool:

@@ -81,6 +81,17 @@ class State:
     def clone(self: S) -> S:
         return self.map(Tensor.clone)
 
+    def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
+        """A state of equal values, without the autograd graph. What is shared between fields stays shared."""
+        copies: dict[int, Tensor] = {}
+
+        def copied(t: Tensor) -> Tensor:
+            if id(t) not in copies:
+                copies[id(t)] = t.detach().clone()
+            return copies[id(t)]
+
+        return self.map(copied)
+
     def to(self: S, device: torch.device | str) -> S:
         """Move to a device. The dtypes stay: states are float32 (or float64) whatever the model is."""
         return self.map(lambda t: t.to(device))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nested_learning.ops.norm import magnitude
+
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DEFAULT_EPS = 1e-7
 
@@ -25,6 +27,15 @@ def _check_matrix(G: Tensor, steps: int) -> None:
         )
     if steps < 0:
         raise ValueError(f"steps must be a number >= 0, got {steps}")
+
+
+def _normalised(G: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """G / max(‖G‖_F, eps) of `dtype`, for all sizes of G that its own dtype holds."""
+    if not G.shape[-1] * G.shape[-2]:
+        return G.to(dtype)
+    s = magnitude(G, (-2, -1))
+    X = (G / s).to(dtype)
+    return X / torch.maximum(X.norm(dim=(-2, -1), keepdim=True), (eps / s).to(dtype))
 
 
 def quintic(
@@ -51,11 +62,8 @@ def quintic(
     """
     _check_matrix(G, steps)
     a, b, c = coefficients
-    X = G.to(dtype or G.dtype)
-    tall = X.shape[-2] > X.shape[-1]
-    if tall:  # the Gram matrix of the short side is the smaller one
-        X = X.mT
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    tall = G.shape[-2] > G.shape[-1]  # the Gram matrix of the short side is the smaller one
+    X = _normalised(G.mT if tall else G, eps, dtype or G.dtype)
     batch = X.shape[:-2]
     X = X.flatten(0, -3) if batch else X
     fused = torch.baddbmm if batch else torch.addmm  # beta · first + alpha · second @ third
@@ -86,8 +94,7 @@ def cubic(G: Tensor, steps: int = 50, step_size: float = 0.1, eps: float = DEFAU
     if not 0 < step_size <= 0.2:
         raise ValueError(f"step_size must lie in (0, 0.2], got {step_size}: larger steps overshoot")
     tall = G.shape[-2] > G.shape[-1]
-    target = G.mT if tall else G
-    target = target / target.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    target = _normalised(G.mT if tall else G, eps, G.dtype)
     O = target  # noqa: E741
     for _ in range(steps):
         # eq 44 with O(OᵀO − I) = (OOᵀ)O − O, so that the Gram matrix is the one of the short side

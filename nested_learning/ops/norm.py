@@ -1,4 +1,8 @@
-"""Scaling of rows by a function of their norm: L2 normalisation with a floor, and clipping."""
+"""Scaling by a norm: L2 normalisation of rows with a floor, clipping, and units for tiny and huge numbers.
+
+A sum of squares leaves float32 where the numbers lie below 1e-19 or above 1e19, long before they do. Where
+such numbers may come, `magnitude` gives units in which the squares do not.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,20 @@ import torch
 from torch import Tensor
 
 UNIT_FLOOR = 1e-3
+
+
+@torch.no_grad()
+def magnitude(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The power of two s with s ≤ max |x| < 2s along `dim`, which stays with size one; all of x by default.
+
+    x / s is exact and its squares neither underflow nor overflow, so ‖x‖ = s ‖x / s‖ has the bits of ‖x‖
+    wherever that is right. 1 for zeros, and the smallest normal number for what is smaller. A constant for
+    autograd.
+    """
+    dim = tuple(range(x.ndim)) if dim is None else dim
+    largest = x.abs().amax(dim, keepdim=True)
+    largest = torch.where(largest > 0, largest.clamp(min=torch.finfo(x.dtype).tiny), 1)
+    return largest / (2 * torch.frexp(largest).mantissa)
 
 
 def unit(x: Tensor, floor: float = UNIT_FLOOR) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.checks import FLAG, NON_NEGATIVE, Check
+from nested_learning.ops.norm import magnitude
+from nested_learning.optimizers.checks import FLAG, LEARNING_RATE, NON_NEGATIVE, Check
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
@@ -45,10 +46,28 @@ def entry(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     return tensor
 
 
+def learning_rate(group: Group, device: torch.device) -> Tensor | float:
+    """The group's lr: a number, or where it is a tensor a 0-D one on `device`."""
+    lr: Tensor | float = group["lr"]
+    return lr.reshape(()).to(device) if isinstance(lr, Tensor) else lr
+
+
 def root_mean_square(g: Tensor) -> Tensor:
-    """√mean(g²), 0-D, without overflow of the squares; 0 for zeros."""
-    largest = g.abs().amax().clamp(min=torch.finfo(g.dtype).tiny)
-    return largest * (g / largest).square().mean().sqrt()
+    """√mean(g²), 0-D, of numbers of any size; 0 for zeros."""
+    s = magnitude(g)
+    return (s * (g / s).square().mean().sqrt()).reshape(())
+
+
+def divisible(eps: float, dtype: torch.dtype) -> float:
+    """ε of √v + ε, at least the root of the smallest v > 0: where g² rounds to 0, g/(√v + ε) is near 0."""
+    info = torch.finfo(dtype)
+    return max(eps, float(info.tiny * info.eps) ** 0.5)
+
+
+def unit_matrix(G: Tensor) -> Tensor:
+    """G/‖G‖_F of a matrix with numbers of any size, and 0 for 0."""
+    G = G / magnitude(G)
+    return G / G.norm().clamp(min=torch.finfo(G.dtype).tiny)
 
 
 def tensor_bytes(tree: Any) -> int:
@@ -74,6 +93,10 @@ class BaseOptimizer(Optimizer):
     Every optimizer of this package takes parameter groups, `step(closure)`, learning-rate schedulers and
     GradScaler as torch's do; `add_param_group` works at any time. Parameters may be float64, float32,
     bfloat16 or float16; states are float32 for the last two. Parameters without a gradient are left alone.
+    `lr` may be a tensor of one number, which is read on its device at every step. Copies (copy.deepcopy,
+    pickle) of a model and its optimizer together go on bit by bit as the originals would, without the hooks
+    that were registered. `state_dict`, and torch.distributed.checkpoint's get_optimizer_state_dict, which
+    does not keep `skipped_steps`, hold all that a further step depends on.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer.
@@ -87,7 +110,11 @@ class BaseOptimizer(Optimizer):
             complex or integer, a gradient is sparse or complex, or a state_dict does not fit.
     """
 
-    options: ClassVar[dict[str, Check]] = {"lr": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "maximize": FLAG}
+    options: ClassVar[dict[str, Check]] = {
+        "lr": LEARNING_RATE,
+        "weight_decay": NON_NEGATIVE,
+        "maximize": FLAG,
+    }
     parameter_shaped: ClassVar[tuple[str, ...]] = ()  # state entries that have their parameter's shape
 
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
@@ -182,14 +209,47 @@ class BaseOptimizer(Optimizer):
 
     def _move(self, group: Group, params: list[Tensor], directions: list[Tensor]) -> None:
         """W ← (1 − lr·wd) W − lr·u, for all parameters of the group at once."""
-        kept = 1 - group["lr"] * group["weight_decay"]
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            for p, u in zip(params, directions, strict=True):
+                rate = learning_rate(group, u.device)
+                p.copy_(p.to(u.dtype).mul(1 - rate * group["weight_decay"]).sub_(rate * u))
+            return
+        kept = 1 - lr * group["weight_decay"]
         if any(p.dtype != u.dtype for p, u in zip(params, directions, strict=True)):
             for p, u in zip(params, directions, strict=True):  # decay and step in float32, one rounding
-                p.copy_(p.to(u.dtype).mul_(kept).add_(u, alpha=-group["lr"]))
+                p.copy_(p.to(u.dtype).mul_(kept).add_(u, alpha=-lr))
             return
         if kept != 1:
             torch._foreach_mul_(params, kept)
-        torch._foreach_add_(params, directions, alpha=-group["lr"])
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+    def _is_probe(self) -> bool:
+        """Whether this is the first step, at lr 0 and with zero gradients, so that it can move nothing.
+
+        torch.distributed.checkpoint takes it to learn the names and shapes in the state of a new optimizer.
+        """
+        groups = self.param_groups
+        if any(self.state.values()) or any(group["lr"] != 0 for group in groups):
+            return False
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(g.any()) for g in grads)
+
+    # -- copies
+
+    def _not_copied(self) -> dict[str, Any]:
+        """The attributes that a copy does not take over, with the values that they start with."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps the groups, the state and the defaults alone. What wrappers put over a method (a
+        # scheduler over `step`) and hooks belong to this object, as they do in torch.
+        own = {
+            name: value
+            for name, value in self.__dict__.items()
+            if not name.startswith("_optimizer_") and not hasattr(type(self), name)
+        }
+        return {**own, **self._not_copied()}
 
     # -- checkpoints
 
@@ -264,8 +324,11 @@ class BaseOptimizer(Optimizer):
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         for i, p in zip(ids, params, strict=True):
             if i in state_dict["state"]:
+                # torch.distributed.checkpoint fills in {} for what was not saved
+                saved = {
+                    name: v for name, v in state_dict["state"][i].items() if not isinstance(v, dict) or v
+                }
                 state[p] = torch.utils._pytree.tree_map(
-                    lambda v, p=p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v,
-                    state_dict["state"][i],
+                    lambda v, p=p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v, saved
                 )
         self.state = state

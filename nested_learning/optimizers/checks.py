@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 
 class Check(Protocol):
     """Base of the checks: the values that one option accepts."""
@@ -18,7 +20,10 @@ class Check(Protocol):
 
 
 class Bound(NamedTuple):
-    """A finite number in low ≤ x ≤ high, without an end that is `open`; None too where it is `optional`."""
+    """A finite number in low ≤ x ≤ high, without an end that is `open`.
+
+    Also None where it is `optional`, and a tensor of one real number where that may be one (`tensor`).
+    """
 
     low: float = 0.0
     high: float = math.inf
@@ -26,22 +31,29 @@ class Bound(NamedTuple):
     open_high: bool = False
     integer: bool = False
     optional: bool = False
+    tensor: bool = False
 
     def check(self, name: str, value: Any) -> Any:
         if value is None and self.optional:
             return value
-        right_type = not isinstance(value, bool) and isinstance(value, int if self.integer else (int, float))
+        number = value
+        if self.tensor and isinstance(value, torch.Tensor) and value.numel() == 1:
+            number = value.item()
+        right_type = not isinstance(number, bool) and isinstance(
+            number, int if self.integer else (int, float)
+        )
         if (
             not right_type
-            or not math.isfinite(value)
-            or not self.low <= value <= self.high
-            or (self.open_low and value == self.low)
-            or (self.open_high and value == self.high)
+            or not math.isfinite(number)
+            or not self.low <= number <= self.high
+            or (self.open_low and number == self.low)
+            or (self.open_high and number == self.high)
         ):
             kind = "whole number" if self.integer else "number"
             sign = ">" if self.open_low else ">="
             upto = "" if self.high == math.inf else f" and {'<' if self.open_high else '<='} {self.high:g}"
             also = ". It may also be None" if self.optional else ""
+            also += ", or a tensor of one number" if self.tensor and isinstance(value, torch.Tensor) else ""
             raise ValueError(f"{name} must be a finite {kind} {sign} {self.low:g}{upto}, got {value!r}{also}")
         return value
 
@@ -85,6 +97,7 @@ class Flag:
 
 FINITE = Bound(low=-math.inf)
 NON_NEGATIVE = Bound()
+LEARNING_RATE = Bound(tensor=True)
 POSITIVE = Bound(open_low=True)
 FRACTION = Bound(high=1.0)
 DECAY = Bound(high=1.0, open_high=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from nested_learning.optimizers.base import (
     Group,
     Params,
     as_matrix,
+    learning_rate,
     root_mean_square,
     work_dtype,
 )
@@ -45,8 +46,9 @@ class DeepMomentumGD(BaseOptimizer):
     and θ₀ by −meta_lr · ∇ loss through that step.
 
     Parameters that are not matrices: (n,) is one row (1, n); (out, a, b, …) is flattened to (out, a·b…).
-    State: θ and θ₀. With shared memory there is one pair for all of a group's matrices of one shape; with
-    the default sizes it is at most half of one such matrix (out ≥ 8), in float32.
+    State: θ and θ₀, with the first parameter that uses them, and with each a count of its gradients. With
+    shared memory there is one pair for all of a group's matrices of one shape; with the default sizes it is
+    at most half of one such matrix (out ≥ 8), in float32.
 
     Args:
         params: parameters or groups.
@@ -149,9 +151,11 @@ class DeepMomentumGD(BaseOptimizer):
                     outputs, loss = self._use_memory(group, members[0], rows)
                     for p, output in zip(present, outputs, strict=True):
                         directions[p] = output.detach().view_as(p)
+                        self.state[p]["step"] = self.state[p].get("step", 0) + 1
                         if self._create_graph:
-                            kept = (1 - group["lr"] * group["weight_decay"]) * p.detach()
-                            self._updated[p] = (kept - group["lr"] * output.view_as(p)).to(p.dtype)
+                            lr = learning_rate(group, p.device)
+                            kept = (1 - lr * group["weight_decay"]) * p.detach()
+                            self._updated[p] = (kept - lr * output.view_as(p)).to(p.dtype)
                 losses.append(loss.detach())
         return [directions[p] for p in params]
 
@@ -167,10 +171,11 @@ class DeepMomentumGD(BaseOptimizer):
     def _use_memory(self, group: Group, owner: Tensor, matrices: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Train the memory of `owner` on the rows of all matrices, then read each: (m(u) each, L⁽²⁾)."""
         state = self.state[owner]
-        if not state:
+        if "weights" not in state:
             shape, sizes = as_matrix(owner).shape, (group["depth"], group["hidden_size"], group["rank"])
-            state["initial"] = row_memory.init(shape, *sizes, like=matrices[0], seed=group["seed"])
-            state["weights"] = [w.clone() for w in state["initial"]]
+            initial = row_memory.init(shape, *sizes, like=matrices[0], seed=group["seed"])
+            state["initial"] = _numbered(initial)
+            state["weights"] = _numbered([w.clone() for w in initial])
         tiny = torch.finfo(matrices[0].dtype).tiny
         scales = [root_mean_square(g).clamp(min=tiny) for g in matrices]
         rows = torch.cat([g / s for g, s in zip(matrices, scales, strict=True)])  # û = u/s
@@ -180,7 +185,7 @@ class DeepMomentumGD(BaseOptimizer):
         with torch.enable_grad():
             weights, loss, mean_row = self._train_memory(group, state, rows, values)
         answer = row_memory.read(weights, rows, group["depth"], group["recompute"])
-        state["weights"] = [w.detach() for w in weights]
+        state["weights"] = _numbered([w.detach() for w in weights])
         if group["objective"] == "surrogate":
             state["previous"] = mean_row.detach()
         parts = answer.split([len(g) for g in matrices])
@@ -200,7 +205,8 @@ class DeepMomentumGD(BaseOptimizer):
         self, group: Group, state: dict[str, Any], rows: Tensor, values: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """θ after one step of the internal objective, the objective before it, and m̂'s mean row."""
-        leaves = [w.detach().clone().requires_grad_() for w in state["weights"]]
+        current, initial = _in_order(state["weights"]), _in_order(state["initial"])
+        leaves = [w.detach().clone().requires_grad_() for w in current]
         answer = row_memory.read(leaves, rows, group["depth"], group["recompute"])
         loss = row_memory.OBJECTIVES[group["objective"]](answer, values, state.get("previous"))
         gradients = torch.autograd.grad(
@@ -210,11 +216,26 @@ class DeepMomentumGD(BaseOptimizer):
         forgotten = 1 - group["momentum"]
         weights = [
             leaf - forgotten * (w - w0) - group["memory_lr"] * d
-            for leaf, w, w0, d in zip(leaves, state["weights"], state["initial"], gradients, strict=True)
+            for leaf, w, w0, d in zip(leaves, current, initial, gradients, strict=True)
         ]
         if self._leaves is not None:
             self._leaves.append((group, state, leaves))
         return weights, loss, answer.mean(0)
+
+    # -- copies and checkpoints
+
+    def _not_copied(self) -> dict[str, Any]:
+        return {"_leaves": None, "_updated": {}}  # the graph of a step belongs to the original's parameters
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; see `BaseOptimizer.load_state_dict`."""
+        if "state" in state_dict:  # files of earlier versions have lists of matrices
+            state = {
+                i: {name: _numbered(v) if isinstance(v, list | tuple) else v for name, v in saved.items()}
+                for i, saved in state_dict["state"].items()
+            }
+            state_dict = {**state_dict, "state": state}
+        super().load_state_dict(state_dict)
 
     # -- learning to optimise
 
@@ -259,10 +280,20 @@ class DeepMomentumGD(BaseOptimizer):
         remaining = iter(gradients)
         for group, state, leaves in memories:
             moves = [group["meta_lr"] * next(remaining) for _ in leaves]
-            torch._foreach_sub_(state["weights"], moves)
-            torch._foreach_sub_(state["initial"], moves)
+            torch._foreach_sub_(_in_order(state["weights"]), moves)
+            torch._foreach_sub_(_in_order(state["initial"]), moves)
 
     def _need_graph(self) -> list[tuple[Group, dict[str, Any], list[Tensor]]]:
         if self._leaves is None:
             raise ValueError("the memories' graph is not there: call step(create_graph=True) just before")
         return self._leaves
+
+
+def _numbered(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Matrices by their place, as a state holds them: a list is nothing that DCP can flatten."""
+    return {str(i): matrix for i, matrix in enumerate(matrices)}
+
+
+def _in_order(numbered: dict[str, Tensor]) -> list[Tensor]:
+    """The matrices of `_numbered`."""
+    return [numbered[str(i)] for i in range(len(numbered))]

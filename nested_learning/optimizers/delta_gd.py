@@ -8,10 +8,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, work_dtype
+from nested_learning.optimizers.base import (
+    BaseOptimizer,
+    Group,
+    Params,
+    all_finite,
+    learning_rate,
+    work_dtype,
+)
 from nested_learning.optimizers.checks import NON_NEGATIVE, Check
 from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
 
@@ -41,8 +49,13 @@ class DeltaGD(BaseOptimizer):
     All other parameters (biases, norms, embeddings, grouped, transposed and 3-D convolutions, layers whose
     forward was not called, as those of nn.MultiheadAttention) are trained by `inner` at
     lr · inner_lr_scale. A convolution's W is (out, in·kernel), its x a patch.
-    State: none for W between steps, (in·kernel)² elements per layer from backward to step, in float32 or
-    float64; for other parameters the state of `inner`. A step costs (in·kernel)³/3 multiplications per layer.
+    State: of W between steps the number of steps alone, (in·kernel)² elements per layer from backward to
+    step, in float32 or float64; for other parameters the state of `inner`. A step costs (in·kernel)³/3
+    multiplications per layer. A step for whose inputs x xᵀ overflows is skipped like one with non-finite
+    gradients.
+
+    Copies (copy.deepcopy, pickle) of the optimizer are not attached, and copies of an attached model are
+    attached to nothing: call attach(model) on the copies.
 
     Args:
         params: parameters or groups.
@@ -71,6 +84,7 @@ class DeltaGD(BaseOptimizer):
         self._inner_name, self._memory = inner, MEMORIES[inner]()
         self._hooks: dict[nn.Module, RemovableHandle] = {}
         self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
+        self._means: dict[Tensor, Tensor] = {}  # S = E[x xᵀ], during a step
         self._trained: set[Tensor] = set()
         super().__init__(params, locals())
 
@@ -91,7 +105,13 @@ class DeltaGD(BaseOptimizer):
         Raises:
             ValueError: a layer is attached already, or no layer's weight is trained by this optimizer.
         """
-        layers = [m for m in model.modules() if isinstance(m, LAYERS) and getattr(m, "groups", 1) == 1]
+        layers = [
+            m
+            for m in model.modules()
+            if isinstance(m, LAYERS)
+            and getattr(m, "groups", 1) == 1
+            and not isinstance(m, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention's is never called
+        ]
         if any(layer in self._hooks for layer in layers):
             raise ValueError("the model is attached already: call detach() first, or its inputs count twice")
         if not any(layer.weight in self._trained for layer in layers):
@@ -100,7 +120,7 @@ class DeltaGD(BaseOptimizer):
                 "optimizer's parameters: attach the model whose parameters it was given"
             )
         for layer in layers:
-            self._hooks[layer] = layer.register_forward_hook(self._watch, with_kwargs=True)
+            self._hooks[layer] = layer.register_forward_hook(_Watch(self), with_kwargs=True)
         return self
 
     def detach(self) -> None:
@@ -116,11 +136,8 @@ class DeltaGD(BaseOptimizer):
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def _watch(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        weight = layer.weight
-        if output.requires_grad and weight.requires_grad and weight in self._trained:
-            x = (args[0] if args else kwargs["input"]).detach()
-            output.register_hook(lambda _: self._collect(layer, weight, x))
+    def _not_copied(self) -> dict[str, Any]:
+        return {"_hooks": {}, "_moments": {}, "_means": {}}
 
     _watch.observes = True  # type: ignore[attr-defined]  # it changes nothing, see layers.token_inputs.is_plain
 
@@ -141,11 +158,33 @@ class DeltaGD(BaseOptimizer):
 
     def _apply(self) -> None:
         if not self._hooks:
-            raise ValueError("DeltaGD needs the layers' inputs: call attach(model) before the forward pass")
+            raise ValueError(
+                "DeltaGD needs the layers' inputs: call attach(model) before the forward pass. A copy is not "
+                "attached, whatever it was copied from"
+            )
+        if self._is_probe():
+            watched = {layer.weight for layer in self._hooks}
+            self._means = {
+                p: p.new_zeros(p[0].numel(), p[0].numel(), dtype=work_dtype(p))
+                for p in self._trained & watched
+                if p.grad is not None
+            }
         super()._apply()
 
     def _gradients_are_usable(self) -> bool:
         usable = super()._gradients_are_usable()
+        if usable:
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._means = {
+                p: self._mean_moment(p) for p in params if p.grad is not None and p in self._moments
+            }
+            usable = all_finite(list(self._means.values()))
+            if not usable and self.error_if_nonfinite:
+                raise FloatingPointError(
+                    "inputs of a layer that are not finite, or whose squares overflow. No parameter was "
+                    "changed. Normalise them, or pass error_if_nonfinite=False to skip."
+                )
+            self.skipped_steps += not usable
         if not usable:
             self._moments.clear()
         return usable
@@ -153,10 +192,14 @@ class DeltaGD(BaseOptimizer):
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         directions = []
         for p, g in zip(params, grads, strict=True):
-            if p in self._moments:
-                directions.append(_delta_direction(p, g, self._mean_moment(p), group["lr"]))
+            state = self.state[p]
+            if p in self._means:
+                state["delta_step"] = state.get("delta_step", 0) + 1
+                S = self._means.pop(p)
+                directions.append(_delta_direction(p, g, S, learning_rate(group, S.device)))
             else:
-                u = memory_direction(self._memory, self.state[p], g)
+                state.pop("delta_step", None)
+                u = memory_direction(self._memory, state, g)
                 directions.append(group["inner_lr_scale"] * u)
         return directions
 
@@ -171,12 +214,42 @@ class DeltaGD(BaseOptimizer):
         return total / max(count, 1)
 
 
-def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: float) -> Tensor:
+class _Watch:
+    """Forward hook of an attached optimizer. In a copy of the model it does nothing.
+
+    Args:
+        optimizer: that collects the inputs, None for nobody.
+    """
+
+    def __init__(self, optimizer: DeltaGD | None) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        optimizer, weight = self.optimizer, layer.weight
+        if optimizer is None or not output.requires_grad or not weight.requires_grad:
+            return
+        if weight in optimizer._trained:
+            x = (args[0] if args else kwargs["input"]).detach()
+            output.register_hook(lambda _: optimizer._collect(layer, weight, x))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _watch_nothing, (RemovableHandle.next_id,)
+
+
+def _watch_nothing(next_id: int) -> _Watch:
+    """The hook of a copy. Numbers of hooks below `next_id` are taken in the copied model."""
+    RemovableHandle.next_id = max(RemovableHandle.next_id, next_id)
+    return _Watch(None)
+
+
+def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: Tensor | float) -> Tensor:
     """The direction u of eq 57 in its implicit form, with W − lr·u = (W − lr·G)(I + lr·S)⁻¹, in g's shape."""
     W, G = p.detach().to(g.dtype).flatten(1), g.flatten(1)
     A = S * lr
-    A.diagonal().add_(1)
-    L = torch.linalg.cholesky_ex(A).L  # A ≥ I: it cannot fail, so the check's synchronisation is saved
+    # What rounding may take off the smallest eigenvalue is added, so that A is positive where 1 is lost
+    # beside lr·S: Cholesky cannot fail, and the synchronisation of a check is saved.
+    A.diagonal().add_(1 + torch.finfo(A.dtype).eps * A.diagonal().sum())
+    L = torch.linalg.cholesky_ex(A).L
     return torch.cholesky_solve((G + W @ S).mT, L).mT.reshape(g.shape)  # eq 57: (G + W S)(I + lr·S)⁻¹
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nested_learning.ops import newton_schulz
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, entry
+from nested_learning.ops.norm import magnitude
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, divisible, entry
 from nested_learning.optimizers.checks import (
     COUNT,
     DECAY,
@@ -270,12 +270,11 @@ class M3(_MatrixRule):
         denominators = torch._foreach_sqrt(square)
         if not exact:
             torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
-        torch._foreach_add_(denominators, group["eps"])  # √V + ε
-        norms: Sequence[Tensor] = [] if exact else torch._foreach_norm(directions)
-        torch._foreach_div_(directions, denominators)
-        if not exact:
-            _bring_to_norms(directions, norms)
-        return directions
+        torch._foreach_add_(denominators, divisible(group["eps"], square[0].dtype))  # √V + ε
+        if exact:
+            torch._foreach_div_(directions, denominators)
+            return directions
+        return [_keeping_norm(N, N / d) for N, d in zip(directions, denominators, strict=True)]
 
     def _slow_directions(
         self, group: Group, states: list[dict[str, Any]], grads: list[Tensor]
@@ -302,8 +301,8 @@ class M3(_MatrixRule):
         return [state["slow_direction"] for state in states]
 
 
-def _bring_to_norms(matrices: list[Tensor], norms: Sequence[Tensor]) -> None:
-    """Scale each matrix, in place, to its Frobenius norm in `norms`; a zero matrix stays zero."""
-    tiny = torch.finfo(matrices[0].dtype).tiny
-    found = torch._foreach_norm(matrices)
-    torch._foreach_mul_(matrices, [norm / n.clamp(min=tiny) for norm, n in zip(norms, found, strict=True)])
+def _keeping_norm(N: Tensor, U: Tensor) -> Tensor:
+    """U ‖N‖_F/‖U‖_F, for numbers of any size; a zero matrix stays zero."""
+    s, t = magnitude(N), magnitude(U)
+    U = U.div_(t)
+    return U.mul_(s * (N / s).norm() / U.norm().clamp(min=torch.finfo(U.dtype).tiny))

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params
+from nested_learning.ops.norm import magnitude
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, divisible
 from nested_learning.optimizers.checks import FRACTION, NON_NEGATIVE, TWO_DECAYS
 
 
@@ -114,7 +115,7 @@ class AdamMemory:
             average / _one_minus_power(beta, state.step)
             for average, beta in zip((state.mean, state.square), self.betas, strict=True)
         )
-        return mean / (_sqrt(square) + self.eps)  # eq 105: u = m̂/(√v̂ + ε)
+        return mean / (_sqrt(square) + divisible(self.eps, square.dtype))  # eq 105: u = m̂/(√v̂ + ε)
 
 
 def _one_minus_power(beta: float, step: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class AdaGradMemory:
         return AdaGradState(grad, state.total + grad * grad)  # eq 106-111: H ← H + g²
 
     def read(self, state: AdaGradState) -> Tensor:
-        return state.grad / (_sqrt(state.total) + self.eps)
+        return state.grad / (_sqrt(state.total) + divisible(self.eps, state.total.dtype))
 
 
 def _sqrt(square: Tensor) -> Tensor:
@@ -167,7 +168,8 @@ def adam_optimum(grads: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
         target: P, [...].
         ridge: λ.
     """
-    return grads.sum(0) * target / (grads.square().sum(0) + ridge)
+    G, root, s = _in_units(grads, ridge, 0)
+    return G.sum(0) * target / (G.square().sum(0) + root.square()) / s
 
 
 def adagrad_optimum(grads: Tensor, ridge: float = 0.0) -> Tensor:
@@ -180,9 +182,18 @@ def adagrad_optimum(grads: Tensor, ridge: float = 0.0) -> Tensor:
         grads: g, [N, n].
         ridge: λ > 0 where H has no full rank.
     """
-    H = grads.T @ grads + ridge * torch.eye(grads.shape[-1], dtype=grads.dtype, device=grads.device)
+    G, root, _ = _in_units(grads, ridge, (0, 1))  # the units cancel
+    H = G.T @ G + root.square() * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     values, vectors = torch.linalg.eigh(H)
-    return vectors @ ((vectors.T @ grads.sum(0)) / values.sqrt())
+    return vectors @ ((vectors.T @ G.sum(0)) / values.sqrt())
+
+
+def _in_units(grads: Tensor, ridge: float, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """g/s, √λ/s and s, with units s in which the squares of both stay in range."""
+    root = grads.new_tensor(ridge**0.5)
+    s = magnitude(grads, dim)
+    s = (torch.maximum(s, magnitude(root)) if ridge else s).squeeze(dim)
+    return grads / s, root / s, s
 
 
 class MemoryOptimizer(BaseOptimizer):

@@ -26,8 +26,10 @@ from nested_learning.optimizers.base import (
     Group,
     Params,
     as_matrix,
+    divisible,
     entry,
     root_mean_square,
+    unit_matrix,
     work_dtype,
 )
 from nested_learning.optimizers.checks import (
@@ -68,9 +70,26 @@ class _MomentumRule(BaseOptimizer):
                     f"({out}, {out}), got {what}"
                 )
             self.state[p]["given"] = P.detach().to(p.device, work_dtype(p), copy=True)
+        if given:  # so that no parameter's state is there without the others', see `_is_probe`
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.requires_grad]
+                self._momenta(group, params, [torch.zeros_like(p, dtype=work_dtype(p)) for p in params])
 
-    def _momenta(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [entry(self.state[p], "momentum", g) for p, g in zip(params, grads, strict=True)]
+    def _momenta(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """The momentum of each parameter, as it stands; makes the states of those that have none."""
+        momenta = []
+        for p, g in zip(params, grads, strict=True):
+            state = self.state[p]
+            momenta.append(entry(state, "momentum", g))
+            if "given" in state:
+                continue
+            if group["preconditioner"] == "diagonal":
+                state.setdefault("step", 0)
+                entry(state, "square", g)
+            elif group["preconditioner"] == "learned" and "preconditioner" not in state:
+                side = min(as_matrix(g).shape)
+                state["preconditioner"] = torch.eye(side, dtype=g.dtype, device=g.device)
+        return momenta
 
     def _preconditioned(self, group: Group, params: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
         """P k for each parameter's key k, which is g or φ(g); a preconditioner that learns does so first."""
@@ -97,29 +116,22 @@ def _given(P: Tensor, g: Tensor) -> Tensor:
 
 def _diagonal(beta2: float, eps: float, state: dict[str, Any], g: Tensor) -> Tensor:
     """P g with P = 1/(√v̂ + ε), v an average of g² and v̂ its correction for the start at zero."""
-    square = entry(state, "square", g).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    state["step"] = state.get("step", 0) + 1
+    square: Tensor = state["square"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    state["step"] += 1
     correction = 1 - beta2 ** state["step"]
-    return g / (square / correction).sqrt_().add_(eps)
+    return g / (square / correction).sqrt_().add_(divisible(eps, g.dtype))
 
 
 def _learned(zeta: float, state: dict[str, Any], g: Tensor) -> Tensor:
     """One step of eq 41 with the L2 objective, then P g; on gᵀ where g is tall, so that P is the smaller."""
     G = as_matrix(g)
     G = G.mT if G.shape[0] > G.shape[1] else G
-    if "preconditioner" not in state:
-        state["preconditioner"] = torch.eye(G.shape[0], dtype=g.dtype, device=g.device)
-    P = state["preconditioner"]
-    unit = _unit(G)
-    value = _unit(newton_schulz.quintic(G))
+    P: Tensor = state["preconditioner"]
+    unit = unit_matrix(G)
+    value = unit_matrix(newton_schulz.quintic(unit))
     P.addmm_(P @ unit - value, unit.mT, alpha=-zeta)  # eq 41: P ← P − ζ (P ĝ − V) ĝᵀ
     result = P @ G
     return (result if result.shape == as_matrix(g).shape else result.mT).reshape(g.shape)
-
-
-def _unit(G: Tensor) -> Tensor:
-    """G/‖G‖_F, and 0 for 0."""
-    return G / G.norm().clamp(min=torch.finfo(G.dtype).tiny)
 
 
 class PreconditionedMomentum(_MomentumRule):
@@ -171,7 +183,7 @@ class PreconditionedMomentum(_MomentumRule):
         super().__init__(params, locals())
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        momenta = self._momenta(params, grads)
+        momenta = self._momenta(group, params, grads)
         torch._foreach_mul_(momenta, group["momentum"])  # eq 47: m ← α m + P g
         torch._foreach_add_(momenta, self._preconditioned(group, params, grads))
         return momenta
@@ -228,7 +240,7 @@ class DeltaMomentum(_MomentumRule):
         super().__init__(params, locals())
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        momenta = self._momenta(params, grads)
+        momenta = self._momenta(group, params, grads)
         erased = [_erase(group, m, g) for m, g in zip(momenta, grads, strict=True)]
         torch._foreach_mul_(momenta, group["momentum"])  # eq 49: m ← α m − β m gᵀg/‖g‖² + P g
         torch._foreach_sub_(momenta, erased)
@@ -240,7 +252,7 @@ def _erase(group: Group, m: Tensor, g: Tensor) -> Tensor:
     """β m gᵀg, divided by ‖g‖²_F for the normalised key."""
     M, G = as_matrix(m), as_matrix(g)
     if group["scale"] == "normalised":
-        G = _unit(G)
+        G = unit_matrix(G)
     rows, cols = G.shape
     product = (M @ G.mT) @ G if rows <= cols else M @ (G.mT @ G)
     return (group["beta"] * product).view_as(m)
@@ -295,7 +307,7 @@ class FeatureMomentum(_MomentumRule):
         super().__init__(params, locals())
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        momenta = self._momenta(params, grads)
+        momenta = self._momenta(group, params, grads)
         features = [_features(group, g) for g in grads]
         torch._foreach_mul_(momenta, group["momentum"])  # eq 51: m ← α m + P φ(g)
         torch._foreach_add_(momenta, self._preconditioned(group, params, features))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, tensor_bytes, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, work_dtype
 from nested_learning.optimizers.checks import COUNT, Check
+
+WAITING = ("accumulated", "gradients")  # in a state: the sum of the period's gradients, and their number
 
 
 class MultiFrequency(BaseOptimizer):
@@ -23,8 +27,9 @@ class MultiFrequency(BaseOptimizer):
         MultiFrequency([{"params": fast}, {"params": slow, "period": 16}],
                        inner=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
 
-    `param_groups` are the inner optimizer's own, so learning-rate schedulers work as on it; a schedule
-    counts calls of `step`, not steps of a group. A step with a non-finite gradient counts for no group.
+    `param_groups` and `state` are the inner optimizer's own, so learning-rate schedulers work as on it; a
+    schedule counts calls of `step`, not steps of a group. A step with a non-finite gradient counts for no
+    group.
 
     State: the inner optimizer's, and 1× of the parameters of groups with K > 1 (float32 under bfloat16).
 
@@ -54,6 +59,34 @@ class MultiFrequency(BaseOptimizer):
         self._make_inner = inner
         self._inner: Optimizer | None = None
         super().__init__(params, locals())
+        del self._make_inner  # a copy of the optimizer needs no recipe, which may be one that pickle refuses
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The inner optimizer's groups, with their `period`."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        if self._inner is not None:
+            self._inner.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The inner optimizer's state; while it does not step, with the gradients that wait in it."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if self._inner is not None:
+            self._inner.state = state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rest = dict(state)
+        for name in ("param_groups", "state"):
+            if name in rest:
+                setattr(self, name, rest.pop(name))
+        super().__setstate__(rest)
 
     @property
     def inner(self) -> Optimizer:
@@ -73,34 +106,48 @@ class MultiFrequency(BaseOptimizer):
         else:
             self._inner.add_param_group(options)
         self._inner.param_groups[-1].update(period=period, accumulated_steps=0)
-        self.param_groups = self._inner.param_groups
 
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}
+        emptied: dict[Tensor, dict[str, Any]] = {}
+        probe = self._is_probe()  # then every group takes part, so that every state is there
         for group in self.param_groups:
-            group["accumulated_steps"] += 1
+            group["accumulated_steps"] += not probe
+            due = probe or group["accumulated_steps"] == group["period"]
             if group["period"] > 1:
                 self._accumulate(group)
-            if group["accumulated_steps"] == group["period"]:
+                emptied |= self._hand_over(group) if due else {}
+            if due:
                 group["accumulated_steps"] = 0
         if any(p.grad is not None for p in given):
             self.inner.step()
+        for p, waiting in emptied.items():
+            self.state[p].update(waiting)
         for p, grad in given.items():
             p.grad = grad
 
     def _accumulate(self, group: Group) -> None:
-        """Eq 71: add the gradients up, and leave in p.grad the total at a period's end, before it None."""
-        due = group["accumulated_steps"] == group["period"]
-        scale = 1 / group["period"] if self.reduction == "mean" else 1.0
+        """Eq 71: add the gradients up, and leave None in their place."""
         for p in group["params"]:
-            state = self.state[p] if p.grad is not None else self.state.get(p, {})
             if p.grad is not None:
+                state = self.state[p]
                 if "accumulated" not in state:
-                    state["accumulated"] = torch.zeros_like(p.grad, dtype=work_dtype(p))
+                    state.update(accumulated=torch.zeros_like(p.grad, dtype=work_dtype(p)), gradients=0)
                 state["accumulated"].add_(p.grad)
+                state["gradients"] += 1
             p.grad = None
-            if due and "accumulated" in state:
-                p.grad = (scale * state.pop("accumulated")).to(p.dtype)
+
+    def _hand_over(self, group: Group) -> dict[Tensor, dict[str, Any]]:
+        """Move the totals to p.grad. Returns what is to wait in each state after the inner step: zeros."""
+        scale = 1 / group["period"] if self.reduction == "mean" else 1.0
+        emptied: dict[Tensor, dict[str, Any]] = {}
+        for p in group["params"]:
+            waiting = {name: self.state[p].pop(name) for name in WAITING if name in self.state.get(p, {})}
+            if waiting:
+                if waiting["gradients"]:
+                    p.grad = (scale * waiting["accumulated"]).to(p.dtype)
+                emptied[p] = {"accumulated": waiting["accumulated"].zero_(), "gradients": 0}
+        return emptied
 
     # -- checkpoints
 
@@ -108,21 +155,43 @@ class MultiFrequency(BaseOptimizer):
     def _name(self) -> str:
         return f"MultiFrequency({type(self.inner).__name__}, {self.reduction!r})"
 
-    def state_bytes(self) -> int:
-        return super().state_bytes() + sum(tensor_bytes(s) for s in self.inner.state.values())
-
     def state_dict(self) -> dict[str, Any]:
-        """The state_dict of any optimizer here, with the inner optimizer's own under "inner"."""
-        return {**super().state_dict(), "inner": self.inner.state_dict()}
+        """The state_dict of any optimizer here, the inner optimizer's state in it.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, the inner optimizer too; see `BaseOptimizer.load_state_dict`."""
-        if "inner" not in state_dict:
+        Under "inner" stands what the inner optimizer's own state_dict has besides a state and groups.
+        """
+        inner = {k: v for k, v in self.inner.state_dict().items() if k not in ("state", "param_groups")}
+        return {**super().state_dict(), "inner": inner}
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict.get("param_groups", [])
+        if "inner" not in state_dict and any("period" not in group for group in groups):
             raise ValueError(
-                f"this state_dict does not belong to {self._name}: the inner optimizer's part is missing. "
+                f"this state_dict does not belong to {self._name}: its groups have no period. "
                 "If it is the inner optimizer's own, load it into `.inner`."
             )
-        self._check_state_dict(state_dict)
-        self.inner.load_state_dict(state_dict["inner"])
-        super().load_state_dict(state_dict)
-        self.param_groups = self.inner.param_groups
+        super()._check_state_dict(state_dict)
+        if isinstance(self.inner, BaseOptimizer):
+            self.inner._check_state_dict(_apart(state_dict)[0])
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """The inner optimizer's state as that loads it, then the gradients that wait, in their dtype."""
+        inner, waiting = _apart(state_dict)
+        self.inner.load_state_dict(inner)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if waiting.get(i):
+                total = waiting[i]["accumulated"].detach().to(p.device, copy=True)
+                self.state[p].update(accumulated=total, gradients=waiting[i].get("gradients", 1))
+
+
+def _apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
+    """The inner optimizer's state_dict, and by parameter the gradients that wait."""
+    states, inner = state_dict["state"], state_dict.get("inner", {})
+    if "state" in inner:  # a file of an earlier version
+        return inner, states
+    waiting = {i: {k: v for k, v in state.items() if k in WAITING} for i, state in states.items()}
+    own = {i: {k: v for k, v in state.items() if k not in WAITING} for i, state in states.items()}
+    own = {i: state for i, state in own.items() if state}
+    return {"state": own, "param_groups": state_dict["param_groups"], **inner}, waiting

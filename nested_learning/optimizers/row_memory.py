@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nested_learning.ops.norm import magnitude
+
 RowObjective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 DEFAULT_WIDTH = 64
@@ -77,10 +79,11 @@ def surrogate(answer: Tensor, value: Tensor, previous: Tensor | None) -> Tensor:
 
     Rows whose value is zero (embeddings of tokens that did not occur) count as answered.
     """
-    norm = value.norm(dim=-1)
-    used = norm > 0
-    ratio = torch.where(used, answer.norm(dim=-1) / torch.where(used, norm, 1), 1)
-    cosine = torch.where(used, F.cosine_similarity(answer, value, dim=-1), 1)
+    used = (value != 0).any(dim=-1)
+    s = magnitude(value, -1)  # rows far smaller than the others count as much
+    answers, values = answer / s, value / s
+    ratio = torch.where(used, answers.norm(dim=-1) / torch.where(used, values.norm(dim=-1), 1), 1)
+    cosine = torch.where(used, F.cosine_similarity(answers, values, dim=-1), 1)
     loss = (1 - cosine).mean() + (ratio - 1).square().mean()
     if previous is not None:
         loss = loss + 1 - F.cosine_similarity(answer.mean(0), previous, dim=-1)

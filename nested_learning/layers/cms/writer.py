@@ -12,6 +12,7 @@ from torch import Tensor, nn, vmap
 from nested_learning.layers.cms.level import CMSLevel
 from nested_learning.layers.effective import held
 from nested_learning.memory.state import State, Weights
+from nested_learning.ops.norm import magnitude
 from nested_learning.optimizers.memory_forms import MEMORIES, GradientMemory
 
 # Rows of a batch that something happens to, such as those at a boundary: [B] bool on the device, or a Python
@@ -128,10 +129,10 @@ class LevelWriter(nn.Module):
         sums = choose(finite, sums, zeros(sums))
         # The sum of the delta rule is scaled by η already, and bounded: it is neither clipped nor scaled.
         scaled = {DELTA_RULE_MATRIX} if self.rule == "dgd" else set()
-        square = sum(g.square().sum((1, 2)) for name, g in sums.items() if name not in scaled)
-        clip = self.level.option("clip")
-        factor = clip * torch.as_tensor(square).clamp_min(clip**2).rsqrt()  # 1 up to the norm `clip`
-        grads = {name: g if name in scaled else g * factor[:, None, None] for name, g in sums.items()}
+        factor = _clip_factor(
+            [g for name, g in sums.items() if name not in scaled], self.level.option("clip")
+        )
+        grads = {name: g if name in scaled else g * factor for name, g in sums.items()}
         directions, after = self._directions(rule, grads)
         retention = self.level.option("retention")
         new = {}
@@ -164,6 +165,20 @@ class LevelWriter(nn.Module):
             state = vmap(self._memory.init)(W.detach())
             rule |= {f"{name}.{field}": tensor for field, tensor in state._asdict().items()}
         return rule
+
+
+def _clip_factor(grads: list[Tensor], clip: float) -> Tensor:
+    """min(1, clip / ‖grads‖) per row [B, 1, 1], for grads [B, out, in] and a clip of any size."""
+    clip = min(clip, torch.finfo(grads[0].dtype).max)
+    # in units of which neither the squares of the gradients nor that of the clip overflow
+    s = (
+        torch.stack([magnitude(g, (1, 2)) for g in grads])
+        .amax(0)
+        .clamp_min(magnitude(grads[0].new_tensor(clip)))
+    )
+    square = torch.stack([(g / s).square().sum((1, 2), keepdim=True) for g in grads]).sum(0)
+    limit = clip / s
+    return limit * torch.maximum(square, limit.square()).rsqrt()
 
 
 def zeros(tensors: Weights) -> Weights:
