@@ -155,8 +155,11 @@ class MemoryLayer(nn.Module):
         check_sequence(x, self.hidden_size, mask, self.in_proj.weight)
         if state is not None:
             self._check_state(state, len(x))
+        if traced():  # sizes may be symbols
+            y, state, surprise = self._read(x, state, mask, return_surprise)
+            return (y, state) if surprise is None else (y, state, surprise)
         work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
-        if len(x) * work > ROWS and x.device.type == "cpu" and not traced():
+        if len(x) * work > ROWS and x.device.type == "cpu":
             y, state, surprise = self._read_in_groups(x, state, mask, return_surprise, max(1, ROWS // work))
         else:
             y, state, surprise = self._read(x, state, mask, return_surprise)
@@ -301,7 +304,7 @@ class MemoryLayer(nn.Module):
     def _start(self, state: MemoryState | None, position: Tensor, dtype: torch.dtype) -> MemoryState:
         """The state that the run starts from, with the `position` that it will end at."""
         if state is None:
-            weights = self.initial_weights(len(position), dtype)
+            weights = self.initial_weights(position.shape[0], dtype)
             return MemoryState(weights, weights, None, position)
         if any(W.dtype != dtype for W in state.current.values()):  # from a session in another precision
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)

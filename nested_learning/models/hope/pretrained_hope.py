@@ -36,7 +36,6 @@ class HopePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HopeBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _is_stateful = True  # a state cannot be rolled back: generate refuses assisted decoding
 
     def __init__(self, config: HopeConfig, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, HopeConfig):
