@@ -105,9 +105,7 @@ class _Gradient:
     def __init__(self, call: _Call, parameters: Sequence[Tensor], autocast: tuple[Any, ...]) -> None:
         self.call, self.parameters, self.autocast = call, parameters, autocast
 
-    def __call__(
-        self, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
+    def __call__(self, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients, None where none is wanted.
 
         With gradients enabled, as `recomputed` calls it again, the inputs are leaves and the result is a

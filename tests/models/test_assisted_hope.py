@@ -93,7 +93,7 @@ def test_right_guesses_save_calls_and_the_prompt_is_read_once(prompt):
 
 @pytest.mark.parametrize("target", ["hope", "foreign"])
 def test_every_guess_of_the_target_itself_is_right(target, prompt):
-    """The assistant guesses five at a time, so that the target reads all tokens in a fraction of the calls."""
+    """The assistant guesses five at a time, so the target reads all tokens in a fraction of the calls."""
     model = noisy_model(["titans"]) if target == "hope" else llama()
     if target == "foreign":
         assistant = noisy_model(["self_modifying_titans"])
@@ -173,7 +173,7 @@ def test_a_cropped_cache_is_that_of_the_columns_that_stay(ids, pieces, removed):
 def test_what_cannot_be_taken_back(prompt):
     model = noisy_model(["titans"])
     cache = model(prompt).past_key_values
-    with pytest.raises(ValueError, match="here from 0 to 0, got -2.*activate_past_recording"):
+    with pytest.raises(ValueError, match=r"here from 0 to 0, got -2.*activate_past_recording"):
         cache.crop(-2)
     cache.activate_past_recording()
     model(prompt[:, :3], past_key_values=cache)
@@ -199,7 +199,7 @@ REFUSED = {
 @pytest.mark.parametrize("way", REFUSED)
 def test_ways_that_come_from_the_hub_are_refused(way, trust, prompt):
     model = noisy_model(["titans"])
-    with pytest.raises(ValueError, match=f"Hope does not run code from the hub.*{way}.*use greedy"):
+    with pytest.raises(ValueError, match=rf"Hope does not run code from the hub.*{way}.*use greedy"):
         greedy(model, prompt, **REFUSED[way], **trust)
 
 
@@ -218,5 +218,5 @@ def test_continuous_batching_is_refused(prompt):
         lambda: greedy(model, prompt, cache_implementation="paged"),
         model.init_continuous_batching,
     ):
-        with pytest.raises(ValueError, match="continuous batching .* pages key-value caches"):
+        with pytest.raises(ValueError, match=r"continuous batching .* pages key-value caches"):
             call()

@@ -81,7 +81,7 @@ def chain(length, weight, call):
 
 
 def test_gradients_of_a_chain_as_a_graph():
-    """Each call's gradient to the parameter is its own, though the parameter is in the history of its input."""
+    """Each call's gradient to the parameter is its own, though the parameter is in its input's history."""
     (weight,) = tensors((4, 4))
 
     def flat(weight):

@@ -21,7 +21,7 @@ _broken = False  # once compiling has failed
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
-    """Any system, where compiling is asked for and neither checks nor anything that traces look into steps."""
+    """Any system, where compiling is asked for and neither checks nor what traces look into its steps."""
     return call.compile_step and not call.traced and not call.checked
 
 

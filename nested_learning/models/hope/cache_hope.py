@@ -253,7 +253,7 @@ class HopeCache:
 
         A memory cannot unlearn, but its state is a value: the cache goes back to the states before the first
         call since it was last cropped (or since `activate_past_recording`), and the model reads those columns
-        again that stay. One such state is kept, however much was read. `reorder_cache` and the like forget it.
+        again that stay. One such state is kept, however much was read; reordering the rows forgets it.
 
         Args:
             tokens_to_remove: minus the number of columns, as transformers give it; 0 keeps all of them, and
@@ -267,8 +267,8 @@ class HopeCache:
         if not -kept <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop takes minus the number of columns to take back, here from {-kept} to 0, got "
-                f"{tokens_to_remove!r}: a memory cannot unlearn what it read before activate_past_recording() "
-                "or the last crop(). Keep a clone() from before"
+                f"{tokens_to_remove!r}: a memory cannot unlearn what it read before "
+                "activate_past_recording() or the last crop(). Keep a clone() from before"
             )
         if recording is None:
             return

@@ -15,12 +15,11 @@ from nested_learning.models.hope.configuration_hope import HopeConfig
 
 # Ways to generate that transformers loads as code from the hub, and why Hope does not go them.
 REMOTE_MODES = {
-    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search (penalty_alpha) compares hidden states of candidates "
-    "that it feeds into key-value caches",
+    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search (penalty_alpha) is code for key-value caches",
     GenerationMode.DOLA_GENERATION: "DoLa (dola_layers) needs a head that reads the output of every layer",
     GenerationMode.GROUP_BEAM_SEARCH: "group beam search (num_beam_groups) is code for key-value caches",
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beam search (constraints, force_words_ids) is code for "
-    "key-value caches",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beam search (force_words_ids, constraints) is code "
+    "for key-value caches",
 }
 GUESSES_OF_OTHERS = {
     "assistant_early_exit": "its layers cannot be cut off one by one",
@@ -187,8 +186,8 @@ class HopeGenerationMixin(GenerationMixin):
         """Refuse the ways to generate that transformers would load from the hub."""
         if generation_mode in REMOTE_MODES:
             raise ValueError(
-                f"Hope does not run code from the hub to generate: {REMOTE_MODES[generation_mode]}; use greedy "
-                "decoding, sampling (do_sample=True), beam search (num_beams) or guesses "
+                f"Hope does not run code from the hub to generate: {REMOTE_MODES[generation_mode]}; use "
+                "greedy decoding, sampling (do_sample=True), beam search (num_beams) or guesses "
                 "(prompt_lookup_num_tokens, assistant_model)"
             )
 

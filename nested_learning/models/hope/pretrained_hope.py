@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.models.hope.block_hope import HopeBlock
@@ -42,6 +43,15 @@ class HopePreTrainedModel(PreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs a HopeConfig, got {type(config).__name__}")
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; warns where the weights are bfloat16 and nothing runs that fast."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.dtype == torch.bfloat16 and not torch.accelerator.is_available():
+            warn_of_slow_bfloat16(model.device, "load with dtype=torch.float32")
+        return loaded
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
