@@ -7,7 +7,7 @@ from torch import nn
 from tests.models.small_models import OPTIONS, VOCAB, small_model
 
 # Mixers whose exported program may leave the length open, and others, whose chunks are counted.
-ANY_LENGTH = ["gated_deltanet", "linear_attention", "attention", "sliding_window_attention"]
+ANY_LENGTH = ["gated_deltanet", "linear_attention", "attention"]
 GIVEN_LENGTH = ["titans", "self_modifying_titans"]
 ROWS = torch.export.Dim("rows", min=2, max=16)
 TOKENS = torch.export.Dim("tokens", min=4, max=64)

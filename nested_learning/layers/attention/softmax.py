@@ -108,9 +108,7 @@ class Attention(nn.Module):
             key_positions = torch.cat([state.positions, positions], dim=1)
 
         # Only a whole, unpadded sequence has the plain triangle, for which there are faster kernels.
-        plain = state is None and real is None
-        open_length = isinstance(x.shape[1], torch.SymInt)  # left open by torch.export: it may be any
-        triangle = plain and (self.window is None or not (open_length or x.shape[1] > self.window))
+        triangle = state is None and real is None and (self.window is None or x.shape[1] <= self.window)
         y = self._attend(query, key, value, None if triangle else self._allowed(positions, key_positions))
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if real is not None:
