@@ -39,7 +39,7 @@ class _Rows(State):
 
 
 class Recording:
-    """What `HopeCache.crop` needs: the cache as it was, and what was read since.
+    """The cache as it was and the tokens read since: all that `HopeCache.crop` needs.
 
     Attributes:
         before: the cache before the first of the calls; None without any.
