@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from nested_learning._precision import loading_dtype
 from nested_learning.models import HopeCache, HopeForCausalLM
 from nested_learning.training.data import load_tokenizer
 from nested_learning.training.models import any_config, saved_folder
@@ -35,16 +36,17 @@ def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
             "it belongs to another model"
         )
     disable_progress_bar()  # of loading the weights
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    assert device is not None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, dtype=loading_dtype(config, device)
         )
     except Exception as error:  # safetensors, json and torch each have their own
         raise ValueError(f"the model in {folder} is damaged ({type(error).__name__}: {error})") from error
     model, report = loaded
     if report["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {', '.join(sorted(report['missing_keys']))}")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
 

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:
-    """(model on its device, tokenizer) of a folder or a name, in the precision it was saved in.
+    """(model on its device, tokenizer) of a folder or a name, in the precision it was saved in; in float32
+    where that is bfloat16, which this CPU has no instructions for.
 
     Raises:
         OSError, ValueError: there is none, or it is no causal language model.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to(PartialState().device).eval(), tokenizer
+    device = PartialState().device
+    dtype = loading_dtype(AutoConfig.from_pretrained(name), device)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
 }
 DEBUG = "NESTED_LEARNING_DEBUG"
+# How threads of OpenMP wait for each other; read once, when torch is loaded.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def usage() -> str:
@@ -37,6 +39,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    wait_asleep()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -55,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def wait_asleep() -> None:
+    """Let torch's threads wait asleep, not spinning, unless the environment says how they are to wait.
+
+    A spinning thread takes the core from the one it waits for, where another program keeps a core busy.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _run(name: str, argv: list[str]) -> int:

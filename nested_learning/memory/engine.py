@@ -47,7 +47,7 @@ def run(
         surprise=how.surprise,
         compile_step=how.compile_step,
         one_token=tokens == 1,
-        whole_chunks=boundaries.common and tokens >= system.step,
+        whole_chunks=boundaries.common and not isinstance(tokens, torch.SymInt) and tokens >= system.step,
         padded=inputs.real is not None,
         grad=torch.is_grad_enabled(),
         compiling=torch.compiler.is_compiling(),

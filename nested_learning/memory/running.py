@@ -97,7 +97,7 @@ class Call(NamedTuple):
     padded: bool
     grad: bool  # gradients are recorded
     compiling: bool  # torch.compile follows the Python code
-    traced: bool  # torch.compile or a transform of torch.func follows it
+    traced: bool  # torch.compile, a transform of torch.func or a forward-mode derivative follows it
     checked: bool  # NESTED_LEARNING_CHECK looks at every chunk
 
 

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -23,10 +25,22 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def attention_kernels() -> AbstractContextManager[object]:
+    """Around scaled_dot_product_attention: plain products where derivatives go forward, which no fused kernel
+    has; whatever is fastest elsewhere."""
+    return sdpa_kernel(SDPBackend.MATH) if forward_mode() else nullcontext()
+
+
 def traced() -> bool:
-    """Whether Python code is followed symbolically, by torch.compile or torch.func, which then sees more in
-    plain operations than in what is arranged for speed."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether Python code is followed, by torch.compile, torch.func or derivatives that go forward, which see
+    more in plain operations than in what is arranged for speed."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def forward_mode() -> bool:
+    """Whether derivatives may go along forward (torch.func.jvp, torch.autograd.forward_ad): functions with a
+    backward pass by hand have none, the operations that they replace do."""
+    return forward_ad._current_level >= 0
 
 
 def has_values(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning.ops.context import forward_mode
 from nested_learning.ops.norm import scale_rows
 
 HIDDEN_FLOOR = 0.1
@@ -61,7 +62,7 @@ def hidden_gradient(at: Hidden, g_out: Tensor, W1: Tensor) -> Tensor:
 
 def through_hidden(at: Hidden, g: Tensor, activation: Activation = "silu") -> Tensor:
     """∂L/∂z [..., e] from g = ∂L/∂n(σ(z)) [..., e]."""
-    if activation == "silu":
+    if activation == "silu" and not forward_mode():
         return _ThroughHidden.apply(*at, g)
     return through_activation(through_norm(g, at.unit, at.inverse_norm), at.z, activation)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nested_learning.ops.context import forward_mode
+
 UNIT_FLOOR = 1e-3
 
 
@@ -46,6 +48,9 @@ def clip_norm(x: Tensor, limit: float = 1.0) -> Tensor:
 
 def scale_rows(x: Tensor, offset: float, least: float) -> tuple[Tensor, Tensor]:
     """(x · f, f) with f = 1 / sqrt(max(‖x‖² + offset, least)), f [..., 1]."""
+    if forward_mode():
+        f = (x.square().sum(-1, keepdim=True) + offset).clamp_min(least).rsqrt()
+        return x * f, f
     if not torch.is_grad_enabled():
         return _ScaleRows.forward(x, offset, least)  # apply() takes as long as the arithmetic on one token
     return _ScaleRows.apply(x, offset, least)

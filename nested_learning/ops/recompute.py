@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from nested_learning.ops.context import transformed
+from nested_learning.ops.context import forward_mode, transformed
 
 Out = TypeVar("Out")
 
@@ -33,7 +33,9 @@ def recomputed(function: Callable[..., Out], arguments: tuple[Any, ...], paramet
     if transformed():  # which would have to see into the backward pass
         return function(*arguments)
     if torch.compiler.is_compiling():
-        return checkpoint(function, *arguments, use_reentrant=False)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    if forward_mode():
+        return function(*arguments)
     inputs, rebuild = _flatten(arguments)
     call = _Call(function, rebuild)
     outputs = _Recomputed.apply(call, len(inputs), *inputs, *parameters)
@@ -111,29 +113,51 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        create_graph = torch.is_grad_enabled()
         given = ctx.saved_tensors
-        device, dtype, enabled = ctx.autocast
-        with _drawing_from(device, ctx.random), torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            # Views where the gradient is to be differentiated: the search for `wanted` ends there, and yet
-            # they hang together with the graph.
-            inputs = [
-                t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad)
-                for t in given[: ctx.count]
-            ]
-            outputs = ctx.call(inputs)
-        inputs += given[ctx.count :]
-        wanted = [t for t in inputs if t.requires_grad]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
+        inputs, parameters = given[: ctx.count], given[ctx.count :]
+        gradient = _Gradient(ctx.call, parameters, ctx.autocast, ctx.random)
+        if torch.is_grad_enabled():  # it is to be differentiated itself: a function of inputs and grads
+            return None, None, *recomputed(gradient, (inputs, grads), parameters)
+        return None, None, *gradient(inputs, grads)
+
+
+class _Gradient:
+    """The gradient of a call to its inputs and parameters, as a function that `recomputed` takes.
+
+    The call runs on leaves. On inputs with a history, the search for the parameters would go on there: they
+    count in earlier calls too, whose gradients are not this call's, and which would each search again.
+    """
+
+    def __init__(
+        self, call: _Call, parameters: Sequence[Tensor], autocast: tuple[Any, ...], random: list[Tensor]
+    ) -> None:
+        self.call, self.parameters, self.autocast, self.random = call, parameters, autocast, random
+
+    def __call__(self, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients, None where none is wanted.
+
+        With gradients enabled, as `recomputed` calls it again, the inputs are leaves and the result is a
+        function of them.
+        """
+        create_graph = torch.is_grad_enabled()
+        device, dtype, enabled = self.autocast
+        drawing = _drawing_from(device, self.random)
+        with drawing, torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            if not create_graph:
+                inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+            outputs = self.call(inputs)
+            both = [*inputs, *self.parameters]
+            wanted = [t for t in both if t.requires_grad]
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            if not pairs:
+                return (None,) * len(both)
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
             )
-            if pairs
-            else [None] * len(wanted)
-        )
-        return None, None, *(next(found) if t.requires_grad else None for t in inputs)
+        return tuple(next(found) if t.requires_grad else None for t in both)

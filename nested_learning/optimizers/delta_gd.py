@@ -139,8 +139,6 @@ class DeltaGD(BaseOptimizer):
     def _not_copied(self) -> dict[str, Any]:
         return {"_hooks": {}, "_moments": {}, "_means": {}}
 
-    _watch.observes = True  # type: ignore[attr-defined]  # it changes nothing, see layers.token_inputs.is_plain
-
     @torch.no_grad()
     def _collect(self, layer: nn.Module, weight: Tensor, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
@@ -220,6 +218,8 @@ class _Watch:
     Args:
         optimizer: that collects the inputs, None for nobody.
     """
+
+    observes = True  # it changes nothing, see layers.token_inputs.is_plain
 
     def __init__(self, optimizer: DeltaGD | None) -> None:
         self.optimizer = optimizer

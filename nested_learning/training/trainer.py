@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.process import process_state
@@ -67,6 +68,8 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
         eval_batch: validation sequences per forward pass, over all processes.
     """
     assert config.steps is not None
+    if config.precision == "bf16":
+        warn_of_slow_bfloat16(process_state().device, "leave precision at fp32")
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=config.steps,

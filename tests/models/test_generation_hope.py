@@ -168,13 +168,9 @@ def test_state_stays_the_same_size(case, ids):
     assert sizes == {cache.nbytes()}
 
 
-def test_what_needs_a_rollback_is_refused(model, ids):
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        generate(model, ids[:1], prompt_lookup_num_tokens=3)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        generate(model, ids[:1], assistant_model=small_model(["attention"]))
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        model(ids).past_key_values.crop(2)
+def test_what_does_not_fit_is_refused(model, ids):
+    with pytest.raises(ValueError, match="assisted generate is only supported for batch_size = 1"):
+        generate(model, ids, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="cache_implementation='static' does not apply"):
         generate(model, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="must be a HopeCache"):

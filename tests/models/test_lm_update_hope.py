@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nested_learning import HopeCache, HopeForCausalLM
 from nested_learning.cli.anatomy import state_bytes
 from nested_learning.layers import CMSLevel
+from nested_learning.memory import engine
 from tests.models.small_models import VOCAB, small_model
 from tests.oracles.cms import Rule, write
 
@@ -269,3 +270,29 @@ def test_the_state_does_not_grow_and_is_counted_without_running():
     assert len(sizes) == 1
     single = state_bytes(model.config, [9, 33])
     assert single[9] == single[33] == model.float()(tokens(9)[:1]).past_key_values.nbytes()
+
+
+def test_exact_meta_gradients_of_recomputed_mixers_take_time_in_proportion(monkeypatch):
+    """The same gradients, by a number of reads that is linear in the number of chunks."""
+    reads = 0
+    run = engine.run
+
+    def counted(*arguments):
+        nonlocal reads
+        reads += 1
+        return run(*arguments)
+
+    monkeypatch.setattr(engine, "run", counted)
+    mixers = {"mixers": ["titans", "titans"], "mixer_options": {"titans": {"chunk_size": 2}}}
+    counts, levels = {}, [{"chunk_size": 2}]
+    for length in (9, 17):
+        ids, found = tokens(length)[:1], []
+        for recompute in (None, "chunk"):
+            model, _ = pair(levels, **mixers, cms_meta_gradient="exact", recompute=recompute)
+            reads = 0
+            loss = model.train()(ids, labels=ids).loss
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+            counts[length] = reads
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert counts[17] < 2.5 * counts[9]

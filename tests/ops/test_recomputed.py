@@ -70,3 +70,47 @@ def test_no_graph_is_kept(used):
     outputs = recomputed(lambda x: (x.sin().cos().exp(), x.tan()), (x,), [])
     node = outputs[used].grad_fn
     assert next(parent for parent, _ in node.next_functions if parent is not None).variable is x
+
+
+def chain(length, weight, call):
+    """State after `length` calls that share a parameter, each on the state before."""
+    state = weight[0] * 0.5
+    for _ in range(length):
+        state = call(lambda state: torch.tanh(weight @ state) + state.sin(), state)
+    return state
+
+
+def test_gradients_of_a_chain_as_a_graph():
+    """Each call's gradient to the parameter is its own, though the parameter is in its input's history."""
+    (weight,) = tensors((4, 4))
+
+    def flat(weight):
+        return chain(4, weight, lambda f, state: recomputed(f, (state,), [weight]))
+
+    def gradient(function):
+        return torch.autograd.grad(function(weight).square().sum(), weight, create_graph=True)[0]
+
+    first = gradient(lambda weight: chain(4, weight, lambda f, state: f(state)))
+    torch.testing.assert_close(gradient(flat), first, rtol=0, atol=1e-12)
+    assert torch.autograd.gradgradcheck(flat, (weight,))
+
+
+def test_second_gradients_cost_as_much_per_call_however_many_calls():
+    (weight,) = tensors((4, 4))
+
+    def calls(length):
+        count = 0
+
+        def counted(function, state):
+            def inner(state):
+                nonlocal count
+                count += 1
+                return function(state)
+
+            return recomputed(inner, (state,), [weight])
+
+        y = chain(length, weight, counted).square().sum()
+        torch.autograd.grad(y, weight, create_graph=True)[0].square().sum().backward()
+        return count
+
+    assert calls(8) == 2 * calls(4)

@@ -17,6 +17,7 @@ from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
+from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents
 from nested_learning.ops.norm import unit
 from nested_learning.ops.packing import row_layout
@@ -218,7 +219,8 @@ class MemoryAsContext(nn.Module):
         values = torch.cat([p_value.to(value.dtype).expand(B, -1, -1, -1), *value.unbind(1)], dim=2)
         causal = torch.arange(C, device=column.device) <= column.unsqueeze(-1)  # [B, S, C]
         allowed = F.pad(causal.repeat(1, 1, 2), (P, 0), value=True)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed.unsqueeze(1))
+        with attention_kernels():
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed.unsqueeze(1))
 
     def _check(self, x: Tensor, state: ContextState | None, mask: Tensor | None) -> None:
         check_sequence(x, self.hidden_size, mask, self.qkv_proj)

@@ -13,6 +13,7 @@ from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
+from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents
 
 
@@ -190,14 +191,15 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """y [B, H, T, d] of eq 62; `allowed` [B or 1, T, S] bool, None for the plain causal triangle."""
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if allowed is None else allowed[:, None],
-            is_causal=allowed is None,
-            enable_gqa=self.grouped,
-        )
+        with attention_kernels():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if allowed is None else allowed[:, None],
+                is_causal=allowed is None,
+                enable_gqa=self.grouped,
+            )
 
     def _check(self, x: Tensor, state: AttentionState | None, mask: Tensor | None) -> None:
         check_sequence(x, self.hidden_size, mask, self.q_proj)

@@ -236,8 +236,10 @@ class MemoryLayer(nn.Module):
         Args:
             aligned: all rows stand at a boundary of every memory.
         """
+        if x.device.type != "cpu" or traced():  # sizes may be symbols
+            return self._read(x, state, real, want_surprise, aligned)
         work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
-        if len(x) * work <= ROWS or x.device.type != "cpu" or traced():
+        if len(x) * work <= ROWS:
             return self._read(x, state, real, want_surprise, aligned)
         groups = -(-len(x) // max(1, ROWS // work))
         size = -(-len(x) // groups)
@@ -381,7 +383,7 @@ class MemoryLayer(nn.Module):
     def _start(self, state: MemoryState | None, position: Tensor, dtype: torch.dtype) -> MemoryState:
         """The state that the run starts from, with the `position` that it will end at."""
         if state is None:
-            weights = self.initial_weights(len(position), dtype)
+            weights = self.initial_weights(position.shape[0], dtype)
             return MemoryState(weights, weights, None, position)
         if torch.is_grad_enabled():
             state = state.recordable()

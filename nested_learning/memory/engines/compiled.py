@@ -21,8 +21,8 @@ _broken = False  # once compiling has failed
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
-    """Any system, where compiling is asked for and neither checks nor a compiler look into the steps."""
-    return call.compile_step and not call.compiling and not call.checked
+    """Any system, where compiling is asked for and neither checks nor what traces look into its steps."""
+    return call.compile_step and not call.traced and not call.checked
 
 
 def run(

@@ -66,7 +66,8 @@ def can_run(system: MemorySystem, call: Call) -> bool:
         raise ValueError(f"backend='fla' runs on CUDA, but x is on {call.device}; use backend='auto'")
     half = call.dtype in (torch.bfloat16, torch.float16)
     wanted = call.backend == "fla" or (call.backend == "auto" and call.device == "cuda" and half)
-    return wanted and not call.surprise and not call.one_token and covers(system) and installed()
+    followed = call.traced and not call.compiling  # the kernels are no operations that torch.func knows
+    return wanted and not (call.surprise or call.one_token or followed) and covers(system) and installed()
 
 
 def run(

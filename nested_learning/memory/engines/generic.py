@@ -50,7 +50,10 @@ def run(
     take = step_by or (exact.step if system.exact else step)
     tokens, checked = 0, check.enabled()
     ys, surprises = [], []
-    pieces = [inputs] if inputs.paths["k"].shape[2] <= system.step else inputs.split(system.step)
+    length = inputs.paths["k"].shape[2]
+    # A length that torch.export leaves open has no number of chunks: the closed form takes any at once.
+    whole = isinstance(length, torch.SymInt) and system.exact
+    pieces = [inputs] if whole or length <= system.step else inputs.split(system.step)
     for index, piece in enumerate(pieces):
         y, current, momentum, surprise = take(system, initial, state, piece, how.surprise)
         if checked:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from nested_learning._files import write_tensors
 from nested_learning.memory.state import State, TensorFn, held_bytes
 
 if TYPE_CHECKING:
+    from nested_learning.models.hope.block_hope import Blocks, Tokens
     from nested_learning.models.hope.configuration_hope import HopeConfig
+    from nested_learning.models.hope.lm_update import LMUpdate
 
 FORMAT = "nested_learning.hope_cache"
 VERSION = "2"
@@ -33,6 +36,51 @@ class _Rows(State):
 
     tokens_seen: Tensor
     prefix_hash: Tensor | None
+
+
+class Recording:
+    """The cache as it was and the tokens read since: all that `HopeCache.crop` needs.
+
+    Attributes:
+        before: the cache before the first of the calls; None without any.
+        calls: their tokens.
+        reader: of the last call, which reads tokens again.
+    """
+
+    def __init__(self) -> None:
+        self.before: HopeCache | None = None
+        self.calls: list[Tokens] = []
+        self.reader: Blocks | LMUpdate
+
+    @property
+    def columns(self) -> int:
+        """Columns read in the calls."""
+        return sum(tokens.x.shape[1] for tokens in self.calls)
+
+    def add(self, cache: HopeCache, tokens: Tokens, reader: Blocks | LMUpdate) -> None:
+        """Keep a call on `tokens`, before which `cache` stands."""
+        self.before = cache.clone() if self.before is None else self.before
+        self.calls.append(tokens)
+        self.reader = reader
+
+    def read_again(self, cache: HopeCache, columns: int) -> None:
+        """Advance `cache`, which stands where `before` did, by the first `columns` of the calls.
+
+        Successive calls that give the same kinds of tokens (with a mask or without) are read as one.
+        """
+        for _, calls in groupby(self.calls, lambda tokens: [t is None for t in tokens]):
+            if not columns:
+                return
+            parts = zip(*calls, strict=True)
+            joined = (None if part[0] is None else torch.cat(part, dim=1) for part in parts)
+            tokens = type(self.calls[0])._make(joined).columns(0, columns)
+            length = tokens.x.shape[1]
+            size = cache.config.segment_size or length
+            states = cache.states
+            for start in range(0, length, size):
+                _, states = self.reader.read(tokens.columns(start, start + size), states)
+            cache.advance(states, tokens.x, tokens.ids, tokens.real)
+            columns -= length
 
 
 class HopeCache:
@@ -50,6 +98,7 @@ class HopeCache:
         states: by name, such as "layers.0.mixer"; every tensor has the batch as first dimension.
         tokens_seen: [B] int64, real tokens per row; None while the cache is empty.
         prefix_hash: [B] int64, hash of the ids of all columns fed; None while empty or after `inputs_embeds`.
+        recording: what `crop` goes back to; None until `activate_past_recording`.
     """
 
     # transformers' generate asks any cache for these.
@@ -62,6 +111,7 @@ class HopeCache:
         self.states: dict[str, State] = {}
         self.tokens_seen: Tensor | None = None
         self.prefix_hash: Tensor | None = None
+        self.recording: Recording | None = None
         self._columns = 0
 
     def __repr__(self) -> str:
@@ -174,6 +224,8 @@ class HopeCache:
     def _become(self, other: HopeCache) -> None:
         self.states, self._columns = other.states, other._columns
         self.tokens_seen, self.prefix_hash = other.tokens_seen, other.prefix_hash
+        if self.recording is not None:  # what it holds is of other rows or other tokens
+            self.recording = Recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue from row beam_idx[i]."""
@@ -191,16 +243,40 @@ class HopeCache:
         """Empty the cache."""
         self._become(HopeCache(self.config))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a memory cannot take back what it has learned."""
-        raise ValueError(
-            "a HopeCache cannot be cropped: its states have learned from the tokens and cannot unlearn them. "
-            "Keep a clone() from before, and do without assisted decoding (assistant_model, prompt_lookup)."
-        )
-
     def activate_past_recording(self) -> None:
-        """Refused for the same reason as `crop`; transformers calls it before speculative decoding."""
-        self.crop(0)
+        """Keep from here on what `crop` needs; transformers calls it before speculative decoding."""
+        if self.recording is None:
+            self.recording = Recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last columns that were fed, as if they had never been.
+
+        A memory cannot unlearn, but its state is a value: the cache goes back to the states before the first
+        call since it was last cropped (or since `activate_past_recording`), and the model reads those columns
+        again that stay. One such state is kept, however much was read; reordering the rows forgets it.
+
+        Args:
+            tokens_to_remove: minus the number of columns, as transformers give it; 0 keeps all of them, and
+                later crops reach back to here.
+
+        Raises:
+            ValueError: if that is no number of columns that were read while the cache was recording.
+        """
+        recording = self.recording
+        kept = 0 if recording is None else recording.columns
+        if not -kept <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop takes minus the number of columns to take back, here from {-kept} to 0, got "
+                f"{tokens_to_remove!r}: a memory cannot unlearn what it read before "
+                "activate_past_recording() or the last crop(). Keep a clone() from before"
+            )
+        if recording is None:
+            return
+        self.recording = Recording()
+        if tokens_to_remove:
+            assert recording.before is not None
+            self._become(recording.before)
+            recording.read_again(self, kept + tokens_to_remove)
 
     # File ----------------------------------------------------------------------------------------------
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
+
+# Ways to generate that transformers loads as code from the hub, and why Hope does not go them.
+REMOTE_MODES = {
+    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search (penalty_alpha) is code for key-value caches",
+    GenerationMode.DOLA_GENERATION: "DoLa (dola_layers) needs a head that reads the output of every layer",
+    GenerationMode.GROUP_BEAM_SEARCH: "group beam search (num_beam_groups) is code for key-value caches",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beam search (force_words_ids, constraints) is code "
+    "for key-value caches",
+}
+GUESSES_OF_OTHERS = {
+    "assistant_early_exit": "its layers cannot be cut off one by one",
+    "use_mtp": "it has no heads that predict several tokens",
+    "speculation_type": "it has no model that drafts from its hidden states",
+}
 
 
 class HopeGenerationMixin(GenerationMixin):
@@ -20,7 +36,10 @@ class HopeGenerationMixin(GenerationMixin):
     def generate(
         self, inputs: Tensor | None = None, *args: Any, learn_from_generated: bool = False, **kwargs: Any
     ) -> Any:
-        """Continue `inputs` [B, T]; everything transformers' `generate` offers but assisted decoding.
+        """Continue `inputs` [B, T], by all of transformers' own ways: greedy, samples, beams, guesses.
+
+        Guesses (`prompt_lookup_num_tokens`, or `assistant_model`, which may be a Hope model too) are for one
+        row. The state before a guess is kept, and what was right of it is read a second time from there.
 
         With `past_key_values` from an earlier call, `inputs` may hold all ids so far and new ones, as in
         transformers, or the new ones alone: which of the two is seen by comparing them with the ids the cache
@@ -37,16 +56,16 @@ class HopeGenerationMixin(GenerationMixin):
         `learn_from_generated`. The last token returned is read by the next call, as part of its prompt.
 
         Raises:
-            ValueError: for `learn_from_generated` where no CMS learns in context, and for whatever
-                transformers refuses.
+            ValueError: for `learn_from_generated` where no CMS learns in context, for ways to generate that
+                transformers loads from the hub, and for whatever transformers refuses.
         """
         cache = kwargs.get("past_key_values")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(cache, HopeCache) and cache.get_seq_length() and input_ids is not None:
             kwargs["attention_mask"] = self._mask_over_all_columns(cache, input_ids, kwargs)
         if self.config.cms_learns:
-            if not learn_from_generated:
-                kwargs["learned_columns"] = _prompt_columns(cache, input_ids, kwargs)
+            if not learn_from_generated:  # an assistant is told how much of its input was the prompt
+                kwargs.setdefault("learned_columns", _prompt_columns(cache, input_ids, kwargs))
         elif learn_from_generated:
             raise ValueError(
                 "learn_from_generated is for a CMS that learns in context; this model's does not (cms_update)"
@@ -59,23 +78,135 @@ class HopeGenerationMixin(GenerationMixin):
         past_key_values: HopeCache | None = None,
         inputs_embeds: Tensor | None = None,
         learned_columns: int | None = None,
+        columns_read: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; columns from `learned_columns` on are read, but not learned from."""
+        """As in transformers, and for Hope:
+
+        Args:
+            learned_columns: columns from here on are read, but not learned from.
+            columns_read: of the first `input_ids` of assisted decoding, how many the cache has read.
+        """
+        if columns_read is not None and kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - columns_read
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             past_key_values=past_key_values,  # type: ignore[arg-type]
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        fed = model_inputs.get("inputs_embeds")
+        fed = model_inputs["input_ids"] if fed is None else fed
+        if columns_read is not None and model_inputs.get("attention_mask") is not None:
+            model_inputs["attention_mask"] = model_inputs["attention_mask"][:, -fed.shape[1] :]
         if learned_columns is not None:
-            fed = model_inputs.get("inputs_embeds")
-            fed = model_inputs["input_ids"] if fed is None else fed
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             if seen + fed.shape[1] > learned_columns:
                 columns = torch.arange(seen, seen + fed.shape[1], device=fed.device)
                 model_inputs["learn_mask"] = (columns < learned_columns).expand(len(fed), -1)
         return model_inputs
+
+    # Guesses that are taken back where they are wrong ------------------------------------------------------
+
+    def _assisted_decoding(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; the prompt is read before the first guess, which may be taken back."""
+        own = inspect.signature(GenerationMixin._assisted_decoding).parameters
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        cache, config = kwargs.get("past_key_values"), options["generation_config"]
+        if isinstance(cache, HopeCache) and len(input_ids) == 1 and kwargs.get("inputs_embeds") is None:
+            kwargs["columns_read"] = self._read_prompt(input_ids, cache, config, kwargs)
+            mask = kwargs.get("attention_mask")
+            if mask is not None:  # over the given ids, as transformers goes on to lengthen it
+                kwargs["attention_mask"] = mask[:, -input_ids.shape[1] :]
+        try:
+            return super()._assisted_decoding(input_ids, **options, **kwargs)  # type: ignore[arg-type]
+        finally:
+            if isinstance(cache, HopeCache):
+                cache.recording = None
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """As in transformers; an assistant's guesses may be taken back up to the last token of the prompt."""
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.is_assistant and isinstance(cache, HopeCache):
+            if not cache.get_seq_length():
+                self._read_prompt(input_ids, cache, generation_config, model_kwargs)
+            cache.activate_past_recording()
+        return super()._prefill(
+            input_ids,  # type: ignore[arg-type]
+            generation_config,
+            model_kwargs,
+            is_first_iteration,
+        )
+
+    def _read_prompt(
+        self, input_ids: Tensor, cache: HopeCache, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> int:
+        """Read the new columns of a prompt but its last, and return how many of `input_ids` are read then.
+
+        Where hidden states are wanted, nothing: they come from the call that reads the whole prompt.
+        """
+        length, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+        all_columns = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+        start = cache.get_seq_length() if all_columns == length else 0
+        if generation_config.output_hidden_states:
+            return start
+        size = generation_config.prefill_chunk_size or length
+        for first in range(start, length - 1, size):
+            last = min(first + size, length - 1)
+            options = dict(model_kwargs)
+            if mask is not None:
+                options["attention_mask"] = mask[:, -length:][:, first:last]
+            inputs = self.prepare_inputs_for_generation(
+                input_ids[:, first:last], is_first_iteration=True, **options
+            )
+            self(**inputs, return_dict=True)  # type: ignore[operator]
+        return max(start, length - 1)
+
+    def _get_candidate_generator(  # type: ignore[override]
+        self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """As in transformers; an assistant gets no arguments that are none of its own."""
+        config = kwargs["generation_config"]
+        for name, reason in GUESSES_OF_OTHERS.items():
+            if getattr(config, name, None):
+                raise ValueError(
+                    f"{name} is no way for Hope to guess: {reason}; use prompt_lookup_num_tokens or an "
+                    "assistant_model"
+                )
+        assistant = kwargs.get("assistant_model")
+        learns = getattr(getattr(assistant, "config", None), "cms_learns", False)
+        hidden = {"columns_read"} if learns else {"columns_read", "learned_columns"}
+        given = {name: value for name, value in model_kwargs.items() if name not in hidden}
+        return super()._get_candidate_generator(*args, model_kwargs=given, **kwargs)  # type: ignore[misc]
+
+    # What transformers' generate asks of a model -----------------------------------------------------------
+
+    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse the ways to generate that transformers would load from the hub."""
+        if generation_mode in REMOTE_MODES:
+            raise ValueError(
+                f"Hope does not run code from the hub to generate: {REMOTE_MODES[generation_mode]}; use "
+                "greedy decoding, sampling (do_sample=True), beam search (num_beams) or guesses "
+                "(prompt_lookup_num_tokens, assistant_model)"
+            )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching pages key-value caches, which a memory's states are not.
+
+        Raises:
+            ValueError: always; also by way of `generate_batch` and `cache_implementation="paged"`.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch, cache_implementation='paged') pages key-value caches, and "
+            "Hope's states are none; use generate on a batch with padding on the left: a row's state takes "
+            "the same memory however long the text is"
+        )
 
     def _mask_over_all_columns(
         self, cache: HopeCache, input_ids: Tensor, kwargs: dict[str, Any]
@@ -107,10 +238,8 @@ class HopeGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply to Hope, "
                 "which has its own cache; leave it out"
             )
-        if generation_config.is_assistant:
-            raise ValueError(
-                "a Hope model cannot be the assistant of another: its states cannot be rolled back"
-            )
+        if generation_config.is_assistant:  # the other model's; Hope counts its own
+            model_kwargs.pop("position_ids", None)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             if generation_config.use_cache is not False:

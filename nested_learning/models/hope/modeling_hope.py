@@ -151,12 +151,15 @@ class HopeModel(HopePreTrainedModel):
         )
         size = self.config.segment_size or length
         tokens, pieces = Tokens(x, input_ids, real, learn, documents), []
-        for start in range(0, length, size):
+        # without segments no look at the length, which torch.export may leave open
+        for start in range(0, length, size) if self.config.segment_size else (0,):
             piece, states = reader.read(tokens.columns(start, start + size), states)
             pieces.append(piece)
         result = join(pieces)
 
         if cache is not None:
+            if cache.recording is not None:
+                cache.recording.add(cache, tokens, reader)
             cache.advance(states, x, input_ids, real)
         return HopeModelOutput(
             last_hidden_state=result.y,

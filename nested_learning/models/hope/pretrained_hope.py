@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.models.hope.block_hope import HopeBlock
@@ -37,13 +38,21 @@ class HopePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HopeBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _is_stateful = True  # a state cannot be rolled back: generate refuses assisted decoding
 
     def __init__(self, config: HopeConfig, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, HopeConfig):
             raise ValueError(f"{type(self).__name__} needs a HopeConfig, got {type(config).__name__}")
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; warns where the weights are bfloat16 and nothing runs that fast."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.dtype == torch.bfloat16 and not torch.accelerator.is_available():
+            warn_of_slow_bfloat16(model.device, "load with dtype=torch.float32")
+        return loaded
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any

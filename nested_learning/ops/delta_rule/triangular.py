@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning.ops.context import forward_mode
+
 # Within a block the inverse is the Neumann series, finite for a nilpotent matrix. Its terms grow with the
 # block while the inverse does not, so blocks stay small; merging them is as stable as substitution.
 _BLOCK = 16
@@ -26,6 +28,8 @@ def solve_unit_lower(L: Tensor, R: Tensor) -> Tensor:
     """
     batch = torch.broadcast_shapes(L.shape[:-2], R.shape[:-2])
     L, R = L.expand(batch + L.shape[-2:]), R.expand(batch + R.shape[-2:])
+    if forward_mode() or isinstance(L.shape[-1], torch.SymInt):  # blocks need to know the size
+        return torch.linalg.solve_triangular(L, R, upper=False, unitriangular=True)
     return _SolveUnitLower.apply(L, R)[0]
 
 
