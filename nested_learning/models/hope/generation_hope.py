@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
+
+_GUESSES = GenerationMode.ASSISTED_GENERATION
 
 
 class HopeGenerationMixin(GenerationMixin):
@@ -113,7 +116,10 @@ class HopeGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            if generation_config.use_cache is not False:
+            # peft wraps prepare_inputs_for_generation to put a learned prompt in front as long as there is no
+            # cache, and takes one for empty only if it is of transformers' own. The model makes one then.
+            wrapped = "prepare_inputs_for_generation" in vars(self) and generation_mode != _GUESSES
+            if generation_config.use_cache is not False and not wrapped:
                 model_kwargs["past_key_values"] = HopeCache(self.config)
             return
         if not isinstance(cache, HopeCache):
