@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.installed-extras
 # A worker per core, four at most: each loads PyTorch.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
@@ -18,6 +19,11 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
+$(EXTRAS): $(STAMP) requirements-extras.lock
+	@echo "Installing the packages that the long tests try Hope with into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.lock
+	@touch $@
+
 setup: $(STAMP)  ## create .venv with the pinned packages
 
 demo: $(STAMP)  ## train Hope on real text for about three minutes and generate from it
@@ -32,8 +38,8 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 test: lint  ## lint, types and the tests that take seconds
 	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
-test-slow: lint  ## every test, the long ones too
-	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow"
+test-slow: $(EXTRAS) lint  ## every test, the long ones too, with peft, TRL, torchao, lm-eval and ONNX
+	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow" --extras
 
 conformance: $(STAMP)  ## transformers' own common tests on Hope; TRANSFORMERS=FOLDER: a checkout, for those in no archive
 	@$(BIN)/python -m tests.conformance $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from nested_learning.layers.cms.level import learning_levels, parse_levels
 from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 from nested_learning.models.hope.adapters_hope import tell_peft
+from nested_learning.models.hope.auto_hope import auto_map, write_code
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -136,6 +138,7 @@ class HopeConfig(PreTrainedConfig):
             self.cms_levels = [{"chunk_size": 512}, {"chunk_size": 2048}]
         if isinstance(self.cms_levels, (list, tuple)):
             self.cms_levels = [_plain(level) for level in self.cms_levels]
+        kwargs["auto_map"] = auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
         self.validate()
 
@@ -221,6 +224,21 @@ class HopeConfig(PreTrainedConfig):
         tell_peft(self.model_type)
         fields: dict[str, Any] = super().to_dict()
         return fields
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers; beside config.json a few lines of code, for `trust_remote_code=True`."""
+        self.validate()
+        if not os.path.isfile(save_directory):
+            write_code(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As in transformers for classes elsewhere; the code of this package is not copied into folders."""
+        if not cls.__module__.startswith("nested_learning."):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

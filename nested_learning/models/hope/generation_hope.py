@@ -26,6 +26,7 @@ GUESSES_OF_OTHERS = {
     "use_mtp": "it has no heads that predict several tokens",
     "speculation_type": "it has no model that drafts from its hidden states",
 }
+_GUESSES = GenerationMode.ASSISTED_GENERATION
 
 
 class HopeGenerationMixin(GenerationMixin):
@@ -119,7 +120,7 @@ class HopeGenerationMixin(GenerationMixin):
             if mask is not None:  # over the given ids, as transformers goes on to lengthen it
                 kwargs["attention_mask"] = mask[:, -input_ids.shape[1] :]
         try:
-            return super()._assisted_decoding(input_ids, **options, **kwargs)  # type: ignore[arg-type]
+            return super()._assisted_decoding(input_ids, **options, **kwargs)  # type: ignore[arg-type, misc]
         finally:
             if isinstance(cache, HopeCache):
                 cache.recording = None
@@ -137,7 +138,7 @@ class HopeGenerationMixin(GenerationMixin):
             if not cache.get_seq_length():
                 self._read_prompt(input_ids, cache, generation_config, model_kwargs)
             cache.activate_past_recording()
-        return super()._prefill(
+        return super()._prefill(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             generation_config,
             model_kwargs,
@@ -242,7 +243,10 @@ class HopeGenerationMixin(GenerationMixin):
             model_kwargs.pop("position_ids", None)
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            if generation_config.use_cache is not False:
+            # peft wraps prepare_inputs_for_generation to put a learned prompt in front as long as there is no
+            # cache, and takes one for empty only if it is of transformers' own. The model makes one then.
+            wrapped = "prepare_inputs_for_generation" in vars(self) and generation_mode != _GUESSES
+            if generation_config.use_cache is not False and not wrapped:
                 model_kwargs["past_key_values"] = HopeCache(self.config)
             return
         if not isinstance(cache, HopeCache):

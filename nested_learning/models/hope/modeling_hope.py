@@ -14,6 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from nested_learning.layers.token_inputs import find_documents
+from nested_learning.models.hope.auto_hope import list_as_causal_lm
 from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock, Tokens, join
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
@@ -275,8 +276,13 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # forward takes Trainer's num_items_in_batch
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        list_as_causal_lm(cls)
+
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # that the loss shifts the labels, also in a subclass of any name
         self.model = HopeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
@@ -353,3 +359,6 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             hidden_states=outputs.hidden_states,
             surprise=outputs.surprise,
         )
+
+
+list_as_causal_lm(HopeForCausalLM)

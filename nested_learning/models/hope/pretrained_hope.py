@@ -69,6 +69,12 @@ class HopePreTrainedModel(PreTrainedModel):
             activation_checkpointing_kwargs = {**activation_checkpointing_kwargs, "use_reentrant": False}  # type: ignore[dict-item]
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """As in transformers for classes elsewhere; the code of this package is not copied into folders."""
+        if not cls.__module__.startswith("nested_learning."):
+            super().register_for_auto_class(auto_class)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside of transformers, modules without parameters of their own are passed over. A block
         # is such a module, and its mixer would be left with the rule for plain linear layers.

@@ -2,7 +2,7 @@
 
 Both have one layout of ids: 0..255 are the byte values, 256 ends a document (eos and bos), 257 pads,
 and the merges of a BPE follow from 258 on. A byte tokenizer is the BPE without merges, so one function
-builds both, and every text survives encoding and decoding unchanged.
+builds both, and every text survives encoding and decoding unchanged. Both frame conversations as plain text.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ FIRST_MERGE_ID = 258  # 256 bytes, END_OF_TEXT, PAD
 # Words as GPT-2 cuts them (contractions, letters, digits, other signs, white space), with numbers cut
 # into groups of at most three digits; every character belongs to exactly one piece.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# A conversation as `nested-learning chat` frames it, with an end of text after each answer. A prompt for an
+# answer is a prefix of the conversation that has it; answers are marked as what to learn from.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message.content + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message.role.capitalize() + ': ' + message.content + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
 _PIECE_CHARS = 1 << 20
 _PIECES_AT_ONCE = 64  # encoded in parallel
 
@@ -225,5 +237,6 @@ def _assemble(merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
     )
