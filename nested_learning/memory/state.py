@@ -74,7 +74,7 @@ class State:
 
     def recordable(self: S) -> S:
         """The state for a call that may record gradients: what was made in inference mode is copied there."""
-        if not torch.is_grad_enabled():  # as in inference mode itself
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler takes no such tensors
             return self
         return self.map(lambda t: t.clone() if t.is_inference() else t)
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from nested_learning import HopeForCausalLM
-from tests.ecosystem.tiny_hope import CASES, hope, ids
+from tests.ecosystem.tiny_hope import hope, ids, slow_but
 
 TEXT = ids()
 
@@ -24,7 +24,7 @@ def run(model):
     return first.logits, second.logits, padded.logits, made
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but())
 def test_cpu_offload(case):
     model = hope(case)
     wanted = run(copy.deepcopy(model))
@@ -34,7 +34,7 @@ def test_cpu_offload(case):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["loaded", "disk", "dispatch", "parts"])
+@pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))
 @pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
 def test_disk(case, how, tmp_path):
     model = hope(case)

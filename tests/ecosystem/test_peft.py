@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ecosystem.tiny_hope import CASES, LEARNING, hope, ids
+from tests.ecosystem.tiny_hope import hope, ids, slow_but
 
 peft = pytest.importorskip("peft")
 TEXT = ids()
@@ -36,7 +36,7 @@ def differ(a, b):
     return (a - b).abs().max()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but())
 def test_an_adapter_acts_and_learns_on_every_linear_layer(case):
     """Output and gradients are those of a model whose weights are W + s·BA, written out."""
     written = hope(case)
@@ -208,7 +208,7 @@ def test_dropout_is_drawn_again_where_layers_are_computed_again(case):
     assert torch.equal(torch.rand(1), drawn)  # the backward pass drew nothing new
 
 
-@pytest.mark.parametrize("case", list(LEARNING))
+@pytest.mark.parametrize("case", ["regression", "lm"])
 def test_dropout_keeps_the_mean(case):
     """Dropout that falls on the columns of a fast weight's change averages out, as dropout on inputs does."""
     lora = adapted(hope(case), lora_dropout=0.1)

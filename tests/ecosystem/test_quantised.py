@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ecosystem.tiny_hope import CASES, hope, ids
+from tests.ecosystem.tiny_hope import hope, ids, slow_but
 
 TEXT = ids()
 
@@ -29,7 +29,7 @@ def logits(model):
         return model(TEXT).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but())
 def test_int8_weights_of_torchao(case):
     quantization = pytest.importorskip("torchao.quantization")
     model = hope(case).float()
@@ -46,7 +46,7 @@ def test_int8_weights_of_torchao(case):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but())
 def test_dynamic_quantisation_of_torch(case):
     """Its layers round their inputs too, so the numbers are near those of the rounded weights, not equal."""
     model = hope(case).float()

@@ -1,5 +1,9 @@
 """Small Hope models in float64: one per mixer, hybrids, and one per way in which a CMS learns."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,6 +56,16 @@ LEARNING = {
     "lm exact": {"cms_update": "lm", "cms_meta_gradient": "exact"},
 }
 CASES = [*MIXERS, "hybrid", *LEARNING]
+
+
+# One for each way in which weights are read: gates that memories generate, gates from the input, recall,
+# attention, fast weights in one block after the other and in the whole model.
+FAST = ("self_modifying_titans", "titans", "mac", "attention", "regression nested exact", "lm")
+
+
+def slow_but(fast: Iterable[str] = FAST, cases: Iterable[str] = CASES) -> list[Any]:
+    """The cases as parameters of a test, those that are not `fast` marked slow."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (case not in fast)) for case in cases]
 
 
 def hope(case: str, seed: int = 0, **overrides) -> HopeForCausalLM:

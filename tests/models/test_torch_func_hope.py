@@ -4,14 +4,12 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from tests.ecosystem.tiny_hope import CASES, LEARNING, hope, ids
-
-FAST = {"self_modifying_titans", "titans", "mac", "deltanet", "regression nested exact", "lm"}
+from tests.ecosystem.tiny_hope import LEARNING, hope, ids, slow_but
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("recompute", [None, "chunk"])
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CASES])
+@pytest.mark.parametrize("case", slow_but())
 def test_gradients_of_all_rows_at_once_are_those_of_each_row(case, recompute):
     if recompute and (case in LEARNING or "attention" in case):
         pytest.skip("one case of each engine")

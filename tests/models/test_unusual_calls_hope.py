@@ -5,11 +5,9 @@ import torch
 
 from nested_learning.layers.drop_in import LowRankSelfModifyingMLP, SelfModifyingLinear
 from nested_learning.layers.registry import build_mixer
-from tests.ecosystem.tiny_hope import CASES, LEARNING, MIXERS, VOCAB, hope, ids
+from tests.ecosystem.tiny_hope import CASES, LEARNING, MIXERS, VOCAB, hope, ids, slow_but
 
 TEXT = ids()
-FAST = {"attention", "self_modifying_titans", "titans", "mac", "mag", "regression nested exact", "lm"}
-SOME = [pytest.param(case, marks=[pytest.mark.slow] * (case not in FAST)) for case in CASES]
 
 
 def loss_and_gradients(model, cache):
@@ -19,7 +17,7 @@ def loss_and_gradients(model, cache):
     return [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", slow_but())
 def test_a_cache_from_inference_mode_is_trained_on(case):
     """As one from no_grad is."""
     model = hope(case)
@@ -64,7 +62,7 @@ def test_a_state_of_a_layer_from_inference_mode_is_trained_on(name):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", slow_but())
 def test_a_batch_of_no_rows_is_read_and_continued(case):
     """What a process gets that has no row left; its gradients are zero."""
     model = hope(case)

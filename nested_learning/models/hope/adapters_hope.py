@@ -1,4 +1,4 @@
-"""What peft, where it is used, has to know of Hope."""
+"""Default targets of adapters in Hope, for peft where it is used."""
 
 from __future__ import annotations
 
