@@ -13,6 +13,7 @@ from tests.conformance.table import OUTDATED
 
 NOT_APPLICABLE = "not applicable: "
 NOT_RUN = "not run: a file is missing"
+_RANKS = ("skipped", "passed", "failure", "error")
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Results:
 def read_results(paths: Iterable[Path]) -> Results:
     """The outcomes in files of JUnit's XML, one entry per test and configuration.
 
-    A test that fails in a subtest, or in its set-up, is there more than once and counts as one that failed.
+    A test with subtests is there more than once, and counts as failed where one of them failed, as skipped
+    where all of it was skipped.
     """
     results = Results()
     outcomes: dict[tuple[str, str], tuple[str, str]] = {}
@@ -47,7 +49,7 @@ def read_results(paths: Iterable[Path]) -> Results:
         for element in case:
             if element.tag in ("failure", "error", "skipped"):
                 outcome = (element.tag, (element.get("message") or element.text or "").strip())
-        if outcomes.get(key, ("passed", ""))[0] not in ("failure", "error"):
+        if key not in outcomes or _RANKS.index(outcome[0]) > _RANKS.index(outcomes[key][0]):
             outcomes[key] = outcome
     base = _without_parameters({test for _, test in outcomes})
     for (configuration, test), (kind, message) in outcomes.items():

@@ -16,7 +16,12 @@ from unittest import mock
 
 import torch
 from tests.causal_lm_tester import CausalLMModelTest
-from tests.models.hope.table import CONFIGURATIONS, FOR_ATTENTION, NOT_APPLICABLE
+from tests.models.hope.table import (
+    CONFIGURATIONS,
+    FOR_ATTENTION,
+    LEARNING_FROM_GENERATED,
+    NOT_APPLICABLE,
+)
 from tests.test_modeling_common import ids_tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -183,6 +188,21 @@ def _with_attentions(test: str) -> Any:
     return run
 
 
+def _learning_from_generated(test: str) -> Any:
+    """A test during which `generate` is called with `learn_from_generated`."""
+    generate = HopeForCausalLM.generate
+
+    def learning(model: HopeForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        return generate(model, *args, learn_from_generated=True, **kwargs)
+
+    def run(self: HopeTests, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(HopeForCausalLM, "generate", learning):
+            getattr(super(type(self), self), test)(*args, **kwargs)
+
+    run.__name__ = test
+    return run
+
+
 def _reason(configuration: str, test: str) -> str | None:
     """Why a test cannot apply; its name may have the number and values that `parameterized` appends."""
     reasons = NOT_APPLICABLE.get(configuration, {})
@@ -195,6 +215,8 @@ for configuration, fields in CONFIGURATIONS.items():
         reason = _reason(configuration, test)
         if test in FOR_ATTENTION:
             body[test] = _with_attentions(test)
+        if test in LEARNING_FROM_GENERATED and fields.get("cms_update", "none") != "none":
+            body[test] = _learning_from_generated(test)
         if reason:
             body[test] = _without(test, reason)
     name = f"Hope_{configuration}"

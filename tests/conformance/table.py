@@ -8,6 +8,10 @@ _TOKENS = "cms_update='lm' learns from the loss of the next token: it needs inpu
 # By configuration, test name (without its parameters) to the reason.
 NOT_APPLICABLE: dict[str, dict[str, str]] = {
     "lm": {
+        "test_retain_grad_hidden_states_attentions": (
+            "a model with cms_update='lm' runs in segments: its hidden states are joined from theirs, and no "
+            "gradient passes through the joined ones"
+        ),
         "test_inputs_embeds": _TOKENS,
         "test_inputs_embeds_matches_input_ids": _TOKENS,
         "test_generate_from_inputs_embeds": _TOKENS,
@@ -21,6 +25,13 @@ OUTDATED = {"unexpected keyword argument 'grouped_entities'": "pipelines no long
 
 # Tests that transformers asks of models with attention only, and that hold for every Hope.
 FOR_ATTENTION = ("test_left_padding_compatibility",)
+
+# Tests that compare one call of `generate` with two: in the second, what the first one generated is in the
+# prompt, from which a CMS learns in context. They hold where it learns from what it generates too.
+LEARNING_FROM_GENERATED = (
+    "test_generate_continue_from_past_key_values",
+    "test_generate_continue_from_inputs_embeds",
+)
 
 # Short chunks, so that the tests' seven tokens cross boundaries.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

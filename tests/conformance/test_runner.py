@@ -92,7 +92,8 @@ def test_the_report_counts_each_test_once_and_says_why_others_did_not_run(tmp_pa
         tmp_path,
         "titans",
         '<case name="test_a"/><case name="test_b"><failure message="ValueError: wrong&#10;more"/></case>'
-        '<case name="test_b"/><case name="test_c_0_x"><skipped message="not applicable: no heads"/></case>'
+        '<case name="test_b"/><case name="test_b"><skipped message="one of three"/></case>'
+        '<case name="test_c_0_x"><skipped message="not applicable: no heads"/></case>'
         '<case name="test_c_1_y"><skipped message="not applicable: no heads"/></case>'
         f'<case name="test_d"><failure message="TypeError: {old}"/></case>'
         f'<case name="test_e"><skipped message="{NOT_RUN}"/></case>'
