@@ -127,6 +127,7 @@ def _read_pending(path: str, text: str, vocab_size: int) -> list[int]:
     is_list = isinstance(pending, list) and all(type(i) is int and 0 <= i < vocab_size for i in pending)
     if not is_list:
         raise ValueError(
-            f"{path} is damaged: its {PENDING} is {text[:60]}, expected a list of ids from 0 to {vocab_size - 1}"
+            f"{path} is damaged: its {PENDING} is {text[:60]}, expected a list of ids from 0 to "
+            f"{vocab_size - 1}"
         )
     return pending  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a model's states look like: found by running it on the meta device, where nothing is computed."""
+"""Classes, dtypes, shapes and ranges of a model's states, found by running it on the meta device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOWN_MOST = 16  # configurations that are kept
 
 @dataclass(frozen=True)
 class ExpectedState:
-    """What is known of one of a model's states before it is seen.
+    """One of a model's states, as far as it is known before it is seen.
 
     Attributes:
         kind: class of the state.
@@ -115,7 +115,9 @@ def _find_on(device: str, config: HopeConfig) -> dict[str, ExpectedState]:
             model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values.states
             for length in (1, 2)
         )
-    return {name: _expected(name, one[name], two[name], model) for name in one}
+    # A mixer's state at the start of the running chunk is one of its states, but does not grow by each token.
+    kinds = {name: name.replace(".start", ".mixer") for name in one}
+    return {name: _expected(kind, one[kind], two[kind], model) for name, kind in kinds.items()}
 
 
 def _expected(name: str, one: State, two: State, model: Any) -> ExpectedState:
@@ -130,7 +132,7 @@ def _expected(name: str, one: State, two: State, model: Any) -> ExpectedState:
 
 
 def _module(name: str, model: Any) -> nn.Module:
-    """The module whose state goes by a name: "layers.0.mixer", "layers.0.start" (a mixer's too), "pending"."""
+    """The module with the state of this name: "layers.0.mixer", "layers.0.cms", "pending" (the model)."""
     parts = name.split(".")
     if len(parts) < 3:
         return model
