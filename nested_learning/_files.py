@@ -26,6 +26,8 @@ KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
+# All that torch.save says of a full disk: its writer is not where it should be.
+TORCH_SIGNS = ("inline_container", "PytorchStreamWriter", "iostream error")
 MIB = 2**20
 
 
@@ -41,7 +43,10 @@ def writable(path: str | os.PathLike[str]) -> Path:
     found = _status(path) or _status(target)
     if found is None:
         if not target.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no folder {target.parent}; make it first")
+            raise FileNotFoundError(
+                f"cannot write {path}: there is no folder {target.parent} "
+                "(No such file or directory); make it first"
+            )
         return target
     kind = next((name for is_kind, name in KINDS if is_kind(found.st_mode)), None)
     if kind is not None:
@@ -131,8 +136,7 @@ def _no_room(error: BaseException | None, path: Path) -> tuple[int | None, str]:
             number = int(found[1])
         if number in NO_ROOM:
             return number, os.strerror(number)
-        # torch.save says no more than that its writer is not where it should be.
-        if "inline_container" in text or "PytorchStreamWriter" in text:
+        if any(sign in text for sign in TORCH_SIGNS):
             free = shutil.disk_usage(existing(path)).free
             if free < MIB:
                 return errno.ENOSPC, f"{free:,} bytes are free"

@@ -77,7 +77,7 @@ class TestRefused:
 
     def test_a_folder_that_is_missing(self, tmp_path, write):
         with pytest.raises(
-            FileNotFoundError, match=r"cannot write .* there is no folder .*missing; make it first"
+            FileNotFoundError, match=r"cannot write .* there is no folder .*missing .*; make it first"
         ):
             write(tmp_path / "missing" / "file")
         assert not os.listdir(tmp_path)
@@ -165,8 +165,15 @@ class TestFailure:
         assert path.read_text() == "old"
         assert os.listdir(tmp_path) == ["file"]
 
-    def test_torch_says_only_that_its_writer_is_lost(self, tmp_path, monkeypatch):
-        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
+            "basic_ios::clear: iostream error",
+        ],
+    )
+    def test_torch_says_only_that_its_writer_is_lost(self, tmp_path, monkeypatch, text):
+        error = RuntimeError(text)
         assert _files.write_failure(error, tmp_path / "optimizer.pt", "It stands") is None  # there is room
         monkeypatch.setattr(_files.shutil, "disk_usage", lambda path: type("usage", (), {"free": 4096}))
         failure = _files.write_failure(error, tmp_path / "optimizer.pt", "It stands")

@@ -98,7 +98,7 @@ class SavedRows:
             raise ValueError(
                 f"{prefix}tokens is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
             )
-        vocab_size = self._model.get_input_embeddings().weight.shape[0]
+        vocab_size = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             raise ValueError(
                 f"{prefix}tokens has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "

@@ -223,7 +223,7 @@ def checkpoint_to_resume(checkpoints: Path, process: PartialState) -> Path | Non
 
 def _newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """(the newest whole checkpoint or None, what is wrong with each newer one)."""
-    damaged = []
+    damaged: list[str] = []
     for _, checkpoint in reversed(numbered(checkpoints)):
         what = flaw(checkpoint)
         if what is None:

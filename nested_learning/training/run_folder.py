@@ -33,6 +33,8 @@ class RunFolder:
     def is_run(self) -> bool:
         """True if the folder holds a run of this package."""
         try:
+            if not self.config.is_file():  # a pipe would keep the reader waiting
+                return False
             with open(self.config, encoding="utf-8") as file:
                 return file.readline() == HEADER
         except (OSError, UnicodeDecodeError):

@@ -16,7 +16,7 @@ from tests.continual.test_invariances import LEVELS, assert_equal_contents, cont
 from tests.continual.tiny_models import VOCAB, random_ids, tiny_model
 from tests.damage import check_refusal, damaged_bytes, damaged_content, read_file, write_checked
 
-SLOW = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 DOWN = "0/2/delta/model.layers.0.mlp.up_proj.weight:down"
 

@@ -224,6 +224,39 @@ class TestLock:
         learner_on().memory.load(path)
 
 
+class TestPaths:
+    def test_what_is_no_regular_file_is_refused_and_nothing_made(self, saved, tmp_path):
+        learner, _ = saved
+        folder = tmp_path / "own"
+        folder.mkdir()
+        os.mkfifo(folder / "pipe")
+        for use in (learner.memory.save, lambda path: learner.memory.lock(path).__enter__()):
+            with pytest.raises(ValueError, match="it is a pipe"):
+                use(folder / "pipe")
+            with pytest.raises(FileNotFoundError, match="there is no folder"):
+                use(folder / "missing" / "memory")
+        for name in ("pipe", "missing", "missing/memory", "."):
+            with pytest.raises(FileNotFoundError, match="no memory file"):
+                learner.memory.load(folder / name)
+        assert os.listdir(folder) == ["pipe"]
+
+    def test_two_names_of_one_file_share_its_lock(self, saved):
+        learner, path = saved
+        link = path.with_name("link")
+        link.symlink_to(path.name)
+        path.chmod(0o640)
+        with learner.memory.lock(link):
+            learner.memory.save(path)
+            learner.memory.load(link)
+            for name in (path, link):
+                with pytest.raises(ValueError, match="in use"):
+                    learner_on().memory.load(name)
+        learner.memory.save(link)
+        assert link.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert not link.with_name("link.lock").exists()
+
+
 class TestReset:
     def test_everything(self):
         learner = learner_on()

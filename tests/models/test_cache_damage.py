@@ -20,14 +20,14 @@ from tests.compat import cases
 from tests.damage import check_refusal, damaged_bytes, damaged_content, read_file, write_checked
 from tests.models.small_models import VOCAB, small_model
 
-SLOW = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 MIXERS = ["sliding_window_attention", "self_modifying_titans", "attention", "titans"]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model with several kinds of states, the file of a session in the middle of all chunks, its content."""
+    """A model with several kinds of states, and the file and content of a session amid all chunks."""
     model = small_model(
         MIXERS,
         cms_update="lm",

@@ -243,7 +243,7 @@ def test_damage(stopped, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, **FUZZ)
+@settings(max_examples=1000, **FUZZ)
 @given(data=st.data())
 def test_much_damage(stopped, data):
     fuzz(stopped, data)
