@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Errors of a write that has nowhere to go, in words.
+# Errors of a write that ends in the middle, in words.
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is larger than its file system, or a limit on this process, allows",
+    errno.EIO: "the system took only a part of it",
 }
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -26,7 +27,7 @@ KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
-# All that torch.save says of a full disk: its writer is not where it should be.
+# All that torch.save says of a full disk, or of any write that fails: its writer is not where it should be.
 TORCH_SIGNS = ("inline_container", "PytorchStreamWriter", "iostream error")
 MIB = 2**20
 
@@ -138,8 +139,7 @@ def _no_room(error: BaseException | None, path: Path) -> tuple[int | None, str]:
             return number, os.strerror(number)
         if any(sign in text for sign in TORCH_SIGNS):
             free = shutil.disk_usage(existing(path)).free
-            if free < MIB:
-                return errno.ENOSPC, f"{free:,} bytes are free"
+            return errno.ENOSPC if free < MIB else errno.EIO, f"{free:,} bytes are free"
         error = error.__cause__ or error.__context__
     return None, ""
 

@@ -450,11 +450,16 @@ def test_two_processes_take_the_same_whole_one(config, tmp_path):
     path.write_text(yaml.safe_dump({**yaml.safe_load(dump_config(config("two"))), "keep_checkpoints": 3}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "nested_learning", "train", "--quiet", "--json", "--output", str(tmp_path / "run")]
+    command += ["-m", "nested_learning", "train", "--quiet", "--json"]
 
     def run(*flags):
         done = subprocess.run(
-            [*command, *flags], env=environment, capture_output=True, text=True, timeout=300, check=False
+            [*command, *flags, "--output", str(tmp_path / "run")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
