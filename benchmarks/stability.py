@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nested_learning import HopeForCausalLM
-from nested_learning._files import write_text
+from nested_learning._files import replacing, write_text
 from nested_learning.layers import MIXERS, ComposedMemory, MemoryLayer
 from nested_learning.models.presets import preset
 from nested_learning.training.config import OptimConfig
@@ -153,7 +153,8 @@ def plot(traces: dict[str, Trace], path: Path) -> None:
     below.axhline(10, color="grey", linestyle="--", linewidth=1)
     below.set_ylabel("outer gradient norm before clipping")
     below.set_xlabel("optimizer step")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
 
 

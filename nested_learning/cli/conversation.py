@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._precision import loading_dtype
+from nested_learning._tensor_files import parse_json
 from nested_learning.models import HopeCache, HopeForCausalLM
 from nested_learning.training.data import load_tokenizer
 from nested_learning.training.models import any_config, saved_folder
@@ -74,8 +73,10 @@ class Conversation:
         if path is None:
             return cls(model, tokenizer, HopeCache(model.config), [])
         cache = HopeCache.load(path, model, device=model.device)
+        if cache.batch_size != 1:
+            raise ValueError(f"{path} holds {cache.batch_size} texts side by side, expected one conversation")
         with safe_open(path, framework="pt") as file:
-            pending = json.loads((file.metadata() or {}).get(PENDING, "[]"))
+            pending = _read_pending(path, (file.metadata() or {}).get(PENDING, "[]"), model.config.vocab_size)
         return cls(model, tokenizer, cache, pending)
 
     @property
@@ -113,16 +114,22 @@ class Conversation:
         """Write the conversation to one safetensors file, which `HopeCache.load` reads as well.
 
         Raises:
+            ValueError: nothing was read yet, or the path is that of a folder, a device or a pipe.
             OSError: the file cannot be written; an earlier one of that name is left as it was.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.state")
-        try:
-            self.cache.save(temporary)
-            with safe_open(temporary, framework="pt") as file:
-                metadata = {**file.metadata(), PENDING: json.dumps(self.pending)}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.cache.save(path, {PENDING: json.dumps(self.pending)})
+
+
+def _read_pending(path: str, text: str, vocab_size: int) -> list[int]:
+    """The ids that were not fed yet. ValueError for anything but a list of ids of the vocabulary."""
+    try:
+        pending = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its {PENDING} is no JSON: {error}") from error
+    is_list = isinstance(pending, list) and all(type(i) is int and 0 <= i < vocab_size for i in pending)
+    if not is_list:
+        raise ValueError(
+            f"{path} is damaged: its {PENDING} is {text[:60]}, expected a list of ids from 0 to "
+            f"{vocab_size - 1}"
+        )
+    return pending  # type: ignore[return-value]

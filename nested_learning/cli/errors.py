@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from nested_learning._files import NO_ROOM
+
 
 def bad_input(error: Exception) -> str | None:
     """The message for an error that bad input causes, or None for an error of the program.
@@ -17,9 +19,10 @@ def bad_input(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.strerror}: {error.filename}"
+        return f"{NO_ROOM.get(error.errno or 0, error.strerror)}: {error.filename}"
     if isinstance(error, SafetensorError):
-        return f"the safetensors file is damaged: {error}"
+        fault = "could not be written" if "while serializing" in str(error) else "is damaged"
+        return f"the safetensors file {fault}: {error}"
     return str(error) if isinstance(error, (ValueError, OSError)) else None
 
 

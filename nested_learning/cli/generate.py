@@ -99,14 +99,18 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         stream: print prompt and text to stdout as they come.
 
     Raises:
-        ValueError: a folder or state file that is missing, damaged or of another model.
+        ValueError: a folder or state file that is missing, damaged or of another model; a state to be
+            written over a folder, a device or a pipe.
         OSError: the state file cannot be written.
     """
     from accelerate.utils import set_seed
     from transformers import TextStreamer
 
+    from nested_learning._files import writable
     from nested_learning.cli.conversation import Conversation, load_model
 
+    if config.save_state:
+        writable(config.save_state)  # refused before a long text is written
     model, tokenizer = load_model(model_folder)
     conversation = Conversation.open(model, tokenizer, config.load_state)
     streamer = None

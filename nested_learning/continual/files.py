@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +13,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nested_learning._files import write_tensors
-from nested_learning.continual.context import Context
+from nested_learning._files import writable
+from nested_learning._tensor_files import check_whole, parse_json, read_tensors, write_tensors
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.saved_rows import SavedRows
 from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
-VERSION = "1"
+VERSION, WITHOUT_CHECKSUM = "2", "1"
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
 
 
@@ -46,12 +47,14 @@ def fingerprint(model: nn.Module) -> str:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Nobody else, in this process or another, has the memory file in use inside the scope.
 
-    The lock is the operating system's, on `PATH.lock`: it ends with the process, even one that is killed.
+    The lock is the operating system's, on `PATH.lock` beside the file that the path stands for: it ends with
+    the process, even one that is killed.
 
     Raises:
-        ValueError: the file is in use.
+        ValueError: the file is in use, or it is a folder, a device or a pipe.
+        OSError: its folder is missing, or it is write-protected.
     """
-    lock = FileLock(f"{os.fspath(path)}.lock")
+    lock = FileLock(f"{writable(path)}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -63,23 +66,6 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors on the device, metadata).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or no safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no memory file at {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            # Copies, not views of the mapped file: deltas are written in place, files only as a whole.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
 
 
 def to_json(value: Any) -> str:
@@ -97,33 +83,56 @@ def write_memory(path: Path, rows: Sequence[Row], identity: dict[str, str]) -> N
 
 
 def read_memory(
-    path: Path, writers: Sequence[DeltaWriter], model: PreTrainedModel, identity: dict[str, str]
+    path: Path,
+    writers: Sequence[DeltaWriter],
+    model: PreTrainedModel,
+    plan: ReadingPlan,
+    identity: dict[str, str],
 ) -> list[Row]:
     """The rows of a file that a learner of this identity wrote, on the model's device.
+
+    Warns:
+        RuntimeWarning: the file is of a version without checksums.
 
     Raises:
         FileNotFoundError, ValueError: see `Memory.load`.
     """
-    tensors, metadata = read_tensors(path, model.device)
+    tensors, metadata = read_tensors(path, "memory")
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not the memory of a learner")
-    if metadata.get("version") != VERSION:
+    version = metadata.get("version")
+    if version not in (VERSION, WITHOUT_CHECKSUM):
         raise ValueError(
-            f"{path} has memory format version {metadata.get('version')!r}, this package reads {VERSION!r}"
+            f"{path} has memory format version {version!r}, this package reads "
+            f"{WITHOUT_CHECKSUM!r} and {VERSION!r}"
         )
-    # "gd" has also been called "sgd". In this JSON of settings no other text can look like the pair.
-    if "levels" in metadata:
-        metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
-    for key, value in identity.items():
-        if metadata.get(key) != value:
-            raise ValueError(_mismatch(path, key, metadata.get(key), value))
     try:
-        return [
-            _read_row(f"{index}/", numbers, tensors, writers, model)
-            for index, numbers in enumerate(json.loads(metadata["rows"]))
-        ]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        if version == VERSION:
+            check_whole(tensors, metadata)
+        # "gd" has also been called "sgd". In this JSON of settings no other text can look like the pair.
+        if "levels" in metadata:
+            metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
+        for key, value in identity.items():
+            if metadata.get(key) != value:
+                raise _Mismatch(_mismatch(path, key, metadata.get(key), value))
+        rows = SavedRows(tensors, writers, model, plan).read(parse_json(metadata["rows"]))
+    except _Mismatch:
+        raise
+    except (KeyError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {what}") from error
+    if version == WITHOUT_CHECKSUM:
+        warnings.warn(
+            f"{path} is of a version without checksums: whether its numbers are those that were written "
+            "cannot be told; saved again, it gets one",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return rows
+
+
+class _Mismatch(ValueError):
+    """A whole file, but another learner's."""
 
 
 def _row_tensors(row: Row) -> dict[str, Tensor]:
@@ -155,41 +164,6 @@ def _row_numbers(row: Row) -> dict[str, Any]:
             for state in row.levels
         ],
     }
-
-
-def _read_row(
-    prefix: str,
-    numbers: dict[str, Any],
-    tensors: dict[str, Tensor],
-    writers: Sequence[DeltaWriter],
-    model: PreTrainedModel,
-) -> Row:
-    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    row = Row.new(len(writers), model.device)
-    row.position, row.start, row.tokens = numbers["position"], numbers["start"], own["tokens"]
-    learn = own.get("mask")  # a file without one is of a time when everything was learned
-    row.learn = torch.ones(len(row.tokens), dtype=torch.bool) if learn is None else learn.cpu()
-    layers = range(numbers["context_layers"])
-    row.context = Context(tuple((own[f"keys/{i}"], own[f"values/{i}"]) for i in layers)).to(model.dtype)
-    for writer, state, saved in zip(writers, row.levels, numbers["levels"], strict=True):
-        state.loss, state.pairs = float(saved["loss"]), saved["pairs"]
-        state.history = list(saved["history"])
-        # The model may have another precision than the one that the file was written with.
-        dtype = memory_dtype(writer.targets[0].weight)
-        for kind, slots in (("delta", state.deltas), ("sum", state.sums)):
-            for slot in writer.keys:
-                if (stored := own.get(f"{writer.index}/{kind}/{slot}")) is not None:
-                    if tuple(stored.shape) != writer.shape(slot):
-                        raise ValueError(
-                            f"{slot} has shape {tuple(stored.shape)}, expected {writer.shape(slot)}"
-                        )
-                    slots[slot] = stored.to(dtype)
-        for field in saved["rule"]:
-            for slot in writer.keys:
-                if (stored := own.get(f"{writer.index}/rule/{field}/{slot}")) is not None:
-                    stored = stored.to(dtype) if stored.is_floating_point() else stored
-                    state.rule.setdefault(slot, {})[field] = stored
-    return row
 
 
 def _mismatch(path: Path, key: str, theirs: str | None, ours: str) -> str:

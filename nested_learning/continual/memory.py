@@ -133,10 +133,11 @@ class Memory:
         """Keep a memory file to oneself inside the scope, in which `save` and `load` use it freely.
 
         Raises:
-            ValueError: another process, or another memory, has it in use.
+            ValueError: another process, or another memory, has it in use; it is a folder, a device or a pipe.
+            OSError: its folder is missing, or it is write-protected.
         """
         with locked(path):
-            self._held = Path(path).absolute()
+            self._held = Path(os.path.realpath(path))
             try:
                 yield
             finally:
@@ -150,7 +151,7 @@ class Memory:
         has nothing of the base model but a fingerprint.
 
         Raises:
-            ValueError: the file is in use by another process.
+            ValueError: the file is in use by another process, or is a folder, a device or a pipe.
             OSError: it cannot be written; an earlier file is left as it was.
         """
         with self._locked(path):
@@ -163,12 +164,17 @@ class Memory:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of another format version, of another base model, or of a learner
                 with other levels or another way of reading; the memory stays as it was.
+
+        Warns:
+            RuntimeWarning: the file is of a version without checksums.
         """
+        if not Path(path).is_file():  # before there is a lock beside it
+            raise FileNotFoundError(f"no memory file at {os.fspath(path)}")
         with self._locked(path):
-            self.rows = read_memory(Path(path), self._writers, self._model, self._identity())
+            self.rows = read_memory(Path(path), self._writers, self._model, self._plan, self._identity())
 
     def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
-        return nullcontext() if self._held == Path(path).absolute() else locked(path)
+        return nullcontext() if self._held == Path(os.path.realpath(path)) else locked(path)
 
     def _identity(self) -> dict[str, str]:
         """Everything that a file must agree with to be loaded."""

@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from nested_learning._files import whole_folder
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.checkpoints import checkpoint_to_resume
 from nested_learning.training.config import OptimConfig, TrainConfig, require
 from nested_learning.training.config_file import read_yaml, to_dict
 from nested_learning.training.data import DataBundle, DataConfig, build_data
@@ -27,7 +29,7 @@ from nested_learning.training.models import saved_folder
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, plot_losses, versions
 from nested_learning.training.run import Outcome, TrainingDiverged
-from nested_learning.training.run_folder import RunFolder, whole_folder, write_json
+from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, trainer_arguments
 
 ADAPT_LR = 1e-5  # of the base model; its weights have been trained before
@@ -131,7 +133,8 @@ def adapt(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a setting, the model, the text or the folder does not fit; several processes.
+        ValueError: a setting, the model, the text or the folder does not fit; several processes; there are
+            checkpoints to resume from, and none is whole.
         OSError: the folder cannot be written.
         TrainingDiverged: a loss was NaN or infinite.
     """
@@ -142,6 +145,7 @@ def adapt(
         )
     folder = RunFolder(config.output)
     folder.check(resume=resume, overwrite=overwrite)
+    checkpoint = checkpoint_to_resume(folder.checkpoints, process_state()) if resume else None
     source = saved_folder(config.model)
     data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
     bundle = build_data(data, config.steps * config.batch_size)
@@ -152,7 +156,7 @@ def adapt(
     if not resume:
         saved = {"config": to_dict(config), "levels": [level.describe() for level in learner.levels]}
         folder.start(yaml.safe_dump(saved, sort_keys=False))
-    return _run(config, folder, learner, bundle, folder.last_checkpoint() if resume else None, progress)
+    return _run(config, folder, learner, bundle, checkpoint, progress)
 
 
 def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
@@ -217,7 +221,7 @@ def _write_results(
     model = learner.model
     if trainer.state.global_step % (config.as_training().eval_every or 1):  # the last step was not evaluated
         trainer.evaluate()
-    with whole_folder(folder.model) as target:
+    with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)
         bundle.tokenizer.save_pretrained(target)
     curves = {

@@ -9,10 +9,11 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from nested_learning._files import whole_folder
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
 from nested_learning.training.report import Curve, hardware, peak_memory, plot_losses, versions
-from nested_learning.training.run_folder import RunFolder, whole_folder, write_json
+from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer
 
 PROMPT_TOKENS = 32
@@ -35,7 +36,7 @@ def write_results(
     memory = peak_memory(trainer.args.device)
     config, model = trainer.config, trainer.lm
     model.config.use_cache = True  # the Trainer turned it off for training
-    with whole_folder(folder.model) as target:
+    with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)
         bundle.tokenizer.save_pretrained(target)
     train, validation = _curve(trainer, "loss"), _curve(trainer, "eval_loss")

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from nested_learning.models import preset
 from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.checkpoints import checkpoint_to_resume
 from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
@@ -66,7 +67,8 @@ def train(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a setting, the text or the folder does not fit; nothing was written.
+        ValueError: a setting, the text or the folder does not fit, or there are checkpoints to resume from
+            and none is whole; nothing was written.
         OSError: the folder cannot be written.
         TrainingDiverged: a loss was NaN or infinite. The state before that step is the last checkpoint.
     """
@@ -75,8 +77,10 @@ def train(
     if process.is_main_process:
         folder.check(resume=resume, overwrite=overwrite)
     process.wait_for_everyone()
+    checkpoint = None
     if resume:
         config = _resumed_config(config, folder)
+        checkpoint = checkpoint_to_resume(folder.checkpoints, process)
     model, bundle, config = _prepare(config, process)
     assert config.steps is not None
     config.optim.warmup(config.steps)  # refuses a warm-up that would fill the run
@@ -85,7 +89,7 @@ def train(
         if not resume:
             folder.start(dump_config(config))
     process.wait_for_everyone()
-    return _run(config, folder, model, bundle, folder.last_checkpoint() if resume else None, progress)
+    return _run(config, folder, model, bundle, checkpoint, progress)
 
 
 def seeded_data(config: TrainConfig) -> DataBundle:

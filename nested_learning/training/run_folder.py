@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_learning._files import write_text
+from nested_learning._files import existing, write_text
+from nested_learning.training.checkpoints import numbered, standing
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.config_file import load_config
 
 HEADER = "# nested-learning training run\n"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
@@ -39,6 +35,8 @@ class RunFolder:
     def is_run(self) -> bool:
         """True if the folder holds a run of this package."""
         try:
+            if not self.config.is_file():  # a pipe would keep the reader waiting
+                return False
             with open(self.config, encoding="utf-8") as file:
                 return file.readline() == HEADER
         except (OSError, UnicodeDecodeError):
@@ -82,9 +80,7 @@ class RunFolder:
 
     def _probe(self) -> None:
         """Write and remove a small file in the folder or its nearest parent; OSError where that fails."""
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
+        place = existing(self.path)
         try:
             with tempfile.TemporaryFile(dir=place) as file:
                 file.write(b"\0" * 65536)
@@ -96,9 +92,7 @@ class RunFolder:
 
     def check_space(self, nbytes: int) -> None:
         """Raise OSError if the file system has less than `nbytes` bytes free."""
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
+        place = existing(self.path)
         free = shutil.disk_usage(place).free
         if free < nbytes:
             raise OSError(
@@ -119,26 +113,14 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint with the most steps, or None."""
-        found = self.checkpoints.glob("checkpoint-*") if self.checkpoints.is_dir() else []
-        numbered = [(int(m[1]), path) for path in found if (m := CHECKPOINT.fullmatch(path.name))]
-        return max(numbered)[1] if numbered else None
+        found = numbered(self.checkpoints)
+        return found[-1][1] if found else None
+
+    def standing(self) -> str:
+        """The sentence `checkpoints.standing` on this run."""
+        return standing(self.checkpoints)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all. ValueError for NaN and infinity, which JSON cannot say."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the name `path` at the end, or goes if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

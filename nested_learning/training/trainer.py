@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,17 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
+from nested_learning._files import last_written, put_folder, write_failure
 from nested_learning._precision import warn_of_slow_bfloat16
+from nested_learning.training.checkpoints import STATE, has_manifest, rotate, standing, write_manifest
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.process import process_state
 from nested_learning.training.run_folder import RunFolder
+
+# Tensors of torch's optimizers that have the shape of their parameter.
+PER_ELEMENT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 
 
 class NonFiniteError(RuntimeError):
@@ -106,7 +111,8 @@ class HopeTrainer(Trainer):
     """Trainer of causal language models on packed blocks; see `train` for a whole run.
 
     A step whose loss or gradient norm is not finite raises NonFiniteError before the parameters change.
-    Checkpoints appear under their name only when they are complete.
+    Checkpoints appear under their name only when they are complete, with a manifest of sizes and sums of
+    their files; see `checkpoints`.
     """
 
     def __init__(
@@ -184,28 +190,88 @@ class HopeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_named(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                _check_optimizer(self.optimizer, self.lr_scheduler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
+        index = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        if checkpoint is not None and not (Path(checkpoint) / f"rng_state{index}.pth").is_file():
+            warnings.warn(
+                f"{checkpoint} was written by another number of processes than the {self.args.world_size} of "
+                "now: random numbers, those of dropout for one, are not those of a run without interruption",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._save_to or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint as the Trainer does, into a hidden folder that is renamed at the end."""
-        name = f"checkpoint-{self.state.global_step}"
-        final = self.checkpoints / name
-        self._save_to = str(final.with_name(".partial"))
+        """Write a checkpoint as the Trainer does, into a hidden folder that is renamed at the end.
+
+        Raises:
+            OSError: it cannot be written. Where the disk is full the message names the file and the last
+                checkpoint, which stands.
+        """
+        partial = self.checkpoints / ".partial"
+        new = partial / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._save_to = str(partial)
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.tokenizer.save_pretrained(Path(self._save_to) / name)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(Path(self._save_to) / name, final)
-                rotate_checkpoints(str(self.checkpoints), self.args.save_total_limit)
+                self._finish_checkpoint(new)
             self.accelerator.wait_for_everyone()
+        except Exception as error:  # torch and safetensors each have their own for a full disk
+            file = self.checkpoints / new.name / last_written(new)
+            failure = write_failure(error, file, standing(self.checkpoints))
+            if failure is None:
+                raise
+            raise failure from error
         finally:
             if self.args.should_save:
-                shutil.rmtree(self._save_to, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             self._save_to = None
+
+    def _finish_checkpoint(self, new: Path) -> None:
+        """Add what the Trainer does not write, the manifest last, and give the folder its place."""
+        final = self.checkpoints / new.name
+        self.tokenizer.save_pretrained(new)
+        best = self.checkpoints / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)  # the Trainer looks for it in the hidden folder
+            self.state.save_to_json(str(new / STATE))
+        write_manifest(new)
+        put_folder(new, final)
+        rotate(self.checkpoints, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+
+
+def _check_optimizer(optimizer: Any, schedule: Any, checkpoint: str) -> None:
+    """ValueError where what was loaded cannot be the state of this optimizer after the checkpoint's steps.
+
+    torch itself takes any state for any parameter.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    step = int(Path(checkpoint).name.rpartition("-")[2])
+    if schedule.last_epoch != step:
+        raise ValueError(f"its schedule is at step {schedule.last_epoch}, the checkpoint at {step}")
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    states = [optimizer.state.get(p, {}) for p in params]
+    known = has_manifest(Path(checkpoint))  # then the file is what was written, also where it lacks some
+    if not known and not all(states) and (any(states) or isinstance(optimizer, torch.optim.AdamW)):
+        lacking = sum(not state for state in states)
+        raise ValueError(f"its optimizer has no state of {lacking} of {len(states)} parameters")
+    for p, state in zip(params, states, strict=True):
+        for name, value in state.items():
+            if name in PER_ELEMENT and tuple(value.shape) != tuple(p.shape):
+                raise ValueError(
+                    f"its optimizer's {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                )
 
 
 @contextmanager

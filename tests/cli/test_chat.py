@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nested_learning.cli.dialogue import Dialogue
@@ -13,6 +15,7 @@ from nested_learning.cli.main import main
 from nested_learning.continual import Level, stack_levels
 from nested_learning.continual.files import locked
 from nested_learning.training.data import byte_tokenizer
+from tests.damage import read_file
 
 LEVELS = ["--chunk_sizes", "4", "8", "--level_lr", "0.5", "0.1"]
 GREEDY = ["--temperature", "0", "--max_new_tokens", "5"]
@@ -162,3 +165,24 @@ def test_two_chats_on_one_file(chat, tmp_path):
         code, _, err = chat(["hello"], "--memory", str(path))
     assert code == 2
     assert "in use by another process" in err
+
+
+def test_a_memory_that_is_a_pipe_is_refused(chat, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, out, err = chat(["hello"], "--memory", str(tmp_path / "pipe"))
+    assert (code, out) == (2, [])
+    assert "it is a pipe; give the name of a regular file" in err
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_memory_without_a_checksum_goes_on_with_a_warning(chat, tmp_path):
+    path = tmp_path / "memory"
+    chat(["hello there"], "--memory", str(path))
+    tensors, metadata = read_file(path)
+    old = {name: text for name, text in metadata.items() if name not in ("sha256", "checked")}
+    save_file(tensors, path, {**old, "version": "1"})
+    with pytest.warns(RuntimeWarning, match="saved again, it gets one"):
+        code, _, err = chat(["again"], "--memory", str(path))
+    assert code == 0
+    assert "12 tokens read so far" in err
+    assert "sha256" in read_file(path)[1]

@@ -1,6 +1,7 @@
 """The commands as a user meets them: exit codes, messages, JSON alone on stdout."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -312,3 +313,39 @@ def test_a_closed_pipe_is_no_error(run_folder):
     command = f"{sys.executable} -m nested_learning info {run_folder} --json | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
+
+
+# Files --------------------------------------------------------------------------------------------------
+
+
+def test_no_command_writes_over_what_is_no_file(capsys, run_folder, tmp_path):
+    """A pipe of our own stands for a device. It is refused before a long text is written."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        path = str(tmp_path / name)
+        for argv in (
+            ["generate", run_folder, "--prompt", "a", "--save_state", path],
+            ["levels", "hope-tiny", "--mermaid", path],
+            ["levels", "hope-tiny", "--png", path],
+        ):
+            assert "it is a pipe; give the name of a regular file" in refused(capsys, *argv)
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_session_is_written_through_a_link_and_keeps_its_mode(capsys, run_folder, tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to("target")
+    argv = ["generate", run_folder, "--prompt", "a", "--max_new_tokens", "3"]
+    json_of(capsys, *argv, "--save_state", str(link))
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    json_of(capsys, *argv, "--load_state", str(target))
+    content = bytearray(target.read_bytes())
+    content[-5] ^= 1
+    target.write_bytes(content)
+    assert "is damaged" in refused(capsys, *argv, "--load_state", str(target), "--json")

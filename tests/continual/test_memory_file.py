@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nested_learning import _files
+from nested_learning import _tensor_files
+from nested_learning._tensor_files import checksum
 from nested_learning.continual import Level, files, stack_levels
 from tests.continual.test_invariances import LEVELS, assert_equal_contents, contents, learner_on
 from tests.continual.tiny_models import random_ids, tiny_model
@@ -20,12 +21,22 @@ from tests.continual.tiny_models import random_ids, tiny_model
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def rewrite(path, change):
-    """Change the tensors and metadata of a file."""
+def rewrite(path, change, *, old=False, checked=True):
+    """Change the tensors and metadata of a file, and give it the checksum of what it holds then.
+
+    Without `checked` it keeps the checksum that it had; with `old` it is of the version that had none.
+    """
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
+    if old:
+        del metadata["sha256"], metadata["checked"]
+        metadata["version"] = "1"
     change(tensors, metadata)
+    if checked and not old:
+        names = [name for name in json.loads(metadata["checked"]) if name in metadata]
+        metadata["checked"] = json.dumps(names)
+        metadata["sha256"] = checksum(tensors, metadata, names)
     save_file(tensors, path, metadata)
 
 
@@ -61,9 +72,10 @@ def test_a_file_from_before_there_were_masks(saved):
     def without_mask(tensors, metadata):
         del tensors["0/mask"]
 
-    rewrite(path, without_mask)
+    rewrite(path, without_mask, old=True)
     loaded = learner_on()
-    loaded.memory.load(path)
+    with pytest.warns(RuntimeWarning, match="without checksums"):
+        loaded.memory.load(path)
     more = random_ids(30, seed=1)
     assert torch.equal(loaded.observe(more), learner.observe(more))
     assert_equal_contents(contents(loaded), contents(learner))
@@ -89,8 +101,9 @@ class TestPlainDescentIsAlsoCalledSgd:
             settings[0]["rule"] = written
             metadata["levels"] = json.dumps(settings, sort_keys=True)
 
-        rewrite(path, as_before)
-        loaded.memory.load(path)
+        rewrite(path, as_before, old=True)
+        with pytest.warns(RuntimeWarning, match="without checksums"):
+            loaded.memory.load(path)
         assert_equal_contents(contents(loaded), contents(learner))
         more = random_ids(30, seed=1)
         assert torch.equal(loaded.observe(more), learner.observe(more))
@@ -138,7 +151,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda t, m: m.update(version="99"), "format version '99', this package reads '1'"),
+            (lambda t, m: m.update(version="99"), "format version '99', this package reads '1' and '2'"),
             (lambda t, m: m.update(format="x"), "not the memory of a learner"),
             (lambda t, m: m.pop("rows"), "damaged"),
             (lambda t, m: t.pop("0/tokens"), "damaged"),
@@ -173,7 +186,7 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(_files, "save_file", write_half)
+    monkeypatch.setattr(_tensor_files, "save_file", write_half)
     learner.observe(random_ids(9))
     with pytest.raises(OSError, match="No space left"):
         learner.memory.save(path)
@@ -209,6 +222,39 @@ class TestLock:
             with pytest.raises(ValueError, match="in use"):
                 learner_on().memory.load(path)
         learner_on().memory.load(path)
+
+
+class TestPaths:
+    def test_what_is_no_regular_file_is_refused_and_nothing_made(self, saved, tmp_path):
+        learner, _ = saved
+        folder = tmp_path / "own"
+        folder.mkdir()
+        os.mkfifo(folder / "pipe")
+        for use in (learner.memory.save, lambda path: learner.memory.lock(path).__enter__()):
+            with pytest.raises(ValueError, match="it is a pipe"):
+                use(folder / "pipe")
+            with pytest.raises(FileNotFoundError, match="there is no folder"):
+                use(folder / "missing" / "memory")
+        for name in ("pipe", "missing", "missing/memory", "."):
+            with pytest.raises(FileNotFoundError, match="no memory file"):
+                learner.memory.load(folder / name)
+        assert os.listdir(folder) == ["pipe"]
+
+    def test_two_names_of_one_file_share_its_lock(self, saved):
+        learner, path = saved
+        link = path.with_name("link")
+        link.symlink_to(path.name)
+        path.chmod(0o640)
+        with learner.memory.lock(link):
+            learner.memory.save(path)
+            learner.memory.load(link)
+            for name in (path, link):
+                with pytest.raises(ValueError, match="in use"):
+                    learner_on().memory.load(name)
+        learner.memory.save(link)
+        assert link.is_symlink()
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert not link.with_name("link.lock").exists()
 
 
 class TestReset:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nested_learning import HopeCache
-from nested_learning.models.hope.cache_hope import _checksum
+from nested_learning._tensor_files import checksum
 from tests.models.small_models import small_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -133,7 +133,7 @@ def test_file_carries_version_fingerprint_and_classes(model, cache, tmp_path):
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "nested_learning.hope_cache"
-    assert metadata["version"] == "2"
+    assert metadata["version"] == "3"
     assert metadata["fingerprint"] == model.config.fingerprint()
     classes = {name: entry["class"] for name, entry in json.loads(metadata["states"]).items()}
     assert classes == {name: type(state).__name__ for name, state in cache.states.items()}
@@ -162,7 +162,7 @@ def test_foreign_files_are_refused(saved):
     save_file(tensors, path)
     refused(path, model, "not a saved HopeCache")
     save_file(tensors, path, {**metadata, "version": "1"})
-    refused(path, model, "cache format version '1', this package reads '2'")
+    refused(path, model, "cache format version '1', this package reads '2', '3'")
     with pytest.raises(FileNotFoundError, match="no cache file"):
         HopeCache.load(path.with_name("nothing"), model)
 
@@ -172,7 +172,7 @@ def test_broken_files_are_refused(saved):
     good = path.read_bytes()
     for bad in (good[: len(good) // 2], b"", b"\x00" * 4096):
         path.write_bytes(bad)
-        refused(path, model, "truncated, corrupt")
+        refused(path, model, "truncated, damaged")
 
 
 KEY = "layers.0.mixer/key"
@@ -233,7 +233,7 @@ def test_files_with_the_wrong_parts_are_refused(saved, states, dropped, added, m
     model, path, tensors, metadata = saved
     metadata["states"] = states(metadata["states"])
     tensors = {name: t for name, t in tensors.items() if not dropped or dropped not in name} | added
-    metadata["sha256"] = _checksum(tensors, metadata)
+    metadata["sha256"] = checksum(tensors, metadata, json.loads(metadata["checked"]))
     save_file(tensors, path, metadata)
     refused(path, model, message)
 
@@ -265,7 +265,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, ids, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nested_learning.models.hope.cache_hope.os.replace", full)
+    monkeypatch.setattr("nested_learning._files.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         model(ids[:1]).past_key_values.save(path)
     assert path.read_bytes() == before

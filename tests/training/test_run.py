@@ -1,6 +1,5 @@
 """A whole run: its losses, its files, going on after an interruption, and stopping at a NaN."""
 
-import errno
 import json
 import os
 import shutil
@@ -267,27 +266,6 @@ def test_a_resumed_run_keeps_its_settings(tiny, signal_after):
         train(tiny(optim=OptimConfig(lr=0.5)), resume=True)
     with pytest.raises(ValueError, match="steps"):
         train(tiny(steps=9), resume=True)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "scheduler.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_named(tiny, signal_after, name):
-    undo = signal_after(3, signal.SIGTERM)
-    checkpoint = train(tiny()).checkpoint
-    undo()
-    content = (checkpoint / name).read_bytes()
-    (checkpoint / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"(?s)checkpoint-4 is damaged .*Remove that folder"):
-        train(tiny(), resume=True)
-
-
-def test_a_full_disk_leaves_no_half_checkpoint(tiny, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device", "optimizer.pt")
-
-    monkeypatch.setattr(HopeTrainer, "_save_optimizer_and_scheduler", fail)
-    with pytest.raises(OSError, match="No space left"):
-        train(tiny())
-    assert list(RunFolder(tiny().output).checkpoints.iterdir()) == []
 
 
 def test_too_little_space_is_seen_before_training(tiny, monkeypatch):

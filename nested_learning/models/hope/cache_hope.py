@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nested_learning._files import write_tensors
 from nested_learning.memory.state import State, TensorFn, held_bytes
+from nested_learning.models.hope.cache_file import Saved, read_cache, write_cache
 
 if TYPE_CHECKING:
     from nested_learning.models.hope.block_hope import Blocks, Tokens
     from nested_learning.models.hope.configuration_hope import HopeConfig
     from nested_learning.models.hope.lm_update import LMUpdate
-
-FORMAT = "nested_learning.hope_cache"
-VERSION = "2"
 
 # Multiplier of the running hash of the token ids (odd, from splitmix64, as a signed 64-bit number).
 _HASH_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -280,34 +273,21 @@ class HopeCache:
 
     # File ----------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
         """Write the cache to one safetensors file, under a temporary name first.
 
+        Args:
+            path: path of the file.
+            notes: metadata of the caller's; the file's checksum covers it too.
+
         Raises:
-            ValueError: if the cache is empty.
+            ValueError: if the cache is empty, or the path is that of a folder, a device or a pipe.
             OSError: if the file cannot be written; nothing is left behind.
         """
         if self.tokens_seen is None:
             raise ValueError("the cache is empty: run the model with it before saving")
-        tensors = {"tokens_seen": self.tokens_seen}
-        if self.prefix_hash is not None:
-            tensors["prefix_hash"] = self.prefix_hash
-        index = {}
-        for name, state in self.states.items():
-            fields = state.to_tensors()
-            index[name] = {"class": type(state).__name__, "fields": sorted(fields)}
-            tensors.update({f"{name}/{field}": tensor for field, tensor in fields.items()})
-        # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": self.config.fingerprint(),
-            "columns": str(self._columns),
-            "states": json.dumps(index),
-        }
-        metadata["sha256"] = _checksum(tensors, metadata)
-        write_tensors(Path(path), tensors, metadata)
+        saved = Saved(self.states, self.tokens_seen, self.prefix_hash, self._columns)
+        write_cache(path, self.config, saved, notes or {})
 
     @classmethod
     def load(
@@ -315,10 +295,11 @@ class HopeCache:
     ) -> HopeCache:
         """Read a cache that `save` wrote.
 
-        It is checked that the file is whole (a checksum over its tensors and what they stand for), and
-        that the model has the configuration of the one that wrote it (`HopeConfig.fingerprint`). The weights
-        are not compared: with a model of the same configuration that was trained otherwise, a cache loads and
-        means nothing. Metadata that others added to the file is left alone.
+        It is checked that the file is whole (a checksum over its tensors and what they stand for), that the
+        model has the configuration of the one that wrote it (`HopeConfig.fingerprint`), and that every
+        tensor has the shape and kind of number that this model's states have, every count the range. The
+        weights are not compared: with a model of the same configuration that was trained otherwise, a cache
+        loads and means nothing. Metadata that others added to the file is left alone.
 
         Args:
             path: path of the file.
@@ -331,78 +312,7 @@ class HopeCache:
                 configuration.
         """
         config: HopeConfig = getattr(config_or_model, "config", config_or_model)
-        tensors, metadata = _read(path, device)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not a saved HopeCache")
-        if metadata.get("version") != VERSION:
-            raise ValueError(
-                f"{path} has cache format version {metadata.get('version')!r}, this package reads {VERSION!r}"
-            )
-        if metadata.get("fingerprint") != config.fingerprint():
-            raise ValueError(
-                f"{path} was saved by a model with another configuration (fingerprint "
-                f"{str(metadata.get('fingerprint'))[:12]}…, this model has {config.fingerprint()[:12]}…); "
-                "load it with the model that wrote it"
-            )
-        try:
-            if metadata["sha256"] != _checksum(tensors, metadata):
-                raise ValueError("its content does not have the checksum that was saved with it")
-            return cls._from_tensors(config, tensors, metadata)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is damaged: {what}") from error
-
-    @classmethod
-    def _from_tensors(
-        cls, config: HopeConfig, tensors: dict[str, Tensor], metadata: dict[str, str]
-    ) -> HopeCache:
+        saved = read_cache(path, config)
         cache = cls(config)
-        cache._columns = int(metadata["columns"])
-        cache.tokens_seen = tensors.pop("tokens_seen")
-        cache.prefix_hash = tensors.pop("prefix_hash", None)
-        batch_size = len(cache.tokens_seen)
-        for name, tensor in tensors.items():
-            if tensor.ndim == 0 or len(tensor) != batch_size:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {batch_size} rows")
-        index = json.loads(metadata["states"])
-        if set(index) != set(config.state_names):
-            raise ValueError(f"it has states {sorted(index)}, the model needs {sorted(config.state_names)}")
-        for name, entry in index.items():
-            fields = {field: tensors.pop(f"{name}/{field}") for field in entry["fields"]}
-            cache.states[name] = _complete(State.registry[entry["class"]].from_tensors(fields), name)
-        if tensors:
-            raise ValueError(f"unexpected tensors {', '.join(sorted(tensors))}")
-        return cache
-
-
-def _complete(state: State, name: str) -> State:
-    """`state`, unless a field is absent that its class does not declare optional."""
-    for field in dataclasses.fields(state):  # type: ignore[arg-type]
-        if getattr(state, field.name) is None and "None" not in str(field.type):
-            raise ValueError(f"state {name} ({type(state).__name__}) lacks {field.name}")
-    return state
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """sha256 (hex) over the tensors, contiguous, with their names, shapes and dtypes, and the metadata."""
-    digest = hashlib.sha256()
-    described = [(name, str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())]
-    fields = [metadata[name] for name in ("fingerprint", "columns", "states")]
-    digest.update(json.dumps([described, fields]).encode())
-    for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(
-    path: str | os.PathLike[str], device: torch.device | str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no cache file at {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            # Copies, not views of the mapped file: a later write to it must not reach a running model.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+        cache.states, cache.tokens_seen, cache.prefix_hash, cache._columns = saved
+        return cache if torch.device(device).type == "cpu" else cache.to(device)
