@@ -34,7 +34,8 @@ def attention_kernels() -> AbstractContextManager[object]:
 def traced() -> bool:
     """Whether Python code is followed, by torch.compile, torch.func or derivatives that go forward, which see
     more in plain operations than in what is arranged for speed."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode()
+    transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transform or torch.compiler.is_compiling()
 
 
 def forward_mode() -> bool:

@@ -16,7 +16,7 @@ from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.effective import held
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.layers.token_inputs import check_state, find_documents
+from nested_learning.layers.token_inputs import check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents
@@ -91,7 +91,9 @@ class _MemoryAndAttention(nn.Module):
         if state is not None:
             check_state(state, MemoryAttentionState, x, {})
         memory, attention = (None, None) if state is None else (state.memory, state.attention)
-        self.memory.check_call(x, memory, mask)
+        check_sequence(x, self.memory.hidden_size, mask, self.memory.in_proj)
+        if memory is not None:
+            self.memory.check_state(memory, x)
         real = mask
         packed = find_documents(x, real, state is not None, documents, position_ids)
         remembered, memory, surprise = self._remember(x, memory, real, packed)

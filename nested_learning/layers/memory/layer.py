@@ -163,10 +163,14 @@ class MemoryLayer(nn.Module):
         Raises:
             ValueError: when x, mask, state, documents or position_ids do not fit.
         """
-        self.check_call(x, state, mask)
-        packed = find_documents(x, mask, state is not None, documents, position_ids)
+        check_sequence(x, self.hidden_size, mask, self.in_proj)
+        if state is not None:
+            self.check_state(state, x)
+        packed = None
+        if documents is not None or position_ids is not None:
+            packed = find_documents(x, mask, state is not None, documents, position_ids)
         if packed is None:
-            y, state, surprise = self._read_rows(x, state, mask, return_surprise)
+            y, state, surprise = self._read(x, state, mask, return_surprise)
         else:
             y, state, surprise = self.read_documents(x, state, packed, return_surprise)
         return (y, state) if surprise is None else (y, state, surprise)
@@ -188,7 +192,7 @@ class MemoryLayer(nn.Module):
         def read(
             x: Tensor, state: MemoryState | None, real: Tensor | None, aligned: bool
         ) -> tuple[tuple[Tensor, Tensor | None], MemoryState]:
-            y, after, surprise = self._read_rows(x, state, real, want_surprise, aligned)
+            y, after, surprise = self._read(x, state, real, want_surprise, aligned)
             return (y, surprise), after
 
         (y, surprise), after = documents.read(read, x, state, max(self.system.chunk_sizes), prefix)
@@ -223,7 +227,7 @@ class MemoryLayer(nn.Module):
 
     # One call: place the tokens, then per segment prepare, run, finish ------------------------------------
 
-    def _read_rows(
+    def _read(
         self,
         x: Tensor,
         state: MemoryState | None,
@@ -236,35 +240,10 @@ class MemoryLayer(nn.Module):
         Args:
             aligned: all rows stand at a boundary of every memory.
         """
-        if x.device.type != "cpu" or traced():  # sizes may be symbols
-            return self._read(x, state, real, want_surprise, aligned)
-        work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of one row's path in one chunk
-        if len(x) * work <= ROWS:
-            return self._read(x, state, real, want_surprise, aligned)
-        groups = -(-len(x) // max(1, ROWS // work))
-        size = -(-len(x) // groups)
-        ys, states, surprises = [], [], []
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            before = None if state is None else state.slice_rows(rows)
-            y, after, surprise = self._read(
-                x[rows], before, None if real is None else real[rows], want_surprise, aligned
-            )
-            ys.append(y)
-            states.append(after)
-            surprises.append(surprise)
-        joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
-        return torch.cat(ys), MemoryState.join_rows(states), joined
-
-    def _read(
-        self,
-        x: Tensor,
-        state: MemoryState | None,
-        real: Tensor | None,
-        want_surprise: bool,
-        aligned: bool,
-    ) -> tuple[Tensor, MemoryState, Tensor | None]:
-        """`_read_rows` on rows that are read together."""
+        if x.device.type == "cpu" and not traced():  # elsewhere sizes may be symbols
+            work = min(x.shape[1], self.system.step) * self.hidden_size  # numbers of a row's path in a chunk
+            if len(x) > (most := max(1, ROWS // work)):
+                return self._read_in_groups(x, state, real, want_surprise, aligned, most)
         place = self._place(x, state, real, aligned)
         start = self._start(state, place.position, torch.promote_types(x.dtype, torch.float32))
         chunk = max(self.system.chunk_sizes)
@@ -280,6 +259,29 @@ class MemoryLayer(nn.Module):
             y = y.masked_fill(~real.unsqueeze(-1), 0)
             surprise = None if surprise is None else surprise * real
         return y, after, surprise
+
+    def _read_in_groups(
+        self,
+        x: Tensor,
+        state: MemoryState | None,
+        real: Tensor | None,
+        want_surprise: bool,
+        aligned: bool,
+        most: int,
+    ) -> tuple[Tensor, MemoryState, Tensor | None]:
+        """`_read` on groups of equal size, of at most so many rows."""
+        size = -(-len(x) // -(-len(x) // most))
+        ys, states, surprises = [], [], []
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            before = None if state is None else state.slice_rows(rows)
+            filled = None if real is None else real[rows]
+            y, after, surprise = self._read(x[rows], before, filled, want_surprise, aligned)
+            ys.append(y)
+            states.append(after)
+            surprises.append(surprise)
+        joined = torch.cat([s for s in surprises if s is not None]) if want_surprise else None
+        return torch.cat(ys), MemoryState.join_rows(states), joined
 
     def _read_recomputed(
         self, place: Place, state: MemoryState, want_surprise: bool
@@ -391,11 +393,8 @@ class MemoryLayer(nn.Module):
             state = state.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return MemoryState(state.anchor, state.current, state.momentum, position, state.conv_tail)
 
-    def check_call(self, x: Tensor, state: MemoryState | None, mask: Tensor | None) -> None:
-        """ValueError where x, state or mask do not fit."""
-        check_sequence(x, self.hidden_size, mask, self.in_proj)
-        if state is None:
-            return
+    def check_state(self, state: MemoryState, x: Tensor) -> None:
+        """ValueError where a state does not fit the layer or the rows of x."""
         if not isinstance(state, MemoryState):
             raise ValueError(
                 f"state must be a MemoryState, got {type(state).__name__}: it is another layer's"

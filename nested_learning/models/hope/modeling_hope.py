@@ -141,15 +141,15 @@ class HopeModel(HopePreTrainedModel):
         states = {} if cache is None else cache.states
         if torch.is_grad_enabled():
             states = {name: state.recordable() for name, state in states.items()}
-        documents = find_documents(
-            x,
-            real,
-            bool(states),
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens=_one_of(cu_seq_lens_q, cu_seq_lens_k),
-            keep=cache is not None,
-        )
+        documents, ends = None, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        if not (position_ids is seq_idx is ends is None):
+            if cu_seq_lens_q is not None and ends is not None and not torch.equal(cu_seq_lens_q, ends):
+                raise ValueError(
+                    "cu_seq_lens_q and cu_seq_lens_k must be the same, got "
+                    f"{cu_seq_lens_q.tolist()} and {ends.tolist()}"
+                )
+            keep = cache is not None
+            documents = find_documents(x, real, bool(states), None, position_ids, seq_idx, ends, keep)
         size = self.config.segment_size or length
         tokens, pieces = Tokens(x, input_ids, real, learn, documents), []
         # without segments no look at the length, which torch.export may leave open
@@ -249,15 +249,6 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(
                 f"learn_mask must be [batch, tokens] = {[rows, length]}, got {list(learn_mask.shape)}"
             )
-
-
-def _one_of(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
-    """Where documents are cut, by what is said for queries and for keys."""
-    if queries is not None and keys is not None and not torch.equal(queries, keys):
-        raise ValueError(
-            f"cu_seq_lens_q and cu_seq_lens_k must be the same, got {queries.tolist()} and {keys.tolist()}"
-        )
-    return keys if queries is None else queries
 
 
 # Arguments of both models: what a keyword may be a typo of.
