@@ -124,8 +124,9 @@ def _across(u: Tensor, g: Tensor) -> Tensor:
 
 
 def _through_silu(g: Tensor, z: Tensor) -> Tensor:
-    """g silu′(z): PyTorch's own kernel, which cannot be differentiated again, where that is not asked for."""
-    if torch.is_grad_enabled():
+    """g silu′(z): PyTorch's own kernel, which cannot be differentiated again nor converted to ONNX, where
+    neither is asked for."""
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         s = torch.sigmoid(z)
         return g * s * (1 + z * (1 - s))
     return torch.ops.aten.silu_backward(g, z)
