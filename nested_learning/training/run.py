@@ -23,7 +23,7 @@ from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import checkpoint_to_resume
 from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
-from nested_learning.training.config_file import dump_config, refuse_changes, to_dict
+from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.process import process_state
@@ -104,6 +104,11 @@ def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     saved = folder.saved_config()
     assert saved.steps is not None
     given = config.with_steps(saved.steps) if config.steps in (None, saved.steps) else config
+    if saved.data.documents != load_config(folder.config).data.documents:
+        # Begun before documents could be marked: the default of today says nothing about the run.
+        given = dataclasses.replace(
+            given, data=dataclasses.replace(given.data, documents=saved.data.documents)
+        )
     refuse_changes(saved, to_dict(given))
     return dataclasses.replace(saved, output=config.output)
 

@@ -31,9 +31,8 @@ def test_packed_and_validation_data(start):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_a_stream_in_one_worker(start):
-    rows = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
-
     def data():
+        rows = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
         return StreamedDataset(TextStream(rows, "text", "test data"), byte_tokenizer(), 8, 40, 1, 16)
 
     expected = samples(data())
