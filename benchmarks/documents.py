@@ -29,7 +29,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "hope-tiny",
         {"mixer_options": {"self_modifying_titans": {"chunk_size": 64, "projection_chunk_size": 64}}},
     ),
-    "gated_deltanet twin": ("hope-tiny", {"mixer": "gated_deltanet", "mixer_options": {}}),
+    "gated_deltanet, chunk 32": (
+        "gated-deltanet-tiny",
+        {"mixer_options": {"gated_deltanet": {"chunk_size": 32}}},
+    ),
+    "gated_deltanet, chunk 64": (
+        "gated-deltanet-tiny",
+        {"mixer_options": {"gated_deltanet": {"chunk_size": 64}}},
+    ),
     "transformer-tiny": ("transformer-tiny", {}),
 }
 
@@ -39,7 +46,7 @@ LAYOUTS = ("full", "flat", "packed", "padded")
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    tokens: int = 8192  # of a batch, about
+    tokens: int = 16_384  # of a batch, about
     shortest: int = 32
     longest: int = 1024
     changes: tuple[tuple[str, Any], ...] = ()  # of the configuration, to shrink it
@@ -135,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--seed", type=int, default=0, help="seed of the lengths")
     options.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, metavar="NAME")
     given = options.parse_args(arguments)
-    size, repeats = QUICK if given.quick else Size(), given.repeats or (1 if given.quick else 7)
+    size, repeats = QUICK if given.quick else Size(), given.repeats or (1 if given.quick else 3)
     rows = [row for name in given.models for row in measure(name, size, repeats, given.seed, given.layouts)]
     show(f"documents in a row, {size}, lengths of seed {given.seed}", rows)
     return record({"size": vars(size), "repeats": repeats, "seed": given.seed, "rows": rows}, given.json)

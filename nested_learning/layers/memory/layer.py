@@ -32,6 +32,8 @@ SHORTEST_HALF_LIFE = math.log(2) / math.log1p(math.exp(-_GATE_BIAS["alpha"]))
 
 # Numbers of one path in one chunk, of all rows that a CPU reads together (measured, docs/log.md).
 ROWS = 262_144
+# Tokens to which the lengths of documents are rounded up where chunks do not count (measured, docs/log.md).
+EXACT_STEP = 16
 
 
 class MemoryLayer(nn.Module):
@@ -195,7 +197,10 @@ class MemoryLayer(nn.Module):
             y, after, surprise = self._read(x, state, real, want_surprise, aligned)
             return (y, surprise), after
 
-        (y, surprise), after = documents.read(read, x, state, max(self.system.chunk_sizes), prefix)
+        # Chunks of an exact memory are a matter of cost alone: a document may end within one.
+        step = max(self.system.chunk_sizes)
+        step = min(step, EXACT_STEP) if self.system.exact else step
+        (y, surprise), after = documents.read(read, x, state, step, prefix)
         return y, after, surprise
 
     def recall(self, q: Tensor, state: MemoryState | None = None) -> Tensor:
