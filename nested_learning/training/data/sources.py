@@ -20,7 +20,6 @@ from nested_learning._errors import unknown
 from nested_learning.training.data.download import shakespeare_file
 from nested_learning.training.data.stdlib import stdlib_documents
 
-STREAM_PREFIX = "hf:"
 SOURCES = ("stdlib", "tinyshakespeare", "hf:NAME", "hf:NAME:CONFIG")
 MIN_FILES_TO_SPLIT = 10
 
