@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nested_learning.training.checks import check_types, require
+from nested_learning._checks import check_types, require
 
 
 @dataclass(kw_only=True)

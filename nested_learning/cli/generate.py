@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nested_learning._checks import check_types, require
 from nested_learning.cli.output import human_bytes, print_json, say
 from nested_learning.cli.parsing import new_parser, parse
-from nested_learning.training.checks import check_types, require
 
 DESCRIPTION = """\
 Continue a prompt with a saved model, printed as it comes.

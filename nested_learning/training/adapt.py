@@ -110,11 +110,16 @@ def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
     saved = read_yaml(folder.config)
     if set(saved) != {"config", "levels"}:
         raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
-    values = saved["config"]
-    data, optim = DataConfig(**values.pop("data")), values.pop("optim")
-    optim["betas"] = tuple(optim["betas"])
-    config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
-    return config, [Level(**level) for level in saved["levels"]]
+    try:
+        values = saved["config"]
+        data, optim = DataConfig(**values.pop("data")), values.pop("optim")
+        optim["betas"] = tuple(optim["betas"])
+        config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
+        return config, [Level(**level) for level in saved["levels"]]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder.config} is damaged: {error}; start the run anew with --overwrite"
+        ) from error
 
 
 def _run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nested_learning.training.checks import check_types, require
+from nested_learning._checks import check_types, require
 from nested_learning.training.config import OptimConfig, TrainConfig
 from nested_learning.training.data.config import DataConfig
 

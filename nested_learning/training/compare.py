@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from nested_learning.training.checks import check_types, require
+from nested_learning._checks import check_types, require
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte, build_data

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nested_learning.training.checks import LARGEST, check_types, require
+from nested_learning._checks import LARGEST, check_types, require
 from nested_learning.training.data.config import DataConfig
 
 DEFAULT_STEPS = 1000

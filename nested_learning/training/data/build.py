@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from nested_learning.training.checks import check_positive
+from nested_learning._checks import check_positive
 from nested_learning.training.data.config import DataConfig
 from nested_learning.training.data.packing import (
     PackedDataset,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nested_learning._checks import check_positive, check_types
 from nested_learning._errors import unknown
-from nested_learning.training.checks import check_positive, check_types
 
 DOCUMENTS = ("marked", "joined")
 STREAM_PREFIX = "hf:"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from nested_learning.training.checks import check_positive
+from nested_learning._checks import check_positive
 from nested_learning.training.data.tokenizers import encode_documents
 
 Sample = dict[str, Tensor]

@@ -45,7 +45,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), hints[field.name]
-        require(_fits(value, kind), prefix + field.name, value, _expected(kind))
+        require(fits(value, kind), prefix + field.name, value, expected(kind))
 
 
 def shown(value: object) -> str:
@@ -57,21 +57,22 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the kind that an annotation says; see `check_types`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, each) for each in inner)
+        return any(fits(value, each) for each in inner)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
     if origin is tuple:
         items = list(value) if isinstance(value, (list, tuple)) else []
-        return len(items) == len(inner) and all(map(_fits, items, inner))
+        return len(items) == len(inner) and all(map(fits, items, inner))
     if origin is list:
-        return isinstance(value, (list, tuple)) and all(_fits(item, inner[0]) for item in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(key, inner[0]) for key in value)
+        return isinstance(value, dict) and all(fits(key, inner[0]) for key in value)
     if kind is str:
         return isinstance(value, str) and "\0" not in value and _has_encoding(value)
     if isinstance(value, bool):
@@ -91,16 +92,17 @@ def _has_encoding(text: str) -> bool:
     return True
 
 
-def _expected(kind: Any) -> str:
+def expected(kind: Any) -> str:
+    """The values of an annotation, in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(_expected(each) for each in inner)
+        return " or ".join(expected(each) for each in inner)
     if origin is Literal:
         return " or ".join(repr(each) for each in inner)
     if origin is tuple:
-        return f"{len(inner)} values, each {_expected(inner[0])}"
+        return f"{len(inner)} values, each {expected(inner[0])}"
     if origin is list:
-        return f"a list, each of it {_expected(inner[0])}"
+        return f"a list, each of it {expected(inner[0])}"
     if dataclasses.is_dataclass(kind):
         return "a group of keys with their values"
     return _WORDS.get(origin or kind, "another kind of value")
