@@ -1,14 +1,34 @@
 """Nested Learning in PyTorch: Hope, self-modifying Titans and the continuum memory system.
 
-Importing the package registers "hope" with transformers' Auto classes.
+Importing the package is quick: torch and transformers are imported with the first name that needs them.
+transformers' Auto classes know "hope" from then on, whichever of the two is imported first; see
+`nested_learning._auto_classes`.
 """
 
-from nested_learning import _moved
+from typing import TYPE_CHECKING
+
+from nested_learning import _auto_classes, _moved
+from nested_learning._lazy import names_on_first_use
 from nested_learning._version import __version__
-from nested_learning.layers import Attention, ContinuumMemorySystem, SelfModifyingTitans, Titans
-from nested_learning.models import PRESETS, HopeCache, HopeConfig, HopeForCausalLM, HopeModel, preset
+
+if TYPE_CHECKING:
+    from nested_learning.layers import Attention, ContinuumMemorySystem, SelfModifyingTitans, Titans
+    from nested_learning.models import PRESETS, HopeCache, HopeConfig, HopeForCausalLM, HopeModel, preset
+else:
+    _LAYERS = ("Attention", "ContinuumMemorySystem", "SelfModifyingTitans", "Titans")
+    _MODELS = ("PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset")
+    _FOLDERS = ("continual", "layers", "levels", "memory", "models", "ops", "optimizers", "training")
+    __getattr__, __dir__ = names_on_first_use(
+        __name__,
+        {
+            **dict.fromkeys(_LAYERS, "nested_learning.layers"),
+            **dict.fromkeys(_MODELS, "nested_learning.models"),
+            **{name: f"nested_learning.{name}" for name in _FOLDERS},
+        },
+    )
 
 _moved.install()
+_auto_classes.install()
 
 __all__ = [
     "PRESETS",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from nested_learning import _files, _tensor_files
 from nested_learning._files import put_folder, replacing, whole_folder, writable, write_bytes, write_text
 from nested_learning._tensor_files import write_tensors
-from nested_learning.cli.errors import bad_input
+from nested_learning.cli.errors import message_of
 
 WRITERS = {
     "text": lambda path: write_text(path, "new"),
@@ -156,7 +156,7 @@ class TestFailure:
         with pytest.raises(OSError, match=said) as caught, replacing(path) as temporary:  # noqa: PT012
             temporary.write_bytes(b"half")
             raise error
-        message = bad_input(caught.value)
+        message = message_of(caught.value)
         assert message == str(caught.value)
         assert message.startswith(f"cannot write {path}: ")
         assert message.endswith("A file of that name is left as it was; make room and try again.")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from nested_learning.cli.level_flags import add_level_flags, levels_of
 from nested_learning.cli.output import print_json, print_table, program, say
 from nested_learning.cli.parsing import hide_group_flags, new_parser, parse
-from nested_learning.continual.level import Level
-from nested_learning.training.adapt import AdaptConfig
+from nested_learning.training.adapt_config import AdaptConfig
+
+if TYPE_CHECKING:
+    from nested_learning.continual.level import Level
 
 ALIASES = {"--data": "--data.source", "--block_size": "--data.block_size", "--lr": "--optim.lr"}
 DESCRIPTION = """\

@@ -7,7 +7,7 @@ from typing import Any
 from nested_learning.cli.output import human_bytes, print_json, print_table, say
 from nested_learning.cli.parsing import DATA_ALIASES, hide_group_flags, new_parser, parse
 from nested_learning.training.config import OptimConfig
-from nested_learning.training.data import DataConfig
+from nested_learning.training.data.config import DataConfig
 
 DESCRIPTION = """\
 Train two or more models on the same batches, one step of each in turn, and tabulate the results.

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nested_learning._checks import check_types, require
 from nested_learning.cli.output import human_bytes, print_json, say
 from nested_learning.cli.parsing import new_parser, parse
-from nested_learning.training.config import require
 
 DESCRIPTION = """\
 Continue a prompt with a saved model, printed as it comes.
@@ -51,6 +51,7 @@ class GenerateConfig:
     load_state: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or a whole number above 0")

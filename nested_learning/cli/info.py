@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nested_learning._checks import shown
 from nested_learning.cli.output import human_bytes, print_json, print_table
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -18,6 +19,7 @@ examples:
   nested-learning info hope-1.3b
   nested-learning info runs/first --batch 1 32 --tokens 1024 65536 --json
 """
+MOST = 10**12  # sequences, tokens
 
 
 def run(argv: list[str]) -> int:
@@ -31,8 +33,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON, alone on stdout")
     values = parse(parser, argv)
     for name in ("batch", "tokens"):
-        if min(values[name]) < 1:
-            raise ValueError(f"--{name} is {values[name]}; expected whole numbers above 0")
+        if not 1 <= min(values[name]) <= max(values[name]) <= MOST:
+            raise ValueError(f"--{name} is {shown(values[name])}; expected whole numbers from 1 to {MOST:,}")
     result = info(values.model, values.batch, values.tokens)
     print_json(result) if values.json else _print(result)
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from nested_learning.continual.level import Level, check_levels
+if TYPE_CHECKING:
+    from nested_learning.continual.level import Level
 
 
 def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr: float) -> None:
@@ -38,6 +39,8 @@ def levels_of(values: Namespace) -> tuple[Level, ...]:
     Raises:
         ValueError: a flag has neither one value nor one per level, or a value does not fit.
     """
+    from nested_learning.continual.level import Level, check_levels
+
     count = len(values.chunk_sizes)
     rates, layers = _per_level("level_lr", values, count), _per_level("layers", values, count)
     rules, ranks = _per_level("rule", values, count), _per_level("rank", values, count)

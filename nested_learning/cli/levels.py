@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nested_learning._errors import unknown
-from nested_learning._files import write_text
 from nested_learning.cli.output import print_json, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -47,6 +46,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--mermaid", type=str, metavar="FILE", help="also write a Mermaid flowchart")
     parser.add_argument("--png", type=str, metavar="FILE", help="also write a picture")
     values = parse(parser, argv)
+    from nested_learning._files import write_text
     from nested_learning.levels import levels
 
     model = model_on_meta(values.model)

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nested_learning.cli.errors import DEBUG, message_of, unknown_command
+
 COMMANDS = {
     "train": "train a model on text; it is saved as a Hugging Face folder",
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
@@ -20,7 +22,6 @@ COMMANDS = {
     "adapt": "continue the pre-training of a model while levels of its MLPs learn in context",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
 }
-DEBUG = "NESTED_LEARNING_DEBUG"
 # How threads of OpenMP wait for each other; read once, when torch is loaded.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _quiet()
         return 0
 
 
@@ -69,19 +70,23 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def _run(name: str, argv: list[str]) -> int:
-    from nested_learning.cli.errors import bad_input, unknown_command
+def _quiet() -> None:
+    """Let nothing more be written to a stdout that nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
+def _run(name: str, argv: list[str]) -> int:
     try:
         if name not in COMMANDS:
             raise unknown_command(name, COMMANDS)
         command = importlib.import_module(f"nested_learning.cli.{name}")
         return command.run(argv)
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        message = bad_input(error)
-        if message is None or os.environ.get(DEBUG):
+        if os.environ.get(DEBUG):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
 
 

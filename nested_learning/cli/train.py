@@ -16,7 +16,6 @@ from nested_learning.training.config_file import (
     instantiate,
     refuse_changes,
 )
-from nested_learning.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nested_learning.training.run import Outcome
@@ -72,8 +71,12 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Namespace]:
     parser.add_class_arguments(TrainConfig, None)
     hide_group_flags(parser, ALIASES)
     values = parse(parser, argv, aliases=ALIASES, open_groups=OPEN_FIELDS)
+    if not values.resume:
+        return instantiate(parser, values), values
+    from nested_learning.training.run_folder import RunFolder
+
     folder = RunFolder(values.output)
-    if not (values.resume and folder.is_run()):
+    if not folder.is_run():
         return instantiate(parser, values), values
     saved = folder.saved_config()
     given = parse(parser, argv, aliases=ALIASES, open_groups=OPEN_FIELDS, defaults=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 from nested_learning._files import whole_folder
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
+from nested_learning.training.adapt_config import AdaptConfig
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import checkpoint_to_resume
-from nested_learning.training.config import OptimConfig, TrainConfig, require
+from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import read_yaml, to_dict
 from nested_learning.training.data import DataBundle, DataConfig, build_data
 from nested_learning.training.models import saved_folder
@@ -31,62 +31,6 @@ from nested_learning.training.report import hardware, plot_losses, versions
 from nested_learning.training.run import Outcome, TrainingDiverged
 from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, trainer_arguments
-
-ADAPT_LR = 1e-5  # of the base model; its weights have been trained before
-
-
-@dataclass(kw_only=True)
-class AdaptConfig:
-    """A run of continued pre-training.
-
-    Args:
-        model: folder of the pretrained model and its tokenizer
-        data: text; its tokenizer is the model's
-        optim: AdamW for the base model, and its schedule
-        output: folder of the run
-        steps: optimizer steps
-        batch_size: texts of `data.block_size` tokens per optimizer step
-        gradient_checkpointing: run the layers twice to keep less
-        eval_every: evaluate every so many steps; default: five times in the run
-        save_every: write a checkpoint every so many steps; default: a quarter of the run
-        keep_checkpoints: how many checkpoints to keep
-        seed: of the order of the data
-    """
-
-    model: str
-    data: DataConfig = field(default_factory=lambda: DataConfig(block_size=1024))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=ADAPT_LR))
-    output: str = "runs/adapt"
-    steps: int = 200
-    batch_size: int = 4
-    gradient_checkpointing: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep_checkpoints: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", self.steps, "a whole number of at least 1")
-        if self.data.tokenizer not in (DataConfig().tokenizer, self.model):
-            raise ValueError(
-                f"data.tokenizer is {self.data.tokenizer!r}, but a pretrained model reads with its own; "
-                "leave it out"
-            )
-        self.as_training()  # checks the rest
-
-    def as_training(self) -> TrainConfig:
-        """The settings of the run that the Trainer needs."""
-        return TrainConfig(
-            data=self.data,
-            optim=self.optim,
-            output=self.output,
-            batch_size=self.batch_size,
-            eval_every=self.eval_every,
-            save_every=self.save_every,
-            keep_checkpoints=self.keep_checkpoints,
-            seed=self.seed,
-            steps=self.steps,
-        ).with_steps(self.steps)
 
 
 class AdaptTrainer(HopeTrainer):
@@ -170,11 +114,16 @@ def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
     saved = read_yaml(folder.config)
     if set(saved) != {"config", "levels"}:
         raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
-    values = saved["config"]
-    data, optim = DataConfig(**values.pop("data")), values.pop("optim")
-    optim["betas"] = tuple(optim["betas"])
-    config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
-    return config, [Level(**level) for level in saved["levels"]]
+    try:
+        values = saved["config"]
+        data, optim = DataConfig(**values.pop("data")), values.pop("optim")
+        optim["betas"] = tuple(optim["betas"])
+        config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
+        return config, [Level(**level) for level in saved["levels"]]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder.config} is damaged: {error}; start the run anew with --overwrite"
+        ) from error
 
 
 def _run(

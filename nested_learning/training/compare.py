@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from nested_learning.training.config import OptimConfig, require
+from nested_learning._checks import check_types, require
+from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte, build_data
 from nested_learning.training.memory_probe import step_memory
@@ -57,6 +58,7 @@ class CompareConfig:
     memory: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("models", "lrs", "seeds"):
             values = getattr(self, name)
             distinct = len(set(values)) == len(values) > 0

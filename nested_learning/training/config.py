@@ -11,16 +11,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nested_learning.training.data import DataConfig
+from nested_learning._checks import LARGEST, check_types, require
+from nested_learning.training.data.config import DataConfig
 
 DEFAULT_STEPS = 1000
 DEFAULT_EVALS = 5  # evaluations of a run after the one before training
-
-
-def require(condition: bool, name: str, got: object, expected: str) -> None:
-    """Raise the ValueError of a setting: what came and what was expected."""
-    if not condition:
-        raise ValueError(f"{name} is {got!r}; expected {expected}. Set --{name} accordingly.")
 
 
 @dataclass(kw_only=True)
@@ -49,6 +44,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number such as 3e-3")
         for beta in self.betas:
             require(0 <= beta < 1, "optim.betas", self.betas, "two numbers in [0, 1) such as [0.9, 0.95]")
@@ -125,11 +121,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "micro_batch_size", "eval_every", "save_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "a whole number of at least 1")
         for name in ("batch_size", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+        fits = self.batch_size * (self.steps or 1) <= LARGEST
+        require(fits, "batch_size", self.batch_size, f"at most {LARGEST} sequences in all {self.steps} steps")
         require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "0 or more tokens")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")

@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from nested_learning._checks import shown
 from nested_learning.training.config import TrainConfig
 
+DEEPEST, MOST = 50, 100_000  # levels and values of a YAML file
+GROUPS = ("data", "optim")
 OPEN_FIELDS = ("model",)  # free keys below these: HopeConfig knows them, not this file
 
 
@@ -85,8 +88,16 @@ def dotted_names(cls: type) -> list[str]:
 
 
 def check_keys(values: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError, with the nearest known one, for a key of a YAML file that TrainConfig has not."""
+    """Check the keys of a YAML file against TrainConfig, and that its groups are groups.
+
+    Raises:
+        ValueError: a key that TrainConfig has not, with the nearest known one; a value where a group belongs.
+    """
     known = dotted_names(TrainConfig)
+    for name in OPEN_FIELDS + GROUPS:
+        group = values.get(name, {})
+        if not isinstance(group, dict) or not all(isinstance(key, str) for key in group):
+            raise ValueError(f"{name} in {path} is {shown(group)}; expected keys with their values")
     for key in flatten({k: v for k, v in values.items() if k not in OPEN_FIELDS}):
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {path}.{nearest(key, known)}")
@@ -108,13 +119,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except RecursionError as error:
+            raise ValueError(f"{path} is nested too deeply; expected at most {DEEPEST} levels") from error
+        except Exception as error:  # besides YAMLError what its types raise: dates, numbers, keys
             raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds {type(values).__name__}; expected a mapping such as `preset: hope-tiny`"
         )
+    _check_size(values, path)
     return values
+
+
+def _check_size(values: Any, path: str | Path) -> None:
+    """Raise ValueError for values that are nested too deeply, or too many when aliases are written out."""
+    rest, count = [(values, 1)], 0
+    while rest:
+        value, depth = rest.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST:
+            raise ValueError(
+                f"{path} is nested too deeply or holds too much; expected at most {DEEPEST} levels and "
+                f"{MOST} values"
+            )
+        if isinstance(value, (dict, list, tuple, set)):
+            rest += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ RUNS = [
     ("profile",),
     ("roofline",),
     ("scaling", "attention"),
+    ("start",),
     pytest.param(("scaling", "linear"), marks=pytest.mark.slow),  # starts two fresh processes
 ]
 

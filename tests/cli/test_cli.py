@@ -115,10 +115,42 @@ def test_bad_input(capsys, tmp_path, monkeypatch, argv, message):
     assert list(tmp_path.iterdir()) == []  # nothing was written
 
 
-def test_unexpected_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr("nested_learning.cli.info.info", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ZeroDivisionError("division by zero"),
+            "error: ZeroDivisionError: division by zero (set NESTED_LEARN",
+        ),
+        (KeyError(), "error: KeyError (set NESTED_LEARNING_DEBUG=1 to see where)"),
+        (ValueError(), "error: ValueError (set NESTED_LEARNING_DEBUG=1 to see where)"),
+        (MemoryError(), "error: this needs more memory than there is"),
+        (RecursionError("maximum"), "error: a value is nested too deeply"),
+    ],
+)
+def test_unexpected_errors_are_told_and_traced_on_demand(monkeypatch, capsys, error, message):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("nested_learning.cli.info.info", fails)
+    assert message in refused(capsys, "info", "hope-tiny")
+    monkeypatch.setenv("NESTED_LEARNING_DEBUG", "1")
+    with pytest.raises(type(error)):
         main(["info", "hope-tiny"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), BrokenPipeError()])
+def test_interrupts_exits_and_pipes_pass_the_door(monkeypatch, error):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("nested_learning.cli.info.info", fails)
+    monkeypatch.setattr("nested_learning.cli.main._quiet", lambda: None)
+    if isinstance(error, SystemExit):
+        with pytest.raises(SystemExit):
+            main(["info", "hope-tiny"])
+        return
+    assert main(["info", "hope-tiny"]) == (130 if isinstance(error, KeyboardInterrupt) else 0)
 
 
 def test_yaml_and_flags_make_one_configuration(text, tmp_path, capsys):

@@ -9,7 +9,17 @@ from tests.house.imports import NAME, circles, graph, modules
 # Storeys from the ground up; a module may import its own storey and those below it. `optimizers` stand on
 # `ops` alone: they are used by layers (rules of CMS levels), by training, and by `continual`.
 STOREYS = (
-    ("_version", "_errors", "_files", "_tensor_files", "_moved", "_precision"),
+    (
+        "_version",
+        "_errors",
+        "_files",
+        "_tensor_files",
+        "_moved",
+        "_precision",
+        "_checks",
+        "_lazy",
+        "_auto_classes",
+    ),
     ("ops",),
     ("memory", "optimizers"),
     ("layers",),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from nested_learning._checks import LARGEST, fits, shown
 from nested_learning._errors import unknown
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
 from nested_learning.layers.cms.level import learning_levels, parse_levels
@@ -21,6 +22,7 @@ from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 from nested_learning.models.hope.adapters_hope import tell_peft
 from nested_learning.models.hope.auto_hope import auto_map, write_code
+from nested_learning.models.hope.checks_hope import LARGEST_SIZES, check_shared_fields, refusals
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -139,7 +141,9 @@ class HopeConfig(PreTrainedConfig):
         if isinstance(self.cms_levels, (list, tuple)):
             self.cms_levels = [_plain(level) for level in self.cms_levels]
         kwargs["auto_map"] = auto_map(kwargs.get("auto_map"))
-        super().__post_init__(**kwargs)
+        check_shared_fields({**vars(self), **kwargs})
+        with refusals("a field that every configuration of transformers has"):
+            super().__post_init__(**kwargs)
         self.validate()
 
     @property
@@ -179,10 +183,12 @@ class HopeConfig(PreTrainedConfig):
         Raises:
             ValueError: saying what was given, what is expected and how to fix it.
         """
-        super().validate()  # type: ignore[misc]
+        check_shared_fields(vars(self))
+        with refusals("a field that every configuration of transformers has"):
+            super().validate()  # type: ignore[misc]
         self._check_sizes()
         self._check_mixers()
-        with torch.device("meta"):
+        with torch.device("meta"), refusals("the continuum memory system"):
             self.build_cms()
         if self.cms_meta_gradient not in META_GRADIENTS:
             raise unknown("cms_meta_gradient:", str(self.cms_meta_gradient), META_GRADIENTS)
@@ -271,9 +277,10 @@ class HopeConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "segment_size"):
             value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if not is_count and not (name == "segment_size" and value is None):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if not (fits(value, int) and value > 0) and not (name == "segment_size" and value is None):
+                raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
+            if value is not None and value > (most := LARGEST_SIZES.get(name, LARGEST)):
+                raise ValueError(f"{name} must be a positive integer, at most {most:,}, got {shown(value)}")
         for name in ("norm_eps", "initializer_scale", "cms_expansion"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -319,11 +326,9 @@ class HopeConfig(PreTrainedConfig):
 
     def _build_on_meta(self, name: str) -> nn.Module:
         """The layer knows best which values it accepts: build it without memory and let it complain."""
-        try:
-            with torch.device("meta"):
-                return build_mixer(name, self.hidden_size, self.num_heads, self.options_of(name))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"mixer {name!r} with options {self.options_of(name)}: {error}") from error
+        options = self.options_of(name)
+        with torch.device("meta"), refusals(f"mixer {name!r} with options {shown(options)}", always=True):
+            return build_mixer(name, self.hidden_size, self.num_heads, options)
 
     def _unusual_options(self, name: str) -> dict[str, Any]:
         """The options of a mixer that differ from its defaults."""

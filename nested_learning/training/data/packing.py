@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from nested_learning._checks import check_positive
 from nested_learning.training.data.tokenizers import encode_documents
 
 Sample = dict[str, Tensor]
@@ -171,12 +172,6 @@ class ValidationDataset(Dataset[Sample]):
             raise IndexError(f"block {index} of {self.num_blocks}")
         start = index * self.total_blocks // self.num_blocks * self.block_size
         return sample_of(self.tokens[start : start + self.block_size], self.end_of_text)
-
-
-def check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def check_enough(num_tokens: int, block_size: int, part: str) -> None:

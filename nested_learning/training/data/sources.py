@@ -20,7 +20,6 @@ from nested_learning._errors import unknown
 from nested_learning.training.data.download import shakespeare_file
 from nested_learning.training.data.stdlib import stdlib_documents
 
-STREAM_PREFIX = "hf:"
 SOURCES = ("stdlib", "tinyshakespeare", "hf:NAME", "hf:NAME:CONFIG")
 MIN_FILES_TO_SPLIT = 10
 
@@ -123,7 +122,10 @@ def _read_files(source: str, max_bytes: int | None) -> Iterator[Document]:
 
 def _find_files(source: str) -> tuple[list[Path], Path]:
     """The files that a path or glob names, sorted, and the folder their names are relative to."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"the home directory of the data source {source!r} is not known: {error}") from error
     if path.is_file():
         return [path], path.parent
     if path.is_dir():

@@ -10,8 +10,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
+from nested_learning._checks import check_positive
 from nested_learning.training.data.download import DownloadError
-from nested_learning.training.data.packing import Sample, check_positive, sample_of
+from nested_learning.training.data.packing import Sample, sample_of
 from nested_learning.training.data.tokenizers import encode_documents
 
 

@@ -1,0 +1,44 @@
+"""The settings of `nested-learning chat`, in a module from which reading them imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nested_learning._checks import check_types, require
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """The conversation.
+
+    Args:
+        model: folder or name of a causal language model
+        memory: file of the memory; without one, it is lost at the end
+        learn_from_replies: learn from the model's own answers too
+        max_new_tokens: longest answer
+        temperature: divides the logits; 0 always takes the likeliest token
+        top_p: sample among the likeliest tokens that together have this probability
+        seed: of the sampling
+    """
+
+    model: str
+    memory: str | None = None
+    learn_from_replies: bool = False
+    max_new_tokens: int = 200
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
+
+    def generation(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`."""
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
