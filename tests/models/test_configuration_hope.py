@@ -90,7 +90,7 @@ def test_what_every_transformers_config_accepts_still_works():
         ({"cms_levels": [{"chunk_size": 2**63}]}, r"cms_levels holds 9223372036854775808; expected whole"),
         (
             {"cms_levels": [{"chunk_size": 4, "clip": 1e300}]},
-            r"cms_levels holds 1e\+300; expected numbers of",
+            r"cms_levels holds 1e\+300; expected at most",
         ),
         (
             {"mixer": "attention", "mixer_options": {"attention": {"norm_eps": "x"}}},
