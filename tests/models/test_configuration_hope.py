@@ -87,6 +87,25 @@ def test_what_every_transformers_config_accepts_still_works():
         ({"cms_levels": [{"chunk_size": 6}, {"chunk_size": 9}]}, "6 does not divide 9"),
         ({"cms_levels": [{"chunk_size": 6, "activation": "relu"}]}, "Did you mean 'relu2'"),
         ({"cms_levels": []}, "at least one level"),
+        ({"cms_levels": [{"chunk_size": 2**63}]}, r"cms_levels holds 9223372036854775808; expected whole"),
+        (
+            {"cms_levels": [{"chunk_size": 4, "clip": 1e300}]},
+            r"cms_levels holds 1e\+300; expected at most",
+        ),
+        (
+            {"mixer": "attention", "mixer_options": {"attention": {"norm_eps": "x"}}},
+            "norm_eps must be a positive",
+        ),
+        (
+            {"mixer": "attention", "mixer_options": {"attention": {"rope_theta": 10**20}}},
+            "mixer_options holds",
+        ),
+        ({"pad_token_id": "x"}, "pad_token_id must be None or a token id at least 0, got 'x'"),
+        ({"eos_token_id": []}, "eos_token_id must be None or a token id, or a list of them"),
+        ({"dtype": "x"}, "dtype must be a floating dtype of torch or its name"),
+        ({"dtype": []}, "dtype must be a floating dtype"),
+        ({"id2label": 4}, "id2label must be"),
+        ({"vocab_size": 2**63}, "vocab_size must be a positive integer"),
         ({"cms_levels": [{"chunk_size": 6, "expansion": "2"}]}, "must be a positive number, got '2'"),
         (
             {"cms_levels": [{"chunk_size": 6, "expansion": float("nan")}]},

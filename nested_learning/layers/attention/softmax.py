@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nested_learning._checks import fits
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
@@ -69,6 +70,8 @@ class Attention(nn.Module):
         check_count("num_heads", num_heads)
         check_count("num_kv_heads", num_kv_heads)
         check_rotary(hidden_size, num_heads, rope_theta)
+        if not (fits(norm_eps, float) and norm_eps > 0):
+            raise ValueError(f"norm_eps must be a positive number, got {norm_eps!r}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}")
         self.hidden_size, self.head_dim = hidden_size, hidden_size // num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -76,6 +77,24 @@ def check_shared_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"id2label must map whole numbers to names, got {shown(names)}")
 
 
+def check_numbers(name: str, value: Any) -> None:
+    """Check that the numbers in options and levels fit the kernels that take them.
+
+    Raises:
+        ValueError: a whole number beyond 32 bits, or a finite one beyond float32.
+    """
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_numbers(name, item)
+    elif isinstance(value, int) and abs(value) >= 2**31:
+        raise ValueError(f"{name} holds {shown(value)}; expected whole numbers below 2**31")
+    elif isinstance(value, float) and FLOAT32 < abs(value) < math.inf:
+        raise ValueError(f"{name} holds {value}; expected at most {FLOAT32:.3g}, the largest float32")
+
+
+FLOAT32 = torch.finfo(torch.float32).max
 _DEEP_INSIDE = (
     ArithmeticError,
     AttributeError,

@@ -22,7 +22,12 @@ from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
 from nested_learning.models.hope.adapters_hope import tell_peft
 from nested_learning.models.hope.auto_hope import auto_map, write_code
-from nested_learning.models.hope.checks_hope import LARGEST_SIZES, check_shared_fields, refusals
+from nested_learning.models.hope.checks_hope import (
+    LARGEST_SIZES,
+    check_numbers,
+    check_shared_fields,
+    refusals,
+)
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -186,6 +191,8 @@ class HopeConfig(PreTrainedConfig):
         check_shared_fields(vars(self))
         with refusals("a field that every configuration of transformers has"):
             super().validate()  # type: ignore[misc]
+        for name in ("mixer_options", "cms_levels"):
+            check_numbers(name, getattr(self, name))
         self._check_sizes()
         self._check_mixers()
         with torch.device("meta"), refusals("the continuum memory system"):
