@@ -400,8 +400,10 @@ def test_groups_of_rows_apply_to_each_step(monkeypatch: pytest.MonkeyPatch) -> N
     layer = build("titans")
     assert isinstance(layer, MemoryLayer)
     rows: list[int] = []
-    read = layer._read
-    monkeypatch.setattr(layer, "_read", lambda x, *args: rows.append(len(x)) or read(x, *args))
+    read = layer._read_segment
+    monkeypatch.setattr(
+        layer, "_read_segment", lambda place, *args: rows.append(len(place.x)) or read(place, *args)
+    )
     monkeypatch.setattr(memory_layer, "ROWS", 2 * 4 * D)
     layer(normal(2, 24, D), documents=find_documents(normal(2, 24, D), None, False, PACKED, keep=False))
     assert rows == [2, 2, 2]
