@@ -5,7 +5,7 @@ Useful tokens per second of a training step (forward, backward, AdamW), of the s
 - `full`: rows of one document each, all of the greatest length: nothing is lost;
 - `flat`: documents of log-uniform lengths end to end in one row, told apart by `position_ids` (padding-free);
 - `packed`: the same documents in rows of the greatest length, by best fit, longest first;
-- `padded`: a row for each, padded to the longest.
+- `padded`: a row for each, padded to the longest, in passes of no more columns than the others have.
 
 All four are timed in turn. `full` has as many tokens as the documents together, to a row.
 """
@@ -93,12 +93,13 @@ def batch_of(rows: Sequence[Sequence[int]], vocabulary: int) -> dict[str, Tensor
     return batch
 
 
-def step_of(model: HopeForCausalLM, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """A function that trains the model on the batch for a step."""
+def step_of(model: HopeForCausalLM, batches: Sequence[dict[str, Tensor]]) -> Callable[[], None]:
+    """A function that trains the model for a step on the batches together."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
-        model(**batch).loss.backward()
+        for batch in batches:
+            model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -117,10 +118,13 @@ def measure(name: str, size: Size, repeats: int, seed: int, wanted: Sequence[str
         "packed": best_fit(lengths, size.longest),
         "padded": [[length] for length in lengths],
     }
+    most = max(1, size.tokens // size.longest)  # rows of a pass
     layouts = {layout: layouts[layout] for layout in wanted}
-    steps = {
-        layout: step_of(model, batch_of(rows, model.config.vocab_size)) for layout, rows in layouts.items()
-    }
+    steps = {}
+    for layout, rows in layouts.items():
+        size_of_part = most if layout == "padded" else len(rows)
+        parts = [rows[i : i + size_of_part] for i in range(0, len(rows), size_of_part)]
+        steps[layout] = step_of(model, [batch_of(part, model.config.vocab_size) for part in parts])
     seconds = interleaved(steps, repeats)
     rate = {layout: sum(map(sum, layouts[layout])) / seconds[layout] for layout in layouts}
     return [
