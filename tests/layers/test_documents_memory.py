@@ -139,7 +139,8 @@ def grown(layer: nn.Module, B: int) -> Any:
     """A state in the middle of chunks, another place for each row, with tensors that take gradients."""
     mask = torch.arange(9).expand(B, -1) < 9 - 2 * torch.arange(B).unsqueeze(1)
     state = call(layer, normal(B, 9, D, seed=5), None, mask)[1]
-    return state.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
+    copies = {id(t): t.detach().clone().requires_grad_(t.is_floating_point()) for t in state.tensors()}
+    return state.map(lambda t: copies[id(t)])  # what is one tensor stays one
 
 
 Result = tuple[Tensor, Any, Tensor]  # y, state, surprise
@@ -203,7 +204,7 @@ def test_packed_is_alone(name: str, batch: Batch, stateful: bool, by_position: b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(batch=batches(), stateful=st.booleans(), by_position=st.booleans(), keep=st.booleans())
 def test_packed_is_alone_in_every_layer(
     name: str, batch: Batch, stateful: bool, by_position: bool, keep: bool
