@@ -46,7 +46,7 @@ LAYOUTS = ("full", "flat", "packed", "padded")
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    tokens: int = 16_384  # of a batch, about
+    tokens: int = 8192  # of a batch, about
     shortest: int = 32
     longest: int = 1024
     changes: tuple[tuple[str, Any], ...] = ()  # of the configuration, to shrink it
