@@ -33,8 +33,10 @@ def test_groups_change_nothing(name, padded, monkeypatch):
     whole, state = run(layer, x, mask)
     whole += run(layer, more, None, state)[0]
     calls = []
-    read = layer._read
-    monkeypatch.setattr(layer, "_read", lambda x, *args: calls.append(len(x)) or read(x, *args))
+    read = layer._read_segment
+    monkeypatch.setattr(
+        layer, "_read_segment", lambda place, *args: calls.append(len(place.x)) or read(place, *args)
+    )
     monkeypatch.setattr(memory_layer, "ROWS", 2 * 4 * 8)
     grouped, after = run(layer, x, mask)
     grouped += run(layer, more, None, after)[0]
