@@ -21,6 +21,7 @@ from tests.models.hope.table import (
     FOR_ATTENTION,
     LEARNING_FROM_GENERATED,
     NOT_APPLICABLE,
+    OWN_CACHE,
 )
 from tests.test_modeling_common import ids_tensor
 from transformers import PreTrainedConfig
@@ -188,6 +189,23 @@ def _with_attentions(test: str) -> Any:
     return run
 
 
+def _with_a_cache_of_its_own(test: str) -> Any:
+    """A test that asks for a kind of transformers' own cache, run with Hope's."""
+    generate = HopeForCausalLM.generate
+
+    def own(
+        model: HopeForCausalLM, *args: Any, cache_implementation: str | None = None, **kwargs: Any
+    ) -> Any:
+        return generate(model, *args, **kwargs)
+
+    def run(self: HopeTests, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(HopeForCausalLM, "generate", own):
+            getattr(super(type(self), self), test)(*args, **kwargs)
+
+    run.__name__ = test
+    return run
+
+
 def _learning_from_generated(test: str) -> Any:
     """A test during which `generate` is called with `learn_from_generated`."""
     generate = HopeForCausalLM.generate
@@ -215,6 +233,8 @@ for configuration, fields in CONFIGURATIONS.items():
         reason = _reason(configuration, test)
         if test in FOR_ATTENTION:
             body[test] = _with_attentions(test)
+        if any(test.startswith(name) for name in OWN_CACHE):
+            body[test] = _with_a_cache_of_its_own(test)
         if test in LEARNING_FROM_GENERATED and fields.get("cms_update", "none") != "none":
             body[test] = _learning_from_generated(test)
         if reason:
