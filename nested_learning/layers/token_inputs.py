@@ -129,8 +129,6 @@ def find_documents(
 
     Waits for the device once where something is said.
 
-    Long: the callers pass what their own callers may say.
-
     Args:
         x: [B, T, ...], the call's tokens.
         real: [B, T] bool, False = padding; None: there is none.
@@ -156,6 +154,24 @@ def find_documents(
             "where documents begin decides what is computed, which a program of torch.export cannot follow: "
             "leave position_ids and the like away"
         )
+    begins = _begins(x, real, documents, position_ids, seq_idx, cu_seq_lens)
+    found = Documents(begins, real, keep)
+    plain = len(found) == len(found.rows.unique()) and (not given or bool(found.goes_on(True).all()))
+    return None if plain or not len(found) else found
+
+
+def _begins(
+    x: Tensor,
+    real: Tensor | None,
+    documents: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> Tensor:
+    """[B, T] bool, tokens that begin a document; arguments and errors as in `find_documents`.
+
+    A row's first real token is among them only where its position says so.
+    """
     said: dict[str, Tensor] = {}
     begins = None
     if documents is not None:
@@ -174,9 +190,7 @@ def find_documents(
             raise ValueError(
                 f"{next(iter(said))} and {name} disagree about where documents begin; give one of them"
             )
-    found = Documents(inside if begins is None else begins, real, keep)
-    plain = len(found) == len(found.rows.unique()) and (not given or bool(found.goes_on(True).all()))
-    return None if plain or not len(found) else found
+    return inside if begins is None else begins
 
 
 def check_documents(

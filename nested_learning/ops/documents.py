@@ -7,6 +7,7 @@ another one, as no two ever share a row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,16 +27,13 @@ ReadRows = Callable[..., tuple[Any, Any]]
 class Documents(DocumentRows):
     """Documents in a row, with the plans of how they are read, which all layers of a model share."""
 
-    def __init__(
-        self,
-        begins: Tensor,
-        real: Tensor | None = None,
-        keep: bool = True,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(begins, real, keep, device)
-        self._plans: dict[tuple[int, bool, int], Plan] = {}
-        self._batches: dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]] = {}
+    @functools.cached_property
+    def _plans(self) -> dict[tuple[int, bool, int], Plan]:
+        return {}
+
+    @functools.cached_property
+    def _batches(self) -> dict[bool, tuple[tuple[DocumentBatch, ...], DocumentBatch | None, Layout]]:
+        return {}
 
     def segment(self, start: int, stop: int, keep: bool) -> Documents:
         """Documents in the columns from `start` to `stop` alone.
@@ -140,8 +138,3 @@ class Documents(DocumentRows):
             return None
         y = torch.cat([part.flatten(0, 1) for part in parts if part is not None])
         return take(y, layout.columns, layout.tokens).unflatten(0, self.shape)
-
-
-def tokens_at(x: Tensor, columns: Tensor) -> Tensor:
-    """[n, L, ...] of x [tokens, ...] at columns [n, L]."""
-    return x.index_select(0, columns.flatten()).view(*columns.shape, *x.shape[1:])
