@@ -189,3 +189,15 @@ def test_trainer_with_a_flattening_collator(options: dict[str, bool], tmp_path: 
     loss = trainer.train().training_loss
     assert isinstance(model, HopeForCausalLM)
     assert loss == pytest.approx(total / (sum(LENGTHS) - len(LENGTHS)), abs=1e-6)
+
+
+@pytest.mark.slow  # torch.compile takes 20 seconds
+def test_compiled_models_read_documents_and_exported_programs_refuse_them() -> None:
+    model = small_model(MIXERS["hybrid"])
+    packed = torch.cat(documents(), 1)
+    with torch.no_grad():
+        wanted = model(packed, **WAYS["position_ids"]).logits
+        got = torch.compile(model, backend="eager")(packed, **WAYS["position_ids"]).logits
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        with pytest.raises(Exception, match=r"which a program of torch\.export cannot follow"):
+            torch.export.export(model, (packed,), WAYS["position_ids"] | {"use_cache": False}, strict=False)
