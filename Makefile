@@ -6,7 +6,7 @@ EXTRAS := $(VENV)/.installed-extras
 # A worker per core, four at most: each loads PyTorch.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow conformance lint setup clean
+.PHONY: demo test test-slow gpu conformance lint setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,6 +40,12 @@ test: lint  ## lint, types and the tests that take seconds
 
 test-slow: $(EXTRAS) lint  ## every test, the long ones too, with peft, TRL, torchao, lm-eval and ONNX
 	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow" --extras
+
+gpu: $(STAMP)  ## on a machine with a CUDA device: its tests, then the table of speeds to runs/gpu/
+	@$(BIN)/python -m benchmarks.gpu --check
+	@$(BIN)/python -m pytest -m gpu
+	@mkdir -p runs/gpu
+	@$(BIN)/python -m benchmarks.gpu --json runs/gpu/speed.json
 
 conformance: $(STAMP)  ## transformers' own common tests on Hope; TRANSFORMERS=FOLDER: a checkout, for those in no archive
 	@$(BIN)/python -m tests.conformance $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))

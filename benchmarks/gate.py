@@ -41,7 +41,7 @@ def equals_oracle(layer: MemoryLayer, tokens: int) -> None:
     if s.generated:
         run = oracle.self_modifying_titans
         options |= {"projection_chunk_size": s.projection_chunk_size, "adaptive_q": "q" in s.generated}
-    x = torch.randn(1, tokens, layer.hidden_size, requires_grad=True)
+    x = torch.randn(1, tokens, layer.hidden_size, device=layer.in_proj.weight.device, requires_grad=True)
     params = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     exact = x.detach().double().requires_grad_()
     y = run(params, exact, rule=_rule_of(layer), **options)[0]

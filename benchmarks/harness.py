@@ -34,13 +34,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def interleaved(works: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of a call of each work; all are called in turn, so that a busy moment meets all."""
+def interleaved(
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Median seconds of a call of each work; all are called in turn, so that a busy moment meets all.
+
+    Args:
+        wait: called before and after each work: what waits for a device that works on its own.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warmup + repeats):
         for name, work in works.items():
+            wait()
             start = time.perf_counter()
             work()
+            wait()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in times.items()}
@@ -69,9 +80,15 @@ def _text(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def record(figures: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """The figures with versions and hardware; printed in short, and written to `path` whole or not at all."""
-    machine, software = hardware(torch.device("cpu")), versions()
+def record(
+    figures: Mapping[str, Any], path: Path | None, device: torch.device | None = None
+) -> dict[str, Any]:
+    """The figures with versions and hardware; printed in short, and written to `path` whole or not at all.
+
+    Args:
+        device: what was measured; None: the CPU.
+    """
+    machine, software = hardware(device or torch.device("cpu")), versions()
     print(
         f"{machine['device_name']}, {machine['cores']} cores, {machine['threads']} threads; "
         f"torch {software['torch']}, git {software['git']}"

@@ -199,7 +199,8 @@ def _unit_factors(h: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
 
 
 def _wanted(heads: Heads, like: Tensor) -> Tensor:
-    return torch.tensor(heads.unit, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    # Each flag is filled in on the device: copying them there would wait for it.
+    return torch.cat([like.new_full((1, 1, 1), wanted) for wanted in heads.unit])
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -76,21 +76,33 @@ class _Call:
         return tuple(outputs)
 
 
+class _Surroundings:
+    """Autocast around a call, and the generators that it may draw from, as the dropout of an adapter does.
+
+    A device without the one or the other (meta) has nothing to keep.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.random = device, _random_state(device)
+        self.autocast: tuple[str, torch.dtype, bool] | None = None
+        if torch.amp.is_autocast_available(device):
+            self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same autocast, and the same numbers drawn; the generators go on as if nothing had been."""
+        before = _random_state(self.device)
+        _set_random_state(self.device, self.random)
+        try:
+            with nullcontext() if self.autocast is None else torch.autocast(*self.autocast):
+                yield
+        finally:
+            _set_random_state(self.device, before)
+
+
 def _random_state(device: str) -> list[Tensor]:
-    """State of the generators that a layer may draw from, such as the dropout of an adapter in it."""
     own = [] if device in ("cpu", "meta") else [torch.get_device_module(device).get_rng_state()]
     return [torch.get_rng_state(), *own]
-
-
-@contextmanager
-def _drawing_from(device: str, states: list[Tensor]) -> Iterator[None]:
-    """Draw once more what was drawn from these states on; the generators go on as if nothing had been."""
-    before = _random_state(device)
-    _set_random_state(device, states)
-    try:
-        yield
-    finally:
-        _set_random_state(device, before)
 
 
 def _set_random_state(device: str, states: list[Tensor]) -> None:
@@ -102,9 +114,7 @@ def _set_random_state(device: str, states: list[Tensor]) -> None:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        device = tensors[0].device.type
-        ctx.call, ctx.count, ctx.random = call, count, _random_state(device)
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.call, ctx.count, ctx.surroundings = call, count, _Surroundings(tensors[0].device.type)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         outputs = call(tensors[:count])
@@ -115,7 +125,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
         inputs, parameters = given[: ctx.count], given[ctx.count :]
-        gradient = _Gradient(ctx.call, parameters, ctx.autocast, ctx.random)
+        gradient = _Gradient(ctx.call, parameters, ctx.surroundings)
         if torch.is_grad_enabled():  # it is to be differentiated itself: a function of inputs and grads
             return None, None, *recomputed(gradient, (inputs, grads), parameters)
         return None, None, *gradient(inputs, grads)
@@ -128,10 +138,8 @@ class _Gradient:
     count in earlier calls too, whose gradients are not this call's, and which would each search again.
     """
 
-    def __init__(
-        self, call: _Call, parameters: Sequence[Tensor], autocast: tuple[Any, ...], random: list[Tensor]
-    ) -> None:
-        self.call, self.parameters, self.autocast, self.random = call, parameters, autocast, random
+    def __init__(self, call: _Call, parameters: Sequence[Tensor], surroundings: _Surroundings) -> None:
+        self.call, self.parameters, self.surroundings = call, parameters, surroundings
 
     def __call__(self, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients, None where none is wanted.
@@ -140,9 +148,7 @@ class _Gradient:
         function of them.
         """
         create_graph = torch.is_grad_enabled()
-        device, dtype, enabled = self.autocast
-        drawing = _drawing_from(device, self.random)
-        with drawing, torch.enable_grad(), torch.autocast(device, dtype, enabled):
+        with self.surroundings.again(), torch.enable_grad():
             if not create_graph:
                 inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
             outputs = self.call(inputs)

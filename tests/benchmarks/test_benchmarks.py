@@ -15,6 +15,7 @@ from nested_learning.layers import SelfModifyingTitans, Titans
 RUNS = [
     ("decode",),
     ("generation",),
+    ("gpu", "all", "--device", "cpu", "--plain", "--only", "self_modifying_titans", "attention"),
     ("in_context",),
     ("layers",),
     ("memory_step",),
@@ -47,6 +48,14 @@ def test_quick_run(run, tmp_path):
     assert numbers(written) == numbers(json.loads(json.dumps(figures)))
     assert all(value >= 0 for value in numbers(written))
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        import_module("benchmarks.gpu").main(["--check"])
+    assert stopped.value.code == 2
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_peers(tmp_path):

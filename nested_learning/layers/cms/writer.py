@@ -174,7 +174,7 @@ def _clip_factor(grads: list[Tensor], clip: float) -> Tensor:
     s = (
         torch.stack([magnitude(g, (1, 2)) for g in grads])
         .amax(0)
-        .clamp_min(magnitude(grads[0].new_tensor(clip)))
+        .clamp_min(magnitude(grads[0].new_full((), clip)))
     )
     square = torch.stack([(g / s).square().sum((1, 2), keepdim=True) for g in grads]).sum(0)
     limit = clip / s

@@ -208,7 +208,9 @@ class LMUpdate:
             return  # the first chunk of all rows
         for start, mixer in zip(self.start_names, self.mixer_names, strict=True):
             states[start] = _choose_rows(begins, states[mixer], states.get(start))
-        count = torch.where(torch.as_tensor(begins, device=ids.device), 0, pending.count)
+        count = torch.zeros_like(pending.count)
+        if isinstance(begins, Tensor):
+            count = torch.where(begins, count, pending.count)
         states[PENDING] = PendingChunk(pending.ids, pending.learned, count)
 
     # Learning --------------------------------------------------------------------------------------------

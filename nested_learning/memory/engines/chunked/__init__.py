@@ -30,6 +30,7 @@ from nested_learning.memory.running import Boundaries, Call, How, Inputs, Memory
 from nested_learning.memory.signals import PATH_OF
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem, learning_rule
+from nested_learning.ops.context import full_precision
 
 _GD, _DGD = (learning_rule(ResidualMLP(), L2(), rule) for rule in ("gd", "dgd"))
 
@@ -156,7 +157,7 @@ class _Chunks(torch.autograd.Function):
         g_after = grads[:-1]  # the last is the surprise's
         if torch.is_grad_enabled():
             return None, *_differentiable_backward(ctx.call, given, (gy, *g_after))
-        with torch.autocast(gy.device.type, enabled=False):
+        with full_precision(gy.device):
             kept = pytree.tree_unflatten(list(leaves), ctx.spec)
             return None, *backward(ctx.call, given, after, kept, gy, g_after)
 
