@@ -7,6 +7,7 @@ With `--against FOLDER` a worker process runs this file with the package of anot
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,15 @@ def slopes(layer: nn.Module, x: Tensor) -> list[Tensor]:
     leaves = [x, *layer.parameters()]
     found = torch.autograd.grad(y.square().mean(), leaves, allow_unused=True, materialize_grads=True)
     return [y.detach(), *found]
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """A copy of a module through torch.compile, per shape; its memories' chunks are compiled too."""
+    from nested_learning.layers import set_compile_step  # the package of another commit may lack it
+
+    copied = copy.deepcopy(module)
+    set_compile_step(copied, True)
+    return torch.compile(copied, dynamic=False)  # type: ignore[return-value]
 
 
 @torch.no_grad()

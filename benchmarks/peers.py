@@ -5,6 +5,7 @@ heads, chunk and two-layer memory, momentum on. With `batch_size` equal to the c
 after every chunk, the same algorithm as `titans`; with `batch_size=None` all its gradients are taken at the
 initial weights, which is easier. `self_modifying_titans` trains five memories where the others train one.
 
+With `--compiled` each also through torch.compile; what does not compile has no figure, and why is printed.
 With `--against FOLDER` both layers here against those of another commit; the peer is not needed for it.
 
 A gate first: our layers equal their token-by-token oracle.
@@ -17,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import against, cases, gate
 from benchmarks.cases import PEERS, slopes
@@ -29,7 +31,7 @@ QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 MISSING = 2  # exit status
 
 
-def peer(shape: dict[str, int], batch_size: int | None) -> torch.nn.Module:
+def peer(shape: dict[str, int], batch_size: int | None) -> nn.Module:
     """The peer's memory layer at this size."""
     from titans_pytorch import MemoryMLP, NeuralMemory
 
@@ -56,12 +58,27 @@ def checked(shape: dict[str, int]) -> dict[str, SelfModifyingTitans | Titans]:
     return ours
 
 
-def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    """Tokens per second of our layers and the peer's."""
+def compiled(layers: dict[str, nn.Module], x: Tensor) -> dict[str, nn.Module]:
+    """Those of the layers, by "NAME, compiled", that run through torch.compile."""
+    found = {}
+    for name, layer in layers.items():
+        try:
+            slopes(candidate := cases.compiled(layer), x)
+        except Exception as error:  # the peer's own or the compiler's: it has no figure
+            print(f"{name} does not compile: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        found[f"{name}, compiled"] = candidate
+    return found
+
+
+def measure(shape: dict[str, int], repeats: int, compiling: bool = False) -> dict[str, Any]:
+    """Tokens per second of our layers and the peer's, with `compiling` also through torch.compile."""
     ours = checked(shape)
     same, easier = f"{PEER}, batch_size={shape['chunk']}", f"{PEER}, batch_size=None"
-    layers = {**ours, same: peer(shape, shape["chunk"]), easier: peer(shape, None)}
+    layers: dict[str, nn.Module] = {**ours, same: peer(shape, shape["chunk"]), easier: peer(shape, None)}
     x = cases.inputs(shape)
+    if compiling:
+        layers |= compiled(layers, x)
     seconds = interleaved(
         {name: lambda layer=layer: slopes(layer, x) for name, layer in layers.items()}, repeats
     )
@@ -81,6 +98,7 @@ def measure(shape: dict[str, int], repeats: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
+    options.add_argument("--compiled", action="store_true", help="each layer also through torch.compile")
     against.add_option(options)
     given = options.parse_args(arguments)
     shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
@@ -93,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         print(f"{PEER} is not installed: pip install -e '.[peers]'", file=sys.stderr)
         sys.exit(MISSING)
-    return record(measure(shape, repeats), given.json)
+    return record(measure(shape, repeats, given.compiled), given.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Growth of cost with the length of the sequence: `python -m benchmarks.scaling [attention|linear|all]`.
 
 - `attention`: a Hope block against a Transformer block of equal parameters, one training pass (forward and
-  backward) over the same number of tokens at every length T.
+  backward) over the same number of tokens at every length T; with `--compiled` also both compiled.
 - `linear`: self-modifying Titans, batch 1: time of forward + backward at two lengths, and at the longer one
   time and peak extra memory with and without recomputing chunks in the backward pass. Memory is the growth
   of the peak resident set, each in a fresh process.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import against, gate
+from benchmarks import against, cases, gate
 from benchmarks.cases import slopes
 from benchmarks.harness import interleaved, parameters, parser, record, show
 from nested_learning import HopeConfig
@@ -32,6 +32,7 @@ LENGTHS, QUICK_LENGTHS = (512, 4096, 16_384), (16, 64)
 LAYER = {"width": 256, "heads": 4, "chunk": 64}
 QUICK_LAYER = {"width": 32, "heads": 2, "chunk": 8}
 LONG, QUICK_LONG = (4096, 32_768), (16, 128)
+COMPILED = ", compiled"
 RECOMPUTE = {"keep all": None, "recompute": "chunk"}
 
 
@@ -57,31 +58,38 @@ def blocks(shape: dict[str, int]) -> dict[str, HopeBlock]:
     return {"Hope": hope, "Transformer": HopeBlock(config("attention", [512], expansion), 0)}
 
 
-def train(block: HopeBlock, x: Tensor) -> None:
+def train(block: nn.Module, x: Tensor) -> None:
     """Forward and backward of one block."""
     y = block(x)[0]
     torch.autograd.grad(y.square().mean(), [x, *block.parameters()])
 
 
-def attention(shape: dict[str, int], lengths: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Tokens per second of both blocks at each length."""
+def attention(
+    shape: dict[str, int], lengths: tuple[int, ...], repeats: int, compiling: bool = False
+) -> dict[str, Any]:
+    """Tokens per second of both blocks at each length, with `compiling` also through torch.compile."""
     torch.manual_seed(0)
     pair = blocks(shape)
     mixer = pair["Hope"].mixer
     assert isinstance(mixer, SelfModifyingTitans)
     gate.equals_oracle(mixer, shape["chunk"] + 9)
+    suffixes = ["", COMPILED] if compiling else [""]
+    all_of = {name + s: cases.compiled(b) if s else b for s in suffixes for name, b in pair.items()}
     rows = []
     for length in lengths:
         x = torch.randn(shape["tokens"] // length, length, shape["width"], requires_grad=True)
         seconds = interleaved(
-            {name: lambda block=block, x=x: train(block, x) for name, block in pair.items()}, repeats
+            {name: lambda block=block, x=x: train(block, x) for name, block in all_of.items()}, repeats
         )
         rate = {name: shape["tokens"] / value for name, value in seconds.items()}
         rows.append(
             {
                 "T": length,
                 **{f"{name}, tokens/s": value for name, value in rate.items()},
-                "Hope of Transformer": rate["Hope"] / rate["Transformer"],
+                **{
+                    f"Hope of Transformer{suffix}": rate[f"Hope{suffix}"] / rate[f"Transformer{suffix}"]
+                    for suffix in suffixes
+                },
             }
         )
     counts = {name: parameters(block) for name, block in pair.items()}
@@ -138,6 +146,7 @@ def linear(shape: dict[str, int], lengths: tuple[int, int], repeats: int) -> dic
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
     options.add_argument("question", choices=["attention", "linear", "all"], nargs="?", default="all")
+    options.add_argument("--compiled", action="store_true", help="`attention`: also both blocks compiled")
     against.add_option(options)
     given = options.parse_args(arguments)
     repeats = given.repeats or (1 if given.quick else 5)
@@ -151,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if given.question in ("attention", "all"):
         block, lengths = (QUICK_BLOCK, QUICK_LENGTHS) if given.quick else (BLOCK, LENGTHS)
-        figures["attention"] = attention(block, lengths, repeats)
+        figures["attention"] = attention(block, lengths, repeats, given.compiled)
     if given.question in ("linear", "all"):
         layer, long = (QUICK_LAYER, QUICK_LONG) if given.quick else (LAYER, LONG)
         figures["linear"] = linear(layer, long, repeats)
