@@ -1,10 +1,10 @@
 """A run with `max_minutes`: its end, evaluations, checkpoints and learning rate follow the clock.
 
 The number of steps is not fixed beforehand: on a machine that others use, too, a step can take a hundred
-times as long as it took while it was measured, and whatever was fixed then is wrong for hours. So the place in
-the schedule is the share of the time that is used up, and after each step the time that is left decides whether
-there is another one. What comes after the last step (evaluation, checkpoint, model, sample) is set aside, at
-what it cost the last time. Process 0 reads its clock and tells the others, or they would part.
+times as long as it took while it was measured, and whatever was fixed then is wrong for hours. So the place
+in the schedule is the share of the time that is used up, and after each step the time that is left decides
+whether there is another one. What comes after the last step (evaluation, checkpoint, model, sample) is set
+aside, at what it cost the last time. Process 0 reads its clock and tells the others, or they would part.
 """
 
 from __future__ import annotations
