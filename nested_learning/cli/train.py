@@ -27,12 +27,16 @@ Train a causal language model on text.
 The model comes from a preset, changed by `--model.KEY VALUE`; every setting can stand in a YAML file
 too (--config), flags go before it. Short flags: --data, --tokenizer, --block_size, --lr.
 
+--data takes a text file, a folder or a glob, and files with a document in each row: .jsonl, .json, .csv,
+.tsv, .parquet; compressed as .gz, .bz2, .xz too. --data.text_column says which column has the text.
+
 The folder --output then holds model/ (for from_pretrained), result.json, loss.png, config.yaml,
 checkpoints/ and tensorboard/. Interrupted by Ctrl-C or SIGTERM, a run saves a checkpoint and --resume
 goes on with it. Several processes: torchrun --nproc_per_node 2 -m nested_learning train ...
 
 examples:
   nested-learning train --max_minutes 3 --output runs/first
+  nested-learning train --data 'pages/*.jsonl.gz' --data.text_column body --output runs/pages
   nested-learning train --preset transformer-tiny --data book.txt --steps 500 --lr 1e-2 --output runs/book
   nested-learning train --output runs/book --resume
 

@@ -92,6 +92,13 @@ class Progress(ProgressCallback):
         super().__init__()
         self._shown: dict[str, str] = {}
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            self.training_bar.total = state.max_steps  # of a run with a time limit it is an estimate
+        super().on_step_end(args, state, control, **kwargs)
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -16,6 +16,8 @@ from nested_learning.training.data.config import DataConfig
 
 DEFAULT_STEPS = 1000
 DEFAULT_EVALS = 5  # evaluations of a run after the one before training
+DEFAULT_SAVES = 4  # checkpoints of a run
+DEFAULT_WARMUP = 50  # steps, at most a quarter of the run
 
 
 @dataclass(kw_only=True)
@@ -28,7 +30,8 @@ class OptimConfig:
         eps: AdamW's epsilon
         weight_decay: decoupled weight decay of matrices; biases, norms, gates, embeddings and the initial
             states of memories get none
-        warmup_steps: optimizer steps of linear warm-up; default: 50, but at most a quarter of all steps
+        warmup_steps: optimizer steps of linear warm-up; default: 50, but at most a quarter of all steps. In a
+            run with `max_minutes` it ends by half of the time at the latest
         schedule: shape of the decay after warm-up
         final_lr_fraction: learning rate of the last step as a fraction of the peak
         max_grad_norm: the gradient's global norm is clipped to this; 0 turns clipping off
@@ -66,7 +69,7 @@ class OptimConfig:
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a run of `steps` optimizer steps. ValueError if they would fill the run."""
         if self.warmup_steps is None:
-            return min(50, steps // 4)
+            return min(DEFAULT_WARMUP, steps // 4)
         require(
             self.warmup_steps < steps,
             "optim.warmup_steps",
@@ -87,16 +90,18 @@ class TrainConfig:
         optim: optimizer and learning-rate schedule
         output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png
         steps: optimizer steps; default: 1000, or as many as `max_minutes` allows
-        max_minutes: instead of `steps`: as many steps as fit into this time on this machine, evaluations
-            included. The time of a step is measured first and the number of steps then fixed (and written to
-            config.yaml), so the schedule ends properly; the limit is an estimate, not a guillotine
+        max_minutes: instead of `steps`: as many steps as fit into this time, from reading the data to the
+            sample, evaluations and checkpoints included; within a tenth, or a step and an evaluation where
+            those take longer. The learning rate follows the clock, so the schedule ends properly however fast
+            the steps are, but no two runs are equal. A resumed run has the time that remained
         batch_size: sequences per optimizer step, over all processes and accumulation steps
         micro_batch_size: sequences per process and forward pass; gradients are accumulated until
             `batch_size` is reached. Default: batch_size divided by the number of processes
         precision: fp32, or bf16 autocast
         gradient_checkpointing: recompute activations in the backward pass to save memory
-        eval_every: evaluate every so many steps; default: a fifth of the run. How much text an evaluation
-            reads is `data.max_validation_blocks`
+        eval_every: evaluate every so many steps; default: a fifth of the run (with `max_minutes` only before
+            and after, where all would take half of the time). How much text an evaluation reads is
+            `data.max_validation_blocks`
         save_every: write a checkpoint every so many steps; default: a quarter of the run
         keep_checkpoints: how many checkpoints to keep
         sample_tokens: length of the sample generated after training, in tokens; 0 for none
@@ -152,5 +157,5 @@ class TrainConfig:
             steps=steps,
             max_minutes=None,
             eval_every=self.eval_every or math.ceil(steps / DEFAULT_EVALS),
-            save_every=self.save_every or math.ceil(steps / 4),
+            save_every=self.save_every or math.ceil(steps / DEFAULT_SAVES),
         )

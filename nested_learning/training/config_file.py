@@ -60,10 +60,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def refuse_changes(saved: TrainConfig, given: dict[str, Any]) -> None:
     """Raise ValueError if any of the given settings, a nested dict, differs from the saved run's.
 
-    The folder may have moved, and a time limit is a number of steps by now: neither is compared.
+    The folder may have moved, and earlier versions made a number of steps of a time limit: neither counts.
     """
     known = flatten(to_dict(saved))
-    asked = {k: v for k, v in flatten(_plain(given)).items() if k not in ("output", "max_minutes")}
+    free = ("output", "max_minutes") if saved.max_minutes is None else ("output",)
+    asked = {k: v for k, v in flatten(_plain(given)).items() if k not in free}
     changed = [
         f"{key} (now {value!r}, the run has {known.get(key)!r})"
         for key, value in asked.items()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from nested_learning.training.config import OptimConfig
+from nested_learning.training.config import DEFAULT_WARMUP, OptimConfig
 
 
 def decayed_names(model: nn.Module) -> set[str]:
@@ -58,11 +58,29 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        decay = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return config.final_lr_fraction + (1 - config.final_lr_fraction) * decay
+        return decayed(config, (step - warmup) / max(1, steps - warmup))
 
     return factor
+
+
+def decayed(config: OptimConfig, done: float) -> float:
+    """The learning rate after the share `done` of the steps, or of the time, that follow warm-up."""
+    done = min(1.0, done)
+    decay = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * decay
+
+
+def warmed_up(config: OptimConfig, step: int, used: float) -> float:
+    """The learning rate of a step in the warm-up of a run whose steps nobody knows; 1 and more behind it.
+
+    Args:
+        config: the schedule. Its `warmup_steps` end by half of the time at the latest, where they are left
+            open (50) by a quarter of it: a rate that never got up would be no schedule.
+        step: steps before this one.
+        used: share of the time that is used up.
+    """
+    steps, latest = (DEFAULT_WARMUP, 0.25) if config.warmup_steps is None else (config.warmup_steps, 0.5)
+    return max((step + 1) / steps, used / latest) if steps else 1.0
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer
 
 PROMPT_TOKENS = 32
+TRIED_TOKENS = 8  # by which the time of a sample is foretold
 
 
 def write_results(
@@ -49,7 +51,7 @@ def write_results(
         "versions": versions(),
         "hardware": hardware(trainer.args.device, trainer.args.world_size),
         "seed": config.seed,
-        "data": bundle.summary,
+        "data": bundle.summary | _samples_read(trainer, bundle),
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
@@ -66,6 +68,7 @@ def write_results(
         },
         "losses": {"train": train, "validation": validation},
         "sample": _sample(model, bundle, config.sample_tokens, config.seed),
+        "minutes": None if trainer.clock is None else trainer.clock.seconds / 60,
         "files": {
             "model": str(folder.model),
             "result": str(folder.result),
@@ -85,6 +88,24 @@ def _score(point: tuple[int, float], bundle: DataBundle) -> dict[str, float]:
     step, nats = point
     bits = bits_per_byte(nats, bundle.bytes_per_token)
     return {"step": step, "nats_per_token": nats, "bits_per_byte": bits}
+
+
+def _samples_read(trainer: HopeTrainer, bundle: DataBundle) -> dict[str, Any]:
+    """Samples of all steps, and the epochs that they make where the text has a length."""
+    samples = trainer.state.global_step * trainer.config.batch_size
+    blocks = getattr(bundle.train, "blocks_per_epoch", None)
+    return {"train_samples": samples} | ({} if blocks is None else {"epochs": samples / blocks})
+
+
+def sample_seconds(model: PreTrainedModel, bundle: DataBundle, length: int) -> float:
+    """About the seconds that a sample of `length` tokens will take; random numbers stay as they were."""
+    tried = min(length, TRIED_TOKENS)
+    if tried == 0:
+        return 0.0
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        start = time.perf_counter()
+        _sample(model, bundle, tried, 0)
+        return (time.perf_counter() - start) * length / tried
 
 
 def _sample(model: PreTrainedModel, bundle: DataBundle, length: int, seed: int) -> dict[str, str] | None:

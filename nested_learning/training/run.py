@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from nested_learning._checks import LARGEST
 from nested_learning.models import preset
-from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
-from nested_learning.training.checkpoints import checkpoint_to_resume
-from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
+from nested_learning.training.checkpoints import STATE, checkpoint_to_resume
+from nested_learning.training.config import DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.process import process_state
-from nested_learning.training.results import write_results
+from nested_learning.training.results import sample_seconds, write_results
 from nested_learning.training.run_folder import RunFolder
+from nested_learning.training.timing import MOST_STEPS, RunClock
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, split_batch, trainer_arguments
 
 
@@ -81,15 +79,22 @@ def train(
     if resume:
         config = _resumed_config(config, folder)
         checkpoint = checkpoint_to_resume(folder.checkpoints, process)
-    model, bundle, config = _prepare(config, process)
-    assert config.steps is not None
-    config.optim.warmup(config.steps)  # refuses a warm-up that would fill the run
+    clock = [] if config.max_minutes is None else [RunClock(config)]
+    if not clock:
+        config = config.with_steps(config.steps or DEFAULT_STEPS)
+        assert config.steps is not None
+        config.optim.warmup(config.steps)  # refuses a warm-up that would fill the run
+    split_batch(config, process.num_processes)  # before the text is read: refuse a batch that does not fit
+    preset(config.preset, **config.model)  # and a model
+    bundle = seeded_data(_bounded(config, checkpoint))
+    model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
+    model.to(process.device)
     if process.is_main_process:
         folder.check_space(_bytes_to_write(model, config))
         if not resume:
             folder.start(dump_config(config))
     process.wait_for_everyone()
-    return _run(config, folder, model, bundle, checkpoint, progress)
+    return _run(config, folder, model, bundle, checkpoint, [*clock, *([Progress()] if progress else [])])
 
 
 def seeded_data(config: TrainConfig) -> DataBundle:
@@ -102,8 +107,8 @@ def seeded_data(config: TrainConfig) -> DataBundle:
 def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """The run's own configuration, after checking that the given one is the same."""
     saved = folder.saved_config()
-    assert saved.steps is not None
-    given = config.with_steps(saved.steps) if config.steps in (None, saved.steps) else config
+    fixed = saved.steps is not None and config.steps in (None, saved.steps)
+    given = config.with_steps(saved.steps) if fixed and saved.steps else config
     if saved.data.documents != load_config(folder.config).data.documents:
         # Begun before documents could be marked: the default of today says nothing about the run.
         given = dataclasses.replace(
@@ -113,35 +118,16 @@ def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     return dataclasses.replace(saved, output=config.output)
 
 
-def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedModel, DataBundle, TrainConfig]:
-    """Model on its device, data, and the configuration with the number of steps fixed."""
-    # Before the text is read: refuse a batch or a model that does not fit.
-    split_batch(config, process.num_processes)
-    preset(config.preset, **config.model)
-    if config.max_minutes is None:
-        config = config.with_steps(config.steps or DEFAULT_STEPS)
-        bundle = seeded_data(config)
-        return _model(config, bundle, process), bundle, config
-    bundle = seeded_data(config.with_steps(1))  # for the tokenizer and the size of an evaluation
-    model = _model(config, bundle, process)
-    [steps] = broadcast_object_list([_fitting_steps(config, model, bundle, process.num_processes)])
-    config = config.with_steps(steps)  # the number that process 0 found: all must run equally many
-    return model, seeded_data(config), config
-
-
-def _model(config: TrainConfig, bundle: DataBundle, process: PartialState) -> PreTrainedModel:
-    model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
-    return model.to(process.device)
-
-
-def _fitting_steps(config: TrainConfig, model: PreTrainedModel, bundle: DataBundle, processes: int) -> int:
-    assert config.max_minutes is not None
-    micro, accumulation = split_batch(config, processes)
-    step, forward = timing.measure(model, config, micro, timing.MEASURED * 60 * config.max_minutes)
-    evaluation = forward * math.ceil(len(bundle.validation) / (micro * processes))
-    return timing.steps_within(
-        config.max_minutes, step * accumulation, evaluation, config.eval_every, DEFAULT_EVALS
-    )
+def _bounded(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
+    """The run with a number of steps that it does not exceed."""
+    if config.steps is not None:
+        return config
+    steps = min(MOST_STEPS, LARGEST // config.batch_size)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if state.max_steps == state.global_step:  # its time was up; only its results were not written
+            steps = state.global_step
+    return config.with_steps(steps)
 
 
 def _bytes_to_write(model: PreTrainedModel, config: TrainConfig) -> int:
@@ -167,15 +153,18 @@ def _run(
     model: PreTrainedModel,
     bundle: DataBundle,
     checkpoint: Path | None,
-    progress: bool,
+    callbacks: list[TrainerCallback],
 ) -> Outcome:
     validation, eval_batch = _whole_batches(bundle.validation, config.batch_size)
-    args = trainer_arguments(config, folder, eval_batch)
+    args = trainer_arguments(_bounded(config, checkpoint), folder, eval_batch)
     args.eval_on_start = checkpoint is None
     trainer = HopeTrainer(model, config, bundle.tokenizer, args, bundle.train, validation)
+    trainer.clock = next((callback for callback in callbacks if isinstance(callback, RunClock)), None)
+    if trainer.clock is not None and trainer.is_world_process_zero():
+        trainer.clock.took("sample", sample_seconds(model, bundle, config.sample_tokens))
     timer, request = StepTimer(), StopRequest()
     stop = StopOnSignal(request, _agreement(trainer))
-    _set_callbacks(trainer, folder, stop, timer, *([Progress()] if progress else []))
+    _set_callbacks(trainer, folder, *callbacks, stop, timer)
     disable_progress_bar()  # one of transformers' own per file written
     try:
         with request.listening():

@@ -30,6 +30,7 @@ from nested_learning.training.config import TrainConfig
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.process import process_state
 from nested_learning.training.run_folder import RunFolder
+from nested_learning.training.timing import ClockSchedule, RunClock
 
 # Tensors of torch's optimizers that have the shape of their parameter.
 PER_ELEMENT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
@@ -65,7 +66,7 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
 
 
 def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -> TrainingArguments:
-    """TrainingArguments of a run whose number of steps is fixed.
+    """TrainingArguments of a run whose number of steps is fixed, or bounded where time ends it.
 
     Args:
         config: the run, after `TrainConfig.with_steps`.
@@ -132,6 +133,7 @@ class HopeTrainer(Trainer):
         self.tokenizer = tokenizer
         self.checkpoints = Path(str(args.output_dir))
         self._save_to: str | None = None
+        self.clock: RunClock | None = None  # of a run with `max_minutes`
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -143,9 +145,12 @@ class HopeTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
             optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = build_schedule(optimizer, self.config.optim, num_training_steps)
+            if self.clock is None:
+                self.lr_scheduler = build_schedule(optimizer, self.config.optim, num_training_steps)
+            else:
+                self.lr_scheduler = ClockSchedule(optimizer, self.clock)  # type: ignore[assignment]
             self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return self.lr_scheduler  # type: ignore[return-value]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

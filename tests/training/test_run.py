@@ -16,13 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nested_learning.training import run as run_module
 from nested_learning.training.callbacks import StepTimer
 from nested_learning.training.config import OptimConfig
-from nested_learning.training.config_file import load_config
 from nested_learning.training.data import DataConfig, bits_per_byte, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.run import TrainingDiverged, train
 from nested_learning.training.run_folder import RunFolder
-from nested_learning.training.timing import steps_within
 from nested_learning.training.trainer import HopeTrainer, split_batch
 
 HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_titans": {"chunk_size": 8}}}
@@ -282,21 +280,10 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tiny, output):
         train(tiny(output=output))
 
 
-def test_time_limit_becomes_a_number_of_steps(tiny):
+def test_time_limit_ends_the_run(tiny):
     result = train(tiny(steps=None, max_minutes=0.02)).result
-    config = load_config(RunFolder(tiny().output).config)
-    assert config.steps == result["steps"] == len(losses(result)) > 1
-    assert config.max_minutes is None
-    assert result["data"]["train_samples"] == config.steps * 4
-
-
-def test_steps_within_counts_evaluations(monkeypatch):
-    monkeypatch.setattr("nested_learning.training.timing.MARGIN", 1.0)
-    # 60 s, one evaluation of 5 s before, five of them later, steps of 0.5 s
-    assert steps_within(1.0, 0.5, 5.0, None, 5) == 60
-    # every 10 steps one of 5 s: 55 s at 1 s a step
-    assert steps_within(1.0, 0.5, 5.0, 10, 5) == 55
-    assert steps_within(0.001, 0.5, 5.0, None, 5) == 1
+    assert result["steps"] == len(losses(result)) >= 1
+    assert 0 < result["minutes"] < 1
 
 
 def test_split_batch():

@@ -60,7 +60,10 @@ def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
     if config.is_streamed:
         return _build_streamed(config, num_train_samples)
     corpus = load_corpus(
-        config.source, validation_fraction=config.validation_fraction, max_bytes=config.max_bytes
+        config.source,
+        validation_fraction=config.validation_fraction,
+        max_bytes=config.max_bytes,
+        text_column=config.text_column,
     )
     texts = [document.text for document in corpus.train]
     tokenizer = make_tokenizer(config.tokenizer, texts, config.bpe_vocab_size)

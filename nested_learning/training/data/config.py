@@ -18,13 +18,16 @@ class DataConfig:
 
     Attributes:
         source: "stdlib" (text of the Python installation), "tinyshakespeare" (downloaded once), the path
-            of a text file, folder or glob, or "hf:NAME[:CONFIG]", a streamed `datasets` source.
+            of a file, folder or glob, or "hf:NAME[:CONFIG]", a streamed `datasets` source. A .jsonl, .json,
+            .csv, .tsv or .parquet file has a document in each row, any other is a text; compressed as .gz,
+            .bz2, .xz or (with zstandard) .zst they are read, too.
         tokenizer: "byte", "bpe" (trained on the training text) or the folder of a saved tokenizer.
         bpe_vocab_size: ids of a BPE, bytes and special tokens included.
         block_size: tokens per sample, T.
         documents: what a sample is that holds several documents: "marked", the model keeps them apart, or
             "joined", one text.
-        text_column: the column of a `datasets` source that holds the text.
+        text_column: the column of a file of rows or of a `datasets` source that holds the text; in a file
+            without a column "text" that stands for the only column of strings.
         validation_fraction: share of the text for validation, in (0, 0.5]; a `datasets` source has its
             validation split or `num_held_out` rows instead.
         num_held_out: rows of a `datasets` source without validation split kept for validation.

@@ -1,7 +1,7 @@
 """Sources of text: documents by the name of a source, split into training and validation.
 
-`stdlib` (every Python has it), `tinyshakespeare` (downloaded once), a text file, a folder or a glob. A
-source of the `datasets` library, `hf:NAME`, is streamed: see `streaming`.
+`stdlib` (every Python has it), `tinyshakespeare` (downloaded once), a file of text or of rows (see `rows`), a
+folder or a glob. A source of the `datasets` library, `hf:NAME`, is streamed: see `streaming`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import glob
 import hashlib
 import math
 import os
+import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import NamedTuple
 
 from nested_learning._errors import unknown
 from nested_learning.training.data.download import shakespeare_file
+from nested_learning.training.data.rows import DEFAULT_COLUMN, holds_rows, open_bytes, row_texts
 from nested_learning.training.data.stdlib import stdlib_documents
 
 SOURCES = ("stdlib", "tinyshakespeare", "hf:NAME", "hf:NAME:CONFIG")
@@ -50,19 +53,28 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(source: str, *, validation_fraction: float = 0.1, max_bytes: int | None = None) -> Corpus:
+def load_corpus(
+    source: str,
+    *,
+    validation_fraction: float = 0.1,
+    max_bytes: int | None = None,
+    text_column: str = DEFAULT_COLUMN,
+) -> Corpus:
     """The documents of a source that is read into memory.
 
     Args:
-        source: "stdlib", "tinyshakespeare", or the path of a UTF-8 text file, a folder (all files under
-            it, hidden ones left out) or a glob (`**` crosses folders).
+        source: "stdlib", "tinyshakespeare", or the path of a UTF-8 text file, a file of rows (.jsonl, .json,
+            .csv, .tsv, .parquet), a folder (all files under it, hidden ones left out) or a glob (`**` crosses
+            folders). Files may be compressed (.gz, .bz2, .xz; .zst where zstandard is installed). A text file
+            is a document, and each row of a file of rows is one.
         validation_fraction: share of the validation part, in (0, 0.5]. Ten documents or more are split
             whole, by a hash of their names; of fewer, each gives its tail.
         max_bytes: stop reading after so many bytes of UTF-8 text; the last document is cut.
+        text_column: the column of a file of rows with the text; see `rows.row_texts`.
 
     Raises:
-        ValueError: no such source; an empty, binary or non-UTF-8 file; a download that failed or has
-            another checksum.
+        ValueError: no such source; an empty, binary or non-UTF-8 file; a damaged file of rows, or one without
+            the column; a download that failed or has another checksum.
     """
     documents: Iterable[Document]
     if source == "stdlib":
@@ -70,7 +82,7 @@ def load_corpus(source: str, *, validation_fraction: float = 0.1, max_bytes: int
     elif source == "tinyshakespeare":
         documents = [Document("tinyshakespeare.txt", _read(shakespeare_file()))]
     else:
-        documents = _read_files(source, max_bytes)
+        documents = _read_files(source, max_bytes, text_column)
     kept = _limit(documents, max_bytes)
     if not kept:
         raise ValueError(f"the text of {source!r} is empty; give a file, folder or glob with text in it")
@@ -114,10 +126,14 @@ def _limit(documents: Iterable[Document], max_bytes: int | None) -> list[Documen
     return kept
 
 
-def _read_files(source: str, max_bytes: int | None) -> Iterator[Document]:
+def _read_files(source: str, max_bytes: int | None, text_column: str) -> Iterator[Document]:
     paths, root = _find_files(source)
     for path in paths:
-        yield Document(path.relative_to(root).as_posix(), _read(path, max_bytes))
+        name = path.relative_to(root).as_posix()
+        if holds_rows(path):
+            yield from (Document(f"{name}#{row}", text) for row, text in row_texts(path, text_column))
+        else:
+            yield Document(name, _read(path, max_bytes))
 
 
 def _find_files(source: str) -> tuple[list[Path], Path]:
@@ -141,7 +157,7 @@ def _find_files(source: str) -> tuple[list[Path], Path]:
             raise ValueError(f"no file matches {source!r} (seen from {os.getcwd()})")
         return sorted(files), Path(os.path.commonpath([p.parent for p in files]))
     raise ValueError(
-        f"{unknown('data source', source, SOURCES)} Or give the path of a text file, a folder or a glob; "
+        f"{unknown('data source', source, SOURCES)} Or give the path of a file, a folder or a glob; "
         f"there is no file or folder {source!r} (seen from {os.getcwd()})."
     )
 
@@ -153,10 +169,10 @@ def _is_hidden(relative: Path) -> bool:
 def _read(path: Path, max_bytes: int | None = None) -> str:
     """Text of a UTF-8 file, its first `max_bytes` if given; a byte order mark is dropped."""
     try:
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             content = file.read() if max_bytes is None else file.read(max_bytes)
             text = content.decode() if not file.read(1) else _decode_start(content)
-    except OSError as error:
+    except (OSError, EOFError, LZMAError, zlib.error) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from error
     except UnicodeDecodeError as error:
         raise _not_text(path, f"byte {error.start} is not UTF-8") from error
