@@ -7,11 +7,11 @@ A module names the parts of which it is made in a method that any class may have
             return {"start": "initial", "key_value": "projections"}
 
 The keys are names of parameters or modules inside of it, "" for all that no other key names, the values
-handles. A value that ends in a colon, `{"mixer": "titans:"}`, names the kind of what lies there: what that says
-of itself comes after it, as in `titans.projections`, and where all of a model are of one kind without it. Where
-two modules name one parameter the outer one counts. A method `part_chunks`, from handles to tokens, says how
-many tokens a part's chunk has. Parameters that no module names belong to `embedding`, to the `head` of a
-transformers model, to `norms`, or to the path of their module in the layer, as `self_attn.q_proj`.
+handles. A value that ends in a colon, `{"mixer": "titans:"}`, names the kind of what lies there: what that
+says of itself comes after it, as in `titans.projections`, without it where all in a model are of one kind.
+Where two modules name one parameter the outer one counts. A method `part_chunks`, from handles to tokens,
+says how many tokens a part's chunk has. Parameters that no module names belong to `embedding`, to the `head`
+of a transformers model, to `norms`, or to the path of their module in the layer, as `self_attn.q_proj`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ def parts(model: nn.Module) -> Parts:
         ValueError: two modules give one part chunks of different lengths.
     """
     modules = dict(model.named_modules())
-    said = {path: dict(module.part_names()) for path, module in modules.items() if _speaks(module)}
+    said = {
+        path: dict(module.part_names())  # type: ignore[operator]
+        for path, module in modules.items()
+        if callable(getattr(type(module), "part_names", None))
+    }
     head = _head(model)
     given: dict[str, tuple[str, str]] = {}
     for name, _ in model.named_parameters():
@@ -102,10 +106,6 @@ def parts(model: nn.Module) -> Parts:
     embedded = {p for m in modules.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tied = head is not None and any(p in embedded for p in head.parameters())
     return Parts(handles, _chunks(modules, said, several), tied)
-
-
-def _speaks(module: nn.Module) -> bool:
-    return callable(getattr(type(module), "part_names", None))
 
 
 def _said_of(name: str, said: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
@@ -176,7 +176,8 @@ def _chunks(
     for path, module in modules.items():
         if callable(getattr(type(module), "part_chunks", None)):
             kind = _said_of(path, said)[0] if several else ""
-            for handle, tokens in module.part_chunks().items():
+            spoken: Mapping[str, int] = module.part_chunks()  # type: ignore[operator]
+            for handle, tokens in spoken.items():
                 handle = f"{kind}.{handle}" if kind else handle
                 if found.setdefault(handle, tokens) != tokens:
                     raise ValueError(

@@ -13,6 +13,7 @@ from nested_learning.levels.components import NEVER, Component, every_steps
 from nested_learning.levels.describe.optimizers import rules_of
 from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
 from nested_learning.levels.drafts import Draft, Drafts
+from nested_learning.optimizers import NestedOptimizer
 from nested_learning.optimizers.base import tensor_bytes
 
 # The states of an optimizer and of those inside of it, each by parameter.
@@ -39,13 +40,16 @@ class Trained:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers that a caller gave, unwrapped where they are accelerate's (the Trainer has those)."""
+    """The optimizers that a caller gave, unwrapped where they are accelerate's or nested."""
     given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):
             raise ValueError(f"expected torch optimizers or None, got {type(one).__name__}")
     wrapped = [getattr(one, "optimizer", None) for one in given]
-    return [inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)]
+    plain = [
+        inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)
+    ]
+    return [part for one in plain for part in (one.optimizers if isinstance(one, NestedOptimizer) else [one])]
 
 
 def add_optimizers(

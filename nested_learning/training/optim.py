@@ -5,46 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from nested_learning.optimizers import build
 from nested_learning.training.config import OptimConfig
 
 
-def decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that get weight decay: matrices that are weights of an ordinary map.
-
-    Not decayed: 1-D parameters (biases, norms, gate vectors), embeddings (a tied head is one), and the
-    initial states of memories (`*.initial.*`): decaying those would pull every sequence's starting point
-    to zero, and the memories' rule already has its own retention.
-    """
-    embeddings = {
-        f"{name}.{local}" if name else local
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for local, _ in module.named_parameters(recurse=False)
-    }
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and parameter.ndim >= 2
-        and name not in embeddings
-        and "initial" not in name.split(".")
-    }
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW with two parameter groups: with weight decay (see `decayed_names`) and without."""
-    decayed = decayed_names(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return build(
+        "adamw", model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps
+    )
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
@@ -65,6 +38,6 @@ def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """The schedule of a run of `steps` optimizer steps as a torch scheduler, stepped once per step."""
     return LambdaLR(optimizer, lr_factor(config, steps))
