@@ -17,8 +17,9 @@ of a transformers model, to `norms`, or to the path of their module in the layer
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -73,6 +74,26 @@ class Parts:
         raise ValueError(
             f"{unknown('part of the model', part, known)} A module's path and a glob are parts too."
         )
+
+    def cover(self, names: Iterable[str]) -> list[str]:
+        """The shortest handles whose parts together have these parameters; all of a part for some of it."""
+        wanted = set(names)
+        chosen: dict[str, None] = {}
+        for name in self.handles:
+            if name in wanted:
+                words = self.handles[name].split(".")
+                prefixes = [".".join(words[:count]) for count in range(1, len(words) + 1)]
+                whole = (each for each in prefixes if wanted.issuperset(self._beneath[each]))
+                chosen[next(whole, prefixes[-1])] = None
+        return list(chosen)
+
+    @cached_property
+    def _beneath(self) -> dict[str, list[str]]:
+        """Names of parameters by handle and by the first words of handles."""
+        found: dict[str, list[str]] = {}
+        for depth in range(1, 1 + max((h.count(".") + 1 for h in self.handles.values()), default=1)):
+            found |= self.at_depth(depth)
+        return found
 
     def chunk(self, part: str) -> int | None:
         """Tokens of the chunk that all of a part has; None where it has none, or several."""

@@ -13,8 +13,8 @@ from nested_learning.levels.components import NEVER, Component, every_steps
 from nested_learning.levels.describe.optimizers import rules_of
 from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
 from nested_learning.levels.drafts import Draft, Drafts
-from nested_learning.optimizers import NestedOptimizer
-from nested_learning.optimizers.base import tensor_bytes
+from nested_learning.optimizers import MultiFrequency, NestedOptimizer
+from nested_learning.optimizers.base import Group, tensor_bytes
 
 # The states of an optimizer and of those inside of it, each by parameter.
 NestedStates = list[dict[Tensor, dict[str, Any]]]
@@ -52,6 +52,21 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
     return [part for one in plain for part in (one.optimizers if isinstance(one, NestedOptimizer) else [one])]
 
 
+def title(optimizer: Optimizer, group: Group) -> str:
+    """Name of the optimizer that trains a group; in a level that `build` made, of the one inside."""
+    if isinstance(optimizer, MultiFrequency) and "name" in group:
+        return title(optimizer.inner, group)
+    if isinstance(optimizer, NestedOptimizer):
+        return title(optimizer.owner(group["params"][0]), group)
+    return type(optimizer).__name__
+
+
+def titles(optimizers: Sequence[Optimizer]) -> str:
+    """Names of all optimizers, each once."""
+    names = [title(one, group) for one in optimizers for group in one.param_groups]
+    return " and ".join(dict.fromkeys(names)) or "none"
+
+
 def add_optimizers(
     drafts: Drafts, optimizers: list[Optimizer], parameters: Collection[nn.Parameter]
 ) -> dict[Tensor, Trained]:
@@ -84,7 +99,8 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
             memories: dict[str, Draft] = {}
             for memory in rule.memories:
                 held = _held(states, rule.params, memory.keys) if stepped else None
-                memories[memory.name] = _add_memory(drafts, optimizer, memory, held)
+                memories[memory.name] = _add_memory(drafts, title(optimizer, group), memory, held)
+                memories[memory.name].parameters.update(dict.fromkeys(rule.params))
                 found += held or 0
             trained.update(dict.fromkeys(rule.params, _connect(drafts, rule, memories)))
     # No rule accounts for some state, such as that of parameters that were frozen since.
@@ -93,16 +109,14 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
         rest = DescribedGradientMemory(
             name="other state", keys=(), state_bytes=None, objective="unknown", rule="unknown"
         )
-        _add_memory(drafts, optimizer, rest, total - found)
+        _add_memory(drafts, titles([optimizer]), rest, total - found)
     return trained
 
 
-def _add_memory(
-    drafts: Drafts, optimizer: Optimizer, memory: DescribedGradientMemory, held: int | None
-) -> Draft:
+def _add_memory(drafts: Drafts, owner: str, memory: DescribedGradientMemory, held: int | None) -> Draft:
     """Draft a memory with the bytes that are held of it, or with the predicted ones for None."""
     component = Component(
-        name=f"{type(optimizer).__name__}: {memory.name}",
+        name=f"{owner}: {memory.name}",
         kind="optimizer",
         frequency=NEVER if memory.every is None else every_steps(memory.every),
         context=memory.context,

@@ -66,8 +66,8 @@ def build(
         tokens_per_row: tokens that one row of a batch contributes to a step, for the period "chunk".
         max_grad_norm: norm to which the gradient of each level, over all its parameters, is clipped when its
             optimizer is about to see it, and that of what no level names. None: it is not clipped.
-        adamw: options (betas, eps) of AdamW where it trains what another optimizer leaves to it, and of
-            levels that name it.
+        adamw: `betas` and `eps` of AdamW where it trains what another optimizer leaves to it, and of all
+            optimizers of Adam's kind that name none of their own.
         options: of the optimizer `name`; for Muon also `adamw_betas`, `adamw_eps` and `adamw_lr_scale`.
 
     Returns:
@@ -81,11 +81,23 @@ def build(
     """
     whole = Recipe(name, lr, weight_decay, dict(options), dict(adamw or {}))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not levels:
-        optimizer = whole.make(model, named)
-        return optimizer if max_grad_norm is None else _at_period(optimizer, 1, "sum", max_grad_norm)
+    if levels:
+        entries = [LevelEntry(index, entry, whole) for index, entry in enumerate(levels)]
+        return _nested(model, named, whole, entries, tokens_per_row, max_grad_norm)
+    optimizer = whole.make(model, named)
+    return optimizer if max_grad_norm is None else _at_period(optimizer, 1, "sum", max_grad_norm)
+
+
+def _nested(
+    model: nn.Module,
+    named: Named,
+    whole: Recipe,
+    entries: Sequence[LevelEntry],
+    tokens_per_row: int | None,
+    max_grad_norm: float | None,
+) -> NestedOptimizer:
+    """An optimizer per entry, and the whole's for the rest."""
     found = parts(model)
-    entries = [LevelEntry(index, entry, whole) for index, entry in enumerate(levels)]
     optimizers: list[Optimizer] = []
     for entry, own in zip(entries, _split(found, named, entries), strict=True):
         with entry.told():

@@ -31,7 +31,7 @@ NO_MATRICES = {EMBEDDING, HEAD, "persistent"}  # parts whose 2-D parameters are 
 
 
 def by_name() -> dict[str, type[Optimizer]]:
-    """Classes of torch.optim and of this package by their names in lower case."""
+    """Classes of torch.optim and of this package by their names in lower case: what `build` takes."""
     found = [*vars(torch.optim).values(), *vars(sys.modules[PACKAGE]).values()]
     classes = [cls for cls in found if inspect.isclass(cls) and issubclass(cls, Optimizer)]
     return {cls.__name__.lower(): cls for cls in classes if cls not in (Optimizer, NestedOptimizer)}
@@ -55,6 +55,12 @@ def options_of(cls: type[Optimizer]) -> dict[str, Any]:
         beside = inspect.signature(torch.optim.AdamW).parameters
         options |= {ours: beside[theirs].default for ours, theirs in BESIDE.items()} | {SCALE: 1.0}
     return options
+
+
+def is_adam(cls: type[Optimizer]) -> bool:
+    """Whether an optimizer has Adam's two `betas` and `eps`."""
+    takes = options_of(cls)
+    return "eps" in takes and len(takes.get("betas") or ()) == 2
 
 
 def decayed_names(model: nn.Module) -> set[str]:
@@ -88,7 +94,7 @@ class Recipe:
         name: the optimizer's, in any case.
         lr, weight_decay: None for the optimizer's default.
         options: its other options.
-        adamw: options of AdamW where the optimizer leaves parameters to it.
+        adamw: `betas` and `eps` of AdamW where the optimizer leaves parameters to it, or is one of its kind.
 
     Raises:
         ValueError: no such optimizer, or an option that it has not.
@@ -153,7 +159,7 @@ class Recipe:
         """Keywords of the class."""
         beside = {ours: self.adamw[theirs] for ours, theirs in BESIDE.items() if theirs in self.adamw}
         found = {**(beside if self.for_matrices else {}), **self.options}
-        if self.cls is torch.optim.AdamW:
+        if is_adam(self.cls):
             found = {**self.adamw, **found}
         if self.lr is not None:
             found["lr"] = self.lr

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from nested_learning.levels import levels
 from nested_learning.models import preset
 from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
@@ -26,6 +27,7 @@ from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainC
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
+from nested_learning.training.optim import rehearse
 from nested_learning.training.process import process_state
 from nested_learning.training.results import write_results
 from nested_learning.training.run_folder import RunFolder
@@ -115,9 +117,9 @@ def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedModel, DataBundle, TrainConfig]:
     """Model on its device, data, and the configuration with the number of steps fixed."""
-    # Before the text is read: refuse a batch or a model that does not fit.
+    # Before the text is read: refuse a batch, a model or an optimizer that does not fit.
     split_batch(config, process.num_processes)
-    preset(config.preset, **config.model)
+    rehearse(preset(config.preset, **config.model), config.optim, config.data.block_size)
     if config.max_minutes is None:
         config = config.with_steps(config.steps or DEFAULT_STEPS)
         bundle = seeded_data(config)
@@ -145,9 +147,13 @@ def _fitting_steps(config: TrainConfig, model: PreTrainedModel, bundle: DataBund
 
 
 def _bytes_to_write(model: PreTrainedModel, config: TrainConfig) -> int:
-    """Disk space for the checkpoints (weights and AdamW's two moments) and the final model."""
+    """Disk space for the checkpoints (weights and the optimizer's state) and the final model."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights * (3 * (config.keep_checkpoints + 1) + 1)
+    system = levels(*rehearse(model.config, config.optim, config.data.block_size))
+    memories = [each.state_bytes for each in system.components if each.kind == "optimizer"]
+    # an optimizer without a description is taken for one with two moments, as AdamW
+    state = 2 * weights if None in memories else sum(each for each in memories if each is not None)
+    return (weights + state) * (config.keep_checkpoints + 1) + weights
 
 
 def _whole_batches(validation: Dataset, batch_size: int) -> tuple[Dataset, int]:

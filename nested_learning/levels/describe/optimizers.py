@@ -251,6 +251,11 @@ def _delta_gd(optimizer: ours.DeltaGD, group: Group) -> Iterator[OptimizerRule]:
         yield OptimizerRule(params=rest, step="W ← W − lr·read(memory)", memories=(memory,))
 
 
+@describes_optimizer(ours.NestedOptimizer)
+def _nested(optimizer: ours.NestedOptimizer, group: Group) -> Iterator[OptimizerRule]:
+    yield from rules_of(optimizer.owner(group["params"][0]), group)
+
+
 @describes_optimizer(ours.MultiFrequency)
 def _multi_frequency(optimizer: ours.MultiFrequency, group: Group) -> Iterator[OptimizerRule]:
     """The inner optimizer's rules at the group's period, and the sum of gradients in between."""
