@@ -109,7 +109,7 @@ def parts(model: nn.Module) -> Parts:
     """
     modules = dict(model.named_modules())
     said = {
-        path: dict(module.part_names())  # type: ignore[operator]
+        path: dict(module.part_names())
         for path, module in modules.items()
         if callable(getattr(type(module), "part_names", None))
     }

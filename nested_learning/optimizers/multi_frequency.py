@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, load_exactly, work_dtype
 from nested_learning.optimizers.checks import COUNT, Bound, Check
 
 NORM = Bound(open_low=True, optional=True)
@@ -189,7 +189,7 @@ class MultiFrequency(BaseOptimizer):
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """The inner optimizer's state as that loads it, then the gradients that wait, in their dtype."""
         inner, waiting = _apart(state_dict)
-        self.inner.load_state_dict(inner)
+        load_exactly(self.inner, inner)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import Group
+from nested_learning.optimizers.base import Group, load_exactly
 
 NAMED = (
     "state",
@@ -121,7 +121,7 @@ class NestedOptimizer(Optimizer):
             if check is not None:  # of all of them before any loads
                 check(part)
         for optimizer, part in zip(self.optimizers, parts, strict=True):
-            optimizer.load_state_dict(part)
+            load_exactly(optimizer, part)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._apart(state_dict)
