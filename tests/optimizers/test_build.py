@@ -167,7 +167,8 @@ def test_one_norm_over_the_whole_without_levels():
         nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
         by_hand.step()
         twin.zero_grad()
-    assert equal(model, twin)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)  # the norm adds up in another order
 
 
 def test_a_level_at_every_step_changes_nothing():
