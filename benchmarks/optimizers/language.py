@@ -24,11 +24,11 @@ from benchmarks.optimizers.contestants import NETWORK, NETWORK_RATES, split
 from nested_learning import HopeForCausalLM
 from nested_learning.models.presets import preset
 from nested_learning.optimizers.base import tensor_bytes
+from nested_learning.optimizers.recipe import decayed_names
 from nested_learning.training.compare import Contender, batches
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data import DataBundle, DataConfig, build_data
 from nested_learning.training.models import model_config, new_model
-from nested_learning.training.optim import decayed_names
 
 CPU = torch.device("cpu")
 MODELS = ("transformer-tiny", "hope-tiny")

@@ -12,20 +12,25 @@ from nested_learning.training.data.config import DataConfig
 DESCRIPTION = """\
 Train two or more models on the same batches, one step of each in turn, and tabulate the results.
 
-MODEL is a preset or a training YAML (its keys `preset` and `model`). Each is trained with every --lr and
-every seed of --seeds; the table has, per model, the learning rate with the best mean validation loss.
+MODEL is a preset or a training YAML (its keys `preset` and `model`, and the optimizers that it names), as it
+is or with an optimizer, MODEL:OPTIMIZER. Each is trained with every --lr and every seed of --seeds; the
+table has, per model, the learning rate with the best mean validation loss. With --cache FOLDER finished runs
+are kept there, and an interrupted or a larger comparison goes on from them.
 Speeds are medians over all steps, relative to the last model. Memory is that of a training step, measured
 for each model alone in a fresh process. Short flags: --data, --tokenizer, --block_size.
 
 example:
   nested-learning compare hope-tiny transformer-tiny --data tinyshakespeare --steps 200 --lr 3e-3 1e-2
+  nested-learning compare hope-tiny hope-tiny:m3 configs/nested.yaml --seeds 0 1 2 --cache runs/optimizers
 """
 
 
 def run(argv: list[str]) -> int:
     """Parse, compare, print. Returns the exit code."""
     parser = new_parser("compare", "MODEL MODEL ... ", DESCRIPTION)
-    parser.add_argument("models", nargs="+", type=str, help="presets or training YAMLs")
+    parser.add_argument(
+        "models", nargs="+", type=str, help="presets or training YAMLs, or one of these:optimizer"
+    )
     parser.add_argument("--lr", nargs="+", type=float, default=[3e-3], help="peak learning rates to try")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="seeds of initialisation and data order"
@@ -36,6 +41,7 @@ def run(argv: list[str]) -> int:
         "--validation_batches", type=int, default=20, help="batches of the validation at the end"
     )
     parser.add_argument("--no_memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--cache", type=str, help="folder that keeps finished runs, to go on from them")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, alone on stdout")
     parser.add_class_arguments(DataConfig, "data", skip={"max_validation_blocks"})
@@ -56,6 +62,7 @@ def run(argv: list[str]) -> int:
         batch_size=values.batch_size,
         validation_batches=values.validation_batches,
         memory=not values.no_memory,
+        cache=values.cache,
     )
     if len(config.models) < 2:
         raise ValueError(f"got one model, {config.models[0]!r}; expected two or more to compare")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nested_learning._errors import unknown
+from jsonargparse import Namespace
+
 from nested_learning.cli.output import print_json, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -21,12 +20,15 @@ what it compresses and by which rule, and what passes between the levels. Nothin
 allocated.
 
 MODEL is a preset, a training YAML, a folder written by save_pretrained (of any transformers model), or the
---output folder of a completed run.
+--output folder of a completed run. YAML and run are shown with their own optimizers, others with AdamW as in
+`nested-learning train`. The column `part` has the handles by which `train --optim.levels` names what it
+trains in a way of its own.
 
 examples:
   nested-learning levels hope-340m
   nested-learning levels runs/first/model --optimizer M3 --png levels.png
   nested-learning levels transformer-tiny --optimizer none --json
+  nested-learning levels hope-tiny --levels '[{"part": "cms.1", "name": "m3", "period": 8}]'
 """
 NO_OPTIMIZER = "none"
 
@@ -38,10 +40,17 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--optimizer",
         type=str,
-        default="AdamW",
+        default=None,
         help="a class of torch.optim or nested_learning.optimizers, in any case; muon trains matrices and "
         "leaves the rest to AdamW; none: nothing is trained",
     )
+    parser.add_argument(
+        "--levels",
+        type=list[dict[str, Any]],
+        default=[],
+        help="parts with an optimizer of their own, as for `train --optim.levels`",
+    )
+    parser.add_argument("--tokens_per_row", type=int, help="tokens of a row, for levels of period 'chunk'")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, alone on stdout")
     parser.add_argument("--mermaid", type=str, metavar="FILE", help="also write a Mermaid flowchart")
     parser.add_argument("--png", type=str, metavar="FILE", help="also write a picture")
@@ -50,7 +59,7 @@ def run(argv: list[str]) -> int:
     from nested_learning.levels import levels
 
     model = model_on_meta(values.model)
-    system = levels(model, build_optimizer(values.optimizer, model))
+    system = levels(model, _optimizer(values, model))
     if values.mermaid is not None:
         write_text(Path(values.mermaid), system.to_mermaid())
     if values.png is not None:
@@ -59,6 +68,31 @@ def run(argv: list[str]) -> int:
     for path in filter(None, (values.mermaid, values.png)):
         say(f"written: {path}")
     return 0
+
+
+def _optimizer(values: Namespace, model: nn.Module) -> Optimizer | None:
+    """The optimizer that the flags name, else that of the run or YAML, else the default of `train`."""
+    from nested_learning.optimizers import build
+    from nested_learning.training.config import OptimConfig
+    from nested_learning.training.optim import build_optimizer
+    from nested_learning.training.run_folder import optimizers_of
+
+    if (values.optimizer or "").lower() == NO_OPTIMIZER:
+        if values.levels:
+            raise ValueError(
+                "got --levels with --optimizer none, which trains nothing; leave one of them out"
+            )
+        return None
+    if values.optimizer is None and not values.levels:
+        return build_optimizer(model, *optimizers_of(values.model))
+    default = OptimConfig()
+    return build(
+        values.optimizer or default.name,
+        model,
+        levels=values.levels,
+        tokens_per_row=values.tokens_per_row,
+        adamw={"betas": default.betas, "eps": default.eps},
+    )
 
 
 def model_on_meta(name: str) -> nn.Module:
@@ -80,71 +114,3 @@ def model_on_meta(name: str) -> nn.Module:
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     with torch.device("meta"):
         return auto.from_config(config)
-
-
-def optimizers_by_name() -> dict[str, Callable[..., Optimizer]]:
-    """Classes of torch.optim and of this package by their names in lower case."""
-    import torch
-
-    from nested_learning import optimizers
-
-    found = [*vars(torch.optim).values(), *vars(optimizers).values()]
-    classes = [cls for cls in found if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)]
-    return {cls.__name__.lower(): cls for cls in classes if cls is not torch.optim.Optimizer}
-
-
-def build_optimizer(name: str, model: nn.Module) -> Optimizer | list[Optimizer] | None:
-    """The optimizer called `name` with its defaults, over the model's parameters.
-
-    AdamW has the parameter groups of `nested-learning train`; for optimizers whose rule is for matrices the
-    embeddings and the head are AdamW's, as are all parameters that are no matrices.
-
-    Raises:
-        ValueError: no such optimizer, or one that needs more than parameters.
-    """
-    import torch
-
-    from nested_learning.optimizers import DeltaGD
-    from nested_learning.training.config import OptimConfig
-    from nested_learning.training.optim import build_optimizer as adamw
-
-    known = optimizers_by_name()
-    lower = name.lower()
-    if lower == NO_OPTIMIZER:
-        return None
-    if lower not in known:
-        raise unknown("optimizer", lower, [*known, NO_OPTIMIZER])
-    cls = known[lower]
-    parameters_of_class = inspect.signature(cls).parameters
-    needed = [p.name for p in parameters_of_class.values() if p.default is p.empty and p.name != "params"]
-    if needed:
-        raise ValueError(
-            f"{name} needs {', '.join(needed)} besides parameters, which a command line cannot give. "
-            "In Python: nested_learning.levels.levels(model, optimizer)"
-        )
-    if cls is torch.optim.AdamW:
-        return adamw(model, OptimConfig())
-    matrices, rest = _matrices_and_rest(model)
-    if cls is torch.optim.Muon:
-        return [cls(matrices), torch.optim.AdamW(rest)] if rest else cls(matrices)
-    if "adamw_only" in parameters_of_class:
-        groups = [({"params": matrices}, matrices), ({"params": rest, "adamw_only": True}, rest)]
-        return cls([group for group, members in groups if members])
-    optimizer = cls(model.parameters())
-    return optimizer.attach(model) if isinstance(optimizer, DeltaGD) else optimizer
-
-
-def _matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices that are weights of maps between hidden vectors, and all other parameters."""
-    from torch import nn
-
-    get_head = getattr(model, "get_output_embeddings", None)
-    ends: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if callable(get_head) and isinstance(head := get_head(), nn.Module):
-        ends.append(head)
-    outer = {id(p) for module in ends for p in module.parameters()}
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for p in model.parameters():
-        (matrices if p.ndim == 2 and id(p) not in outer else rest).append(p)
-    return matrices, rest

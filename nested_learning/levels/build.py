@@ -19,9 +19,10 @@ from nested_learning.levels.describe.registry import (
 )
 from nested_learning.levels.describe.structure import find_attention, name_of_weights
 from nested_learning.levels.drafts import Draft, Drafts
-from nested_learning.levels.gradients import Trained, add_optimizers, as_optimizers
+from nested_learning.levels.gradients import Trained, add_optimizers, as_optimizers, titles
 from nested_learning.levels.order import in_levels
 from nested_learning.levels.system import NestedSystem
+from nested_learning.parts import parts
 
 FROZEN = "none: frozen (requires_grad=False)"
 UNTRAINED = "none: no optimizer trains it"
@@ -52,7 +53,7 @@ def levels(
     else:
         base, name = model, type(model).__name__
     optimizers = as_optimizers(optimizer)
-    drafts = Drafts()
+    drafts = Drafts(parts(base), {p: name for name, p in base.named_parameters()})
     trained = add_optimizers(drafts, optimizers, list(base.parameters()))
     walk = _Walk(base, drafts, trained, training=bool(optimizers))
     modules = dict(base.named_modules())
@@ -63,7 +64,7 @@ def levels(
     walk.connect()
     return NestedSystem(
         name=name,
-        optimizer=" and ".join(type(one).__name__ for one in optimizers) or "none",
+        optimizer=titles(optimizers),
         levels=in_levels(drafts.components()),
         transfers=drafts.transfers(),
     )

@@ -91,6 +91,8 @@ class Component:
         context: its context flow, what it compresses.
         objective: what its updates minimise.
         rule: how it is updated.
+        part: handles of its parameters, for an optimizer's memory of those that it trains; see
+            `nested_learning.parts`. Empty for memories in context.
         where: names of the modules that have one; empty for an optimizer's memory.
         needs: names of the components whose state at the same time its update needs.
     """
@@ -105,6 +107,7 @@ class Component:
     context: str = ""
     objective: str = ""
     rule: str = ""
+    part: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -112,7 +115,8 @@ class Component:
         """The fields in dicts, lists, strings and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         frequency = {"unit": self.frequency.unit, "every": self.frequency.every, "text": str(self.frequency)}
-        return fields | {"frequency": frequency, "where": list(self.where), "needs": list(self.needs)}
+        lists = {name: list(fields[name]) for name in ("part", "where", "needs")}
+        return fields | {"frequency": frequency, **lists}
 
 
 @dataclass(frozen=True, kw_only=True)

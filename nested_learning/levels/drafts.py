@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor
 
 from nested_learning.levels.components import Component, Transfer, TransferKind
+from nested_learning.parts import Parts
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class Draft:
             is empty.
         where: names of the modules that have one.
         needs: drafts whose state its update needs, in the order in which they were found.
-        parameters: the parameters that weights are; empty for memories and optimizers.
+        parameters: the parameters that weights are, or that an optimizer's memory serves; empty for memories
+            in context.
         rules: how these parameters are trained.
         last_seen: number of the module that registered the last of these parameters.
     """
@@ -29,15 +31,21 @@ class Draft:
     component: Component
     where: dict[str, None] = field(default_factory=dict)
     needs: dict[Draft, None] = field(default_factory=dict)
-    parameters: dict[nn.Parameter, None] = field(default_factory=dict)
+    parameters: dict[Tensor, None] = field(default_factory=dict)
     rules: dict[str, None] = field(default_factory=dict)
     last_seen: int = 0
 
 
 class Drafts:
-    """All drafts of a system and what passes between them."""
+    """All drafts of a system and what passes between them.
 
-    def __init__(self) -> None:
+    Args:
+        parts: the model's parts.
+        names: name of each of the model's parameters.
+    """
+
+    def __init__(self, parts: Parts, names: Mapping[Tensor, str]) -> None:
+        self._parts, self._parameter_names = parts, names
         self._drafts: dict[Component, Draft] = {}
         self._passes: dict[tuple[Draft, Draft, TransferKind, str], None] = {}
 
@@ -83,13 +91,19 @@ class Drafts:
             dataclasses.replace(
                 draft.component,
                 name=names[draft],
-                parameters=sum(parameter.numel() for parameter in draft.parameters),
+                parameters=sum(p.numel() for p in draft.parameters if draft.component.kind == "weights"),
+                part=self._part(draft),
                 rule="; ".join(draft.rules) or draft.component.rule,
                 where=tuple(draft.where),
                 needs=tuple(names[other] for other in draft.needs),
             )
             for draft in self._drafts.values()
         ]
+
+    def _part(self, draft: Draft) -> tuple[str, ...]:
+        names = {self._parameter_names[p] for p in draft.parameters if p in self._parameter_names}
+        everything = draft.component.kind == "optimizer" and len(names) == len(self._parts.handles)
+        return ("all",) if everything else tuple(self._parts.cover(names))
 
     def transfers(self) -> tuple[Transfer, ...]:
         """Everything that passes, from several sources to several targets where each reaches all of them."""

@@ -13,7 +13,8 @@ from nested_learning.levels.components import NEVER, Component, every_steps
 from nested_learning.levels.describe.optimizers import rules_of
 from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
 from nested_learning.levels.drafts import Draft, Drafts
-from nested_learning.optimizers.base import tensor_bytes
+from nested_learning.optimizers import MultiFrequency, NestedOptimizer
+from nested_learning.optimizers.base import Group, tensor_bytes
 
 # The states of an optimizer and of those inside of it, each by parameter.
 NestedStates = list[dict[Tensor, dict[str, Any]]]
@@ -39,13 +40,31 @@ class Trained:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers that a caller gave, unwrapped where they are accelerate's (the Trainer has those)."""
+    """The optimizers that a caller gave, unwrapped where they are accelerate's or nested."""
     given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):
             raise ValueError(f"expected torch optimizers or None, got {type(one).__name__}")
     wrapped = [getattr(one, "optimizer", None) for one in given]
-    return [inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)]
+    plain = [
+        inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)
+    ]
+    return [part for one in plain for part in (one.optimizers if isinstance(one, NestedOptimizer) else [one])]
+
+
+def title(optimizer: Optimizer, group: Group) -> str:
+    """Name of the optimizer that trains a group; in a level that `build` made, of the one inside."""
+    if isinstance(optimizer, MultiFrequency) and "name" in group:
+        return title(optimizer.inner, group)
+    if isinstance(optimizer, NestedOptimizer):
+        return title(optimizer.owner(group["params"][0]), group)
+    return type(optimizer).__name__
+
+
+def titles(optimizers: Sequence[Optimizer]) -> str:
+    """Names of all optimizers, each once."""
+    names = [title(one, group) for one in optimizers for group in one.param_groups]
+    return " and ".join(dict.fromkeys(names)) or "none"
 
 
 def add_optimizers(
@@ -80,7 +99,8 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
             memories: dict[str, Draft] = {}
             for memory in rule.memories:
                 held = _held(states, rule.params, memory.keys) if stepped else None
-                memories[memory.name] = _add_memory(drafts, optimizer, memory, held)
+                memories[memory.name] = _add_memory(drafts, title(optimizer, group), memory, held)
+                memories[memory.name].parameters.update(dict.fromkeys(rule.params))
                 found += held or 0
             trained.update(dict.fromkeys(rule.params, _connect(drafts, rule, memories)))
     # No rule accounts for some state, such as that of parameters that were frozen since.
@@ -89,16 +109,14 @@ def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained
         rest = DescribedGradientMemory(
             name="other state", keys=(), state_bytes=None, objective="unknown", rule="unknown"
         )
-        _add_memory(drafts, optimizer, rest, total - found)
+        _add_memory(drafts, titles([optimizer]), rest, total - found)
     return trained
 
 
-def _add_memory(
-    drafts: Drafts, optimizer: Optimizer, memory: DescribedGradientMemory, held: int | None
-) -> Draft:
+def _add_memory(drafts: Drafts, owner: str, memory: DescribedGradientMemory, held: int | None) -> Draft:
     """Draft a memory with the bytes that are held of it, or with the predicted ones for None."""
     component = Component(
-        name=f"{type(optimizer).__name__}: {memory.name}",
+        name=f"{owner}: {memory.name}",
         kind="optimizer",
         frequency=NEVER if memory.every is None else every_steps(memory.every),
         context=memory.context,

@@ -87,6 +87,26 @@ def all_finite(tensors: list[Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors)  # the norm may have overflowed: look again
 
 
+def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state_dict; counters and products (0-D) of torch's optimizers keep their dtype too.
+
+    torch casts them to the parameter's, which rounds them under half precision.
+    """
+    optimizer.load_state_dict(state_dict)
+    if isinstance(optimizer, BaseOptimizer):
+        return
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(ids, params, strict=True):
+        for name, saved in state_dict["state"].get(i, {}).items():
+            if (
+                isinstance(saved, Tensor)
+                and saved.ndim == 0
+                and saved.dtype != optimizer.state[p][name].dtype
+            ):
+                optimizer.state[p][name] = saved.detach().to(p.device, copy=True)
+
+
 class BaseOptimizer(Optimizer):
     """Base class; see the module's docstring.
 

@@ -152,6 +152,26 @@ class DeltaGD(BaseOptimizer):
         self._moments.clear()
         super().zero_grad(set_to_none)
 
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state_dict of any optimizer here, with the inputs that wait for the next step, if there are.
+
+        They wait in the middle of an accumulation, as `MultiFrequency` has it.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        waiting = {i: list(self._moments[p]) for i, p in enumerate(params) if p in self._moments}
+        return {**super().state_dict(), **({"inputs": waiting} if waiting else {})}
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        super()._restore_dtypes(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        waiting = state_dict.get("inputs", {})
+        self._moments = {
+            params[int(i)]: (total.detach().to(params[int(i)].device, copy=True), int(count))
+            for i, (total, count) in waiting.items()
+        }
+
     # -- the step
 
     def _apply(self) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, work_dtype
-from nested_learning.optimizers.checks import COUNT, Check
+from nested_learning.optimizers.base import BaseOptimizer, Group, Params, load_exactly, work_dtype
+from nested_learning.optimizers.checks import COUNT, Bound, Check
 
+NORM = Bound(open_low=True, optional=True)
 WAITING = ("accumulated", "gradients")  # in a state: the sum of the period's gradients, and their number
 
 
@@ -35,10 +36,13 @@ class MultiFrequency(BaseOptimizer):
 
     Args:
         params: parameters, or groups with an optional `period` beside the inner optimizer's options.
-        inner: makes the inner optimizer from a list of groups; called once. It must leave parameters
-            without a gradient alone, as torch's optimizers do, and need no closure.
+        inner: makes the inner optimizer from a list of groups; called once, with the first. It must leave
+            parameters without a gradient alone, as torch's optimizers do, and need no closure. Groups that it
+            adds of its own have the period of the first.
         period: K of groups that do not name one.
         reduction: "sum" (eq 71) or "mean" over the K gradients.
+        max_grad_norm: norm to which the gradients are clipped that the inner optimizer is about to see, those
+            of all groups that step at the same call together; None: they are not clipped.
         error_if_nonfinite: see `BaseOptimizer`.
     """
 
@@ -52,10 +56,12 @@ class MultiFrequency(BaseOptimizer):
         period: int = 1,
         reduction: str = "sum",
         error_if_nonfinite: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
+        self.max_grad_norm = NORM.check("max_grad_norm", max_grad_norm)
         self._make_inner = inner
         self._inner: Optimizer | None = None
         super().__init__(params, locals())
@@ -105,7 +111,9 @@ class MultiFrequency(BaseOptimizer):
                 raise ValueError(f"inner must make a torch optimizer, it made {type(self._inner).__name__}")
         else:
             self._inner.add_param_group(options)
-        self._inner.param_groups[-1].update(period=period, accumulated_steps=0)
+        for group in self._inner.param_groups:
+            if "period" not in group:
+                group.update(period=period, accumulated_steps=0)
 
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}
@@ -113,13 +121,16 @@ class MultiFrequency(BaseOptimizer):
         probe = self._is_probe()  # then every group takes part, so that every state is there
         for group in self.param_groups:
             group["accumulated_steps"] += not probe
-            due = probe or group["accumulated_steps"] == group["period"]
+            steps = probe or group["accumulated_steps"] == group["period"]
             if group["period"] > 1:
                 self._accumulate(group)
-                emptied |= self._hand_over(group) if due else {}
-            if due:
+                emptied |= self._hand_over(group) if steps else {}
+            if steps:
                 group["accumulated_steps"] = 0
-        if any(p.grad is not None for p in given):
+        due = [p for p in given if p.grad is not None]
+        if due:
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(due, self.max_grad_norm)
             self.inner.step()
         for p, waiting in emptied.items():
             self.state[p].update(waiting)
@@ -171,13 +182,14 @@ class MultiFrequency(BaseOptimizer):
                 "If it is the inner optimizer's own, load it into `.inner`."
             )
         super()._check_state_dict(state_dict)
-        if isinstance(self.inner, BaseOptimizer):
-            self.inner._check_state_dict(_apart(state_dict)[0])
+        check = getattr(self.inner, "_check_state_dict", None)
+        if check is not None:
+            check(_apart(state_dict)[0])
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """The inner optimizer's state as that loads it, then the gradients that wait, in their dtype."""
         inner, waiting = _apart(state_dict)
-        self.inner.load_state_dict(inner)
+        load_exactly(self.inner, inner)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

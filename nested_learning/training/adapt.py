@@ -13,12 +13,13 @@ import yaml
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._files import whole_folder
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
+from nested_learning.levels import levels as system
 from nested_learning.training.adapt_config import AdaptConfig
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import checkpoint_to_resume
@@ -26,6 +27,7 @@ from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import read_yaml, to_dict
 from nested_learning.training.data import DataBundle, DataConfig, build_data
 from nested_learning.training.models import saved_folder
+from nested_learning.training.optim import rehearse
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, plot_losses, versions
 from nested_learning.training.run import Outcome, TrainingDiverged
@@ -91,6 +93,7 @@ def adapt(
     folder.check(resume=resume, overwrite=overwrite)
     checkpoint = checkpoint_to_resume(folder.checkpoints, process_state()) if resume else None
     source = saved_folder(config.model)
+    rehearse(AutoConfig.from_pretrained(source, local_files_only=True), config.optim, config.data.block_size)
     data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
     bundle = build_data(data, config.steps * config.batch_size)
     set_seed(config.seed)
@@ -184,6 +187,7 @@ def _write_results(
         "version": 1,
         "config": to_dict(config),
         "levels": [level.describe() for level in learner.levels],
+        "system": system(learner, trainer.optimizer).to_dict(),
         "versions": versions(),
         "hardware": hardware(trainer.args.device, 1),
         "data": bundle.summary,

@@ -21,14 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from nested_learning._checks import check_types, require
+from nested_learning.models import preset
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
+from nested_learning.training.contestants import Contestant, contestant
 from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte, build_data
 from nested_learning.training.memory_probe import step_memory
-from nested_learning.training.models import model_config, new_model, preset_or_yaml
-from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.models import model_config, new_model
+from nested_learning.training.optim import build_optimizer, build_schedule, rehearse
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
+from nested_learning.training.run_cache import RunCache
 
 
 @dataclass(kw_only=True)
@@ -36,7 +39,8 @@ class CompareConfig:
     """The models of a comparison, their data and the length of their training.
 
     Args:
-        models: presets, or training YAMLs of which the keys `preset` and `model` count
+        models: contestants: presets or training YAMLs, each as it is or with an optimizer, MODEL:OPTIMIZER;
+            see `contestants.contestant`
         data: the text; its `seed` and `max_validation_blocks` follow from `seeds` and `validation_batches`
         optim: optimizer and schedule, for each of `lrs`
         lrs: peak learning rates to try; per model the one with the best mean validation loss is marked
@@ -45,6 +49,9 @@ class CompareConfig:
         batch_size: sequences per step
         validation_batches: batches of `batch_size` sequences in the final validation
         memory: also measure the memory of a training step, each model alone in a fresh process
+        cache: folder in which every finished run is kept, so that a comparison goes on from there; the runs
+            of another version of torch or of this package, on another kind of device or with other settings
+            are others. A change of code between two versions is not noticed: then choose another folder
     """
 
     models: list[str]
@@ -56,6 +63,7 @@ class CompareConfig:
     batch_size: int = 16
     validation_batches: int = 20
     memory: bool = True
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,9 +83,10 @@ class Contender:
     Args:
         name: its name in the results.
         model: the model, trained in place.
-        optim: schedule, clipping and, without `optimizer`, the hyperparameters of AdamW.
+        optim: schedule, clipping and, without `optimizer`, the optimizer.
         steps: length of the schedule in optimizer steps.
-        optimizer: an optimizer of the model's parameters at the peak rate, in place of AdamW.
+        optimizer: an optimizer of the model's parameters at the peak rate.
+        tokens_per_row: tokens of a row, for levels with the period "chunk".
     """
 
     def __init__(
@@ -87,12 +96,13 @@ class Contender:
         optim: OptimConfig,
         steps: int,
         optimizer: Optimizer | None = None,
+        tokens_per_row: int | None = None,
     ) -> None:
         self.name = name
         self.model = model
-        self.optimizer = optimizer or build_optimizer(model, optim)
+        self.optimizer = optimizer or build_optimizer(model, optim, tokens_per_row)
         self.schedule = build_schedule(self.optimizer, optim, steps)
-        self.max_grad_norm = optim.max_grad_norm
+        self.max_grad_norm = optim.whole_norm
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.diverged_at: int | None = None
@@ -137,16 +147,18 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
 
     Args:
         config: the comparison.
-        on_step: called after each step of a round of models; there are steps · lrs · seeds of them.
+        on_step: called after each step of a round of models; there are at most steps · lrs · seeds of them,
+            fewer where all of a round were finished before.
 
     Returns:
         A dict fit for JSON: "models" has a summary per model in the order given, "runs" each single run.
 
     Raises:
-        ValueError: an unknown preset or key, or a text that does not fit.
+        ValueError: an unknown preset, optimizer, part or key, or a text that does not fit.
     """
-    device = process_state().device
-    chosen = {name: preset_or_yaml(name) for name in config.models}
+    chosen = [contestant(name, config.optim) for name in config.models]
+    for each in chosen:
+        rehearse(preset(each.preset, **each.overrides), each.optim, config.data.block_size)
     runs: list[dict[str, Any]] = []
     for seed in config.seeds:
         data = dataclasses.replace(
@@ -155,22 +167,11 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
             max_validation_blocks=config.validation_batches * config.batch_size,
         )
         bundle = build_data(data, config.steps * config.batch_size)
-        model_configs = {name: model_config(*each, bundle.tokenizer) for name, each in chosen.items()}
         for lr in config.lrs:
-            optim = dataclasses.replace(config.optim, lr=lr)
-            contenders = [
-                Contender(name, new_model(each, seed).to(device), optim, config.steps)
-                for name, each in model_configs.items()
-            ]
-            for batch in batches(bundle.train, config.batch_size, device):
-                for contender in contenders:
-                    contender.step(batch)
-                on_step()
-            runs += [_run_of(contender, lr, seed, bundle, config, device) for contender in contenders]
-    shape = (config.batch_size, config.data.block_size)
+            runs += _round(_Round(config, chosen, seed, lr, bundle), on_step)
+    device, shape = process_state().device, (config.batch_size, config.data.block_size)
     memory = {
-        name: step_memory(each.to_dict(), shape, str(device)) if config.memory else None
-        for name, each in model_configs.items()
+        each.name: _memory(config, each, bundle, str(device)) if config.memory else None for each in chosen
     }
     return {
         "format": "nested_learning.comparison",
@@ -179,9 +180,75 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
         "versions": versions(),
         "hardware": hardware(device),
         "data": bundle.summary,
-        "models": summarise(runs, config.batch_size * config.data.block_size, memory),
+        "models": summarise(runs, math.prod(shape), memory),
         "runs": runs,
     }
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Runs of all contestants at one seed and learning rate: they take turns."""
+
+    config: CompareConfig
+    contestants: list[Contestant]
+    seed: int
+    lr: float
+    bundle: DataBundle
+
+    def key(self, each: Contestant, device: torch.device) -> dict[str, Any]:
+        """All that decides the run of a contestant."""
+        config = self.config
+        return {
+            "what": "run",
+            "model": model_config(each.preset, each.overrides, self.bundle.tokenizer).to_dict(),
+            "optim": to_dict(dataclasses.replace(each.optim, lr=self.lr)),
+            "seed": self.seed,
+            "data": self.bundle.summary,
+            **{name: getattr(config, name) for name in ("steps", "batch_size", "validation_batches")},
+            **_surroundings(device),
+        }
+
+
+def _surroundings(device: torch.device | str) -> dict[str, Any]:
+    """What decides the figures of a run besides its settings."""
+    names = ("nested_learning", "torch", "transformers", "python")
+    return {"device": torch.device(device).type, "versions": {name: versions()[name] for name in names}}
+
+
+def _round(this: _Round, on_step: Callable[[], None]) -> list[dict[str, Any]]:
+    """The runs of a round, one step of each in turn; those that were finished before are not run again."""
+    config, bundle, device = this.config, this.bundle, process_state().device
+    cache = RunCache(config.cache)
+    keys = {each.name: this.key(each, device) for each in this.contestants}
+    found = {name: cache.find(key) for name, key in keys.items()}
+    contenders = []
+    for each in this.contestants:
+        if found[each.name] is None:
+            optim = dataclasses.replace(each.optim, lr=this.lr)
+            model = new_model(model_config(each.preset, each.overrides, bundle.tokenizer), this.seed)
+            rows = config.data.block_size
+            contenders.append(
+                Contender(each.name, model.to(device), optim, config.steps, tokens_per_row=rows)
+            )
+    if contenders:
+        for batch in batches(bundle.train, config.batch_size, device):
+            for contender in contenders:
+                contender.step(batch)
+            on_step()
+    for contender in contenders:
+        run = _run_of(contender, this.lr, this.seed, bundle, config, device)
+        found[contender.name] = cache.keep(keys[contender.name], run)
+    return [{**found[each.name], "model": each.name} for each in this.contestants]
+
+
+def _memory(config: CompareConfig, each: Contestant, bundle: DataBundle, device: str) -> int:
+    """Bytes of a training step of a contestant; see `step_memory`."""
+    fields = model_config(each.preset, each.overrides, bundle.tokenizer).to_dict()
+    shape = (config.batch_size, config.data.block_size)
+    key = {"what": "memory", "model": fields, "optim": to_dict(each.optim), "shape": list(shape)}
+    key |= _surroundings(device)
+    found: int = RunCache(config.cache).get(key, lambda: step_memory(fields, shape, device, each.optim))
+    return found
 
 
 def batches(data: Dataset, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -22,22 +22,32 @@ DEFAULT_WARMUP = 50  # steps, at most a quarter of the run
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule.
+    """Optimizer, or one per level, and the learning-rate schedule.
 
     Args:
         lr: peak learning rate
-        betas: AdamW's decay rates of the first and second moment
-        eps: AdamW's epsilon
+        name: optimizer: a class of torch.optim or nested_learning.optimizers, in any case
+        levels: parts of the model that are trained in a way of their own, a JSON list of objects:
+            `part` (cms.0, initial, gates, ...; `nested-learning levels MODEL` shows them), and what differs
+            of name, lr, weight_decay, period (steps from one update to the next, or "chunk"), reduction (sum
+            or mean) and options of the optimizer
+        options: other options of the optimizer, a JSON object
+        betas: decay rates of the first and second moment of AdamW, also beside an optimizer for matrices
+        eps: epsilon of the same
         weight_decay: decoupled weight decay of matrices; biases, norms, gates, embeddings and the initial
             states of memories get none
         warmup_steps: optimizer steps of linear warm-up; default: 50, but at most a quarter of all steps. In a
             run with `max_minutes` it ends by half of the time at the latest
         schedule: shape of the decay after warm-up
         final_lr_fraction: learning rate of the last step as a fraction of the peak
-        max_grad_norm: the gradient's global norm is clipped to this; 0 turns clipping off
+        max_grad_norm: the gradient's global norm is clipped to this, with `levels` that of each level; 0
+            turns clipping off
     """
 
     lr: float = 3e-3
+    name: str = "adamw"
+    levels: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -65,6 +75,11 @@ class OptimConfig:
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or a positive number")
         if self.warmup_steps is not None:
             require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more steps")
+
+    @property
+    def whole_norm(self) -> float:
+        """Norm to which the gradient of the whole model is clipped, 0 for none: levels are clipped each."""
+        return 0.0 if self.levels else self.max_grad_norm
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a run of `steps` optimizer steps. ValueError if they would fill the run."""

@@ -18,6 +18,7 @@ from nested_learning.training.config import TrainConfig
 DEEPEST, MOST = 50, 100_000  # levels and values of a YAML file
 GROUPS = ("data", "optim")
 OPEN_FIELDS = ("model",)  # free keys below these: HopeConfig knows them, not this file
+FREE = "optim.options"  # likewise: the optimizer knows them
 
 
 def load_config(path: Path, absent: dict[str, Any] | None = None) -> TrainConfig:
@@ -100,7 +101,7 @@ def check_keys(values: dict[str, Any], path: str | Path) -> None:
         if not isinstance(group, dict) or not all(isinstance(key, str) for key in group):
             raise ValueError(f"{name} in {path} is {shown(group)}; expected keys with their values")
     for key in flatten({k: v for k, v in values.items() if k not in OPEN_FIELDS}):
-        if key not in known:
+        if key not in known and not key.startswith(f"{FREE}."):
             raise ValueError(f"unknown key {key!r} in {path}.{nearest(key, known)}")
 
 

@@ -16,11 +16,13 @@ from nested_learning.training.report import peak_rss
 
 Result = TypeVar("Result")
 
-STEPS = 2  # the second one has AdamW's moments too
+STEPS = 2  # the second one has the optimizer's state too
 
 
-def step_memory(config: dict[str, Any], shape: tuple[int, int], device: str) -> int:
-    """Bytes that a model, its gradients, AdamW and a training step's activations need at most.
+def step_memory(
+    config: dict[str, Any], shape: tuple[int, int], device: str, optim: OptimConfig | None = None
+) -> int:
+    """Bytes that a model, its gradients, its optimizer and a training step's activations need at most.
 
     On a GPU the peak of allocated tensors. On a CPU the growth of the process's peak resident set from
     just before the model is built, as the operating system counts it, allocator and libraries included.
@@ -29,8 +31,9 @@ def step_memory(config: dict[str, Any], shape: tuple[int, int], device: str) -> 
         config: `HopeConfig.to_dict()` of the model.
         shape: (sequences, tokens) of the batch.
         device: the device to train on.
+        optim: the optimizer; default: AdamW.
     """
-    return in_fresh_process(_measure, config, shape, device)
+    return in_fresh_process(_measure, config, shape, device, optim or OptimConfig())
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -40,10 +43,10 @@ def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result
         return pool.submit(function, *arguments).result()
 
 
-def _measure(config: dict[str, Any], shape: tuple[int, int], device: str) -> int:
+def _measure(config: dict[str, Any], shape: tuple[int, int], device: str, optim: OptimConfig) -> int:
     before = peak_rss()
     model = HopeForCausalLM(HopeConfig.from_dict(config)).to(device).train()  # type: ignore[arg-type]
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, optim, shape[1])
     for _ in range(STEPS):
         ids = torch.randint(model.config.vocab_size, shape, device=device)
         model(input_ids=ids, labels=ids).loss.backward()

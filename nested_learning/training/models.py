@@ -11,9 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from nested_learning._errors import unknown
 from nested_learning.models import PRESETS, HopeConfig, HopeForCausalLM, preset
 from nested_learning.training.config_file import load_config
-from nested_learning.training.run_folder import RunFolder
-
-YAML_SUFFIXES = (".yaml", ".yml")
+from nested_learning.training.run_folder import YAML_SUFFIXES, RunFolder
 
 
 def model_config(name: str, overrides: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> HopeConfig:

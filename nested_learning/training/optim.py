@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning-rate schedule, shared by `train` and `compare`."""
+"""The optimizer and the learning-rate schedule of a configuration, for `train`, `adapt` and `compare`."""
 
 from __future__ import annotations
 
@@ -7,44 +7,69 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from nested_learning.optimizers import build
+from nested_learning.optimizers.recipe import by_name, is_adam, options_of
 from nested_learning.training.config import DEFAULT_WARMUP, OptimConfig
 
+NOT_IN_RUNS = {
+    "lbfgs": "needs a function that computes the loss anew, which a run does not have",
+    "sparseadam": "takes sparse gradients alone, which these models do not have",
+}
 
-def decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that get weight decay: matrices that are weights of an ordinary map.
 
-    Not decayed: 1-D parameters (biases, norms, gate vectors), embeddings (a tied head is one), and the
-    initial states of memories (`*.initial.*`): decaying those would pull every sequence's starting point
-    to zero, and the memories' rule already has its own retention.
+def build_optimizer(model: nn.Module, config: OptimConfig, tokens_per_row: int | None = None) -> Optimizer:
+    """The optimizer of a run; see `nested_learning.optimizers.build`.
+
+    Args:
+        model: the model to train.
+        config: its optimizers.
+        tokens_per_row: tokens of a row, for levels with the period "chunk".
+
+    Raises:
+        ValueError: the configuration does not fit the model, or an optimizer cannot be used in a run.
     """
-    embeddings = {
-        f"{name}.{local}" if name else local
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for local, _ in module.named_parameters(recurse=False)
-    }
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and parameter.ndim >= 2
-        and name not in embeddings
-        and "initial" not in name.split(".")
-    }
+    names = [config.name, *(level.get("name", config.name) for level in config.levels)]
+    for name in names:
+        if str(name).lower() in NOT_IN_RUNS:
+            raise ValueError(f"{name} {NOT_IN_RUNS[str(name).lower()]}; choose another --optim.name")
+    adamw = {"betas": tuple(config.betas), "eps": config.eps}
+    known = by_name()
+    users = [known[str(name).lower()] for name in names if str(name).lower() in known]
+    if not any(is_adam(cls) or "adamw_betas" in options_of(cls) for cls in users):
+        default = OptimConfig()
+        if adamw != {"betas": default.betas, "eps": default.eps}:
+            raise ValueError(
+                f"optim.betas and optim.eps are AdamW's, which {config.name} does without; leave them out, "
+                "or give options of its own as optim.options"
+            )
+    return build(
+        config.name,
+        model,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        levels=config.levels,
+        tokens_per_row=tokens_per_row,
+        max_grad_norm=(config.max_grad_norm or None) if config.levels else None,
+        adamw=adamw,
+        **config.options,
+    )
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with two parameter groups: with weight decay (see `decayed_names`) and without."""
-    decayed = decayed_names(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+def rehearse(
+    config: PreTrainedConfig, optim: OptimConfig, tokens_per_row: int
+) -> tuple[nn.Module, Optimizer]:
+    """A model without memory for its weights, and its optimizer; what is wrong is refused before any work.
+
+    Raises:
+        ValueError: as `build_optimizer`.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, build_optimizer(model, optim, tokens_per_row)
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:
@@ -83,6 +108,6 @@ def warmed_up(config: OptimConfig, step: int, used: float) -> float:
     return max((step + 1) / steps, used / latest) if steps else 1.0
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """The schedule of a run of `steps` optimizer steps as a torch scheduler, stepped once per step."""
     return LambdaLR(optimizer, lr_factor(config, steps))

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from nested_learning._files import whole_folder
+from nested_learning.levels import levels
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
 from nested_learning.training.report import Curve, hardware, peak_memory, plot_losses, versions
@@ -53,6 +54,7 @@ def write_results(
         "seed": config.seed,
         "data": bundle.summary | _samples_read(trainer, bundle),
         "parameters": model.num_parameters(),
+        "system": levels(model, trainer.optimizer).to_dict(),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "tokens_per_second": tokens / sum(step_seconds) if step_seconds else None,

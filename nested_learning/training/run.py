@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._checks import LARGEST
+from nested_learning.levels import levels
 from nested_learning.models import preset
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import STATE, checkpoint_to_resume
@@ -23,6 +24,7 @@ from nested_learning.training.config import DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
 from nested_learning.training.models import model_config, new_model
+from nested_learning.training.optim import rehearse
 from nested_learning.training.process import process_state
 from nested_learning.training.results import sample_seconds, write_results
 from nested_learning.training.run_folder import RunFolder
@@ -85,7 +87,7 @@ def train(
         assert config.steps is not None
         config.optim.warmup(config.steps)  # refuses a warm-up that would fill the run
     split_batch(config, process.num_processes)  # before the text is read: refuse a batch that does not fit
-    preset(config.preset, **config.model)  # and a model
+    rehearse(preset(config.preset, **config.model), config.optim, config.data.block_size)  # or a model
     bundle = seeded_data(_bounded(config, checkpoint))
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
     model.to(process.device)
@@ -131,9 +133,13 @@ def _bounded(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
 
 
 def _bytes_to_write(model: PreTrainedModel, config: TrainConfig) -> int:
-    """Disk space for the checkpoints (weights and AdamW's two moments) and the final model."""
+    """Disk space for the checkpoints (weights and the optimizer's state) and the final model."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights * (3 * (config.keep_checkpoints + 1) + 1)
+    system = levels(*rehearse(model.config, config.optim, config.data.block_size))
+    memories = [each.state_bytes for each in system.components if each.kind == "optimizer"]
+    # an optimizer without a description is taken for one with two moments, as AdamW
+    state = 2 * weights if None in memories else sum(each for each in memories if each is not None)
+    return (weights + state) * (config.keep_checkpoints + 1) + weights
 
 
 def _whole_batches(validation: Dataset, batch_size: int) -> tuple[Dataset, int]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from nested_learning._files import existing, write_text
 from nested_learning.training.checkpoints import numbered, standing
-from nested_learning.training.config import TrainConfig
-from nested_learning.training.config_file import load_config
+from nested_learning.training.config import OptimConfig, TrainConfig
+from nested_learning.training.config_file import load_config, read_yaml
 
+YAML_SUFFIXES = (".yaml", ".yml")
 HEADER = "# nested-learning training run\n"
 
 
@@ -119,6 +120,29 @@ class RunFolder:
     def standing(self) -> str:
         """The sentence `checkpoints.standing` on this run."""
         return standing(self.checkpoints)
+
+
+def optimizers_of(name: str) -> tuple[OptimConfig, int]:
+    """(optimizers, tokens of a row) of a training YAML or of the run in a folder; of all else the default.
+
+    Raises:
+        ValueError: the configuration is damaged.
+    """
+    path, folder = Path(name), RunFolder(name)
+    if not path.is_dir() and path.suffix in YAML_SUFFIXES:
+        config = load_config(path)
+    elif not folder.is_run():
+        config = TrainConfig()
+    elif "levels" in (saved := read_yaml(folder.config)):  # of a run of `adapt`
+        try:
+            values = saved["config"]["optim"]
+            optim = OptimConfig(**{**values, "betas": tuple(values["betas"])})
+            return optim, int(saved["config"]["data"]["block_size"])
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{folder.config} is damaged: {error}") from error
+    else:
+        config = folder.saved_config()
+    return config.optim, config.data.block_size
 
 
 def write_json(path: Path, value: Any) -> None:

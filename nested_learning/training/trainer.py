@@ -33,7 +33,12 @@ from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.timing import ClockSchedule, RunClock
 
 # Tensors of torch's optimizers that have the shape of their parameter.
-PER_ELEMENT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+PER_ELEMENT = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+        *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "accumulated"),
+    }
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -79,7 +84,7 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=config.steps,
-        max_grad_norm=config.optim.max_grad_norm,
+        max_grad_norm=config.optim.whole_norm,
         use_cpu=process_state().device.type == "cpu",  # said outright, or bf16 is refused there
         bf16=config.precision == "bf16",
         activation_checkpointing=config.gradient_checkpointing,
@@ -137,7 +142,7 @@ class HopeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self.lm, self.config.optim)
+            self.optimizer = build_optimizer(model or self.lm, self.config.optim, self.config.data.block_size)
         return self.optimizer
 
     def create_scheduler(

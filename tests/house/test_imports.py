@@ -20,7 +20,7 @@ STOREYS = (
         "_lazy",
         "_auto_classes",
     ),
-    ("ops",),
+    ("ops", "parts"),
     ("memory", "optimizers"),
     ("layers",),
     ("models",),

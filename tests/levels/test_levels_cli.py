@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from nested_learning.cli.levels import build_optimizer, model_on_meta, optimizers_by_name
+from nested_learning.cli.levels import model_on_meta
 from nested_learning.cli.main import main
 from nested_learning.levels import levels
+from nested_learning.optimizers import build
+from nested_learning.optimizers.recipe import by_name
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -85,9 +87,9 @@ def test_bad_input(capsys, tmp_path, monkeypatch, argv, message):
 def test_every_optimizer_that_needs_parameters_alone():
     model = model_on_meta("hope-attention-tiny")
     described = []
-    for name in optimizers_by_name():
+    for name in by_name():
         if name not in ("multifrequency", "memoryoptimizer"):
-            system = levels(model, build_optimizer(name, model))
+            system = levels(model, build(name, model))
             described.append(name)
             assert system.parameters == 1_056_896
             assert {str(c.frequency) for c in system.components if c.kind == "weights"} == {
@@ -98,12 +100,12 @@ def test_every_optimizer_that_needs_parameters_alone():
 
 def test_ends_of_a_model_are_no_matrices_for_newton_schulz():
     model = nn.ModuleDict({"ids": nn.Embedding(5, 4), "map": nn.Linear(4, 4)})
-    muon, adamw = build_optimizer("Muon", model)
+    muon, adamw = build("Muon", model).optimizers
     assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model["map"].weight)]
     assert {id(p) for p in adamw.param_groups[0]["params"]} == {
         id(model["ids"].weight),
         id(model["map"].bias),
     }
-    m3 = build_optimizer("m3", model)
+    m3 = build("m3", model)
     assert [group["adamw_only"] for group in m3.param_groups] == [False, True]
-    assert isinstance(build_optimizer("AdamW", model), torch.optim.AdamW)
+    assert isinstance(build("AdamW", model), torch.optim.AdamW)

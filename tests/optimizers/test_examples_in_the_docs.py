@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nested_learning import optimizers
+from nested_learning import HopeForCausalLM, optimizers
+from nested_learning.models import preset
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 
 
 def test_every_block_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     x, y = torch.ones(4, 3), torch.ones(4, 2)
     given = {
         "model": nn.Linear(3, 2),
@@ -30,6 +31,8 @@ def test_every_block_runs():
         "fast": [nn.Parameter(torch.ones(2))],
         "slow": [nn.Parameter(torch.ones(2))],
         "torch": torch,
+        "build": optimizers.build,
+        "hope": HopeForCausalLM(preset("hope-tiny", num_hidden_layers=1)),
         "DeepMomentumGD": optimizers.DeepMomentumGD,
     }
     for block in blocks:

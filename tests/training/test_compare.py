@@ -125,3 +125,51 @@ def test_step_memory_grows_with_the_batch(tiny):
     small, large = (step_memory(fields, (rows, 256), "cpu") for rows in (1, 64))
     logits = 64 * 256 * 258 * 4
     assert large > small + logits
+
+
+def of_cache(tiny, yaml, folder, models, **fields):
+    base = {"steps": 4, "batch_size": 4, "validation_batches": 2, "memory": False, "lrs": [1e-2]}
+    return CompareConfig(models=models, data=tiny().data, cache=str(folder), **{**base, **fields})
+
+
+def test_optimizers_are_contestants(tiny, yaml, tmp_path):
+    one = yaml("one")
+    levels = tmp_path / "levels.yaml"
+    optim = OptimConfig(name="m3", levels=[{"part": "cms.0", "period": 2}])
+    levels.write_text(dump_config(tiny(optim=optim)))
+    models = [one, f"{one}:adamw", f"{one}:m3", str(levels)]
+    result = compare(of_cache(tiny, yaml, tmp_path / "cache", models))
+    plain, adamw, m3, nested = (run["train_losses"] for run in result["runs"])
+    assert [model["model"] for model in result["models"]] == models
+    assert plain == adamw
+    assert len({tuple(curve) for curve in (plain, m3, nested)}) == 3
+    with pytest.raises(ValueError, match="unknown optimizer 'm4'"):
+        compare(of_cache(tiny, yaml, tmp_path / "cache", [one, f"{one}:m4"]))
+
+
+def test_finished_runs_are_kept_and_no_others_are_taken_for_them(tiny, yaml, tmp_path, monkeypatch):
+    one, two = yaml("one"), yaml("two", hidden_size=48)
+    cache = tmp_path / "cache"
+    first = compare(of_cache(tiny, yaml, cache, [one, two]))
+    trained = []
+    original = Contender.step
+    monkeypatch.setattr(
+        Contender, "step", lambda self, batch: (trained.append(self.name), original(self, batch))
+    )
+    again = compare(of_cache(tiny, yaml, cache, [one, two]))
+    assert trained == []
+    assert again["runs"] == first["runs"]
+    more = compare(of_cache(tiny, yaml, cache, [one, two, f"{one}:sgd"]))
+    assert set(trained) == {f"{one}:sgd"}
+    assert more["runs"][:2] == first["runs"]
+    for fields in ({"steps": 5}, {"seeds": [1]}, {"lrs": [2e-2]}, {"batch_size": 2}):
+        trained.clear()
+        compare(of_cache(tiny, yaml, cache, [one, two], **fields))
+        assert set(trained) == {one, two}, fields
+    trained.clear()
+    for file in cache.glob("*.json"):
+        file.write_text(file.read_text()[:-9])
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        damaged = compare(of_cache(tiny, yaml, cache, [one, two]))
+    assert set(trained) == {one, two}
+    assert [run["train_losses"] for run in damaged["runs"]] == [run["train_losses"] for run in first["runs"]]

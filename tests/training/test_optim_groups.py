@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from nested_learning.models import HopeForCausalLM, preset
+from nested_learning.optimizers.recipe import decayed_names
 from nested_learning.training.config import OptimConfig
-from nested_learning.training.optim import build_optimizer, build_schedule, decayed_names, lr_factor
+from nested_learning.training.optim import build_optimizer, build_schedule, lr_factor
 
 
 def test_decay_of_hope():

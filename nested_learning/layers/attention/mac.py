@@ -113,6 +113,16 @@ class MemoryAsContext(nn.Module):
         self.memory.reset_parameters()
         nn.init.normal_(self.persistent)
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts besides the memory's own; see `nested_learning.parts`."""
+        attention = ("qkv_proj", "q_norm", "k_norm", "attention_out", "attention_norm", "out_proj")
+        recall = ("recall_proj", "recall_out", "memory_norm")
+        return {
+            **dict.fromkeys(attention, "attention"),
+            **dict.fromkeys(recall, "recall"),
+            "persistent": "persistent",
+        }
+
     def forward(
         self,
         x: Tensor,

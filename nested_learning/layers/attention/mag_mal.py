@@ -78,6 +78,16 @@ class _MemoryAndAttention(nn.Module):
         self.memory.reset_parameters()
         self.attention.reset_parameters()
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts besides the memory's own; see `nested_learning.parts`."""
+        return {
+            "memory_norm": "projections",
+            "attention": "attention",
+            "attention.persistent": "persistent",
+            "attention_norm": "attention",
+            "out_proj": "attention",
+        }
+
     def forward(
         self,
         x: Tensor,

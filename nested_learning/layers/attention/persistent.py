@@ -33,6 +33,9 @@ class PersistentWindowAttention(SlidingWindowAttention):
         """Draw p from N(0, 1), the scale of normalised inputs."""
         nn.init.normal_(self.persistent)
 
+    def part_names(self) -> dict[str, str]:
+        return {"": "projections", "persistent": "persistent"}
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         P, T = len(self.persistent), query.shape[2]
         if P == 0:

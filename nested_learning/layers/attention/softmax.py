@@ -84,6 +84,10 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts; see `nested_learning.parts`."""
+        return {"": "projections"}
+
     def forward(
         self,
         x: Tensor,

@@ -174,6 +174,15 @@ class ContinuumMemorySystem(nn.Module):
             for level, block in zip(self.levels, self.blocks, strict=True)
         ]
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the levels, `cms.0` the fastest; see `nested_learning.parts`."""
+        held_by = ("blocks", "head_weights", "writers", "projections")
+        return {f"{name}.{index}": f"cms.{index}" for name in held_by for index in range(len(self.levels))}
+
+    def part_chunks(self) -> dict[str, int]:
+        """Chunk length of each level in tokens."""
+        return {f"cms.{index}": level.chunk_size for index, level in enumerate(self.levels)}
+
     def extra_repr(self) -> str:
         sizes = ", ".join(str(level.chunk_size) for level in self.levels)
         return f"variant={self.variant!r}, update={self.update!r}, chunk_sizes=[{sizes}]"

@@ -88,6 +88,10 @@ class LowRankSelfModifyingMLP(nn.Module):
         nn.init.zeros_(self.left.weight)
         nn.init.normal_(self.right.weight, std=self.hidden_size**-0.5)  # ‖v_i‖ is about 1
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts; see `nested_learning.parts`."""
+        return {"": "projections", "up": "mlp", "down": "mlp", "retention": "gates"}
+
     def extra_repr(self) -> str:
         return f"{self.dim}, rank={self.rank}, context_size={self.context_size}, chunk_size={self.chunk_size}"
 

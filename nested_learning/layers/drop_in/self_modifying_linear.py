@@ -140,6 +140,10 @@ class SelfModifyingLinear(nn.Module):
         if self.read_scale is not None:
             nn.init.zeros_(self.read_scale)
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts; see `nested_learning.parts`."""
+        return {"": "projections", "weight": "initial", "gates": "gates"}
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, mode={self.mode!r}, "

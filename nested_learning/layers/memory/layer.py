@@ -127,6 +127,10 @@ class MemoryLayer(nn.Module):
         nn.init.ones_(self.out_norm.weight)
         self.system.architecture.init_(dict(self.initial.items()), self.system.retention)
 
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts; see `nested_learning.parts`."""
+        return {"": "projections", "initial": "initial", "gates": "gates"}
+
     def extra_repr(self) -> str:
         s = self.system
         return (

@@ -31,7 +31,7 @@ from nested_learning.levels.describe.torch_optimizers import (
     momentum_of,
 )
 from nested_learning.optimizers import row_memory
-from nested_learning.optimizers.base import Group, as_matrix, tensor_bytes, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Group, as_matrix, tensor_bytes, work_dtype
 
 
 def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
@@ -44,13 +44,18 @@ def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
 
 
 def _unknown(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
-    """An optimizer without a description, taken at its word: a memory of the tensors of its state."""
+    """An optimizer without a description, taken at its word: a memory of the tensors of its state.
+
+    One of this package's kind says which of them have their parameter's shape.
+    """
     states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
     keys = tuple(dict.fromkeys(key for state in states for key in state if tensor_bytes(state[key])))
+    shaped = optimizer.parameter_shaped if isinstance(optimizer, BaseOptimizer) else ()
+    keys = keys or shaped
     memory = DescribedGradientMemory(
         name="state",
         keys=keys,
-        state_bytes=None,
+        state_bytes=like_bytes(group["params"], len(shaped), work_dtype) if shaped else None,
         objective="unknown: the optimizer has no description",
         rule=f"unknown; holds {', '.join(map(str, keys))}" if keys else "unknown; nothing is held yet",
     )
@@ -249,6 +254,11 @@ def _delta_gd(optimizer: ours.DeltaGD, group: Group) -> Iterator[OptimizerRule]:
     if rest:
         memory = memory_form(optimizer._memory, rest)
         yield OptimizerRule(params=rest, step="W ← W − lr·read(memory)", memories=(memory,))
+
+
+@describes_optimizer(ours.NestedOptimizer)
+def _nested(optimizer: ours.NestedOptimizer, group: Group) -> Iterator[OptimizerRule]:
+    yield from rules_of(optimizer.owner(group["params"][0]), group)
 
 
 @describes_optimizer(ours.MultiFrequency)

@@ -14,15 +14,16 @@ from rich.tree import Tree
 from nested_learning.levels.components import Component, DescribedLevel, Transfer
 from nested_learning.levels.render.labels import End, ends, state_label
 
-COLUMNS = ("level", "component", "modules", "updated", "parameters", "state")
-WIDTH = 110  # of text that is not for a terminal
+COLUMNS = ("level", "component", "part", "modules", "updated", "parameters", "state")
+LEFT = ("component", "part", "updated")
+WIDTH = 126  # of text that is not for a terminal
 
 
 def table(title: str, levels: Sequence[DescribedLevel]) -> Table:
     """Levels and components with their numbers."""
     drawn = Table(title=title, title_justify="left")
     for column in COLUMNS:
-        drawn.add_column(column, justify="left" if column in ("component", "updated") else "right")
+        drawn.add_column(column, justify="left" if column in LEFT else "right")
     for level in levels:
         if level is not levels[0]:
             drawn.add_section()
@@ -36,6 +37,7 @@ def _cells(component: Component) -> tuple[str, ...]:
     """The cells of `COLUMNS` after the level's number."""
     return (
         component.name,
+        ", ".join(component.part),
         str(len(component.where) or ""),
         str(component.frequency),
         f"{component.parameters:,}" if component.parameters else "",

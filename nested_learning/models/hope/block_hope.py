@@ -28,12 +28,16 @@ class HopeBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: HopeConfig, layer_index: int) -> None:
         super().__init__()
-        name = config.layer_mixers[layer_index]
+        self.mixer_name = name = config.layer_mixers[layer_index]
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
         set_recompute(self.mixer, config.recompute)
         set_compile_step(self.mixer, config.compile_step)
         self.cms = config.build_cms()
+
+    def part_names(self) -> dict[str, str]:
+        """Handles of the parts besides those that mixer and CMS name; see `nested_learning.parts`."""
+        return {"mixer": f"{self.mixer_name}:"}
 
     def forward(
         self,
