@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from nested_learning._checks import check_types, require
+from nested_learning.training.carried import CarriedRows, carried_rows
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte, build_data
 from nested_learning.training.memory_probe import step_memory
 from nested_learning.training.models import model_config, new_model, preset_or_yaml
 from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.positions import loss_by_position, mean_score, score_both_ways
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 
@@ -78,6 +80,7 @@ class Contender:
         optim: schedule, clipping and, without `optimizer`, the hyperparameters of AdamW.
         steps: length of the schedule in optimizer steps.
         optimizer: an optimizer of the model's parameters at the peak rate, in place of AdamW.
+        carried: where the states of its rows are kept from block to block; None: they are not carried.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class Contender:
         optim: OptimConfig,
         steps: int,
         optimizer: Optimizer | None = None,
+        carried: CarriedRows | None = None,
     ) -> None:
         self.name = name
+        self.carried = carried
         self.model = model
         self.optimizer = optimizer or build_optimizer(model, optim)
         self.schedule = build_schedule(self.optimizer, optim, steps)
@@ -102,8 +107,10 @@ class Contender:
         if self.diverged_at is not None:
             return
         start = time.perf_counter()
-        loss = self.model.train()(**batch).loss
+        loss = self.model.train()(**(batch if self.carried is None else self.carried.enter(batch))).loss
         loss.backward()
+        if self.carried is not None:
+            self.carried.leave()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         value = loss.item()
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
@@ -154,13 +161,14 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
             seed=config.data.seed + seed,
             max_validation_blocks=config.validation_batches * config.batch_size,
         )
-        bundle = build_data(data, config.steps * config.batch_size)
+        bundle = build_data(data, config.steps * config.batch_size, config.batch_size)
         model_configs = {name: model_config(*each, bundle.tokenizer) for name, each in chosen.items()}
         for lr in config.lrs:
             optim = dataclasses.replace(config.optim, lr=lr)
             contenders = [
-                Contender(name, new_model(each, seed).to(device), optim, config.steps)
+                Contender(name, model, optim, config.steps, carried=carried_rows(model, bundle.train))
                 for name, each in model_configs.items()
+                for model in [new_model(each, seed).to(device)]
             ]
             for batch in batches(bundle.train, config.batch_size, device):
                 for contender in contenders:
@@ -198,8 +206,13 @@ def _run_of(
     config: CompareConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    size = min(config.batch_size, len(bundle.validation))
-    nats = contender.validate(batches(bundle.validation, size, device))
+    size, block_size = min(config.batch_size, len(bundle.validation)), config.data.block_size
+    if bundle.carried and contender.diverged_at is None:
+        found = loss_by_position(contender.model, bundle.carried, block_size, True, size)["nats_per_token"]
+        nats = found if math.isfinite(found) else None
+    else:
+        nats = contender.validate(batches(bundle.validation, size, device))
+    scored = bundle.scored and nats is not None
     return {
         "model": contender.name,
         "lr": lr,
@@ -207,6 +220,7 @@ def _run_of(
         "parameters": contender.model.num_parameters(),
         "nats_per_token": nats,
         "bits_per_byte": None if nats is None else bits_per_byte(nats, bundle.bytes_per_token),
+        "positions": score_both_ways(contender.model, bundle.scored, block_size, size) if scored else None,
         "diverged_at": contender.diverged_at,
         "median_step_seconds": median(contender.seconds) if contender.seconds else None,
         "train_losses": contender.losses,
@@ -250,12 +264,14 @@ def _summary_of(name: str, runs: list[dict[str, Any]], tokens_per_step: int) -> 
     best = min(finite, key=lambda rate: rate["nats_per_token"]) if finite else None
     seconds = [run["median_step_seconds"] for run in runs if run["median_step_seconds"]]
     step_seconds = median(seconds) if seconds else None
+    scores = [run["positions"] for run in runs if best and run["lr"] == best["lr"] and run.get("positions")]
     return {
         "model": name,
         "parameters": runs[0]["parameters"],
         "best_lr": best and best["lr"],
         "nats_per_token": best and best["nats_per_token"],
         "bits_per_byte": best and best["bits_per_byte"],
+        "positions": mean_score(scores) if scores else None,
         "rates": rates,
         "median_step_seconds": step_seconds,
         "tokens_per_second": tokens_per_step / step_seconds if step_seconds else None,
