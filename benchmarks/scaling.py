@@ -165,7 +165,7 @@ def read_document(hope: dict[str, Any], length: int, block_size: int) -> dict[st
         block_size: tokens that are read at once, all of them for one sequence.
 
     Returns:
-        Seconds, those of the processor, bytes by which the peak resident set grew, and the largest gradient norm
+        Seconds, those of the processor, bytes by which the peak resident set grew, the largest gradient norm
         of a block.
 
     Raises:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nested_learning import HopeConfig, HopeForCausalLM
+from nested_learning.cli.main import main
+from nested_learning.models import preset
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.training.carried import CarriedRows, check_carries
 from nested_learning.training.compare import CompareConfig, compare
@@ -20,7 +24,7 @@ from nested_learning.training.config_file import dump_config
 from nested_learning.training.data import DataConfig, build_data
 from nested_learning.training.data.packing import IGNORED, TokenizedText
 from nested_learning.training.data.streams import CarriedDataset
-from nested_learning.training.models import model_config, new_model
+from nested_learning.training.models import model_config, new_model, preset_or_yaml
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.positions import loss_by_position, score_both_ways
 from nested_learning.training.run import train
@@ -360,9 +364,22 @@ def test_resuming_on_another_text_is_refused(carried, tmp_path, library):
         train(carried(tmp_path / "run"), resume=True)
 
 
-def test_attention_without_a_window_is_refused_before_anything_is_written(carried, tmp_path):
-    with pytest.raises(ValueError, match="softmax attention without a window"):
-        train(carried(tmp_path / "new", preset="transformer-tiny", model={"mixer_options": {}}))
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--preset", "transformer-tiny"], "softmax attention without a window.*Set --model.mixer"),
+        (
+            ["--batch_size", "64"],
+            "each of 64 rows read documents of its own, .* has 18: set --batch_size to 18",
+        ),
+        (["--data.score_length", "9999"], "score_length is 9999, but the longest of the 2 .* tokens: set"),
+        (["--data", "hf:some"], "'hf:some' streams blocks that are shuffled together: save its text"),
+    ],
+)
+def test_what_cannot_carry_is_refused_before_anything_is_written(library, tmp_path, capsys, flags, said):
+    given = ["--data", str(library), "--data.carry_state", "true", "--block_size", "16", *flags]
+    assert main(["train", *given, "--output", str(tmp_path / "new")]) == 2
+    assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
 
 
@@ -420,3 +437,15 @@ def test_levels_that_learn_in_context_train_carried(carried, tmp_path, update):
         along["positions"]["nats_per_token"]["carried"]
         < along["validation"]["before"]["nats_per_token"] - 1.5
     )
+
+
+def test_the_transformer_of_the_comparison_has_a_state_as_large_as_that_of_hope():
+    """Inside a chunk, where hope-tiny holds anchors beside the current weights."""
+    sizes = []
+    for name in ("hope-tiny", str(Path(__file__).parents[2] / "configs" / "transformer-window.yaml")):
+        base, fields = preset_or_yaml(name)
+        model = HopeForCausalLM(preset(base, **fields)).eval()
+        with torch.no_grad():
+            cache = model(torch.zeros(1, 400, dtype=torch.long), use_cache=True).past_key_values
+        sizes.append(cache.nbytes())
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
