@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nested_learning.cli.output import human_bytes, print_json, print_table, say
+from nested_learning.cli.output import human_bytes, print_json, print_positions, print_table, say
 from nested_learning.cli.parsing import DATA_ALIASES, hide_group_flags, new_parser, parse
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data.config import DataConfig
@@ -111,6 +111,9 @@ def _print(result: dict[str, Any]) -> None:
     if len(rates) > len(models):
         print()
         print_table("every learning rate (* the best)", ("model", "lr", "nats/token", "diverged"), rates)
+    scores = {model["model"]: model["positions"] for model in models if model["positions"]}
+    for mode in next(iter(scores.values()))["nats_per_token"] if scores else ():
+        print_positions(mode, scores)
     if any(model["step_memory_bytes"] for model in models):
         say("memory: of a training step, alone in a fresh process; on a CPU growth of the resident set")
 

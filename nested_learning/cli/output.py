@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,29 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for line in [list(columns), *cells]:
         padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         print("  ".join(padded).rstrip())
+
+
+def print_positions(mode: str, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print losses by position as a table.
+
+    Args:
+        mode: "empty" or "carried", the way of reading.
+        scores: score of each column by its name, as `score_both_ways` gives it, all of the same documents.
+    """
+    score = next(iter(scores.values()))
+    how = {"empty": "from the empty state", "carried": "with the state carried"}[mode]
+    title = (
+        f"nats per token by position, {score['documents']} documents, blocks of {score['block_size']} {how}"
+    )
+    rows = [
+        [f"{line[0]['from']:,} to {line[0]['to'] - 1:,}", f"{line[0]['tokens']:,}"]
+        + ["-" if each[mode] is None else f"{each[mode]:.4f}" for each in line]
+        for line in zip(*(score["table"] for score in scores.values()), strict=True)
+    ]
+    means = [score["nats_per_token"][mode] for score in scores.values()]
+    rows.append(["all", f"{score['tokens']:,}", *("-" if mean is None else f"{mean:.4f}" for mean in means)])
+    print()
+    print_table(title, ("position", "tokens", *scores), rows)
 
 
 def program() -> str:

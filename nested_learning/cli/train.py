@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from nested_learning.cli.output import print_json, print_table, program, say
+from nested_learning.cli.output import print_json, print_positions, print_table, program, say
 from nested_learning.cli.parsing import DATA_ALIASES, hide_group_flags, new_parser, parse
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.config_file import (
@@ -34,10 +34,14 @@ The folder --output then holds model/ (for from_pretrained), result.json, loss.p
 checkpoints/ and tensorboard/. Interrupted by Ctrl-C or SIGTERM, a run saves a checkpoint and --resume
 goes on with it. Several processes: torchrun --nproc_per_node 2 -m nested_learning train ...
 
+With --data.carry_state true each row of the batch reads document after document, block by block, and
+keeps its state; result.json and positions.png then have the loss by position in the document.
+
 examples:
   nested-learning train --max_minutes 3 --output runs/first
   nested-learning train --data 'pages/*.jsonl.gz' --data.text_column body --output runs/pages
   nested-learning train --preset transformer-tiny --data book.txt --steps 500 --lr 1e-2 --output runs/book
+  nested-learning train --data.carry_state true --data.score_length 16384 --output runs/long
   nested-learning train --output runs/book --resume
 
 exit codes: 0 done, 1 the loss became NaN or infinite, 2 bad input, 130 and 143 interrupted
@@ -112,6 +116,9 @@ def _print(result: dict[str, Any]) -> None:
     ]
     config, files = result["config"], result["files"]
     print_table(f"{config['preset']} on {config['data']['source']}", ("", "value"), rows)
+    if result["positions"]:
+        for mode in result["positions"]["nats_per_token"]:
+            print_positions(mode, {config["preset"]: result["positions"]})
     if result["sample"]:
         print("\nsample, after a prompt from the validation text (before the mark |):")
         print(f"{result['sample']['prompt']}|{result['sample']['text']}")

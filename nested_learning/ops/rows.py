@@ -34,19 +34,19 @@ def select_rows(tree: Any, rows: Tensor | slice) -> Any:
 def join_rows(trees: Sequence[Any]) -> Any:
     """The rows of several trees as one; what fields share in all of them stays shared.
 
-    Keys and values of attention grow: the shorter ones get padding in front, see `padded`.
+    Keys and values of attention grow: the shorter ones get padding in front, see `padded`. Dictionaries may
+    have their keys in other orders, as those from a file have.
     """
     if len(trees) == 1:
         return trees[0]
-    parts = list(zip(*(pytree.tree_leaves(tree) for tree in trees), strict=True))
+    structure = pytree.tree_structure(trees[0])
+    parts = list(zip(*(structure.flatten_up_to(tree) for tree in trees), strict=True))
     joined: dict[tuple[int, ...], Any] = {}
     for part in parts:
         key = tuple(map(id, part))
         if key not in joined:
             joined[key] = _cat(part) if isinstance(part[0], Tensor) else part[0]
-    return pytree.tree_unflatten(
-        [joined[tuple(map(id, part))] for part in parts], pytree.tree_structure(trees[0])
-    )
+    return pytree.tree_unflatten([joined[tuple(map(id, part))] for part in parts], structure)
 
 
 def padded(t: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -49,6 +49,12 @@ class AdaptConfig:
                 f"data.tokenizer is {self.data.tokenizer!r}, but a pretrained model reads with its own; "
                 "leave it out"
             )
+        for name in ("carry_state", "score_length"):
+            if getattr(self.data, name):
+                raise ValueError(
+                    f"data.{name} is {getattr(self.data, name)}, but each text of `adapt` is read from its "
+                    "beginning, with levels that learn from it alone; leave it out"
+                )
         self.as_training()  # checks the rest
 
     def as_training(self) -> TrainConfig:

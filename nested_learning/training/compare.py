@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from nested_learning._checks import check_types, require
 from nested_learning.models import preset
+from nested_learning.training.carried import CarriedRows, carried_rows
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.contestants import Contestant, contestant
@@ -29,6 +30,7 @@ from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte,
 from nested_learning.training.memory_probe import step_memory
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import build_optimizer, build_schedule, rehearse
+from nested_learning.training.positions import loss_by_position, mean_score, score_both_ways
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 from nested_learning.training.run_cache import RunCache
@@ -87,6 +89,7 @@ class Contender:
         steps: length of the schedule in optimizer steps.
         optimizer: an optimizer of the model's parameters at the peak rate.
         tokens_per_row: tokens of a row, for levels with the period "chunk".
+        carried: where the states of its rows are kept from block to block; None: they are not carried.
     """
 
     def __init__(
@@ -97,8 +100,10 @@ class Contender:
         steps: int,
         optimizer: Optimizer | None = None,
         tokens_per_row: int | None = None,
+        carried: CarriedRows | None = None,
     ) -> None:
         self.name = name
+        self.carried = carried
         self.model = model
         self.optimizer = optimizer or build_optimizer(model, optim, tokens_per_row)
         self.schedule = build_schedule(self.optimizer, optim, steps)
@@ -112,8 +117,10 @@ class Contender:
         if self.diverged_at is not None:
             return
         start = time.perf_counter()
-        loss = self.model.train()(**batch).loss
+        loss = self.model.train()(**(batch if self.carried is None else self.carried.enter(batch))).loss
         loss.backward()
+        if self.carried is not None:
+            self.carried.leave()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         value = loss.item()
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
@@ -166,7 +173,7 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
             seed=config.data.seed + seed,
             max_validation_blocks=config.validation_batches * config.batch_size,
         )
-        bundle = build_data(data, config.steps * config.batch_size)
+        bundle = build_data(data, config.steps * config.batch_size, config.batch_size)
         for lr in config.lrs:
             runs += _round(_Round(config, chosen, seed, lr, bundle), on_step)
     device, shape = process_state().device, (config.batch_size, config.data.block_size)
@@ -203,7 +210,7 @@ class _Round:
             "model": model_config(each.preset, each.overrides, self.bundle.tokenizer).to_dict(),
             "optim": to_dict(dataclasses.replace(each.optim, lr=self.lr)),
             "seed": self.seed,
-            "data": self.bundle.summary,
+            "data": {**to_dict(config.data), **self.bundle.summary},
             **{name: getattr(config, name) for name in ("steps", "batch_size", "validation_batches")},
             **_surroundings(device),
         }
@@ -227,8 +234,9 @@ def _round(this: _Round, on_step: Callable[[], None]) -> list[dict[str, Any]]:
             optim = dataclasses.replace(each.optim, lr=this.lr)
             model = new_model(model_config(each.preset, each.overrides, bundle.tokenizer), this.seed)
             rows = config.data.block_size
+            carried = carried_rows(model.to(device), bundle.train)
             contenders.append(
-                Contender(each.name, model.to(device), optim, config.steps, tokens_per_row=rows)
+                Contender(each.name, model, optim, config.steps, tokens_per_row=rows, carried=carried)
             )
     if contenders:
         for batch in batches(bundle.train, config.batch_size, device):
@@ -265,8 +273,13 @@ def _run_of(
     config: CompareConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    size = min(config.batch_size, len(bundle.validation))
-    nats = contender.validate(batches(bundle.validation, size, device))
+    size, block_size = min(config.batch_size, len(bundle.validation)), config.data.block_size
+    if bundle.carried and contender.diverged_at is None:
+        found = loss_by_position(contender.model, bundle.carried, block_size, True, size)["nats_per_token"]
+        nats = found if math.isfinite(found) else None
+    else:
+        nats = contender.validate(batches(bundle.validation, size, device))
+    scored = bundle.scored and nats is not None
     return {
         "model": contender.name,
         "lr": lr,
@@ -274,6 +287,7 @@ def _run_of(
         "parameters": contender.model.num_parameters(),
         "nats_per_token": nats,
         "bits_per_byte": None if nats is None else bits_per_byte(nats, bundle.bytes_per_token),
+        "positions": score_both_ways(contender.model, bundle.scored, block_size, size) if scored else None,
         "diverged_at": contender.diverged_at,
         "median_step_seconds": median(contender.seconds) if contender.seconds else None,
         "train_losses": contender.losses,
@@ -317,12 +331,14 @@ def _summary_of(name: str, runs: list[dict[str, Any]], tokens_per_step: int) -> 
     best = min(finite, key=lambda rate: rate["nats_per_token"]) if finite else None
     seconds = [run["median_step_seconds"] for run in runs if run["median_step_seconds"]]
     step_seconds = median(seconds) if seconds else None
+    scores = [run["positions"] for run in runs if best and run["lr"] == best["lr"] and run.get("positions")]
     return {
         "model": name,
         "parameters": runs[0]["parameters"],
         "best_lr": best and best["lr"],
         "nats_per_token": best and best["nats_per_token"],
         "bits_per_byte": best and best["bits_per_byte"],
+        "positions": mean_score(scores) if scores else None,
         "rates": rates,
         "median_step_seconds": step_seconds,
         "tokens_per_second": tokens_per_step / step_seconds if step_seconds else None,

@@ -103,7 +103,8 @@ class TrainConfig:
         model: fields of HopeConfig that differ from the preset, e.g. `--model.num_hidden_layers 2`
         data: the text, its tokenizer and how it is cut into blocks
         optim: optimizer and learning-rate schedule
-        output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png
+        output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png, and
+            positions.png where losses are scored by position
         steps: optimizer steps; default: 1000, or as many as `max_minutes` allows
         max_minutes: instead of `steps`: as many steps as fit into this time, from reading the data to the
             sample, evaluations and checkpoints included; within a tenth, or a step and an evaluation where

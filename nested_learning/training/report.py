@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import nested_learning
 from nested_learning._files import replacing
 from nested_learning._version import __version__
 
-Curve = list[tuple[int, float]]  # (optimizer steps taken, loss in nats per token)
+Curve = Sequence[tuple[float, float]]  # (optimizer steps taken, or another place, loss in nats per token)
 
 
 def versions() -> dict[str, str | None]:
@@ -94,20 +96,35 @@ def peak_rss() -> int:
 
 def plot_losses(path: Path, train: Curve, validation: Curve, title: str) -> None:
     """Write both loss curves as a PNG, whole or not at all."""
+    with _plotting(path, "optimizer step", title) as axes:
+        axes.plot(*_columns(train), color="tab:blue", alpha=0.6, linewidth=1, label="training")
+        axes.plot(*_columns(validation), color="tab:orange", marker="o", markersize=4, label="validation")
+
+
+def plot_positions(path: Path, curves: Mapping[str, Curve], title: str) -> None:
+    """Write curves of (position in the document, loss in nats per token) as a PNG, whole or not at all."""
+    with _plotting(path, "position in the document (tokens)", title) as axes:
+        for label, curve in curves.items():
+            axes.plot(*_columns(curve), marker="o", markersize=4, label=label)
+        axes.set_xscale("log", base=2)
+
+
+@contextmanager
+def _plotting(path: Path, xlabel: str, title: str) -> Iterator[Any]:
+    """Axes of a figure of losses, which is written at the end of the block."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*_columns(train), color="tab:blue", alpha=0.6, linewidth=1, label="training")
-    axes.plot(*_columns(validation), color="tab:orange", marker="o", markersize=4, label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    yield axes
+    axes.set(xlabel=xlabel, ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+def _columns(curve: Curve) -> tuple[list[float], list[float]]:
     return [step for step, _ in curve], [loss for _, loss in curve]

@@ -14,7 +14,15 @@ from nested_learning._files import whole_folder
 from nested_learning.levels import levels
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
-from nested_learning.training.report import Curve, hardware, peak_memory, plot_losses, versions
+from nested_learning.training.positions import curves
+from nested_learning.training.report import (
+    Curve,
+    hardware,
+    peak_memory,
+    plot_losses,
+    plot_positions,
+    versions,
+)
 from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer
 
@@ -23,27 +31,30 @@ TRIED_TOKENS = 8  # by which the time of a sample is foretold
 
 
 def write_results(
-    trainer: HopeTrainer, folder: RunFolder, bundle: DataBundle, step_seconds: list[float]
+    trainer: HopeTrainer,
+    folder: RunFolder,
+    bundle: DataBundle,
+    step_seconds: list[float],
+    scores: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `model/`, `loss.png` and, last, `result.json`, which marks the run as complete.
+    """Write `model/`, the plots and, last, `result.json`, which marks the run as complete.
 
     Args:
         trainer: the trainer, after training.
         folder: the run's folder.
         bundle: the data of the run.
         step_seconds: seconds of each step taken by this process.
+        scores: loss by position of the trained model, as `score_both_ways` gives it.
 
     Returns:
         The contents of result.json.
     """
-    memory = peak_memory(trainer.args.device)
-    config, model = trainer.config, trainer.lm
+    memory, config, model = peak_memory(trainer.args.device), trainer.config, trainer.lm
     model.config.use_cache = True  # the Trainer turned it off for training
     with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)
         bundle.tokenizer.save_pretrained(target)
-    train, validation = _curve(trainer, "loss"), _curve(trainer, "eval_loss")
-    plot_losses(folder.plot, train, validation, f"{config.preset} on {config.data.source}")
+    train, validation = _plot(trainer, folder, scores)
     tokens = config.batch_size * config.data.block_size * len(step_seconds)
     result = {
         "format": "nested_learning.result",
@@ -58,16 +69,14 @@ def write_results(
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "tokens_per_second": tokens / sum(step_seconds) if step_seconds else None,
-        "step_seconds": {
-            "median": median(step_seconds) if step_seconds else None,
-            "measured": len(step_seconds),
-        },
+        "step_seconds": {"median": _median(step_seconds), "measured": len(step_seconds)},
         "peak_memory": memory,
         "validation": {
             "blocks": len(trainer.eval_dataset),  # type: ignore[arg-type]
             "before": _score(validation[0], bundle),
             "after": _score(validation[-1], bundle),
         },
+        "positions": scores,
         "losses": {"train": train, "validation": validation},
         "sample": _sample(model, bundle, config.sample_tokens, config.seed),
         "minutes": None if trainer.clock is None else trainer.clock.seconds / 60,
@@ -75,6 +84,7 @@ def write_results(
             "model": str(folder.model),
             "result": str(folder.result),
             "plot": str(folder.plot),
+            "positions": scores and str(folder.positions),
             "tensorboard": str(folder.tensorboard),
         },
     }
@@ -82,11 +92,25 @@ def write_results(
     return result
 
 
+def _plot(trainer: HopeTrainer, folder: RunFolder, scores: dict[str, Any] | None) -> tuple[Curve, Curve]:
+    """Write the plots; the curves of training and validation."""
+    train, validation = _curve(trainer, "loss"), _curve(trainer, "eval_loss")
+    title = f"{trainer.config.preset} on {trainer.config.data.source}"
+    plot_losses(folder.plot, train, validation, title)
+    if scores is not None:
+        plot_positions(folder.positions, curves(scores), title)
+    return train, validation
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
+
+
 def _curve(trainer: HopeTrainer, key: str) -> Curve:
     return [(int(entry["step"]), entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
-def _score(point: tuple[int, float], bundle: DataBundle) -> dict[str, float]:
+def _score(point: tuple[float, float], bundle: DataBundle) -> dict[str, float]:
     step, nats = point
     bits = bits_per_byte(nats, bundle.bytes_per_token)
     return {"step": step, "nats_per_token": nats, "bits_per_byte": bits}

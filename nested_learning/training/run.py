@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -19,12 +19,14 @@ from nested_learning._checks import LARGEST
 from nested_learning.levels import levels
 from nested_learning.models import preset
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.carried import check_carries
 from nested_learning.training.checkpoints import STATE, checkpoint_to_resume
 from nested_learning.training.config import DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
-from nested_learning.training.data import DataBundle, build_data
+from nested_learning.training.data import DataBundle, DocumentBlocks, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import rehearse
+from nested_learning.training.positions import score_both_ways
 from nested_learning.training.process import process_state
 from nested_learning.training.results import sample_seconds, write_results
 from nested_learning.training.run_folder import RunFolder
@@ -90,6 +92,8 @@ def train(
     rehearse(preset(config.preset, **config.model), config.optim, config.data.block_size)  # or a model
     bundle = seeded_data(_bounded(config, checkpoint))
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
+    if config.data.carry_state:
+        check_carries(model)
     model.to(process.device)
     if process.is_main_process:
         folder.check_space(_bytes_to_write(model, config))
@@ -103,7 +107,7 @@ def seeded_data(config: TrainConfig) -> DataBundle:
     """The data of a run of fixed length; their order depends on `data.seed` + `seed`."""
     assert config.steps is not None
     data = dataclasses.replace(config.data, seed=config.data.seed + config.seed)
-    return build_data(data, config.steps * config.batch_size)
+    return build_data(data, config.steps * config.batch_size, config.batch_size)
 
 
 def _resumed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
@@ -162,6 +166,9 @@ def _run(
     callbacks: list[TrainerCallback],
 ) -> Outcome:
     validation, eval_batch = _whole_batches(bundle.validation, config.batch_size)
+    if bundle.carried:
+        eval_batch = config.batch_size
+        validation = DocumentBlocks(bundle.carried, config.data.block_size, eval_batch)
     args = trainer_arguments(_bounded(config, checkpoint), folder, eval_batch)
     args.eval_on_start = checkpoint is None
     trainer = HopeTrainer(model, config, bundle.tokenizer, args, bundle.train, validation)
@@ -182,10 +189,22 @@ def _run(
             "--optim.warmup_steps or --precision fp32 in a new run."
         ) from error
     result = None
-    if stop.stopped_by is None and trainer.is_world_process_zero():
-        result = write_results(trainer, folder, bundle, timer.seconds)
+    if stop.stopped_by is None:
+        scores = _score(trainer, bundle)  # by all processes together
+        if trainer.is_world_process_zero():
+            result = write_results(trainer, folder, bundle, timer.seconds, scores)
     trainer.accelerator.wait_for_everyone()
     return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())
+
+
+def _score(trainer: HopeTrainer, bundle: DataBundle) -> dict[str, Any] | None:
+    """Loss by position of the trained model on whole documents; None where it is not asked for."""
+    if not bundle.scored:
+        return None
+    config, model = trainer.config, cast(PreTrainedModel, trainer.model)
+    return score_both_ways(
+        model, bundle.scored, config.data.block_size, config.batch_size, trainer.accelerator
+    )
 
 
 def _set_callbacks(trainer: HopeTrainer, folder: RunFolder, *callbacks: TrainerCallback) -> None:

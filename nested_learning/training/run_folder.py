@@ -21,7 +21,8 @@ class RunFolder:
     """Paths of a run and the rules for opening its folder.
 
     `config.yaml` (with a first line by which the folder is known as a run's), `checkpoints/`,
-    `tensorboard/`, `model/`, `result.json` and `loss.png`. Nothing else in the folder is ever touched.
+    `tensorboard/`, `model/`, `result.json`, `loss.png` and, where losses are scored by position,
+    `positions.png`. Nothing else in the folder is ever touched.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +33,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.result = self.path / "result.json"
         self.plot = self.path / "loss.png"
+        self.positions = self.path / "positions.png"
 
     def is_run(self) -> bool:
         """True if the folder holds a run of this package."""
@@ -107,7 +109,7 @@ class RunFolder:
         if self.is_run():
             for folder in (self.checkpoints, self.tensorboard, self.model):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.result, self.plot):
+            for file in (self.result, self.plot, self.positions):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, HEADER + config_yaml)

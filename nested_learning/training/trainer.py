@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from nested_learning._files import last_written, put_folder, write_failure
 from nested_learning._precision import warn_of_slow_bfloat16
+from nested_learning.training.carried import carried_rows
 from nested_learning.training.checkpoints import STATE, has_manifest, rotate, standing, write_manifest
 from nested_learning.training.config import TrainConfig
+from nested_learning.training.data.streams import DocumentBlocks
 from nested_learning.training.optim import build_optimizer, build_schedule
+from nested_learning.training.positions import loss_by_position
 from nested_learning.training.process import process_state
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.timing import ClockSchedule, RunClock
@@ -116,6 +120,8 @@ def trainer_arguments(config: TrainConfig, folder: RunFolder, eval_batch: int) -
 class HopeTrainer(Trainer):
     """Trainer of causal language models on packed blocks; see `train` for a whole run.
 
+    On a `CarriedDataset` rows carry their states from block to block, and `DocumentBlocks` are evaluated so.
+
     A step whose loss or gradient norm is not finite raises NonFiniteError before the parameters change.
     Checkpoints appear under their name only when they are complete, with a manifest of sizes and sums of
     their files; see `checkpoints`.
@@ -139,6 +145,7 @@ class HopeTrainer(Trainer):
         self.checkpoints = Path(str(args.output_dir))
         self._save_to: str | None = None
         self.clock: RunClock | None = None  # of a run with `max_minutes`
+        self.carried = carried_rows(model, train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -160,7 +167,11 @@ class HopeTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
+        if self.carried is not None:
+            inputs = self.carried.enter(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.carried is not None:
+            self.carried.leave()
         # The mean over processes, so that all of them stop, or none.
         self._require_finite("loss", self.accelerator.reduce(loss, "mean"))
         return loss
@@ -176,6 +187,15 @@ class HopeTrainer(Trainer):
         if not math.isfinite(loss):
             raise NonFiniteError("validation loss after", loss, self.state.global_step)
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        data, model = self.eval_dataset, cast(PreTrainedModel, self.model)
+        if not isinstance(data, DocumentBlocks):
+            return super().evaluation_loop(*args, **kwargs)
+        rows = self.args.eval_batch_size * self.args.world_size
+        score = loss_by_position(model, data.documents, data.block_size, True, rows, self.accelerator)
+        metrics = {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": score["nats_per_token"]}
+        return EvalLoopOutput(None, None, metrics, len(data))  # type: ignore[arg-type]
 
     def _require_finite(self, quantity: str, value: Tensor) -> None:
         if not torch.isfinite(value):
@@ -202,6 +222,16 @@ class HopeTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
                 _check_optimizer(self.optimizer, self.lr_scheduler, checkpoint)
+        if checkpoint is not None and self.carried is not None:
+            size, index, processes = (
+                self.args.per_device_train_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+            )
+            first_rows = [
+                (turn * processes + index) * size for turn in range(self.args.gradient_accumulation_steps)
+            ]
+            self.carried.load(Path(checkpoint), first_rows, size, self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _damage_named(checkpoint):
@@ -233,6 +263,8 @@ class HopeTrainer(Trainer):
         self._save_to = str(partial)
         try:
             super()._save_checkpoint(model, trial)
+            if self.carried is not None:
+                self.carried.save(new, self.state.global_step)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._finish_checkpoint(new)

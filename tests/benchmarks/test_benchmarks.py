@@ -24,7 +24,8 @@ RUNS = [
     ("roofline",),
     ("scaling", "attention"),
     ("start",),
-    pytest.param(("scaling", "linear"), marks=pytest.mark.slow),  # starts two fresh processes
+    pytest.param(("scaling", "length"), marks=pytest.mark.slow),  # starts four fresh processes,
+    pytest.param(("scaling", "linear"), marks=pytest.mark.slow),  # two
 ]
 
 

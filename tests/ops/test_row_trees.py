@@ -32,3 +32,11 @@ def test_what_fields_share_stays_shared() -> None:
     assert chosen["x"] is chosen["y"]
     assert torch.equal(chosen["x"], torch.stack([b[0], a[0]]))
     assert select_rows(joined, slice(0, 3))["x"] is joined["x"]
+
+
+def test_dictionaries_are_joined_by_their_keys() -> None:
+    """A state from a file has its weights in the order of their names."""
+    a, b = torch.randn(2, 2, 3), torch.randn(2, 3, 2)
+    joined = join_rows([{"up": a[:1], "down": b[:1]}, {"down": b[1:], "up": a[1:]}])
+    assert torch.equal(joined["up"], a)
+    assert torch.equal(joined["down"], b)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -44,6 +45,31 @@ def test_two_processes_give_the_losses_of_one(tiny, tmp_path, preset):
         for curve in ("train", "validation"):
             expected = [loss for _, loss in one["losses"][curve]]
             assert [loss for _, loss in other["losses"][curve]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_carried_rows_in_two_processes_are_those_of_one(tiny, tmp_path):
+    """Documents begin in rows of one process, and not of the other; one process goes on from two."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for i in range(20):
+        (library / f"{i}.txt").write_text(" ".join(f"{i * k % 97}" for k in range(10, 20 + 5 * i)))
+    config = yaml.safe_load(dump_config(tiny(preset="hope-tiny", batch_size=8, steps=12, save_every=6)))
+    config["model"]["mixer_options"] = {"self_modifying_titans": {"chunk_size": 8}}
+    config["model"]["cms_update"] = "regression"
+    config["data"] |= {"source": str(library), "carry_state": True, "validation_fraction": 0.2}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    one = run([sys.executable], tmp_path / "one", "--config", str(path))
+    two = run(TORCHRUN, tmp_path / "two", "--config", str(path), "--micro_batch_size", "2")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-12")
+    (tmp_path / "two" / "result.json").unlink()
+    resumed = run([sys.executable], tmp_path / "two", "--resume")
+    for other in (two, resumed):
+        for curve in ("train", "validation"):
+            expected = [loss for _, loss in one["losses"][curve]]
+            assert [loss for _, loss in other["losses"][curve]] == pytest.approx(expected, abs=1e-5)
+        for mode, nats in one["positions"]["nats_per_token"].items():
+            assert other["positions"]["nats_per_token"][mode] == pytest.approx(nats, abs=1e-5)
 
 
 def test_processes_on_cpus_know_each_other(tmp_path):

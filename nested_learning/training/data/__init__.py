@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nested_learning.training.data.packing import PackedDataset, ValidationDataset, bits_per_byte
     from nested_learning.training.data.sources import Corpus, Document, load_corpus
     from nested_learning.training.data.streaming import StreamedDataset
+    from nested_learning.training.data.streams import CarriedDataset, DocumentBlocks
     from nested_learning.training.data.tokenizers import byte_tokenizer, load_tokenizer, train_bpe
 else:
     _WHERE = {
@@ -25,6 +26,7 @@ else:
         "packing": ("PackedDataset", "ValidationDataset", "bits_per_byte"),
         "sources": ("Corpus", "Document", "load_corpus"),
         "streaming": ("StreamedDataset",),
+        "streams": ("CarriedDataset", "DocumentBlocks"),
         "tokenizers": ("byte_tokenizer", "load_tokenizer", "train_bpe"),
     }
     __getattr__, __dir__ = names_on_first_use(
@@ -32,10 +34,12 @@ else:
     )
 
 __all__ = [
+    "CarriedDataset",
     "Corpus",
     "DataBundle",
     "DataConfig",
     "Document",
+    "DocumentBlocks",
     "PackedDataset",
     "StreamedDataset",
     "ValidationDataset",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,13 @@ from nested_learning.training.data.packing import (
 )
 from nested_learning.training.data.sources import load_corpus
 from nested_learning.training.data.streaming import StreamedDataset, open_stream
+from nested_learning.training.data.streams import (
+    CarriedDataset,
+    DocumentIds,
+    documents_of,
+    first_tokens,
+    within_blocks,
+)
 from nested_learning.training.data.tokenizers import make_tokenizer
 
 BPE_SAMPLE_BYTES = 16 << 20  # bytes at the start of a stream that a BPE is trained on
@@ -37,24 +44,30 @@ class DataBundle:
         validation: samples likewise, the same ones every time.
         bytes_per_token: UTF-8 bytes per token of the validation text, for `bits_per_byte`.
         summary: sizes and sources of the text that was read, ready for JSON.
+        carried: ids of the validation documents of an evaluation that carries the state; empty without.
+        scored: ids of the documents that the trained model is scored on by position; empty where it is not.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    train: PackedDataset | StreamedDataset
+    train: PackedDataset | StreamedDataset | CarriedDataset
     validation: ValidationDataset
     bytes_per_token: float
     summary: dict[str, Any]
+    carried: DocumentIds = field(default_factory=list)
+    scored: DocumentIds = field(default_factory=list)
 
 
-def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
+def build_data(config: DataConfig, num_train_samples: int, rows: int = 1) -> DataBundle:
     """Read, tokenise and pack the text that `config` names.
 
     Args:
         config: the text, the tokenizer and the sizes.
         num_train_samples: samples of the whole run, batches times batch size; several epochs if need be.
+        rows: batch size, needed where the state is carried: each row then reads documents of its own.
 
     Raises:
-        ValueError: unknown source or tokenizer; empty, binary or too short text; a failed download.
+        ValueError: unknown source or tokenizer; empty, binary or too short text; a failed download; fewer
+            documents than rows that carry a state, or none as long as those to be scored.
     """
     check_positive(num_train_samples=num_train_samples)
     if config.is_streamed:
@@ -69,7 +82,11 @@ def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
     tokenizer = make_tokenizer(config.tokenizer, texts, config.bpe_vocab_size)
     text = tokenize(tokenizer, texts)
     end = config.end_of_text(tokenizer)
-    train = PackedDataset(text, config.block_size, num_train_samples, config.seed, end)
+    train: PackedDataset | CarriedDataset
+    if config.carry_state:
+        train = CarriedDataset(text, config.block_size, rows, num_train_samples, config.seed, end)
+    else:
+        train = PackedDataset(text, config.block_size, num_train_samples, config.seed, end)
     held_out = tokenize(tokenizer, [document.text for document in corpus.validation])
     validation = ValidationDataset(held_out, config.block_size, config.max_validation_blocks, end)
     summary = _summary(config, tokenizer, num_train_samples, validation) | {
@@ -80,7 +97,21 @@ def build_data(config: DataConfig, num_train_samples: int) -> DataBundle:
         "validation_documents": len(corpus.validation),
         "fingerprint": corpus.fingerprint(),
     }
-    return DataBundle(tokenizer, train, validation, validation.bytes_per_token, summary)
+    whole = _whole_documents(config, held_out, end)
+    return DataBundle(tokenizer, train, validation, validation.bytes_per_token, summary, *whole)
+
+
+def _whole_documents(
+    config: DataConfig, held_out: TokenizedText, end: int | None
+) -> tuple[DocumentIds, DocumentIds]:
+    """(validation documents of an evaluation that carries the state, those to be scored by position)."""
+    documents = documents_of(held_out.ids, end) if config.carry_state or config.score_length else []
+    carried = (
+        within_blocks(documents, config.block_size, config.max_validation_blocks)
+        if config.carry_state
+        else []
+    )
+    return carried, first_tokens(documents, config.score_length) if config.score_length else carried
 
 
 def _build_streamed(config: DataConfig, num_train_samples: int) -> DataBundle:
@@ -90,14 +121,14 @@ def _build_streamed(config: DataConfig, num_train_samples: int) -> DataBundle:
     )
     limit = None if config.max_validation_blocks is None else config.max_validation_blocks * config.block_size
     end = config.end_of_text(tokenizer)
-    validation = ValidationDataset(
-        _tokenize_first(tokenizer, held_out, limit), config.block_size, config.max_validation_blocks, end
-    )
+    text = _tokenize_first(tokenizer, held_out, limit)
+    validation = ValidationDataset(text, config.block_size, config.max_validation_blocks, end)
     train = StreamedDataset(
         stream, tokenizer, config.block_size, num_train_samples, config.seed, config.shuffle_blocks, end
     )
     summary = _summary(config, tokenizer, num_train_samples, validation)
-    return DataBundle(tokenizer, train, validation, validation.bytes_per_token, summary)
+    whole = _whole_documents(config, text, end)
+    return DataBundle(tokenizer, train, validation, validation.bytes_per_token, summary, *whole)
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:

@@ -35,6 +35,12 @@ class DataConfig:
         max_bytes: read no more text than this; not for a `datasets` source, of which a run reads as much as
             it needs.
         shuffle_blocks: blocks of a `datasets` source that are shuffled together.
+        carry_state: let each row of the batch read documents in order, block after block, and go on in each
+            block from the state after the one before it, detached; it is reset where a document begins.
+            False: shuffled blocks, each from the empty state.
+        score_length: score the trained model by position in the document, on the first so many tokens of
+            every validation document that has as many. None: where the state is carried, on the documents of
+            an evaluation, otherwise not at all.
         seed: seed of the order of the samples.
     """
 
@@ -49,6 +55,8 @@ class DataConfig:
     max_validation_blocks: int | None = 512
     max_bytes: int | None = None
     shuffle_blocks: int = 1024
+    carry_state: bool = False
+    score_length: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +80,16 @@ class DataConfig:
             raise ValueError(f"validation_fraction must be in (0, 0.5], got {self.validation_fraction}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.score_length is not None and self.score_length < 2:
+            raise ValueError(
+                f"score_length must be at least 2, got {self.score_length}: a token predicts the next"
+            )
+        if self.is_streamed and self.carry_state:
+            raise ValueError(
+                f"carry_state lets each row read documents in order, but the source {self.source!r} streams "
+                "blocks that are shuffled together: save its text to files and give those with --data PATH, "
+                "or leave --data.carry_state false"
+            )
         if self.is_streamed and self.max_bytes is not None:
             raise ValueError(
                 f"max_bytes has no effect on the streamed source {self.source!r}: leave it out; "
