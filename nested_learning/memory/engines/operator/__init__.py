@@ -12,12 +12,12 @@ from torch import Tensor
 
 from nested_learning.memory.engines.operator import library
 from nested_learning.memory.engines.operator.pieces import WITHIN
-from nested_learning.memory.engines.operator.plan import named, state_in, state_names, written
+from nested_learning.memory.engines.operator.plan import SEGMENT, named, state_in, state_names, written
 from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
 
-__all__ = ["WITHIN", "can_run", "run"]
+__all__ = ["SEGMENT", "WITHIN", "can_run", "run"]
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
