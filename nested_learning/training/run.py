@@ -22,6 +22,7 @@ from nested_learning.models import preset
 from nested_learning.training import timing
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import checkpoint_to_resume
+from nested_learning.training.compiling import compile_blocks
 from nested_learning.training.config import DEFAULT_EVALS, DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, build_data
@@ -131,7 +132,10 @@ def _prepare(config: TrainConfig, process: PartialState) -> tuple[PreTrainedMode
 
 def _model(config: TrainConfig, bundle: DataBundle, process: PartialState) -> PreTrainedModel:
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
-    return model.to(process.device)
+    model.to(process.device)
+    if config.compile:
+        compile_blocks(model)
+    return model
 
 
 def _fitting_steps(config: TrainConfig, model: PreTrainedModel, bundle: DataBundle, processes: int) -> int:

@@ -1,4 +1,4 @@
-"""A run as one operator of a compiled graph: the numbers of the engines, and no more graph for more tokens."""
+"""A run as one operator of a compiled graph: the engines' numbers, and no more graph for more tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mal": {"window": 4, "memory_options": {"chunk_size": CHUNK}},
 }
 MEMORIES = [name for name in sorted(MIXERS) if name not in (*OPTIONS, "memory")]
-# A system of each way to keep what the backward pass needs: chunks by hand, segments of steps, of closed forms.
+# A system of each way to keep what the backward pass needs: chunks by hand, segments, closed forms.
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("self_modifying_titans", {"projection_chunk_size": CHUNK}),
     ("self_modifying_titans", {"projection_chunk_size": CHUNK, "adaptive_q": True}),
@@ -67,7 +67,9 @@ def results(call, layer, *pieces: Tensor, **options: Any) -> dict[str, Tensor]:
         y, state, *surprise = call(x, state, **options)
         found |= {f"y{i}": y, **{f"surprise{i}": s for s in surprise}}
     found |= {f"state{i}": t for i, t in enumerate(state.tensors())}
-    total = sum((t * torch.arange(t.numel()).view_as(t).cos()).sum() for t in found.values() if t.requires_grad)
+    total = sum(
+        (t * torch.arange(t.numel()).view_as(t).cos()).sum() for t in found.values() if t.requires_grad
+    )
     leaves = {f"x{i}": x for i, x in enumerate(pieces)} | dict(layer.named_parameters())
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return found | {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
@@ -76,7 +78,9 @@ def results(call, layer, *pieces: Tensor, **options: Any) -> dict[str, Tensor]:
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert list(got) == list(want)
     for name, a in got.items():
-        torch.testing.assert_close(a, want[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a, want[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def compiled(layer: torch.nn.Module, backend: Any = "aot_eager", **options: Any) -> Any:
@@ -117,7 +121,7 @@ def test_one_graph_for_all_lengths(name):
     step = torch.compile(layer, backend=graphs, fullgraph=True)
     for count in (4 * CHUNK, 32 * CHUNK, 4 * CHUNK + 3, CHUNK - 1):
         x = tokens(2, count)
-        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.maybe_mark_dynamic(x, 1)
         assert_same(results(step, layer, x), results(layer, layer, x))
     assert len(graphs.found) == 1
 
@@ -163,7 +167,9 @@ def test_checkpointed(name):
     def call(x, state):
         return checkpoint(layer, x, state, use_reentrant=False)
 
-    assert_same(results(torch.compile(call, backend="aot_eager", fullgraph=True), layer, x), results(layer, layer, x))
+    assert_same(
+        results(torch.compile(call, backend="aot_eager", fullgraph=True), layer, x), results(layer, layer, x)
+    )
 
 
 @pytest.mark.parametrize("name", ["self_modifying_titans", "titans", "gated_deltanet"])
