@@ -1,10 +1,12 @@
-"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|compile]`.
+"""Tokens per second of every sequence layer: `python -m benchmarks.layers [mixers|compile|training]`.
 
 - `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
   each layer equals a float64 copy of itself that is fed token by token.
 - `compile`: memories that no engine is written out for, forward + backward, plainly and with
   `set_compile_step`, and the seconds that the first pass takes with it. It needs a C++ compiler, and minutes.
   A gate first: both give the same.
+- `training`: layers and a training step of hope-tiny through torch.compile against plain, and the seconds of
+  the first step at two lengths; see compilation.py. It needs a C++ compiler, and minutes.
 
 `--only NAME ...` chooses mixers. With `--against FOLDER` the mixers here against those of another commit, in
 both passes.
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import against, cases, gate
+from benchmarks import against, cases, compilation, gate
 from benchmarks.cases import forward, slopes
 from benchmarks.harness import interleaved, parameters, parser, record, show
 from nested_learning.layers import MIXERS, set_compile_step
@@ -94,20 +96,26 @@ def compiling(shape: dict[str, int], repeats: int, only: list[str] | None) -> di
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument("question", choices=["mixers", "compile"], nargs="?", default="mixers")
+    options.add_argument("question", choices=["mixers", "compile", "training"], nargs="?", default="mixers")
     options.add_argument("--only", nargs="+", metavar="NAME", help="these mixers alone")
     against.add_option(options)
     given = options.parse_args(arguments)
-    known = sorted(set(MIXERS) - {"memory"}) if given.question == "mixers" else GENERIC
+    known = {
+        "mixers": sorted(set(MIXERS) - {"memory"}),
+        "compile": GENERIC,
+        "training": compilation.WRITTEN_OUT,
+    }[given.question]
     for name in given.only or ():
         if name not in known:
             options.error(f"argument --only: unknown mixer {name!r}; known: {', '.join(known)}")
     shape, repeats = QUICK if given.quick else SHAPE, given.repeats or (1 if given.quick else 10)
     if given.against is None:
-        measure = {"mixers": mixers, "compile": compiling}[given.question]
+        measure = {"mixers": mixers, "compile": compiling, "training": compilation.training}[given.question]
         return record({given.question: measure(shape, repeats, given.only)}, given.json)
-    if given.question == "compile":
-        options.error("argument --against: not with the question `compile`, as its switch is no public name")
+    if given.question != "mixers":
+        options.error(
+            f"argument --against: not with the question `{given.question}`, as its switch is no public name"
+        )
     checked_mixers(shape, given.only)
     settings = {"shape": shape, "only": given.only}
     return record({"against": against.compare(given.against, [("layers", settings)], repeats)}, given.json)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from nested_learning.memory import check
-from nested_learning.memory.engines import chunked, compiled, fla, generic, token
+from nested_learning.memory.engines import operator, token
 from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
-from nested_learning.ops.context import traced
+from nested_learning.ops.context import one_operator, traced
 
 # The most special first; the last runs everything.
-ENGINES: tuple[ModuleType, ...] = (fla, token, chunked, compiled, generic)
+ENGINES: tuple[ModuleType, ...] = (operator, token, *operator.WITHIN)
 
 
 def run(
@@ -40,6 +40,7 @@ def run(
     Returns: y [B, H, T, d], the state after the tokens, and the surprise [B, T], None unless wanted.
     """
     tokens = inputs.paths["k"].shape[2]
+    compiling = torch.compiler.is_compiling()
     call = Call(
         device=inputs.paths["k"].device.type,
         dtype=how.dtype,
@@ -50,9 +51,10 @@ def run(
         whole_chunks=boundaries.common and not isinstance(tokens, torch.SymInt) and tokens >= system.step,
         padded=inputs.real is not None,
         grad=torch.is_grad_enabled(),
-        compiling=torch.compiler.is_compiling(),
+        compiling=compiling,
         traced=traced(),
         checked=check.enabled(),
+        one_operator=compiling and one_operator(),
     )
     # A compiler looks through the cache of `choose`, and warns that it does.
     engine = choose.__wrapped__(system, call) if call.compiling else choose(system, call)

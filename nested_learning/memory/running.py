@@ -76,12 +76,14 @@ class How(NamedTuple):
         dtype: of the layer's own projections, in whose precision an engine may take the factors of products.
         surprise: whether the surprise is wanted too.
         compile_step: run the generic step through torch.compile.
+        recompute: keep little for the backward pass, where one operator does the run.
     """
 
     backend: str
     dtype: torch.dtype
     surprise: bool = False
     compile_step: bool = False
+    recompute: bool = False
 
 
 class Call(NamedTuple):
@@ -99,6 +101,7 @@ class Call(NamedTuple):
     compiling: bool  # torch.compile follows the Python code
     traced: bool  # torch.compile, a transform of torch.func or a forward-mode derivative follows it
     checked: bool  # NESTED_LEARNING_CHECK looks at every chunk
+    one_operator: bool  # a compiler takes the run as one operator
 
 
 class Boundaries(NamedTuple):

@@ -108,6 +108,7 @@ class MemorySystem:
         read: "token" reads the weights after each token's write, "chunk" the anchor (eq 90 literally).
         eta_max: upper bound of the inner learning rate η_t.
         objective, exact, memories, chunk_sizes, step, period, gates: derived from the others.
+        key: text under which `SYSTEMS` has the system, the same in every process.
 
     Raises:
         ValueError: for parts that make no sense together, with the reason.
@@ -136,6 +137,7 @@ class MemorySystem:
     step: int = field(init=False, repr=False, compare=False)  # shortest chunk: tokens of one engine step
     period: int = field(init=False, repr=False, compare=False)  # tokens until all boundaries coincide again
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)  # scalar signals per head and token
+    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -163,6 +165,18 @@ class MemorySystem:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        self._register()
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """A copy, or one from another process, is known under its text too."""
+        self.__dict__.update(fields)
+        self._register()
+
+    def _register(self) -> None:
+        key = text = repr(self)
+        while SYSTEMS.setdefault(key, self) != self:  # parts of a user's own may look alike
+            key += f"#{len(key) - len(text)}"
+        object.__setattr__(self, "key", key)
 
     def _check_choices(self) -> None:
         sizes = {"chunk_size": self.chunk_size, "projection_chunk_size": self.projection_chunk_size}
@@ -264,3 +278,7 @@ class MemorySystem:
                 "gradient='token' goes with static projections, read='token' and linear retention, as it has "
                 f"no anchor that could generate signals or be read; got {got}; use gradient='anchor'"
             )
+
+
+# Every system that was made, by its text: a compiled graph, which holds no objects, says so which it means.
+SYSTEMS: dict[str, MemorySystem] = {}

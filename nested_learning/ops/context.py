@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,6 +43,26 @@ def forward_mode() -> bool:
     """Whether derivatives may go along forward (torch.func.jvp, torch.autograd.forward_ad): functions with a
     backward pass by hand have none, the operations that they replace do."""
     return forward_ad._current_level >= 0
+
+
+def one_operator() -> bool:
+    """Whether torch.compile follows the Python code and may take what is long as one operator: an exported
+    program is to hold operations of torch alone, and transforms of torch.func have to see them."""
+    return torch.compiler.is_compiling() and not (
+        torch.compiler.is_exporting() or transformed() or forward_mode()
+    )
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record gradients within the implementation of an operator, where autograd is switched off twice."""
+    keys = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in keys:
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def has_values(x: Tensor) -> bool:

@@ -115,6 +115,9 @@ class TrainConfig:
             `batch_size` is reached. Default: batch_size divided by the number of processes
         precision: fp32, or bf16 autocast
         gradient_checkpointing: recompute activations in the backward pass to save memory
+        compile: run the model's blocks through torch.compile, which takes a minute or more before the first
+            step and needs a compiler (on a CPU one of C++); without one there is a warning, and training
+            runs plainly
         eval_every: evaluate every so many steps; default: a fifth of the run (with `max_minutes` only before
             and after, where all would take half of the time). How much text an evaluation reads is
             `data.max_validation_blocks`
@@ -135,6 +138,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     keep_checkpoints: int = 2

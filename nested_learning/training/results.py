@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nested_learning._files import whole_folder
 from nested_learning.levels import levels
+from nested_learning.training.compiling import run_plainly
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
 from nested_learning.training.positions import curves
@@ -51,6 +52,7 @@ def write_results(
     """
     memory, config, model = peak_memory(trainer.args.device), trainer.config, trainer.lm
     model.config.use_cache = True  # the Trainer turned it off for training
+    run_plainly(model)
     with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)
         bundle.tokenizer.save_pretrained(target)

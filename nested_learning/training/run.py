@@ -21,6 +21,7 @@ from nested_learning.models import preset
 from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.carried import check_carries
 from nested_learning.training.checkpoints import STATE, checkpoint_to_resume
+from nested_learning.training.compiling import compile_blocks
 from nested_learning.training.config import DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, DocumentBlocks, build_data
@@ -95,6 +96,8 @@ def train(
     if config.data.carry_state:
         check_carries(model)
     model.to(process.device)
+    if config.compile:
+        compile_blocks(model)
     if process.is_main_process:
         folder.check_space(_bytes_to_write(model, config))
         if not resume:

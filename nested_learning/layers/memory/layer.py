@@ -18,7 +18,7 @@ from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
-from nested_learning.ops.context import full_precision, traced
+from nested_learning.ops.context import full_precision, one_operator, traced
 from nested_learning.ops.documents import Documents
 from nested_learning.ops.heads import Heads, gated_norm, last_inputs, unit_heads
 from nested_learning.ops.packing import RowLayout, row_layout
@@ -256,8 +256,9 @@ class MemoryLayer(nn.Module):
         place = self._place(x, state, real, aligned)
         start = self._start(state, place.position, torch.promote_types(x.dtype, torch.float32))
         chunk = max(self.system.chunk_sizes)
-        long = self.recompute is not None and torch.is_grad_enabled() and place.x.shape[1] > chunk
-        if long and not check.enabled():  # the checks count chunks from the start of the sequence
+        # The checks count chunks from the start of the sequence; an operator recomputes by itself.
+        whole = self.recompute is None or check.enabled() or one_operator()
+        if not whole and torch.is_grad_enabled() and place.x.shape[1] > chunk:
             y, after, surprise = self._read_recomputed(place, start, want_surprise)
         else:
             y, after, surprise, _ = self._read_segment(place, start, None, want_surprise)
@@ -314,7 +315,7 @@ class MemoryLayer(nn.Module):
         segment's history."""
         x, dtype = place.x, torch.promote_types(place.x.dtype, torch.float32)
         paths, gate, (logits, readouts) = self.in_proj(x), self.gate_proj(x), self._gates(x, dtype)
-        how = How(self.backend, gate.dtype, want_surprise, self.compile_step)
+        how = How(self.backend, gate.dtype, want_surprise, self.compile_step, self.recompute is not None)
         with full_precision(x.device):
             vectors, tail, history = self._prepare(paths.to(dtype), place, state.conv_tail, history)
             inputs = Inputs(vectors, logits, readouts, place.real)

@@ -6,7 +6,7 @@ numbers. chunk.py has one chunk; here is one after the other, and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,6 +114,20 @@ def run_chunks(
     system: MemorySystem, initial: Weights, state: MemoryState, inputs: Inputs, how: How
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
     """Run over whole chunks, from weights at a boundary of all memories."""
+    call, given = described(system, initial, state, inputs, how)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        y, W1, W2, S1, S2, surprise = _Chunks.apply(call, *given)
+    else:
+        y, W1, W2, S1, S2, surprise = forward(call, given, None)
+    after = {"W1": W1, "W2": W2}
+    momentum = {"W1": S1, "W2": S2} if system.momentum else None
+    return y, MemoryState(after, after, momentum, state.position, state.conv_tail), surprise
+
+
+def described(
+    system: MemorySystem, initial: Weights, state: MemoryState, inputs: Inputs, how: How
+) -> tuple[Run, Given]:
+    """A run of whole chunks and its tensors."""
     W, S, paths = state.anchor, state.momentum, inputs.paths
     if system.momentum and S is None:
         S = {name: torch.zeros_like(w, requires_grad=False) for name, w in W.items()}
@@ -121,14 +135,7 @@ def run_chunks(
     gates = (inputs.gates, None, None) if inputs.readouts is None else (None, *inputs.readouts)
     given = Given(W["W1"], W["W2"], S1, S2, initial["W2"], paths["k"], paths["v"], paths["q"], *gates)
     # In float16 the gradients that pass through a chunk would not fit its range.
-    call = Run(system, how.surprise, how.dtype if how.dtype == torch.bfloat16 else None)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        y, W1, W2, S1, S2, surprise = _Chunks.apply(call, *given)
-    else:
-        y, W1, W2, S1, S2, surprise = forward(call, given, None)
-    after = {"W1": W1, "W2": W2}
-    momentum = None if S is None else {"W1": S1, "W2": S2}
-    return y, MemoryState(after, after, momentum, state.position, state.conv_tail), surprise
+    return Run(system, how.surprise, how.dtype if how.dtype == torch.bfloat16 else None), given
 
 
 class _Chunks(torch.autograd.Function):
@@ -137,7 +144,7 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Run, *tensors: Tensor | None) -> tuple[Any, ...]:
         kept: list[Kept] = []
-        outputs = forward(call, Given._make(tensors), kept)
+        outputs = forward(call, Given._make(tensors), kept.append)
         leaves, ctx.spec = pytree.tree_flatten(kept)
         ctx.call = call
         if outputs[-1] is not None:
@@ -226,8 +233,8 @@ def _chunks(system: MemorySystem, given: Given, back: bool = False) -> Iterator[
         yield now, ChunkInputs(x, q, logits, readout, bias)
 
 
-def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]:
-    """All chunks: y, W1, W2, S1, S2 and the surprise. What the backward pass needs goes into `kept`."""
+def forward(call: Run, given: Given, keep: Callable[[Kept], object] | None) -> tuple[Any, ...]:
+    """All chunks: y, W1, W2, S1, S2 and the surprise. `keep` gets what the backward pass needs of each."""
     B, H, T, _ = given.k.shape
     ws = Scratch(given.W1.dtype, call.operands)
     W1, W2 = _matrices(given[:4], given.W2_init.repeat(1, B, 1, 1))
@@ -239,8 +246,8 @@ def forward(call: Run, given: Given, kept: list[Kept] | None) -> tuple[Any, ...]
         y[:, :, columns] = out.unflatten(0, (B, H))
         if surprise is not None:
             surprise[:, columns] = error.square().sum(-1).unflatten(0, (B, H)).sum(1).sqrt()
-        if kept is not None:
-            kept.append(chunk._replace(W2=chunk.W2._replace(W_init=None)))
+        if keep is not None:
+            keep(chunk._replace(W2=chunk.W2._replace(W_init=None)))
         del chunk  # the next takes its memory, where nothing keeps it
     return y, *_batch_first((W1, W2), (B, H)), surprise
 

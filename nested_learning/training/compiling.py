@@ -1,0 +1,53 @@
+"""Training through torch.compile, where there is a working compiler."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+BACKEND: Any = "inductor"
+
+
+def compile_blocks(model: PreTrainedModel) -> bool:
+    """Let the blocks of a model run through torch.compile; False, with a warning, where nothing compiles.
+
+    One graph serves all blocks that are alike, which takes a fraction of the time of a graph of the whole
+    model, and what wraps the model (DDP, FSDP) or a block (checkpointing) finds them as they were. No name of
+    a parameter changes.
+    """
+    try:
+        _try_out()
+    except Exception as error:  # torch raises its own for each thing that is missing
+        warnings.warn(
+            f"torch.compile does not work here, so training runs without: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    for block in _blocks(model):
+        block.compile(backend=BACKEND)
+    return True
+
+
+def run_plainly(model: PreTrainedModel) -> None:
+    """Undo `compile_blocks`: generation would compile its own graphs for a few tokens."""
+    for block in _blocks(model):
+        block._compiled_call_impl = None
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    return list(model.base_model.layers)
+
+
+def _try_out() -> None:
+    """Compile something small; the disk's cache of compiled code says nothing about the compiler."""
+    options = {"force_disable_caches": True} if BACKEND == "inductor" else None
+    torch.compile(_double, backend=BACKEND, options=options)(torch.zeros(2))
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
