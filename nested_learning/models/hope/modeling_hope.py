@@ -166,7 +166,7 @@ class HopeModel(HopePreTrainedModel):
             if cache.recording is not None:
                 cache.recording.add(cache, tokens, reader)
             # As they will be after single tokens, for which a compiler is to make one graph.
-            if (length > 1 or traced()) and not torch.is_grad_enabled():
+            if (traced() or length > 1) and not torch.is_grad_enabled():
                 states = {name: state.unshared() for name, state in states.items()}
             cache.advance(states, x, input_ids, real)
         return HopeModelOutput(
@@ -248,7 +248,8 @@ class HopeModel(HopePreTrainedModel):
         shapes = [[rows, length]]
         if cache is not None and attention_mask is not None and list(attention_mask.shape) not in shapes:
             # A compiler would make a graph for each number of columns.
-            seen = cache.get_seq_length() if not traced() else attention_mask.shape[1] - length
+            compiling = torch.compiler.is_compiling()
+            seen = attention_mask.shape[1] - length if compiling else cache.get_seq_length()
             shapes += [[rows, seen + length]] if seen > 0 else []
         if attention_mask is not None and list(attention_mask.shape) not in shapes:
             raise ValueError(
