@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, preset
 from nested_learning.layers import MIXERS, SelfModifyingTitans, Titans
@@ -122,24 +122,25 @@ class Session:
     """A model that has read a context [1, S] and goes on greedily, one token a call."""
 
     @torch.no_grad()
-    def __init__(self, model: HopeForCausalLM, context: Tensor) -> None:
+    def __init__(self, model: HopeForCausalLM, context: Tensor, compiled: bool = False) -> None:
         cache = None
         for piece in context.split(2048, dim=1):
             cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         assert isinstance(cache, HopeCache)
-        self.model, self.cache, self.newest = model, cache, context[:, -1:]
+        self.cache, self.newest = cache, context[:, -1:]
+        self.call: Callable[..., Any] = model.get_compiled_call(CompileConfig()) if compiled else model
 
     @torch.no_grad()
     def next(self) -> None:
         """Read the newest token and choose the one after it."""
-        logits = self.model(self.newest, past_key_values=self.cache).logits
+        logits = self.call(self.newest, past_key_values=self.cache).logits
         self.newest = logits[:, -1].argmax(-1, keepdim=True)
 
 
-def sessions(model: HopeForCausalLM, contexts: Sequence[int]) -> dict[int, Session]:
+def sessions(model: HopeForCausalLM, contexts: Sequence[int], compiled: bool = False) -> dict[int, Session]:
     """A session of `model` after each number of tokens, all of the same random bytes."""
     ids = torch.randint(0, 256, (1, max(contexts)))
-    return {context: Session(model, ids[:, :context]) for context in contexts}
+    return {context: Session(model, ids[:, :context], compiled) for context in contexts}
 
 
 def language_model(name: str) -> HopeForCausalLM:
@@ -154,6 +155,16 @@ def decode(models: Sequence[str], contexts: Sequence[int]) -> Works:
         f"{name}, context {context}": session.next
         for name in models
         for context, session in sessions(language_model(name), contexts).items()
+    }
+
+
+def decode_compiled(models: Sequence[str], contexts: Sequence[int]) -> Works:
+    """As `decode`, by compiled blocks where the package has them, plainly where it has not."""
+    has = HopeForCausalLM.get_compiled_call.__module__.startswith("nested_learning.")
+    return {
+        f"{name}, context {context}": session.next
+        for name in models
+        for context, session in sessions(language_model(name), contexts, has).items()
     }
 
 
@@ -228,6 +239,7 @@ CASES: dict[str, Callable[..., Works]] = {
     "roofline": roofline,
     "scaling": scaling,
     "decode": decode,
+    "decode_compiled": decode_compiled,
     "cms": cms,
     "continual": continual,
 }

@@ -22,6 +22,7 @@ examples:
   nested-learning generate runs/first --prompt 'def main(' --max_new_tokens 300
   nested-learning generate runs/first --prompt 'Once' --save_state talk.safetensors
   nested-learning generate runs/first --load_state talk.safetensors --prompt ' upon a time'
+  nested-learning generate runs/first --prompt 'Once' --max_new_tokens 20000 --compile
 """
 
 
@@ -39,6 +40,7 @@ class GenerateConfig:
         seed: seed of the sampling
         save_state: file to write the state to after generating
         load_state: file to read the state from before the prompt
+        compile: read single tokens through torch.compile; the first one takes a while
     """
 
     prompt: str = ""
@@ -49,6 +51,7 @@ class GenerateConfig:
     seed: int = 0
     save_state: str | None = None
     load_state: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -74,7 +77,12 @@ def run(argv: list[str]) -> int:
     parser = new_parser("generate", "MODEL ", DESCRIPTION)
     parser.add_argument("model", type=str, help="folder of a saved model or of a completed run")
     parser.add_argument("--json", action="store_true", help="print text and timings as JSON, alone on stdout")
-    parser.add_class_arguments(GenerateConfig, None)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="read single tokens through torch.compile: faster, but the first of a process takes a while",
+    )
+    parser.add_class_arguments(GenerateConfig, None, skip={"compile"})
     values = parse(parser, argv)
     fields = GenerateConfig.__dataclass_fields__
     config = GenerateConfig(**{name: values[name] for name in fields})
@@ -105,7 +113,7 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         OSError: the state file cannot be written.
     """
     from accelerate.utils import set_seed
-    from transformers import TextStreamer
+    from transformers import CompileConfig, TextStreamer
 
     from nested_learning._files import writable
     from nested_learning.cli.conversation import Conversation, load_model
@@ -119,10 +127,14 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         sys.stdout.write(config.prompt)
         sys.stdout.flush()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options = config.sampling()
+    if config.compile:
+        options["compile_config"] = CompileConfig()
+        options["compile_config"]._compile_all_devices = True
     set_seed(config.seed)
     start = time.perf_counter()
     new_ids = conversation.generate(
-        config.prompt, max_new_tokens=config.max_new_tokens, streamer=streamer, **config.sampling()
+        config.prompt, max_new_tokens=config.max_new_tokens, streamer=streamer, **options
     )
     seconds = time.perf_counter() - start
     if config.save_state:

@@ -72,6 +72,22 @@ class State:
         """A state of equal values, cut from the autograd graph."""
         return self.map(Tensor.detach)
 
+    def unshared(self: S) -> S:
+        """A state of equal values whose tensors are each their own, with the strides of new ones.
+
+        torch.compile makes a graph for each way in which tensors are one and the same, and for other strides,
+        also of dimensions of size 1, where they say nothing.
+        """
+        seen: list[Tensor] = []
+
+        def own(t: Tensor) -> Tensor:
+            if any(t is other for other in seen) or t.stride() != _strides(t.shape):
+                t = t.clone(memory_format=torch.contiguous_format)
+            seen.append(t)
+            return t
+
+        return self.map(own)
+
     def recordable(self: S) -> S:
         """The state for a call that may record gradients: what was made in inference mode is copied there."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler takes no such tensors
@@ -148,6 +164,15 @@ class State:
             if values[name] is not None:
                 values[name] = inner.from_tensors(values[name])
         return cls(**values)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a new tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _inner_states(cls: type[State]) -> dict[str, type[State]]:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+import transformers
 
 import nested_learning
 from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, preset
@@ -248,6 +250,19 @@ def test_sampling_follows_the_seed_and_streams(run_folder, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("a " + one.rstrip("\n")[:20])
     assert "tokens" in err
+
+
+def test_without_a_compiler_generate_warns_once_and_answers(run_folder, capsys, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    argv = ["generate", run_folder, "--prompt", "a ", "--max_new_tokens", "9"]
+    plain = json_of(capsys, *argv)
+    torch.compiler.reset()
+    monkeypatch.setattr("transformers.CompileConfig", partial(transformers.CompileConfig, backend=backend))
+    with pytest.warns(RuntimeWarning, match="no compiler here") as warned:
+        assert json_of(capsys, *argv, "--compile")["text"] == plain["text"]
+    assert len([w for w in warned if "no compiler here" in str(w.message)]) == 1
 
 
 def test_foreign_and_damaged_files_are_refused(run_folder, capsys, tmp_path):

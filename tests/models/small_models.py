@@ -34,7 +34,7 @@ def small_config(mixers: list[str], **overrides) -> HopeConfig:
         "num_hidden_layers": len(mixers),
         "num_heads": 2,
         "mixer": mixers,
-        "mixer_options": {name: (OPTIONS | MORE_OPTIONS)[name] for name in set(mixers)},
+        "mixer_options": {name: (OPTIONS | MORE_OPTIONS).get(name, {}) for name in set(mixers)},
         "cms_levels": [{"chunk_size": 2}, {"chunk_size": 8}],
         "cms_expansion": 2.0,
     }

@@ -112,6 +112,10 @@ class _MemoryAndAttention(nn.Module):
         new = None if memory is None or attention is None else MemoryAttentionState(memory, attention)
         return (y, new, surprise) if return_surprise else (y, new)
 
+    def steady(self, state: MemoryAttentionState) -> MemoryAttentionState:
+        """See `Attention.steady`."""
+        return MemoryAttentionState(state.memory, self.attention.steady(state.attention))
+
     def _remember(
         self, x: Tensor, state: MemoryState | None, real: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, MemoryState | None, Tensor]:

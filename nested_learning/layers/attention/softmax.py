@@ -16,6 +16,7 @@ from nested_learning.layers.token_inputs import check_count, check_sequence, fin
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents
+from nested_learning.ops.rows import padded
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class AttentionState(State):
     key: Tensor
     value: Tensor
     positions: Tensor
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As in `State`, without the columns in front that are empty in every row."""
+        tensors, columns = super().to_tensors(), {"key": 2, "value": 2, "positions": 1}
+        if not self.positions.numel() or self.positions.device.type == "meta":
+            return tensors
+        held = (self.positions >= 0).any(0)
+        held[-1] = True  # one column stays
+        empty = int(held.int().argmax())
+        return {
+            name: t.narrow(dim := columns[name], empty, t.shape[dim] - empty) for name, t in tensors.items()
+        }
 
 
 @register_mixer("attention")
@@ -257,6 +270,15 @@ class Attention(nn.Module):
             allowed &= key > query - self.window
         # A row without any key would be a softmax over nothing: NaN. What padding reads does not matter.
         return allowed | (query < 0)
+
+    def steady(self, state: AttentionState) -> AttentionState:
+        """The state with empty columns in front, as many as it will hold: the window's, else two at least."""
+        B, heads, length, width = state.key.shape
+        columns = max(2 if self.window is None else max(self.window - 1, 1), length)
+        if length == columns:
+            return state
+        key, value = (padded(t, (B, heads, columns, width)) for t in (state.key, state.value))
+        return AttentionState(key, value, padded(state.positions, (B, columns)))
 
     def _remember(self, state: AttentionState, padded: bool) -> AttentionState:
         """The part of the state that later tokens can still see: with a window, its last real tokens."""

@@ -30,7 +30,7 @@ class TokenWrite(NamedTuple):
 
 def can_run(system: MemorySystem, call: Call) -> bool:
     """Self-modifying Titans without gradients, a token at a time."""
-    plain = not (call.grad or call.traced or call.checked)
+    plain = (call.compiling or not call.traced) and not (call.grad or call.checked)
     return call.one_token and plain and bool(system.generated) and chunked.covers(system)
 
 

@@ -14,6 +14,7 @@ from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory import check
 from nested_learning.memory.state import State, Weights
+from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.ops.documents import Documents
 
@@ -127,6 +128,7 @@ class Blocks:
         want_surprise: return the memories' errors.
         cms_weights: by layer index, weights in the place of the CMS blocks' own.
         hooks: call the modules with their hooks.
+        compiled: what runs the blocks in the place of themselves.
     """
 
     blocks: Sequence[HopeBlock]
@@ -135,6 +137,7 @@ class Blocks:
     want_surprise: bool = False
     cms_weights: CMSWeights = field(default_factory=dict)
     hooks: bool = True
+    compiled: CompiledBlocks | None = None
 
     def read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
         """The results of one segment and the states after it."""
@@ -150,10 +153,12 @@ class Blocks:
             options: dict[str, Any] = {"return_surprise": True} if surprised else {}
             weights = self.cms_weights.get(index)
             with check.scope(f"model.{mixer}"):  # the CMS checks no values
-                run = block if self.hooks else block.forward
-                x, new, *error = run(
-                    x, before, tokens.real, tokens.learn, weights, tokens.documents, **options
-                )
+                inputs = before, tokens.real, tokens.learn, weights, tokens.documents
+                if self.compiled is not None and self.hooks:
+                    x, new, *error = self.compiled.run(block, x, *inputs, options)
+                else:
+                    run = block if self.hooks else block.forward
+                    x, new, *error = run(x, *inputs, **options)
             after[mixer], after[cms] = new
             surprise.append(error[0] if error else None)
         x = self.norm(x) if self.hooks else self.norm.forward(x)

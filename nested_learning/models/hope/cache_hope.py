@@ -31,6 +31,24 @@ class _Rows(State):
     prefix_hash: Tensor | None
 
 
+class Columns:
+    """A number of columns, added up when it is asked for: a compiler makes a graph for each number it reads.
+
+    Args:
+        new: columns of the last call.
+        before: those of the calls before it.
+    """
+
+    def __init__(self, new: int = 0, before: Columns | None = None) -> None:
+        self.new, self.before = new, before
+
+    def total(self) -> int:
+        """Number of columns of all calls."""
+        while self.before is not None:
+            self.new, self.before = self.new + self.before.new, self.before.before
+        return self.new
+
+
 class Recording:
     """The cache as it was and the tokens read since: all that `HopeCache.crop` needs.
 
@@ -95,7 +113,7 @@ class HopeCache:
     """
 
     # transformers' generate asks any cache for these.
-    is_compileable = False
+    is_compileable = True
     is_croppable = False
     _is_user_defined = False
 
@@ -105,10 +123,12 @@ class HopeCache:
         self.tokens_seen: Tensor | None = None
         self.prefix_hash: Tensor | None = None
         self.recording: Recording | None = None
-        self._columns = 0
+        self._columns = Columns()
 
     def __repr__(self) -> str:
-        rows = "empty" if self.batch_size is None else f"{self.batch_size} rows, {self._columns} columns"
+        rows = (
+            "empty" if self.batch_size is None else f"{self.batch_size} rows, {self.get_seq_length()} columns"
+        )
         return f"HopeCache({rows}, {self.nbytes():,} bytes)"
 
     @property
@@ -118,7 +138,7 @@ class HopeCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, padding included: what the length of `input_ids` is compared with."""
-        return self._columns
+        return self._columns.total()
 
     def nbytes(self) -> int:
         """Bytes of the layers' states; a tensor that several fields share counts once."""
@@ -151,7 +171,7 @@ class HopeCache:
         new = torch.full((batch_size,), length, device=x.device) if real is None else real.sum(dim=1)
         self.prefix_hash = self._hash(input_ids)
         self.tokens_seen = new if self.tokens_seen is None else self.tokens_seen.to(new.device) + new
-        self._columns += length
+        self._columns = Columns(length, self._columns)
         self.states = states
 
     def is_prefix_of(self, input_ids: Tensor) -> bool:
@@ -162,16 +182,16 @@ class HopeCache:
         if (
             self.prefix_hash is None
             or len(input_ids) != self.batch_size
-            or input_ids.shape[1] <= self._columns
+            or input_ids.shape[1] <= self.get_seq_length()
         ):
             return False
-        prefix = HopeCache(self.config)._hash(input_ids[:, : self._columns])
+        prefix = HopeCache(self.config)._hash(input_ids[:, : self.get_seq_length()])
         assert prefix is not None
         return bool((prefix.to(self.prefix_hash.device) == self.prefix_hash).all())
 
     def _hash(self, input_ids: Tensor | None) -> Tensor | None:
         """h ← h · factor + id + 1 over the new columns, modulo 2^64, from the hash so far."""
-        if input_ids is None or (self._columns and self.prefix_hash is None):
+        if input_ids is None or (self.tokens_seen is not None and self.prefix_hash is None):
             return None
         length = input_ids.shape[1]
         powers = torch.full((length,), _HASH_FACTOR, device=input_ids.device).cumprod(0)
@@ -286,7 +306,7 @@ class HopeCache:
         """
         if self.tokens_seen is None:
             raise ValueError("the cache is empty: run the model with it before saving")
-        saved = Saved(self.states, self.tokens_seen, self.prefix_hash, self._columns)
+        saved = Saved(self.states, self.tokens_seen, self.prefix_hash, self.get_seq_length())
         write_cache(path, self.config, saved, notes or {})
 
     @classmethod
@@ -314,5 +334,6 @@ class HopeCache:
         config: HopeConfig = getattr(config_or_model, "config", config_or_model)
         saved = read_cache(path, config)
         cache = cls(config)
-        cache.states, cache.tokens_seen, cache.prefix_hash, cache._columns = saved
+        cache.states, cache.tokens_seen, cache.prefix_hash, columns = saved
+        cache._columns = Columns(columns)
         return cache if torch.device(device).type == "cpu" else cache.to(device)

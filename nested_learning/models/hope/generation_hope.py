@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.ops.context import has_values
 
 # Ways to generate that transformers loads as code from the hub, and why Hope does not go them.
 REMOTE_MODES = {
@@ -100,6 +101,12 @@ class HopeGenerationMixin(GenerationMixin):
         fed = model_inputs["input_ids"] if fed is None else fed
         if columns_read is not None and model_inputs.get("attention_mask") is not None:
             model_inputs["attention_mask"] = model_inputs["attention_mask"][:, -fed.shape[1] :]
+        mask = model_inputs.get("attention_mask")
+        if mask is not None and fed.shape[1] == 1:
+            # The older columns count no more, and a mask that grows would be a graph for each length.
+            model_inputs["attention_mask"] = mask = mask[:, -1:].contiguous()
+            if has_values(mask) and mask.all():
+                del model_inputs["attention_mask"]
         if learned_columns is not None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             if seen + fed.shape[1] > learned_columns:
@@ -208,6 +215,11 @@ class HopeGenerationMixin(GenerationMixin):
             "Hope's states are none; use generate on a batch with padding on the left: a row's state takes "
             "the same memory however long the text is"
         )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As in transformers, but only where a `compile_config` asks for it: no device compiles by itself."""
+        asked = generation_config.compile_config is not None
+        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
 
     def _mask_over_all_columns(
         self, cache: HopeCache, input_ids: Tensor, kwargs: dict[str, Any]

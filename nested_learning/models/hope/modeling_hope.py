@@ -17,13 +17,14 @@ from nested_learning.layers.token_inputs import find_documents
 from nested_learning.models.hope.auto_hope import list_as_causal_lm
 from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock, Tokens, join
 from nested_learning.models.hope.cache_hope import HopeCache
+from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
 from nested_learning.models.hope.keywords_hope import check_keywords, check_positions
 from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
-from nested_learning.ops.context import has_values
+from nested_learning.ops.context import has_values, traced
 
 
 @dataclass
@@ -72,6 +73,7 @@ class HopeModel(HopePreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        compiled: CompiledBlocks | None = None,
         **others: Any,
     ) -> HopeModelOutput:
         """Run the blocks over new tokens. Long: it describes every argument that transformers passes.
@@ -102,6 +104,7 @@ class HopeModel(HopePreTrainedModel):
                 goes on from the cache, if there is one; so with `cu_seq_lens_q`.
             cu_seq_lens_q, cu_seq_lens_k: [documents + 1] int, where one row of T tokens is cut into
                 documents, from 0 to T. Both are the same; `max_length_q`, `max_length_k` are of no use here.
+            compiled: runs the blocks where they read one token of each row (`get_compiled_call`).
             others: keywords of other models, which change nothing (`cache_position`, `num_items_in_batch`).
 
         Raises:
@@ -132,6 +135,7 @@ class HopeModel(HopePreTrainedModel):
             output_hidden_states,
             output_surprise,
             cms_weights or {},
+            compiled=compiled,
         )
         reader: Blocks | LMUpdate = blocks
         if self.cms_learns and self.config.cms_update == "lm":
@@ -161,6 +165,9 @@ class HopeModel(HopePreTrainedModel):
         if cache is not None:
             if cache.recording is not None:
                 cache.recording.add(cache, tokens, reader)
+            # As they will be after single tokens, for which a compiler is to make one graph.
+            if (traced() or length > 1) and not torch.is_grad_enabled():
+                states = {name: state.unshared() for name, state in states.items()}
             cache.advance(states, x, input_ids, real)
         return HopeModelOutput(
             last_hidden_state=result.y,
@@ -238,8 +245,12 @@ class HopeModel(HopePreTrainedModel):
             if not isinstance(cache, HopeCache):
                 raise ValueError(f"past_key_values must be a HopeCache, got {type(cache).__name__}")
             cache.check(self.config, rows)
-        seen = 0 if cache is None else cache.get_seq_length()
-        shapes = [[rows, length]] + ([[rows, seen + length]] if seen else [])
+        shapes = [[rows, length]]
+        if cache is not None and attention_mask is not None and list(attention_mask.shape) not in shapes:
+            # A compiler would make a graph for each number of columns.
+            compiling = torch.compiler.is_compiling()
+            seen = attention_mask.shape[1] - length if compiling else cache.get_seq_length()
+            shapes += [[rows, seen + length]] if seen > 0 else []
         if attention_mask is not None and list(attention_mask.shape) not in shapes:
             raise ValueError(
                 f"attention_mask must be [batch, tokens] = {' or '.join(map(str, shapes))} (the new columns, "

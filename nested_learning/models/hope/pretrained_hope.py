@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers import initialization as init
 
 from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.models.hope.block_hope import HopeBlock
+from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
 
 
@@ -33,6 +37,7 @@ class HopePreTrainedModel(PreTrainedModel):
 
     config: HopeConfig
     config_class = HopeConfig
+    _compiled_blocks: CompiledBlocks | None = None
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeBlock"]  # noqa: RUF012
@@ -68,6 +73,13 @@ class HopePreTrainedModel(PreTrainedModel):
             )
             activation_checkpointing_kwargs = {**activation_checkpointing_kwargs, "use_reentrant": False}  # type: ignore[dict-item]
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """The model's call, whose blocks run through torch.compile where they read one token."""
+        config = compile_config or CompileConfig()
+        if self._compiled_blocks is None or self._compiled_blocks.config != config:
+            self._compiled_blocks = CompiledBlocks(copy.copy(config))
+        return partial(self.__call__, compiled=self._compiled_blocks)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
