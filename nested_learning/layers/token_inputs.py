@@ -11,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nested_learning.layers.initial_memories import InitialMemories
+from nested_learning.layers.norm import RMSNorm
 from nested_learning.memory import check
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-_PLAIN = (nn.Linear, nn.Conv1d, nn.RMSNorm, nn.ParameterList, InitialMemories)
+_PLAIN = (nn.Linear, nn.Conv1d, RMSNorm, nn.ParameterList, InitialMemories)
 
 
 def is_plain(module: nn.Module) -> bool:

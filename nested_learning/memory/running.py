@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.memory.state import State, Weights
+from nested_learning.ops.context import has_values
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,11 @@ class Boundaries(NamedTuple):
             sizes: chunk length of each memory.
         """
         column = self.first + tokens
+        if isinstance(column, Tensor) and has_values(column):  # rows in step with each other need no choice
+            places = set(column.tolist())
+            column = places.pop() if len(places) == 1 else column
         ends = [column % size == 0 for size in (sizes if len(set(sizes)) > 1 else sizes[:1])]  # per memory
-        if isinstance(column, int) and (not any(ends) or (self.common and all(ends))):
+        if isinstance(column, int) and (not any(ends) or (self.end is None and all(ends))):
             return current if any(ends) else anchor
         device = next(iter(current.values())).device
         # A flag is filled in on the device: copying it there would wait for it.

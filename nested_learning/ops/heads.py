@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.ops.context import traced
-from nested_learning.ops.norm import UNIT_FLOOR
+from nested_learning.ops.norm import UNIT_FLOOR, inverse_norm, rms_norm
 
 # Numbers of one block and thread: a few tensors of this size stay in a core's caches.
 BLOCK = 131_072
@@ -33,6 +33,8 @@ def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns: [B, T, channels].
     """
+    if x.shape[1] == weight.shape[-1]:  # one token
+        return (x * weight.squeeze(1).mT).sum(1, keepdim=True)
     taps = weight.squeeze(1).unbind(-1)
     T = x.shape[1] - len(taps) + 1
     out = x[:, :T] * taps[0]
@@ -92,6 +94,9 @@ def _plain_heads(
         z = F.pad(x, (0, 0, before, 0)) if history is None else torch.cat([history, x], dim=1)
         z = causal_conv(z, weight)
     h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
+    if x.shape[1] == 1 and not torch.is_grad_enabled() and not traced():
+        h, f = _unit_factors(h, heads)
+        return h.mul_(f).permute(2, 0, 3, 1, 4).unbind()
     parts = [
         part * (part.square().sum(-1, keepdim=True) + UNIT_FLOOR**2).rsqrt() if wanted else part
         for part, wanted in zip(h.unbind(2), heads.unit, strict=True)
@@ -194,8 +199,11 @@ def _convolve(window: Tensor, taps: Tensor) -> Tensor:
 
 def _unit_factors(h: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     """h [..., P, H, d] and the factors [..., P, H, 1] that make it unit-norm; 1 where not wanted."""
-    f = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().add_(UNIT_FLOOR**2).rsqrt_()
-    return h, f if all(heads.unit) else torch.where(_wanted(heads, f).bool(), f, 1.0)
+    f = inverse_norm(h, 1.0, UNIT_FLOOR**2)
+    for path, wanted in enumerate(heads.unit):
+        if not wanted:
+            f.select(-3, path).fill_(1.0)
+    return h, f
 
 
 def _wanted(heads: Heads, like: Tensor) -> Tensor:
@@ -220,7 +228,7 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _plain_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition."""
-    y = F.rms_norm(y, weight.shape, weight, eps)
+    y = rms_norm(y, weight, eps)
     return y.flatten(2).to(gate.dtype) * F.silu(gate)
 
 

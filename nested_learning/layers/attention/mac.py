@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
 from nested_learning.layers.effective import input_dtype
+from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
@@ -99,11 +100,11 @@ class MemoryAsContext(nn.Module):
         self.recall_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.recall_out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.q_norm = RMSNorm(self.head_dim, eps=1e-6)
+        self.k_norm = RMSNorm(self.head_dim, eps=1e-6)
         self.attention_out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attention_norm = RMSNorm(hidden_size, eps=1e-6)
+        self.memory_norm = RMSNorm(hidden_size, eps=1e-6)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_parameters()
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nested_learning._errors import unknown
 from nested_learning.layers.effective import effective_matrix
+from nested_learning.layers.norm import RMSNorm
 from nested_learning.memory.state import Weights
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
@@ -38,7 +39,7 @@ class MLPBlock(nn.Module):
             raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation = activation
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "swiglu" else None
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
 from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
+from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.token_inputs import check_sequence, find_documents, is_plain
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
@@ -105,7 +106,7 @@ class MemoryLayer(nn.Module):
         self.gates_generated = "eta" in system.generated
         fan_in = self.head_dim if self.gates_generated else hidden_size
         self.gates = nn.ModuleDict({gate: nn.Linear(fan_in, num_heads) for gate in system.gates})
-        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.out_norm = RMSNorm(self.head_dim, eps=1e-6)
         self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_parameters()
