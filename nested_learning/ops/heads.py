@@ -34,7 +34,7 @@ def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
     Returns: [B, T, channels].
     """
     if x.shape[1] == weight.shape[-1]:  # one token
-        return (x * weight.squeeze(1).mT).sum(1, keepdim=True)
+        return (x * weight.permute(1, 2, 0)).sum(1, keepdim=True)
     taps = weight.squeeze(1).unbind(-1)
     T = x.shape[1] - len(taps) + 1
     out = x[:, :T] * taps[0]
@@ -93,10 +93,12 @@ def _plain_heads(
         before = weight.shape[-1] - 1
         z = F.pad(x, (0, 0, before, 0)) if history is None else torch.cat([history, x], dim=1)
         z = causal_conv(z, weight)
-    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     if x.shape[1] == 1 and not torch.is_grad_enabled() and not traced():
-        h, f = _unit_factors(h, heads)
-        return h.mul_(f).permute(2, 0, 3, 1, 4).unbind()
+        paths, per_path = len(heads.unit), heads.per_path
+        h = F.silu(z).view(len(x), paths, per_path, 1, z.shape[-1] // (paths * per_path))
+        h, f = _unit_factors(h, heads, -4)
+        return h.mul_(f).unbind(1)
+    h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     parts = [
         part * (part.square().sum(-1, keepdim=True) + UNIT_FLOOR**2).rsqrt() if wanted else part
         for part, wanted in zip(h.unbind(2), heads.unit, strict=True)
@@ -197,12 +199,13 @@ def _convolve(window: Tensor, taps: Tensor) -> Tensor:
     return out
 
 
-def _unit_factors(h: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """h [..., P, H, d] and the factors [..., P, H, 1] that make it unit-norm; 1 where not wanted."""
+def _unit_factors(h: Tensor, heads: Heads, dim: int = -3) -> tuple[Tensor, Tensor]:
+    """h [..., d] with the paths at `dim`, and the factors [..., 1] that make it unit-norm; 1 where not
+    wanted."""
     f = inverse_norm(h, 1.0, UNIT_FLOOR**2)
     for path, wanted in enumerate(heads.unit):
         if not wanted:
-            f.select(-3, path).fill_(1.0)
+            f.select(dim, path).fill_(1.0)
     return h, f
 
 
@@ -228,8 +231,8 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _plain_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition."""
-    y = rms_norm(y, weight, eps)
-    return y.flatten(2).to(gate.dtype) * F.silu(gate)
+    y = rms_norm(y, weight, eps).flatten(2)
+    return (y if y.dtype == gate.dtype else y.to(gate.dtype)) * F.silu(gate)
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -52,21 +52,22 @@ def clip_norm(x: Tensor, limit: float = 1.0) -> Tensor:
 def inverse_norm(x: Tensor, scale: float, offset: float) -> Tensor:
     """1 / sqrt(scale ‖x‖² + offset) [..., 1] over the last dimension, in as few kernels as there are.
 
-    A number that stands beside a tensor is converted by kernels of its own; `value` is not.
+    A Python number beside a tensor is converted by kernels of its own; `value` and `scalar_tensor` are not.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.full_like(norm, offset).addcmul_(norm, norm, value=scale).rsqrt_()
+    least = torch.scalar_tensor(offset, dtype=norm.dtype, device=norm.device)
+    return torch.addcmul(least, norm, norm, value=scale).rsqrt_()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [B, T, ..., d] or [B, H, T, d] with scales [d].
+    """F.rms_norm of x [B, T, ..., d], [B, H, T, d] or, of one token, [B, d], with scales [d].
 
-    On a GPU PyTorch has one kernel for it, on a CPU a chain of them: here, without gradients and in the precision
-    of the states, is a shorter one for single tokens, on which kernels cost more by their number than by their
-    work.
+    On a GPU PyTorch has one kernel for it, on a CPU a chain of them. Here is a shorter one, without gradients
+    and in the precision of the states, for single tokens, where the number of kernels is the cost.
     """
     chained = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _STATES
-    if not chained or 1 not in (x.shape[1], x.shape[-2]) or torch.is_grad_enabled() or traced():
+    single = x.dim() < 3 or 1 in (x.shape[1], x.shape[-2])
+    if not (chained and single) or torch.is_grad_enabled() or traced():
         return F.rms_norm(x, weight.shape, weight, eps)
     return (x * inverse_norm(x, 1 / x.shape[-1], eps)).mul_(weight)
 

@@ -356,8 +356,9 @@ class MemoryLayer(nn.Module):
         plain = all(is_plain(gate) for gate in gates)
         if self.gates_generated:
             pairs = [(gate.weight, gate.bias) if plain else effective(gate, x) for gate in gates]
-            weights, biases = (torch.stack(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
-            return None, Readouts(weights.to(dtype), biases.to(dtype))
+            weights, biases = (torch.cat(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
+            shape = len(gates), self.num_heads
+            return None, Readouts(weights.to(dtype).view(*shape, -1), biases.to(dtype).view(shape))
         if plain:
             logits = F.linear(x, torch.cat([g.weight for g in gates]), torch.cat([g.bias for g in gates]))
         else:
