@@ -15,10 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.ops.context import traced
-from nested_learning.ops.norm import UNIT_FLOOR, inverse_norm, rms_norm
+from nested_learning.ops.norm import UNIT_FLOOR
 
 # Numbers of one block and thread: a few tensors of this size stay in a core's caches.
 BLOCK = 131_072
+# What states, decays and solves are computed in.
+_STATES = (torch.float32, torch.float64)
+
+
+def inverse_norm(x: Tensor, scale: float, offset: float) -> Tensor:
+    """1 / sqrt(scale ‖x‖² + offset) [..., 1] over the last dimension, in as few kernels as there are.
+
+    A Python number beside a tensor is converted by kernels of its own; `value` and `scalar_tensor` are not.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    least = torch.scalar_tensor(offset, dtype=norm.dtype, device=norm.device)
+    return torch.addcmul(least, norm, norm, value=scale).rsqrt_()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm of x [B, T, ..., d], [B, H, T, d] or, of one token, [B, d], with scales [d].
+
+    On a GPU PyTorch has one kernel for it, on a CPU a chain of them. Here is a shorter one, without gradients
+    and in the precision of the states, for single tokens, where the number of kernels is the cost.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype != weight.dtype or x.dtype not in _STATES:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dim() > 2 and 1 not in (x.shape[1], x.shape[-2]):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return x * inverse_norm(x, 1 / x.shape[-1], eps) * weight
 
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,7 +121,10 @@ def _plain_heads(
     if x.shape[1] == 1 and not torch.is_grad_enabled() and not traced():
         paths, per_path = len(heads.unit), heads.per_path
         h = F.silu(z).view(len(x), paths, per_path, 1, z.shape[-1] // (paths * per_path))
-        h, f = _unit_factors(h, heads, -4)
+        f = inverse_norm(h, 1.0, UNIT_FLOOR**2)
+        for path, wanted in enumerate(heads.unit):
+            if not wanted:
+                f[:, path].fill_(1.0)
         return h.mul_(f).unbind(1)
     h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     parts = [
@@ -199,14 +227,10 @@ def _convolve(window: Tensor, taps: Tensor) -> Tensor:
     return out
 
 
-def _unit_factors(h: Tensor, heads: Heads, dim: int = -3) -> tuple[Tensor, Tensor]:
-    """h [..., d] with the paths at `dim`, and the factors [..., 1] that make it unit-norm; 1 where not
-    wanted."""
-    f = inverse_norm(h, 1.0, UNIT_FLOOR**2)
-    for path, wanted in enumerate(heads.unit):
-        if not wanted:
-            f.select(dim, path).fill_(1.0)
-    return h, f
+def _unit_factors(h: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """h [..., P, H, d] and the factors [..., P, H, 1] that make it unit-norm; 1 where not wanted."""
+    f = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().add_(UNIT_FLOOR**2).rsqrt_()
+    return h, f if all(heads.unit) else torch.where(_wanted(heads, f).bool(), f, 1.0)
 
 
 def _wanted(heads: Heads, like: Tensor) -> Tensor:
@@ -231,7 +255,8 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _plain_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition."""
-    y = rms_norm(y, weight, eps).flatten(2)
+    norm = F.rms_norm(y, weight.shape, weight, eps) if torch.is_grad_enabled() else rms_norm(y, weight, eps)
+    y = norm.flatten(2)
     return (y if y.dtype == gate.dtype else y.to(gate.dtype)) * F.silu(gate)
 
 

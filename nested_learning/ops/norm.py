@@ -9,14 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nested_learning.ops.context import forward_mode, traced
+from nested_learning.ops.context import forward_mode
 
 UNIT_FLOOR = 1e-3
-# What states, decays and solves are computed in.
-_STATES = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
@@ -47,29 +44,6 @@ def clip_norm(x: Tensor, limit: float = 1.0) -> Tensor:
     if limit == 1.0:
         return scale_rows(x, 0.0, 1.0)[0]
     return limit * scale_rows(x, 0.0, limit**2)[0]
-
-
-def inverse_norm(x: Tensor, scale: float, offset: float) -> Tensor:
-    """1 / sqrt(scale ‖x‖² + offset) [..., 1] over the last dimension, in as few kernels as there are.
-
-    A Python number beside a tensor is converted by kernels of its own; `value` and `scalar_tensor` are not.
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    least = torch.scalar_tensor(offset, dtype=norm.dtype, device=norm.device)
-    return torch.addcmul(least, norm, norm, value=scale).rsqrt_()
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [B, T, ..., d], [B, H, T, d] or, of one token, [B, d], with scales [d].
-
-    On a GPU PyTorch has one kernel for it, on a CPU a chain of them. Here is a shorter one, without gradients
-    and in the precision of the states, for single tokens, where the number of kernels is the cost.
-    """
-    chained = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _STATES
-    single = x.dim() < 3 or 1 in (x.shape[1], x.shape[-2])
-    if not (chained and single) or torch.is_grad_enabled() or traced():
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return (x * inverse_norm(x, 1 / x.shape[-1], eps)).mul_(weight)
 
 
 def scale_rows(x: Tensor, offset: float, least: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nested_learning.layers.norm import RMSNorm
+from nested_learning.layers.token_inputs import RMSNorm
 
 
 def check_rotary(hidden_size: int, num_heads: int, rope_theta: float) -> None:

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
 from nested_learning.layers.effective import input_dtype
-from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
+from nested_learning.layers.token_inputs import (
+    RMSNorm,
+    check_count,
+    check_sequence,
+    check_state,
+    find_documents,
+)
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels

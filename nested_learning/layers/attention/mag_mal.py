@@ -15,9 +15,8 @@ from nested_learning.layers.attention.persistent import PersistentWindowAttentio
 from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.effective import held
 from nested_learning.layers.memory import MemoryLayer
-from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.layers.token_inputs import check_sequence, check_state, find_documents
+from nested_learning.layers.token_inputs import RMSNorm, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from nested_learning._checks import fits
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
-from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
+from nested_learning.layers.token_inputs import RMSNorm, check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents

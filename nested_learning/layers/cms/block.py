@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nested_learning._errors import unknown
 from nested_learning.layers.effective import effective_matrix
-from nested_learning.layers.norm import RMSNorm
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.memory.state import Weights
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
@@ -71,7 +71,7 @@ class MLPBlock(nn.Module):
         if w:
             self._check(w, len(x))
         h = self._normalise(x, w["norm.weight"]) if "norm.weight" in w else self.norm(x)
-        hidden = _linear(self.up, h, w.get("up.weight"))
+        hidden = _linear(self.up, h, w["up.weight"]) if "up.weight" in w else self.up(h)
         if self.gate is not None:
             hidden = F.silu(_linear(self.gate, h, w.get("gate.weight"))) * hidden
         elif self.activation == "gelu":
@@ -81,7 +81,7 @@ class MLPBlock(nn.Module):
             hidden = hidden * hidden  # in one kernel call less than its square
         if hidden_scale is not None:
             hidden = hidden * hidden_scale
-        y = _linear(self.down, hidden, w.get("down.weight"))
+        y = _linear(self.down, hidden, w["down.weight"]) if "down.weight" in w else self.down(hidden)
         return x + y if residual else y
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

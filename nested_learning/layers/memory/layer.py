@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
 from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.norm import RMSNorm
-from nested_learning.layers.token_inputs import check_sequence, find_documents, is_plain
+from nested_learning.layers.token_inputs import RMSNorm, check_sequence, find_documents, is_plain
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -99,9 +98,16 @@ class MemoryLayer(nn.Module):
         )
         shapes = system.architecture.shapes(self.head_dim)
         count = len(system.memories)
+        memories = {name: (count, num_heads, *shape) for name, shape in shapes.items()}
         self.initial = InitialMemories(
-            {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
+            {name: nn.Parameter(torch.empty(shape)) for name, shape in memories.items()}
         )
+        self._state_shapes = {  # per row
+            "anchor": memories,
+            "current": memories,
+            "momentum": memories if system.momentum else None,
+            "conv_tail": (conv_size - 1, channels) if conv_size else None,
+        }
         # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
         self.gates_generated = "eta" in system.generated
         fan_in = self.head_dim if self.gates_generated else hidden_size
@@ -309,7 +315,7 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, Tensor | None, Tensor | None]:
         """Prepare, run, finish: y [B, C, D], the state after the segment, the surprise [B, C], and the next
         segment's history."""
-        x, dtype = place.x, torch.promote_types(place.x.dtype, torch.float32)
+        x, dtype = place.x, next(iter(state.current.values())).dtype
         paths, gate, (logits, readouts) = self.in_proj(x), self.gate_proj(x), self._gates(x, dtype)
         how = How(self.backend, gate.dtype, want_surprise, self.compile_step)
         with full_precision(x.device):
@@ -416,15 +422,13 @@ class MemoryLayer(nn.Module):
             )
         if check.enabled():
             check.check_values("state", **state.to_tensors())
-        memories = {name: tuple(W.shape) for name, W in self._initial().items()}
-        expected: dict[str, object] = {
-            "anchor": memories,
-            "current": memories,
-            "momentum": memories if self.system.momentum else None,
-            "conv_tail": (self.conv_size - 1, len(PATHS) * self.hidden_size) if self.conv_size else None,
-        }
-        for name, wanted in expected.items():
-            got = _shapes_per_row(getattr(state, name))
+        for name, wanted in self._state_shapes.items():
+            kept: Tensor | Weights | None = getattr(state, name)
+            got: object = None
+            if isinstance(kept, dict):
+                got = {matrix: tuple(tensor.shape[1:]) for matrix, tensor in kept.items()}
+            elif kept is not None:
+                got = tuple(kept.shape[1:])
             if got != wanted:
                 raise ValueError(
                     f"state.{name} has shapes {got} per row, this layer's {wanted}: the state belongs to a "
@@ -474,10 +478,3 @@ def _spread_bias(num_heads: int, longest: float) -> Tensor:
     half_lives = SHORTEST_HALF_LIFE * (longest / SHORTEST_HALF_LIFE) ** steps
     log_alpha = -math.log(2) / half_lives
     return log_alpha - torch.log(-torch.expm1(log_alpha))  # the logit of alpha
-
-
-def _shapes_per_row(value: Tensor | Weights | None) -> object:
-    """The shapes of a state's field without its batch dimension."""
-    if isinstance(value, dict):
-        return {name: tuple(tensor.shape[1:]) for name, tensor in value.items()}
-    return None if value is None else tuple(value.shape[1:])

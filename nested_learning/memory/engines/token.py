@@ -31,6 +31,7 @@ class Fixed(NamedTuple):
 class TokenWrite(NamedTuple):
     """Writes of one token into all memories; [R, ·, 1]."""
 
+    key: Tensor  # k, the input of W2
     u: Tensor  # hidden key, the input of W1
     residual: Tensor  # v̂ − k
     error: Tensor  # v̂ − M(k)
@@ -66,10 +67,10 @@ def run(
     # eq 88, the rule of each matrix as in `learning_rule`; η is eta_max · eta
     pull = (w.residual - torch.bmm(W1.flatten(0, 2), w.u)).view(B, N, H, d, 1) * eta
     W1 = (W1 * alpha).addcmul_(pull, w.u.view(B, N, H, 1, e), value=system.eta_max)
-    push, k = w.gradient.view(B, N, H, e, 1) * eta, vectors[:, :1].unsqueeze(-2)
-    W2 = torch.lerp(initial["W2"], W2, alpha).addcmul_(push, k, value=system.eta_max)
+    push = w.gradient.view(B, N, H, e, 1) * eta
+    W2 = torch.lerp(initial["W2"], W2, alpha).addcmul_(push, w.key.view(B, N, H, 1, d), value=system.eta_max)
     hidden = _hidden(torch.bmm(W2[:, -1].flatten(0, 1), q), floor)[0]
-    y = torch.baddbmm(q, W1[:, -1].flatten(0, 1), hidden)  # y_t = M_memory,t(q_t)
+    y = torch.bmm(W1[:, -1].flatten(0, 1), hidden).add_(q)  # y_t = M_memory,t(q_t)
     current = {"W1": W1, "W2": W2}
     after = boundaries.anchors(system.chunk_sizes, 1, current, anchor)
     surprise = None
@@ -88,7 +89,7 @@ def _signals(system: MemorySystem, fixed: Fixed, inputs: Inputs) -> tuple[Tensor
     # the memory that is read out runs along: cutting it off would copy the weights
     sources = [x_k, x_v, x_q, x_k, x_k, x_q] if adaptive_q else [x_k, x_v, x_k, x_k, x_q]
     x = torch.cat(sources, dim=1).view(B * H * len(sources), d, 1)
-    made = torch.baddbmm(x, fixed.W1, _hidden(torch.bmm(fixed.W2, x), fixed.floor)[0])
+    made = torch.bmm(fixed.W1, _hidden(torch.bmm(fixed.W2, x), fixed.floor)[0]).add_(x)
     made = made.view(B, len(sources), H, d)
     weight, bias = inputs.readouts
     logits = (made[:, -3:-1] * weight).sum(-1).add_(bias)  # [B, 2, H]
@@ -105,13 +106,13 @@ def _write(fixed: Fixed, pairs: Tensor) -> TokenWrite:
     """
     z = torch.bmm(fixed.W2, pairs)
     hidden, length = _hidden(z, fixed.floor)
-    made = torch.baddbmm(pairs, fixed.W1, hidden)  # M(k), M(v)
+    made = torch.bmm(fixed.W1, hidden).add_(pairs)  # M(k), M(v)
     target = _bounded(made[..., 1:], -2)
-    u, error = hidden[..., :1], target - made[..., :1]
-    g = torch.bmm(fixed.W1.transpose(1, 2), error)
+    key, u, error = pairs[..., :1], hidden[..., :1], target - made[..., :1]
+    g = torch.bmm(error.mT, fixed.W1).view(u.shape)  # W1ᵀ error, from the left
     across = torch.addcmul(g, u, (u * g).sum(-2, keepdim=True), value=-1).div_(length[..., :1])
     gradient = _bounded(torch.ops.aten.silu_backward(across, z[..., :1]), -2)
-    return TokenWrite(u, target - pairs[..., :1], error, gradient)
+    return TokenWrite(key, u, target - key, error, gradient)
 
 
 def _hidden(z: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

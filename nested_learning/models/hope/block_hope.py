@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nested_learning.layers.memory import set_compile_step, set_recompute
-from nested_learning.layers.norm import RMSNorm
 from nested_learning.layers.registry import build_mixer
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.memory import check
 from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.configuration_hope import HopeConfig

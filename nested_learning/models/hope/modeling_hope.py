@@ -13,8 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from nested_learning.layers.norm import RMSNorm
-from nested_learning.layers.token_inputs import find_documents
+from nested_learning.layers.token_inputs import RMSNorm, find_documents
 from nested_learning.models.hope.auto_hope import list_as_causal_lm
 from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock, Tokens, join
 from nested_learning.models.hope.cache_hope import HopeCache

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nested_learning.layers.norm import RMSNorm
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.models.hope.block_hope import HopeBlock
 
 
