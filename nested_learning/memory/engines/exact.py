@@ -6,6 +6,8 @@ anchor enters the result. One memory, so without the memory axis: W is [B, H, d,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,8 @@ def step(
         erase = gate.eta
     if inputs.real is not None and system.momentum:  # a padded token takes nothing from the momentum either
         write = inputs.real.unsqueeze(1).to(gate.eta.dtype)
-    kind, decay = (OneToken, torch.exp) if k.shape[2] == 1 else (Chunk, Decay)
+    one: tuple[Any, Any] = OneToken, torch.exp
+    kind, decay = one if k.shape[2] == 1 else (Chunk, Decay)
     chunk = kind(
         state.current[name].squeeze(1),
         x,

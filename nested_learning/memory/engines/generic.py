@@ -7,7 +7,7 @@ Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ def step(
     key, target, trace = _targets(system, weights, s)  # eq 87
     writes, error = _writes(system, weights, s, key, target, trace)  # the gradient in eq 88
 
-    chunk, decay = (OneToken, torch.exp) if s.k.shape[2] == 1 else (Chunk, Decay)
+    one: tuple[Any, Any] = OneToken, torch.exp
+    chunk, decay = one if s.k.shape[2] == 1 else (Chunk, Decay)
     # [B, 1, H, C] and [B, 1, 1, C]: the same for all memories
     gate = s.gates
     eta, rate, alpha = gate.eta.unsqueeze(1), gate.rate.unsqueeze(1), decay(gate.log_alpha.unsqueeze(1))
