@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.memory.state import State, Weights
+from nested_learning.ops.context import has_values
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,15 @@ class Boundaries(NamedTuple):
             sizes: chunk length of each memory.
         """
         column = self.first + tokens
-        ends = [column % size == 0 for size in (sizes if len(set(sizes)) > 1 else sizes[:1])]  # per memory
-        if isinstance(column, int) and (not any(ends) or (self.common and all(ends))):
-            return current if any(ends) else anchor
+        sizes = sizes if len(set(sizes)) > 1 else sizes[:1]
+        known = [column] if isinstance(column, int) else column.tolist() if has_values(column) else None
+        if known is not None:
+            at = [place % size == 0 for place in known for size in sizes]
+            if not any(at):
+                return anchor
+            if self.end is None and all(at):
+                return current
+        ends = [column % size == 0 for size in sizes]  # per memory
         device = next(iter(current.values())).device
         # A flag is filled in on the device: copying it there would wait for it.
         flags = [

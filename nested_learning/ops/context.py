@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off inside an autocast region: states and solves stay float32 where the model around
     them is not. Devices without autocast (meta) need nothing."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
@@ -68,4 +69,4 @@ def recording() -> Iterator[None]:
 def has_values(x: Tensor) -> bool:
     """Whether a check may look at the numbers of x: they are there, and waiting for them costs nothing."""
     at_hand = x.device.type == "cpu" and x.numel() > 0
-    return at_hand and not traced() and not isinstance(x, FakeTensor)
+    return at_hand and not traced() and not torch.jit.is_tracing() and not isinstance(x, FakeTensor)

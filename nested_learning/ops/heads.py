@@ -19,6 +19,31 @@ from nested_learning.ops.norm import UNIT_FLOOR
 
 # Numbers of one block and thread: a few tensors of this size stay in a core's caches.
 BLOCK = 131_072
+# What states, decays and solves are computed in.
+_STATES = (torch.float32, torch.float64)
+
+
+def inverse_norm(x: Tensor, scale: float, offset: float) -> Tensor:
+    """1 / sqrt(scale ‖x‖² + offset) [..., 1] over the last dimension, in as few kernels as there are.
+
+    A Python number beside a tensor is converted by kernels of its own; `value` and `scalar_tensor` are not.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    least = torch.scalar_tensor(offset, dtype=norm.dtype, device=norm.device)
+    return torch.addcmul(least, norm, norm, value=scale).rsqrt_()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm of x [B, T, ..., d], [B, H, T, d] or, of one token, [B, d], with scales [d].
+
+    On a GPU PyTorch has one kernel for it, on a CPU a chain of them. Here is a shorter one, without gradients
+    and in the precision of the states, for single tokens, where the number of kernels is the cost.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype != weight.dtype or x.dtype not in _STATES:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dim() > 2 and 1 not in (x.shape[1], x.shape[-2]):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return x * inverse_norm(x, 1 / x.shape[-1], eps) * weight
 
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,6 +58,8 @@ def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns: [B, T, channels].
     """
+    if x.shape[1] == weight.shape[-1]:  # one token
+        return (x * weight.permute(1, 2, 0)).sum(1, keepdim=True)
     taps = weight.squeeze(1).unbind(-1)
     T = x.shape[1] - len(taps) + 1
     out = x[:, :T] * taps[0]
@@ -91,6 +118,14 @@ def _plain_heads(
         before = weight.shape[-1] - 1
         z = F.pad(x, (0, 0, before, 0)) if history is None else torch.cat([history, x], dim=1)
         z = causal_conv(z, weight)
+    if x.shape[1] == 1 and not torch.is_grad_enabled() and not traced():
+        paths, per_path = len(heads.unit), heads.per_path
+        h = F.silu(z).view(len(x), paths, per_path, 1, z.shape[-1] // (paths * per_path))
+        f = inverse_norm(h, 1.0, UNIT_FLOOR**2)
+        for path, wanted in enumerate(heads.unit):
+            if not wanted:
+                f[:, path].fill_(1.0)
+        return h.mul_(f).unbind(1)
     h = F.silu(z).unflatten(-1, (len(heads.unit), heads.per_path, -1))  # [B, T, P, H, d]
     parts = [
         part * (part.square().sum(-1, keepdim=True) + UNIT_FLOOR**2).rsqrt() if wanted else part
@@ -221,8 +256,9 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _plain_gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition."""
-    y = F.rms_norm(y, weight.shape, weight, eps)
-    return y.flatten(2).to(gate.dtype) * F.silu(gate)
+    norm = F.rms_norm(y, weight.shape, weight, eps) if torch.is_grad_enabled() else rms_norm(y, weight, eps)
+    y = norm.flatten(2)
+    return (y if y.dtype == gate.dtype else y.to(gate.dtype)) * F.silu(gate)
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -101,6 +101,28 @@ def test_chunked_equals_naive(seed, T, d_out, d_in, lead, chunk_size, flags):
     assert_same(actual, run_with_gradients(delta_rule.naive, arguments))
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    lead=st.sampled_from([(), (2,), (2, 3)]),
+    answered=st.booleans(),
+    flags=st.fixed_dictionaries(
+        {name: st.booleans() for name in ("erase", "momentum", "initial_momentum", "write", "retained")}
+    ),
+)
+def test_one_token_equals_naive(seed, lead, answered, flags):
+    """Reads, final state and gradients; the product with the weights before may be given."""
+    arguments = make_inputs(seed, 1, 3, 4, lead, **flags)
+
+    def one_token(W0, x, a, log_alpha, q, erase=None, S0=None, log_mu=None, write=None, W_init=None):
+        mu = None if log_mu is None else log_mu.exp()
+        Wx = x @ W0.mT if answered else None
+        token = delta_rule.OneToken(W0, x, a, log_alpha.exp(), erase, S0, mu, write, W_init, Wx)
+        return token.read(q), *token.final()
+
+    assert_same(run_with_gradients(one_token, arguments), run_with_gradients(delta_rule.naive, arguments))
+
+
 @pytest.mark.parametrize("T", [63, 64, 130])
 @pytest.mark.parametrize("momentum", [False, True])
 def test_chunked_equals_naive_at_the_default_chunk(T, momentum):

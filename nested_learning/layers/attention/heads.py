@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nested_learning.layers.token_inputs import RMSNorm
 
 
 def check_rotary(hidden_size: int, num_heads: int, rope_theta: float) -> None:
@@ -16,7 +18,7 @@ def check_rotary(hidden_size: int, num_heads: int, rope_theta: float) -> None:
         raise ValueError(f"rope_theta must be positive, got {rope_theta}")
 
 
-def normed(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+def normed(norm: RMSNorm | None, x: Tensor) -> Tensor:
     """norm(x) in the dtype of its scales: under autocast x is in half precision, the scales are float32."""
     return x if norm is None else norm(x.to(norm.weight.dtype))
 

@@ -14,7 +14,13 @@ from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.attention.mag_mal import build_memory
 from nested_learning.layers.effective import input_dtype
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, check_state, find_documents
+from nested_learning.layers.token_inputs import (
+    RMSNorm,
+    check_count,
+    check_sequence,
+    check_state,
+    find_documents,
+)
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels
@@ -99,11 +105,11 @@ class MemoryAsContext(nn.Module):
         self.recall_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.recall_out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.q_norm = RMSNorm(self.head_dim, eps=1e-6)
+        self.k_norm = RMSNorm(self.head_dim, eps=1e-6)
         self.attention_out = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attention_norm = RMSNorm(hidden_size, eps=1e-6)
+        self.memory_norm = RMSNorm(hidden_size, eps=1e-6)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_parameters()
 

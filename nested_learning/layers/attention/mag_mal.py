@@ -16,7 +16,7 @@ from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.effective import held
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
-from nested_learning.layers.token_inputs import check_sequence, check_state, find_documents
+from nested_learning.layers.token_inputs import RMSNorm, check_sequence, check_state, find_documents
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
 from nested_learning.ops.documents import Documents
@@ -67,7 +67,7 @@ class _MemoryAndAttention(nn.Module):
         super().__init__()
         self.memory = build_memory(memory, hidden_size, num_heads, memory_options)
         self.attention = PersistentWindowAttention(hidden_size, num_heads, window, persistent_tokens)
-        self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.memory_norm = RMSNorm(hidden_size, eps=1e-6)
         self._add_joint(hidden_size)
 
     def _add_joint(self, hidden_size: int) -> None:
@@ -153,7 +153,7 @@ class MemoryAsGate(_MemoryAndAttention):
     """
 
     def _add_joint(self, hidden_size: int) -> None:
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attention_norm = RMSNorm(hidden_size, eps=1e-6)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def _join(

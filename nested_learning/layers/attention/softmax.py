@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nested_learning._checks import fits
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import check_count, check_sequence, find_documents
+from nested_learning.layers.token_inputs import RMSNorm, check_count, check_sequence, find_documents
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents
@@ -94,8 +94,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
     def part_names(self) -> dict[str, str]:
         """Handles of the parts; see `nested_learning.parts`."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nested_learning._errors import unknown
 from nested_learning.layers.effective import effective_matrix
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.memory.state import Weights
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
@@ -38,7 +39,7 @@ class MLPBlock(nn.Module):
             raise ValueError(f"intermediate_size must be at least 1, got {intermediate_size}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation = activation
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "swiglu" else None
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -70,14 +71,17 @@ class MLPBlock(nn.Module):
         if w:
             self._check(w, len(x))
         h = self._normalise(x, w["norm.weight"]) if "norm.weight" in w else self.norm(x)
-        hidden = _linear(self.up, h, w.get("up.weight"))
+        hidden = _linear(self.up, h, w["up.weight"]) if "up.weight" in w else self.up(h)
         if self.gate is not None:
             hidden = F.silu(_linear(self.gate, h, w.get("gate.weight"))) * hidden
+        elif self.activation == "gelu":
+            hidden = F.gelu(hidden)
         else:
-            hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden).square()
+            hidden = F.relu(hidden)
+            hidden = hidden * hidden  # in one kernel call less than its square
         if hidden_scale is not None:
             hidden = hidden * hidden_scale
-        y = _linear(self.down, hidden, w.get("down.weight"))
+        y = _linear(self.down, hidden, w["down.weight"]) if "down.weight" in w else self.down(hidden)
         return x + y if residual else y
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -152,14 +152,16 @@ class ContinuumMemorySystem(nn.Module):
             return self._learn_and_read(x, before, mask, learn)
         if documents is not None or position_ids is not None:
             check_documents(x, documents, position_ids)
-        y = x
+        one = x.shape[1] == 1 and weights is None  # whose products need no fold of the tokens into rows
+        y = x.squeeze(1) if one else x
         for index, block in enumerate(self.blocks):
             own = None if weights is None else weights[index]
             if self.variant == "independent":
-                y = y + block(x, own, self._hidden_scale(index), residual=False)  # eq 74
+                source = x.squeeze(1) if one else x
+                y = y + block(source, own, self._hidden_scale(index), residual=False)  # eq 74
             else:
                 y = block(y, own)  # eq 70, eq 73
-        return y, None
+        return y.unsqueeze(1) if one else y, None
 
     def info(self) -> list[dict[str, Any]]:
         """Per level: chunk size in tokens, updates per token (eq 71), parameters, width, activation."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
 from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import check_sequence, find_documents, is_plain
+from nested_learning.layers.token_inputs import RMSNorm, check_sequence, find_documents, is_plain
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -98,14 +98,21 @@ class MemoryLayer(nn.Module):
         )
         shapes = system.architecture.shapes(self.head_dim)
         count = len(system.memories)
+        memories = {name: (count, num_heads, *shape) for name, shape in shapes.items()}
         self.initial = InitialMemories(
-            {name: nn.Parameter(torch.empty(count, num_heads, *shape)) for name, shape in shapes.items()}
+            {name: nn.Parameter(torch.empty(shape)) for name, shape in memories.items()}
         )
+        self._state_shapes = {  # per row
+            "anchor": memories,
+            "current": memories,
+            "momentum": memories if system.momentum else None,
+            "conv_tail": (conv_size - 1, channels) if conv_size else None,
+        }
         # A gate reads a generating memory's output per head, or, where none generates it, the layer's input.
         self.gates_generated = "eta" in system.generated
         fan_in = self.head_dim if self.gates_generated else hidden_size
         self.gates = nn.ModuleDict({gate: nn.Linear(fan_in, num_heads) for gate in system.gates})
-        self.out_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.out_norm = RMSNorm(self.head_dim, eps=1e-6)
         self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_parameters()
@@ -313,7 +320,7 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryState, Tensor | None, Tensor | None]:
         """Prepare, run, finish: y [B, C, D], the state after the segment, the surprise [B, C], and the next
         segment's history."""
-        x, dtype = place.x, torch.promote_types(place.x.dtype, torch.float32)
+        x, dtype = place.x, next(iter(state.current.values())).dtype
         paths, gate, (logits, readouts) = self.in_proj(x), self.gate_proj(x), self._gates(x, dtype)
         how = How(self.backend, gate.dtype, want_surprise, self.compile_step, self.recompute is not None)
         with full_precision(x.device):
@@ -360,8 +367,9 @@ class MemoryLayer(nn.Module):
         plain = all(is_plain(gate) for gate in gates)
         if self.gates_generated:
             pairs = [(gate.weight, gate.bias) if plain else effective(gate, x) for gate in gates]
-            weights, biases = (torch.stack(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
-            return None, Readouts(weights.to(dtype), biases.to(dtype))
+            weights, biases = (torch.cat(cast("list[Tensor]", part)) for part in zip(*pairs, strict=True))
+            shape = len(gates), self.num_heads
+            return None, Readouts(weights.to(dtype).view(*shape, -1), biases.to(dtype).view(shape))
         if plain:
             logits = F.linear(x, torch.cat([g.weight for g in gates]), torch.cat([g.bias for g in gates]))
         else:
@@ -419,15 +427,13 @@ class MemoryLayer(nn.Module):
             )
         if check.enabled():
             check.check_values("state", **state.to_tensors())
-        memories = {name: tuple(W.shape) for name, W in self._initial().items()}
-        expected: dict[str, object] = {
-            "anchor": memories,
-            "current": memories,
-            "momentum": memories if self.system.momentum else None,
-            "conv_tail": (self.conv_size - 1, len(PATHS) * self.hidden_size) if self.conv_size else None,
-        }
-        for name, wanted in expected.items():
-            got = _shapes_per_row(getattr(state, name))
+        for name, wanted in self._state_shapes.items():
+            kept: Tensor | Weights | None = getattr(state, name)
+            got: object = None
+            if isinstance(kept, dict):
+                got = {matrix: tuple(tensor.shape[1:]) for matrix, tensor in kept.items()}
+            elif kept is not None:
+                got = tuple(kept.shape[1:])
             if got != wanted:
                 raise ValueError(
                     f"state.{name} has shapes {got} per row, this layer's {wanted}: the state belongs to a "
@@ -477,10 +483,3 @@ def _spread_bias(num_heads: int, longest: float) -> Tensor:
     half_lives = SHORTEST_HALF_LIFE * (longest / SHORTEST_HALF_LIFE) ** steps
     log_alpha = -math.log(2) / half_lives
     return log_alpha - torch.log(-torch.expm1(log_alpha))  # the logit of alpha
-
-
-def _shapes_per_row(value: Tensor | Weights | None) -> object:
-    """The shapes of a state's field without its batch dimension."""
-    if isinstance(value, dict):
-        return {name: tuple(tensor.shape[1:]) for name, tensor in value.items()}
-    return None if value is None else tuple(value.shape[1:])

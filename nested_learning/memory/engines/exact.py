@@ -6,6 +6,9 @@ anchor enters the result. One memory, so without the memory axis: W is [B, H, d,
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from nested_learning.memory.running import Inputs, MemoryState
@@ -13,6 +16,7 @@ from nested_learning.memory.signals import gates
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
 from nested_learning.ops.delta_rule.chunk import Chunk, Decay
+from nested_learning.ops.delta_rule.one_token import OneToken
 
 
 def step(
@@ -34,14 +38,16 @@ def step(
         erase = gate.eta
     if inputs.real is not None and system.momentum:  # a padded token takes nothing from the momentum either
         write = inputs.real.unsqueeze(1).to(gate.eta.dtype)
-    chunk = Chunk(
+    one: tuple[Any, Any] = OneToken, torch.exp
+    kind, decay = one if k.shape[2] == 1 else (Chunk, Decay)
+    chunk = kind(
         state.current[name].squeeze(1),
         x,
         gate.rate.unsqueeze(-1) * target,
-        Decay(gate.log_alpha),
+        decay(gate.log_alpha),
         erase=erase,
         S=None if state.momentum is None else state.momentum[name].squeeze(1),
-        mu=None if gate.log_mu is None else Decay(gate.log_mu),
+        mu=None if gate.log_mu is None else decay(gate.log_mu),
         write=write,
         W_init=initial[name].squeeze(0) if system.rule[name].retain == "initial" else None,
     )

@@ -7,7 +7,7 @@ Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from nested_learning.memory.signals import Signals, signals
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MatrixRule, MemorySystem
 from nested_learning.ops.delta_rule.chunk import Chunk, Decay
+from nested_learning.ops.delta_rule.one_token import OneToken
 from nested_learning.ops.norm import clip_norm
 
 # y [B, H, C, d], current weights, momentum, surprise [B, C] of a step.
@@ -84,16 +85,18 @@ def step(
     key, target, trace = _targets(system, weights, s)  # eq 87
     writes, error = _writes(system, weights, s, key, target, trace)  # the gradient in eq 88
 
+    one: tuple[Any, Any] = OneToken, torch.exp
+    chunk, decay = one if s.k.shape[2] == 1 else (Chunk, Decay)
     # [B, 1, H, C] and [B, 1, 1, C]: the same for all memories
     gate = s.gates
-    eta, rate, alpha = gate.eta.unsqueeze(1), gate.rate.unsqueeze(1), Decay(gate.log_alpha.unsqueeze(1))
-    mu = None if gate.log_mu is None else Decay(gate.log_mu.unsqueeze(1))
+    eta, rate, alpha = gate.eta.unsqueeze(1), gate.rate.unsqueeze(1), decay(gate.log_alpha.unsqueeze(1))
+    mu = None if gate.log_mu is None else decay(gate.log_mu.unsqueeze(1))
     write = None
     if inputs.real is not None and system.momentum:  # a padded token takes nothing from the momentum either
         write = inputs.real[:, None, None, :].to(eta.dtype)
     at_anchor = state.at_anchor and system.retention.form == "linear"
     chunks = {
-        name: Chunk(  # eq 88
+        name: chunk(  # eq 88
             state.current[name],
             w.x,
             rate.unsqueeze(-1) * w.direction,
@@ -111,7 +114,7 @@ def step(
     surprise = None
     if want_surprise:  # error of the memory that is read out
         surprise = error[:, -1].detach().square().sum((1, 3)).sqrt()
-    after = {name: chunk.final() for name, chunk in chunks.items()}
+    after = {name: part.final() for name, part in chunks.items()}
     momentum = {name: S for name, (_, S) in after.items() if S is not None} if system.momentum else None
     return y, {name: W for name, (W, _) in after.items()}, momentum, surprise
 
@@ -158,7 +161,7 @@ def _clipped(direction: Tensor, rule: MatrixRule) -> Tensor:
 
 
 def _read(
-    system: MemorySystem, anchor: Weights, weights: Weights, chunks: Mapping[str, Chunk], q: Tensor
+    system: MemorySystem, anchor: Weights, weights: Weights, chunks: Mapping[str, Chunk | OneToken], q: Tensor
 ) -> Tensor:
     """y of the memory that is read out [B, H, C, d], at each token's own weights or at the anchor (eq 90)."""
     if system.read == "chunk":

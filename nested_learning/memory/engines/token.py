@@ -1,7 +1,8 @@
 """One token of self-modifying Titans without gradients, in few operations: what generation costs.
 
 The generic step is built for chunks; for one token its triangular systems, decays within a chunk and autograd
-functions are overhead. Here is the recurrence itself. Column vectors; B batch, N memories, H heads.
+functions are overhead. Here is the recurrence itself, in column vectors. Products of many matrices take them
+as one batch, so B rows, N memories and H heads are one dimension, R = B · N · H, where products want them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from nested_learning.memory.system import MemorySystem
 from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
 
 
-class TokenWrite(NamedTuple):
-    """Writes of one token into all memories; [B, N, H, ·, 1]."""
+class Fixed(NamedTuple):
+    """The anchors, as all products with them take them."""
 
+    W1: Tensor  # [R, d, e]
+    W2: Tensor  # [R, e, d]
+    floor: Tensor  # [] the floor of the hidden norm
+
+
+class TokenWrite(NamedTuple):
+    """Writes of one token into all memories; [R, ·, 1]."""
+
+    key: Tensor  # k, the input of W2
     u: Tensor  # hidden key, the input of W1
     residual: Tensor  # v̂ − k
     error: Tensor  # v̂ − M(k)
@@ -44,61 +54,74 @@ def run(
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
     """Results of `generic.run` for one token."""
     anchor, W = state.anchor, state.current
-    k, v, q, eta, alpha = _signals(system, anchor, inputs)
+    W1, W2 = W["W1"], W["W2"]
+    B, N, H, d, e = W1.shape
+    floor = torch.scalar_tensor(HIDDEN_FLOOR, dtype=W1.dtype, device=W1.device)
+    fixed = Fixed(anchor["W1"].flatten(0, 2), anchor["W2"].flatten(0, 2), floor)
+    vectors, q, eta, alpha = _signals(system, fixed, inputs)
     if inputs.real is not None:  # padding changes nothing
         real = inputs.real.view(-1, 1, 1, 1, 1)
         eta, alpha = eta * real, torch.where(real, alpha, 1.0)
-    w = _write(anchor, k, v)
-    # eq 88, the rule of each matrix as in `learning_rule`
-    W1 = torch.addcmul(W["W1"] * alpha, (w.residual - W["W1"] @ w.u).mul_(eta), w.u.mT)
-    W2 = torch.addcmul(torch.lerp(initial["W2"], W["W2"], alpha), w.gradient * eta, k.mT)
-    y = (q + W1[:, -1] @ _hidden(W2[:, -1] @ q)[0]).mT  # y_t = M_memory,t(q_t)
+    pairs = vectors[:, :2].permute(0, 2, 3, 1)  # [B, H, d, 2] k and v
+    w = _write(fixed, torch.cat([pairs] * N, dim=1).view(B * N * H, d, 2))
+    # eq 88, the rule of each matrix as in `learning_rule`; η is eta_max · eta
+    pull = (w.residual - torch.bmm(W1.flatten(0, 2), w.u)).view(B, N, H, d, 1) * eta
+    W1 = (W1 * alpha).addcmul_(pull, w.u.view(B, N, H, 1, e), value=system.eta_max)
+    push = w.gradient.view(B, N, H, e, 1) * eta
+    W2 = torch.lerp(initial["W2"], W2, alpha).addcmul_(push, w.key.view(B, N, H, 1, d), value=system.eta_max)
+    hidden = _hidden(torch.bmm(W2[:, -1].flatten(0, 1), q), floor)[0]
+    y = torch.bmm(W1[:, -1].flatten(0, 1), hidden).add_(q)  # y_t = M_memory,t(q_t)
     current = {"W1": W1, "W2": W2}
     after = boundaries.anchors(system.chunk_sizes, 1, current, anchor)
-    surprise = w.error[:, -1].flatten(1).norm(dim=1, keepdim=True) if how.surprise else None
-    return y, MemoryState(after, current, None, state.position, state.conv_tail), surprise
+    surprise = None
+    if how.surprise:
+        surprise = w.error.view(B, N, H * d)[:, -1].norm(dim=1, keepdim=True)
+    return y.view(B, H, 1, d), MemoryState(after, current, None, state.position, state.conv_tail), surprise
 
 
-def _signals(
-    system: MemorySystem, anchor: Weights, inputs: Inputs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """k, v [B, 1, H, d, 1], q [B, H, d, 1], η and α [B, 1, H, 1, 1] (eq 86)."""
+def _signals(system: MemorySystem, fixed: Fixed, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bounded vectors [B, N, H, d], of which k and v are the first, q [B · H, d, 1], and η / eta_max and α
+    [B, 1, H, 1, 1] (eq 86)."""
     assert inputs.readouts is not None  # its gates are generated
     x_k, x_v, x_q = inputs.paths["k"], inputs.paths["v"], inputs.paths["q"]
+    B, H, _, d = x_k.shape
     adaptive_q = "q" in system.generated
     # the memory that is read out runs along: cutting it off would copy the weights
     sources = [x_k, x_v, x_q, x_k, x_k, x_q] if adaptive_q else [x_k, x_v, x_k, x_k, x_q]
-    x = torch.stack(sources, dim=1).mT  # [B, N, H, d, 1]
-    made = x + anchor["W1"] @ _hidden(anchor["W2"] @ x)[0]
-    vectors = _bounded(made[:, :-3])
+    x = torch.cat(sources, dim=1).view(B * H * len(sources), d, 1)
+    made = torch.bmm(fixed.W1, _hidden(torch.bmm(fixed.W2, x), fixed.floor)[0]).add_(x)
+    made = made.view(B, len(sources), H, d)
     weight, bias = inputs.readouts
-    logits = (made[:, -3:-1].squeeze(-1) * weight).sum(-1) + bias  # [B, 2, H]
-    gates = torch.sigmoid(logits)[..., None, None]
-    q = vectors[:, 2] if adaptive_q else x_q.mT
-    return vectors[:, :1], vectors[:, 1:2], q, gates[:, :1] * system.eta_max, gates[:, 1:]
+    logits = (made[:, -3:-1] * weight).sum(-1).add_(bias)  # [B, 2, H]
+    eta, alpha = logits.sigmoid_().view(B, 2, 1, H, 1, 1).unbind(1)
+    vectors = _bounded(made, -1)
+    return vectors, (vectors[:, 2] if adaptive_q else x_q).reshape(B * H, d, 1), eta, alpha
 
 
-def _write(anchor: Weights, k: Tensor, v: Tensor) -> TokenWrite:
-    """The targets of eq 87 and the gradient in eq 88 of all memories, at the anchor."""
-    W1 = anchor["W1"]
-    z = anchor["W2"] @ torch.cat([k, v], dim=-1)  # [B, N, H, e, 2]
-    hidden, f = _hidden(z)
-    answer = W1 @ hidden
-    residual = _bounded(v + answer[..., 1:]) - k
-    error = residual - answer[..., :1]
-    u = hidden[..., :1]
-    g = W1.mT @ error
-    across = torch.addcmul(g, u, (u * g).sum(-2, keepdim=True), value=-1).mul_(f[..., :1])
-    return TokenWrite(u, residual, error, _bounded(torch.ops.aten.silu_backward(across, z[..., :1])))
+def _write(fixed: Fixed, pairs: Tensor) -> TokenWrite:
+    """The targets of eq 87 and the gradient in eq 88 of all memories, at the anchor.
+
+    Args:
+        pairs: [R, d, 2], key and value of each memory.
+    """
+    z = torch.bmm(fixed.W2, pairs)
+    hidden, length = _hidden(z, fixed.floor)
+    made = torch.bmm(fixed.W1, hidden).add_(pairs)  # M(k), M(v)
+    target = _bounded(made[..., 1:], -2)
+    key, u, error = pairs[..., :1], hidden[..., :1], target - made[..., :1]
+    g = torch.bmm(error.mT, fixed.W1).view(u.shape)  # W1ᵀ error, from the left
+    across = torch.addcmul(g, u, (u * g).sum(-2, keepdim=True), value=-1).div_(length[..., :1])
+    gradient = _bounded(torch.ops.aten.silu_backward(across, z[..., :1]), -2)
+    return TokenWrite(key, u, target - key, error, gradient)
 
 
-def _hidden(z: Tensor) -> tuple[Tensor, Tensor]:
-    """n(silu(z)) along the last dimension but one, and the factor of n."""
+def _hidden(z: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """n(silu(z)) along the last dimension but one, and what it divides by."""
     h = F.silu(z)
-    f = h.square().sum(-2, keepdim=True).add_(HIDDEN_FLOOR**2).rsqrt_()
-    return h.mul_(f), f
+    length = torch.linalg.vector_norm(h, dim=-2, keepdim=True).hypot_(floor)
+    return h.div_(length), length
 
 
-def _bounded(x: Tensor) -> Tensor:
-    """x scaled down along the last dimension but one to a norm of at most 1."""
-    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min_(1.0)
+def _bounded(x: Tensor, dim: int) -> Tensor:
+    """x scaled down along a dimension to a norm of at most 1."""
+    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min_(1.0)

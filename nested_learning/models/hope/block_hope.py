@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nested_learning.layers.memory import set_compile_step, set_recompute
 from nested_learning.layers.registry import build_mixer
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.memory import check
 from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.compiled_hope import CompiledBlocks
@@ -30,7 +31,7 @@ class HopeBlock(GradientCheckpointingLayer):
     def __init__(self, config: HopeConfig, layer_index: int) -> None:
         super().__init__()
         self.mixer_name = name = config.layer_mixers[layer_index]
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(name, config.hidden_size, config.num_heads, config.options_of(name))
         set_recompute(self.mixer, config.recompute)
         set_compile_step(self.mixer, config.compile_step)

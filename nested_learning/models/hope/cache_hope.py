@@ -168,9 +168,11 @@ class HopeCache:
     ) -> None:
         """Take over the states after a call on new columns x [B, T, D], where real [B, T] holds tokens."""
         batch_size, length, _ = x.shape
-        new = torch.full((batch_size,), length, device=x.device) if real is None else real.sum(dim=1)
         self.prefix_hash = self._hash(input_ids)
-        self.tokens_seen = new if self.tokens_seen is None else self.tokens_seen.to(new.device) + new
+        if self.tokens_seen is None:
+            self.tokens_seen = torch.zeros(batch_size, dtype=torch.long, device=x.device)
+        new = length if real is None else real.sum(dim=1)
+        self.tokens_seen = self.tokens_seen.to(x.device) + new
         self._columns = Columns(length, self._columns)
         self.states = states
 
@@ -193,11 +195,13 @@ class HopeCache:
         """h ← h · factor + id + 1 over the new columns, modulo 2^64, from the hash so far."""
         if input_ids is None or (self.tokens_seen is not None and self.prefix_hash is None):
             return None
-        length = input_ids.shape[1]
+        length, before = input_ids.shape[1], self.prefix_hash
+        if length == 1 and before is not None:
+            return torch.add(input_ids[:, 0].long() + 1, before.to(input_ids.device), alpha=_HASH_FACTOR)
         powers = torch.full((length,), _HASH_FACTOR, device=input_ids.device).cumprod(0)
         weights = torch.cat([powers[:-1].flip(0), torch.ones_like(powers[:1])])
         new = ((input_ids.long() + 1) * weights).sum(dim=1)
-        return new if self.prefix_hash is None else self.prefix_hash.to(new.device) * powers[-1] + new
+        return new if before is None else before.to(new.device) * powers[-1] + new
 
     # New caches ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from nested_learning.layers.token_inputs import find_documents
+from nested_learning.layers.token_inputs import RMSNorm, find_documents
 from nested_learning.models.hope.auto_hope import list_as_causal_lm
 from nested_learning.models.hope.block_hope import Blocks, CMSWeights, HopeBlock, Tokens, join
 from nested_learning.models.hope.cache_hope import HopeCache
@@ -48,7 +48,7 @@ class HopeModel(HopePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.cms_learns = config.cms_learns  # parses the levels, which torch.compile cannot follow
         self.gradient_checkpointing = False
         self.post_init()

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nested_learning.layers.token_inputs import RMSNorm
 from nested_learning.models.hope.block_hope import HopeBlock
 
 
@@ -45,7 +46,7 @@ def gathered(modules: Sequence[nn.Module], exact: bool) -> Iterator[bool]:
     Raises:
         ValueError: for modules wrapped by FSDP1, and for exact gradients of sharded ones.
     """
-    if all(type(module) in (HopeBlock, nn.Linear, nn.RMSNorm) for module in modules):
+    if all(type(module) in (HopeBlock, nn.Linear, RMSNorm) for module in modules):
         yield False
         return
     # Imported already, where something is sharded; else half a second.

@@ -7,5 +7,6 @@ o_t = W_t q_t
 
 from nested_learning.ops.delta_rule.chunk import Chunk, Decay, chunked
 from nested_learning.ops.delta_rule.naive import naive, step
+from nested_learning.ops.delta_rule.one_token import OneToken
 
-__all__ = ["Chunk", "Decay", "chunked", "naive", "step"]
+__all__ = ["Chunk", "Decay", "OneToken", "chunked", "naive", "step"]
