@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from nested_learning._files import whole_folder
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
+from nested_learning.training.process import whole_model
 from nested_learning.training.report import Curve, hardware, peak_memory, plot_losses, versions
 from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer
@@ -21,8 +22,10 @@ PROMPT_TOKENS = 32
 
 def write_results(
     trainer: HopeTrainer, folder: RunFolder, bundle: DataBundle, step_seconds: list[float]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write `model/`, `loss.png` and, last, `result.json`, which marks the run as complete.
+
+    All processes have to call it, as the model may lie in shards; the main one writes.
 
     Args:
         trainer: the trainer, after training.
@@ -31,10 +34,13 @@ def write_results(
         step_seconds: seconds of each step taken by this process.
 
     Returns:
-        The contents of result.json.
+        The contents of result.json; None in other processes.
     """
+    model = whole_model(trainer.lm)
+    if not trainer.is_world_process_zero():
+        return None
     memory = peak_memory(trainer.args.device)
-    config, model = trainer.config, trainer.lm
+    config = trainer.config
     model.config.use_cache = True  # the Trainer turned it off for training
     with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)

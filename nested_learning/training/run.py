@@ -187,7 +187,7 @@ def _run(
             "--optim.warmup_steps or --precision fp32 in a new run."
         ) from error
     result = None
-    if stop.stopped_by is None and trainer.is_world_process_zero():
+    if stop.stopped_by is None:
         result = write_results(trainer, folder, bundle, timer.seconds)
     trainer.accelerator.wait_for_everyone()
     return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())

@@ -28,7 +28,7 @@ from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.training.checkpoints import STATE, has_manifest, rotate, standing, write_manifest
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.optim import build_optimizer, build_schedule
-from nested_learning.training.process import process_state
+from nested_learning.training.process import process_state, shard_on_cpus
 from nested_learning.training.run_folder import RunFolder
 
 # Tensors of torch's optimizers that have the shape of their parameter.
@@ -132,6 +132,11 @@ class HopeTrainer(Trainer):
         self.tokenizer = tokenizer
         self.checkpoints = Path(str(args.output_dir))
         self._save_to: str | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
