@@ -34,11 +34,17 @@ def shards_asked_for() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def shard_on_cpus(accelerator: Accelerator) -> None:
-    """Let processes on CPUs have shards too, where FSDP is asked for: accelerate gives them DDP instead."""
+def settle_shards(accelerator: Accelerator) -> None:
+    """Where FSDP is asked for: shards in float32 on every device.
+
+    accelerate gives processes on CPUs DDP instead, and under bf16 would take the forward pass with parameters
+    rounded to bfloat16, also those of norms, decays and initial states; autocast does what it does elsewhere.
+    """
     if shards_asked_for() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
