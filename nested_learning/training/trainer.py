@@ -139,10 +139,12 @@ class HopeTrainer(Trainer):
         settle_shards(self.accelerator)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
-    def compute_loss_context_manager(self) -> AbstractContextManager[None]:
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager[Any]:
         if self.is_fsdp_enabled:  # accelerate puts autocast around the forward pass of all but shards
             return self.accelerator.autocast()
-        return super().compute_loss_context_manager()
+        return super().autocast_smart_context_manager(*arguments, **named)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
