@@ -139,9 +139,7 @@ class HopeTrainer(Trainer):
         settle_shards(self.accelerator)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
-    def autocast_smart_context_manager(
-        self, cache_enabled: bool | None = True
-    ) -> AbstractContextManager[Any]:
+    def autocast_smart_context_manager(self, *arguments: Any, **named: Any) -> AbstractContextManager[Any]:
         if self.is_fsdp_enabled:  # accelerate puts autocast around the forward pass of all but shards
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(*arguments, **named)
