@@ -20,8 +20,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-States = dict[Tensor, dict[str, Any]]
-
 
 def is_sharded(t: Any) -> TypeGuard[DTensor]:
     """Whether the tensor is a DTensor, whose numbers lie in shards or as copies over processes."""
@@ -83,7 +81,7 @@ def agreed(tensors: Sequence[Tensor], flags: Tensor) -> Tensor:
 
 
 @contextmanager
-def working(states: States, params: Sequence[Tensor], complete: bool) -> Iterator[None]:
+def working(states: dict[Tensor, dict[str, Any]], params: Sequence[Tensor], complete: bool) -> Iterator[None]:
     """Within the block the states of the sharded ones among `params` hold plain tensors.
 
     Afterwards every entry of the shape that a parameter had within has that parameter's shards: also one

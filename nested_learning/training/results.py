@@ -36,10 +36,9 @@ def write_results(
     Returns:
         The contents of result.json; None in other processes.
     """
-    model = whole_model(trainer.lm)
+    memory, model = peak_memory(trainer.args.device), whole_model(trainer.lm)
     if not trainer.is_world_process_zero():
         return None
-    memory = peak_memory(trainer.args.device)
     config = trainer.config
     model.config.use_cache = True  # the Trainer turned it off for training
     with whole_folder(folder.model, folder.standing()) as target:
