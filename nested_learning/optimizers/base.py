@@ -20,9 +20,12 @@ from torch.optim import Optimizer
 from nested_learning._errors import unknown
 from nested_learning.ops.norm import magnitude
 from nested_learning.optimizers.checks import FLAG, LEARNING_RATE, NON_NEGATIVE, Check
+from nested_learning.optimizers.sharded import agreed, aligned, is_sharded, like, local, whole, working
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
+
+MAX_GATHERED = 2**26  # elements of the matrices that are whole at one time where parameters lie in shards
 
 # keys that torch, its schedulers and users keep in a group besides hyperparameters
 FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "swa_lr"}
@@ -36,6 +39,12 @@ def work_dtype(p: Tensor) -> torch.dtype:
 def as_matrix(t: Tensor) -> Tensor:
     """The (out, in) view that the matrix rules use: (n,) is one row (1, n); (out, a, b, …) is flattened."""
     return t.reshape(1, -1) if t.ndim < 2 else t.flatten(1)
+
+
+def matrix_shape(p: Tensor) -> torch.Size:
+    """The shape of `as_matrix(p)`, also of a parameter that lies in shards."""
+    rows = p.shape[0] if p.ndim > 1 else 1
+    return torch.Size((rows, p.numel() // max(rows, 1)))
 
 
 def entry(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
@@ -77,14 +86,21 @@ def tensor_bytes(tree: Any) -> int:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no element is NaN or infinite: the one host synchronisation of a step."""
+    """Whether no element is NaN or infinite: the one host synchronisation of a step.
+
+    An element of one process's shard counts for all processes.
+    """
     if not tensors:
         return True
-    home = tensors[0].device
-    norms = torch.stack([n.to(home, torch.float32) for n in torch._foreach_norm(tensors)])
-    if bool(norms.isfinite().all()):
-        return True
-    return all(bool(t.isfinite().all()) for t in tensors)  # the norm may have overflowed: look again
+    here = [local(t) for t in tensors]
+    home = here[0].device
+    norms = torch.stack([n.to(home, torch.float32) for n in torch._foreach_norm(here)])
+    finite = bool(norms.isfinite().all())
+    if not finite:  # the norm may have overflowed: look again
+        finite = all(bool(t.isfinite().all()) for t in here)
+    if any(is_sharded(t) for t in tensors):
+        return bool(agreed(tensors, torch.tensor([finite], device=home)).all())
+    return finite
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -135,6 +151,7 @@ class BaseOptimizer(Optimizer):
         "weight_decay": NON_NEGATIVE,
         "maximize": FLAG,
     }
+    one_memory: ClassVar[bool] = False  # parameters of a group share a state, so that all are needed at once
     parameter_shaped: ClassVar[tuple[str, ...]] = ()  # state entries that have their parameter's shape
 
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
@@ -185,10 +202,52 @@ class BaseOptimizer(Optimizer):
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if not params:
                 continue
-            grads = [p.grad.to(work_dtype(p)) for p in params if p.grad is not None]
+            grads = [aligned(p, p.grad).to(work_dtype(p)) for p in params if p.grad is not None]
             if group["maximize"]:
-                grads = list(torch._foreach_neg(grads))
-            self._move(group, params, self._directions(group, params, grads))
+                grads = [-g for g in grads]
+            if any(is_sharded(p) for p in params):
+                self._move(group, [local(p) for p in params], self._shards(group, params, grads))
+            else:
+                self._move(group, params, self._directions(group, params, grads))
+
+    def _shards(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """This process's shards of the directions, those that one process with all parameters would have."""
+        known = {p for other in self.param_groups for p in other["params"]}
+        if any(state and p not in known for p, state in self.state.items()):
+            raise ValueError(
+                f"{type(self).__name__} holds a state of parameters that were sharded after it was made (a "
+                "given preconditioner is one): make the optimizer after fully_shard"
+            )
+        found: dict[Tensor, Tensor] = {}
+        gradients = dict(zip(params, grads, strict=True))
+        for part, complete in self._parts(group, params):
+            given = [whole(gradients[p]) if complete else local(gradients[p]) for p in part]
+            held = group["params"] if self.one_memory else part
+            with working(self.state, held, complete):
+                directions = self._directions(group, part, given)
+            for p, u in zip(part, directions, strict=True):
+                found[p] = local(like(p, u, True)) if complete and is_sharded(p) else u
+        return [found[p] for p in params]
+
+    def _parts(self, group: Group, params: list[Tensor]) -> list[tuple[list[Tensor], bool]]:
+        """Parameters that go through `_directions` together, and whether they have to be whole there."""
+        if self.one_memory:
+            return [(params, True)]
+        parts: list[tuple[list[Tensor], bool]] = []
+        elements = 0
+        for p in params:
+            if self._needs_whole(group, p):
+                elements += p.numel()
+                if not parts or elements > MAX_GATHERED:
+                    parts.append(([], True))
+                    elements = p.numel()
+                parts[-1][0].append(p)
+        single = [p for p in params if not self._needs_whole(group, p)]
+        return [*parts, (single, False)] if single else parts
+
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        """Whether the direction of one element of `p` depends on other elements' gradients."""
+        return True
 
     def _gradients_are_usable(self) -> bool:
         """Refuse sparse and complex gradients; count, or raise for, non-finite ones."""
@@ -211,12 +270,16 @@ class BaseOptimizer(Optimizer):
         return False
 
     def _nonfinite_message(self) -> str:
-        where = [
-            f"parameter {i} of group {g}, shape {tuple(p.shape)}"
+        named = {
+            f"parameter {i} of group {g}, shape {tuple(p.shape)}": p.grad
             for g, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+            if p.grad is not None
+        }
+        flags = torch.tensor([bool(local(grad).isfinite().all()) for grad in named.values()])
+        home = local(next(iter(named.values()))).device
+        finite = agreed(list(named.values()), flags.to(home)).tolist()
+        where = [name for name, usable in zip(named, finite, strict=True) if not usable]
         more = f" and {len(where) - 3} more" if len(where) > 3 else ""
         return (
             f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
@@ -253,7 +316,10 @@ class BaseOptimizer(Optimizer):
         if any(self.state.values()) or any(group["lr"] != 0 for group in groups):
             return False
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return bool(grads) and not any(bool(g.any()) for g in grads)
+        if not grads:
+            return False
+        zero = not any(bool(local(g).any()) for g in grads)
+        return bool(agreed(grads, torch.tensor([zero], device=local(grads[0]).device)).all())
 
     # -- copies
 

@@ -15,10 +15,12 @@ from nested_learning.optimizers.base import (
     Params,
     as_matrix,
     learning_rate,
+    matrix_shape,
     root_mean_square,
     work_dtype,
 )
 from nested_learning.optimizers.checks import FLAG, FRACTION, NON_NEGATIVE, Bound, Check, Choice
+from nested_learning.optimizers.sharded import is_sharded
 
 OPTIONAL_COUNT = Bound(low=1, integer=True, optional=True)
 
@@ -82,6 +84,7 @@ class DeepMomentumGD(BaseOptimizer):
         "meta_lr": NON_NEGATIVE,
         "seed": Bound(integer=True),
     }
+    one_memory = True
 
     def __init__(
         self,
@@ -117,7 +120,15 @@ class DeepMomentumGD(BaseOptimizer):
         Args:
             closure: computes the loss and its gradients, as for any optimizer.
             create_graph: keep the graph from the memories to the new parameters for `meta_step`.
+
+        Raises:
+            ValueError: for a graph of parameters that lie in shards (fully_shard).
         """
+        if create_graph and any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "step(create_graph=True) needs whole parameters, got some that lie in shards (fully_shard): "
+                "learn to optimise on a model that is not sharded"
+            )
         self._create_graph, self._updated = create_graph, {}
         self._leaves = [] if create_graph else None
         return super().step(closure)
@@ -150,7 +161,7 @@ class DeepMomentumGD(BaseOptimizer):
                 with torch.set_grad_enabled(self._create_graph):
                     outputs, loss = self._use_memory(group, members[0], rows)
                     for p, output in zip(present, outputs, strict=True):
-                        directions[p] = output.detach().view_as(p)
+                        directions[p] = output.detach().reshape(p.shape)
                         self.state[p]["step"] = self.state[p].get("step", 0) + 1
                         if self._create_graph:
                             lr = learning_rate(group, p.device)
@@ -165,14 +176,14 @@ class DeepMomentumGD(BaseOptimizer):
             return [[p] for p in group["params"]]
         shared: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
-            shared.setdefault((as_matrix(p).shape, p.device, work_dtype(p)), []).append(p)
+            shared.setdefault((matrix_shape(p), p.device, work_dtype(p)), []).append(p)
         return list(shared.values())
 
     def _use_memory(self, group: Group, owner: Tensor, matrices: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Train the memory of `owner` on the rows of all matrices, then read each: (m(u) each, L⁽²⁾)."""
         state = self.state[owner]
         if "weights" not in state:
-            shape, sizes = as_matrix(owner).shape, (group["depth"], group["hidden_size"], group["rank"])
+            shape, sizes = matrix_shape(owner), (group["depth"], group["hidden_size"], group["rank"])
             initial = row_memory.init(shape, *sizes, like=matrices[0], seed=group["seed"])
             state["initial"] = _numbered(initial)
             state["weights"] = _numbered([w.clone() for w in initial])

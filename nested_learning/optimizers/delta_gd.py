@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from nested_learning.optimizers.base import (
 )
 from nested_learning.optimizers.checks import NON_NEGATIVE, Check
 from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
+from nested_learning.optimizers.sharded import is_sharded, whole
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -86,6 +88,7 @@ class DeltaGD(BaseOptimizer):
         self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
         self._means: dict[Tensor, Tensor] = {}  # S = E[x xᵀ], during a step
         self._trained: set[Tensor] = set()
+        self._sharded: dict[nn.Module, Tensor] = {}  # the weights in shards of layers that are attached
         super().__init__(params, locals())
 
     @property
@@ -105,6 +108,8 @@ class DeltaGD(BaseOptimizer):
         Raises:
             ValueError: a layer is attached already, or no layer's weight is trained by this optimizer.
         """
+        # Anew: accelerate puts parameters in shards into the groups in place of those that were given.
+        self._trained = {p for group in self.param_groups for p in group["params"]}
         layers = [
             m
             for m in model.modules()
@@ -120,6 +125,8 @@ class DeltaGD(BaseOptimizer):
                 "optimizer's parameters: attach the model whose parameters it was given"
             )
         for layer in layers:
+            if is_sharded(layer.weight):
+                self._sharded[layer] = layer.weight
             self._hooks[layer] = layer.register_forward_hook(_Watch(self), with_kwargs=True)
         return self
 
@@ -128,6 +135,7 @@ class DeltaGD(BaseOptimizer):
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+        self._sharded.clear()
         self._moments.clear()
 
     def __enter__(self) -> DeltaGD:
@@ -137,7 +145,7 @@ class DeltaGD(BaseOptimizer):
         self.detach()
 
     def _not_copied(self) -> dict[str, Any]:
-        return {"_hooks": {}, "_moments": {}, "_means": {}}
+        return {"_hooks": {}, "_moments": {}, "_means": {}, "_sharded": {}}
 
     @torch.no_grad()
     def _collect(self, layer: nn.Module, weight: Tensor, x: Tensor) -> None:
@@ -180,10 +188,15 @@ class DeltaGD(BaseOptimizer):
                 "DeltaGD needs the layers' inputs: call attach(model) before the forward pass. A copy is not "
                 "attached, whatever it was copied from"
             )
+        if any(is_sharded(layer.weight) and layer not in self._sharded for layer in self._hooks):
+            raise ValueError(
+                "DeltaGD was attached to a model that was sharded afterwards, so that the layers' inputs are "
+                "missing: call detach() and attach(model) after fully_shard, or after accelerate's prepare"
+            )
         if self._is_probe():
             watched = {layer.weight for layer in self._hooks}
             self._means = {
-                p: p.new_zeros(p[0].numel(), p[0].numel(), dtype=work_dtype(p))
+                p: torch.zeros(*[math.prod(p.shape[1:])] * 2, dtype=work_dtype(p), device=p.device)
                 for p in self._trained & watched
                 if p.grad is not None
             }
@@ -221,6 +234,9 @@ class DeltaGD(BaseOptimizer):
                 directions.append(group["inner_lr_scale"] * u)
         return directions
 
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        return p in self._means
+
     def _mean_moment(self, p: Tensor) -> Tensor:
         """S = E[x xᵀ] over the inputs of all processes; drops the sum it comes from."""
         total, count = self._moments.pop(p)
@@ -246,6 +262,8 @@ class _Watch:
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         optimizer, weight = self.optimizer, layer.weight
+        if optimizer is not None:  # within the forward pass of a sharded layer its weight is a whole one
+            weight = optimizer._sharded.get(layer, weight)
         if optimizer is None or not output.requires_grad or not weight.requires_grad:
             return
         if weight in optimizer._trained:
@@ -264,7 +282,7 @@ def _watch_nothing(next_id: int) -> _Watch:
 
 def _delta_direction(p: Tensor, g: Tensor, S: Tensor, lr: Tensor | float) -> Tensor:
     """The direction u of eq 57 in its implicit form, with W − lr·u = (W − lr·G)(I + lr·S)⁻¹, in g's shape."""
-    W, G = p.detach().to(g.dtype).flatten(1), g.flatten(1)
+    W, G = whole(p.detach()).to(g.dtype).flatten(1), g.flatten(1)
     A = S * lr
     # What rounding may take off the smallest eigenvalue is added, so that A is positive where 1 is lost
     # beside lr·S: Cholesky cannot fail, and the synchronisation of a check is saved.

@@ -97,6 +97,9 @@ class _MatrixRule(BaseOptimizer):
             directions[i] = group["adamw_lr_scale"] * u
         return directions
 
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        return p.ndim == 2 and not group["adamw_only"]
+
     def _matrix_directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """The directions of the matrices, before the factor by shape; updates `self.state`."""
         raise NotImplementedError

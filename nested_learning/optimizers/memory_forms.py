@@ -226,6 +226,10 @@ class MemoryOptimizer(BaseOptimizer):
         pairs = zip(params, grads, strict=True)
         return [memory_direction(self.memory, self.state[p], g) for p, g in pairs]
 
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        # Another memory, a subclass of these too, may mix elements whatever it is meant to do.
+        return type(self.memory) not in (GDMemory, MomentumMemory, AdamMemory, AdaGradMemory)
+
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         super()._check_state_dict(state_dict)
         fields = set(self.memory.init(torch.zeros(()))._fields)

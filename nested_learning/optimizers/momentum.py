@@ -28,6 +28,7 @@ from nested_learning.optimizers.base import (
     as_matrix,
     divisible,
     entry,
+    matrix_shape,
     root_mean_square,
     unit_matrix,
     work_dtype,
@@ -42,6 +43,7 @@ from nested_learning.optimizers.checks import (
     Choice,
     Each,
 )
+from nested_learning.optimizers.sharded import whole
 
 
 class _MomentumRule(BaseOptimizer):
@@ -62,14 +64,14 @@ class _MomentumRule(BaseOptimizer):
         given: Mapping[Tensor, Tensor] = arguments["given"] or {}
         known = {p for group in self.param_groups for p in group["params"]}
         for p, P in given.items():
-            out = as_matrix(p).shape[0]
+            out = matrix_shape(p)[0]
             if p not in known or P.shape not in (p.shape, (out, out)):
                 what = f"shape {tuple(P.shape)}" if p in known else "one for a parameter of no group"
                 raise ValueError(
                     f"a given preconditioner has the shape of its parameter {tuple(p.shape)} or "
                     f"({out}, {out}), got {what}"
                 )
-            self.state[p]["given"] = P.detach().to(p.device, work_dtype(p), copy=True)
+            self.state[p]["given"] = whole(P.detach()).to(p.device, work_dtype(p), copy=True)
         if given:  # so that no parameter's state is there without the others', see `_is_probe`
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.requires_grad]
@@ -87,9 +89,12 @@ class _MomentumRule(BaseOptimizer):
                 state.setdefault("step", 0)
                 entry(state, "square", g)
             elif group["preconditioner"] == "learned" and "preconditioner" not in state:
-                side = min(as_matrix(g).shape)
+                side = min(matrix_shape(p))
                 state["preconditioner"] = torch.eye(side, dtype=g.dtype, device=g.device)
         return momenta
+
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        return group["preconditioner"] == "learned" or "given" in self.state.get(p, {})
 
     def _preconditioned(self, group: Group, params: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
         """P k for each parameter's key k, which is g or φ(g); a preconditioner that learns does so first."""
@@ -247,6 +252,9 @@ class DeltaMomentum(_MomentumRule):
         torch._foreach_add_(momenta, self._preconditioned(group, params, grads))
         return momenta
 
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        return True
+
 
 def _erase(group: Group, m: Tensor, g: Tensor) -> Tensor:
     """β m gᵀg, divided by ‖g‖²_F for the normalised key."""
@@ -312,6 +320,9 @@ class FeatureMomentum(_MomentumRule):
         torch._foreach_mul_(momenta, group["momentum"])  # eq 51: m ← α m + P φ(g)
         torch._foreach_add_(momenta, self._preconditioned(group, params, features))
         return momenta
+
+    def _needs_whole(self, group: Group, p: Tensor) -> bool:
+        return group["scale"] == "rms" or super()._needs_whole(group, p)
 
 
 def _features(group: Group, g: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from nested_learning.training.compiling import run_plainly
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.data import DataBundle, bits_per_byte
 from nested_learning.training.positions import curves
+from nested_learning.training.process import whole_model
 from nested_learning.training.report import (
     Curve,
     hardware,
@@ -37,8 +38,10 @@ def write_results(
     bundle: DataBundle,
     step_seconds: list[float],
     scores: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write `model/`, the plots and, last, `result.json`, which marks the run as complete.
+
+    All processes have to call it, as the model may lie in shards; the main one writes.
 
     Args:
         trainer: the trainer, after training.
@@ -48,9 +51,12 @@ def write_results(
         scores: loss by position of the trained model, as `score_both_ways` gives it.
 
     Returns:
-        The contents of result.json.
+        The contents of result.json; None in other processes.
     """
-    memory, config, model = peak_memory(trainer.args.device), trainer.config, trainer.lm
+    memory, model = peak_memory(trainer.args.device), whole_model(trainer.lm)
+    if not trainer.is_world_process_zero():
+        return None
+    config = trainer.config
     model.config.use_cache = True  # the Trainer turned it off for training
     run_plainly(model)
     with whole_folder(folder.model, folder.standing()) as target:

@@ -193,9 +193,8 @@ def _run(
         ) from error
     result = None
     if stop.stopped_by is None:
-        scores = _score(trainer, bundle)  # by all processes together
-        if trainer.is_world_process_zero():
-            result = write_results(trainer, folder, bundle, timer.seconds, scores)
+        scores = _score(trainer, bundle)
+        result = write_results(trainer, folder, bundle, timer.seconds, scores)
     trainer.accelerator.wait_for_everyone()
     return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from nested_learning._files import last_written, put_folder, write_failure
 from nested_learning._precision import warn_of_slow_bfloat16
+from nested_learning.optimizers.sharded import whole
 from nested_learning.training.carried import carried_rows
 from nested_learning.training.checkpoints import STATE, has_manifest, rotate, standing, write_manifest
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.data.streams import DocumentBlocks
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.positions import loss_by_position
-from nested_learning.training.process import process_state
+from nested_learning.training.process import process_state, settle_shards
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.timing import ClockSchedule, RunClock
 
@@ -147,6 +148,16 @@ class HopeTrainer(Trainer):
         self.clock: RunClock | None = None  # of a run with `max_minutes`
         self.carried = carried_rows(model, train_dataset)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        settle_shards(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def autocast_smart_context_manager(self, *arguments: Any, **named: Any) -> AbstractContextManager[Any]:
+        if self.is_fsdp_enabled:  # accelerate puts autocast around the forward pass of all but shards
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(*arguments, **named)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.lm, self.config.optim, self.config.data.block_size)
@@ -176,9 +187,10 @@ class HopeTrainer(Trainer):
         self._require_finite("loss", self.accelerator.reduce(loss, "mean"))
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._require_finite("gradient norm", torch.as_tensor(norm))
+        norm = whole(torch.as_tensor(norm))
+        self._require_finite("gradient norm", norm)
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -207,6 +219,7 @@ class HopeTrainer(Trainer):
         return self.checkpoints / f"checkpoint-{self.state.global_step}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _check_pieces(resume_from_checkpoint, self.is_fsdp_enabled)
         with _damage_named(resume_from_checkpoint):
             TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -314,6 +327,18 @@ def _check_optimizer(optimizer: Any, schedule: Any, checkpoint: str) -> None:
                 raise ValueError(
                     f"its optimizer's {name} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
                 )
+
+
+def _check_pieces(checkpoint: str, sharded: bool) -> None:
+    """ValueError for a checkpoint of shards in a run without them, and the other way round."""
+    if any(Path(checkpoint).glob("pytorch_model_fsdp*")) == sharded:
+        return
+    pieces = ("in shards", "of a model in one piece")
+    way = "without FSDP" if sharded else "in 2 processes or more by accelerate launch with FSDP"
+    raise ValueError(
+        f"the checkpoint {checkpoint} is {pieces[sharded]}, that of this run must be {pieces[not sharded]}: "
+        f"resume it {way}, as it was begun."
+    )
 
 
 @contextmanager

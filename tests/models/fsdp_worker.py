@@ -1,6 +1,6 @@
-"""Train one step of sharded models in each process, and compare with the model in one piece.
+"""Train one step of copied or sharded models in each process, and compare with the model in one piece.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.models.fsdp_worker CASE ...
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.models.fsdp_worker CASE ... [WAY]
 
 Prints one JSON line: by case and way of sharding the largest difference, or the error.
 """
@@ -17,14 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from nested_learning import HopeForCausalLM
 from tests.ecosystem.tiny_hope import hope, ids
 
-WAYS = ("model", "blocks", "parts", "fsdp1", "fsdp1 blocks")
+WAYS = ("ddp", "model", "blocks", "parts", "fsdp1", "fsdp1 blocks")
 
 
 def shard(model: HopeForCausalLM, way: str) -> torch.nn.Module:
+    if way == "ddp":
+        return DistributedDataParallel(model)
     if way == "fsdp1 blocks":
         for index, block in enumerate(model.model.layers):
             model.model.layers[index] = FullyShardedDataParallel(
@@ -80,8 +83,9 @@ def main() -> None:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     found: dict[str, float | str] = {}
-    for case in sys.argv[1:]:
-        for way in WAYS:
+    chosen = [argument for argument in sys.argv[1:] if argument in WAYS] or WAYS
+    for case in (argument for argument in sys.argv[1:] if argument not in WAYS):
+        for way in chosen:
             try:
                 found[f"{case}, {way}"] = step(case, way)
             except (ValueError, RuntimeError, NotImplementedError) as error:

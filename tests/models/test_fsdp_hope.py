@@ -44,6 +44,10 @@ def test_one_process():
     check(train(1, "regression", "lm"))
 
 
+def test_two_processes_with_a_copy_each():
+    check(train(2, "regression", "lm", "ddp"))
+
+
 @pytest.mark.slow
 def test_two_processes():
     learning = [case for case in LEARNING if case != LEARNED_RATES]
