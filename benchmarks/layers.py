@@ -2,9 +2,9 @@
 
 - `mixers`: each registered mixer at the same size, forward and forward + backward, interleaved. A gate first:
   each layer equals a float64 copy of itself that is fed token by token.
-- `compile`: memories that no engine is written out for, forward + backward, plainly and with
-  `set_compile_step`, and the seconds that the first pass takes with it. It needs a C++ compiler, and minutes.
-  A gate first: both give the same.
+- `compile`: memories plainly and with `set_compile_step`, in both passes, and the seconds that the first ones
+  take with it: Titans and self-modifying Titans against their chunks written out by hand, and rows that no
+  engine is written out for. It needs a C++ compiler, and minutes. A gate first: both give the same.
 - `training`: layers and a training step of hope-tiny through torch.compile against plain, and the seconds of
   the first step at two lengths; see compilation.py. It needs a C++ compiler, and minutes.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from nested_learning.layers import MIXERS, set_compile_step
 
 SHAPE = {"batch": 4, "tokens": 1024, "width": 256, "heads": 4, "chunk": 64}
 QUICK = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
+WRITTEN_OUT = ("self_modifying_titans", "titans")
 GENERIC = ("ttt_mlp", "dla", "moneta", "yaad", "memora")
 
 
@@ -64,34 +66,39 @@ def mixers(shape: dict[str, int], repeats: int, only: list[str] | None) -> dict[
 
 
 def compiling(shape: dict[str, int], repeats: int, only: list[str] | None) -> dict[str, Any]:
-    """Speed of memories with their chunk's step compiled by torch.compile, relative to plain."""
-    torch.manual_seed(0)
-    x = cases.inputs(shape)
-    rows = []
-    for name in (name for name in GENERIC if only is None or name in only):
-        plain = cases.mixer(name, shape)
-        compiled = copy.deepcopy(plain)
-        set_compile_step(compiled, True)
-        start = time.perf_counter()
-        found = slopes(compiled, x)
-        first = time.perf_counter() - start
-        for a, b in zip(found, slopes(plain, x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
-        layers = {"plain": plain, "compiled": compiled}
-        seconds = interleaved(
-            {how: lambda layer=layer: slopes(layer, x) for how, layer in layers.items()}, repeats
-        )
-        rows.append(
-            {
-                "memory": name,
-                "plain, tokens/s": x.shape[0] * x.shape[1] / seconds["plain"],
-                "compiled, tokens/s": x.shape[0] * x.shape[1] / seconds["compiled"],
-                "ratio": seconds["plain"] / seconds["compiled"],
-                "first pass, s": first,
-            }
-        )
-    show(f"compiled step, {shape}", rows)
+    """Speed of memories with their chunks compiled by torch.compile, relative to plain."""
+    rows = [
+        compiled_against_plain(name, shape, repeats)
+        for name in (*WRITTEN_OUT, *GENERIC)
+        if only is None or name in only
+    ]
+    show(f"compiled chunks, {shape}", rows)
     return {"shape": shape, "repeats": repeats, "rows": rows}
+
+
+def compiled_against_plain(name: str, shape: dict[str, int], repeats: int) -> dict[str, Any]:
+    """One memory: how much faster each pass is with compiled chunks, and the seconds of the first passes."""
+    torch.manual_seed(0)
+    x, plain = cases.inputs(shape), cases.mixer(name, shape)
+    compiled = copy.deepcopy(plain)
+    set_compile_step(compiled, True)
+    row: dict[str, Any] = {"memory": name}
+    passes: dict[str, Callable[[torch.nn.Module], list[torch.Tensor]]] = {
+        "forward": lambda layer: [forward(layer, x)],
+        "forward + backward": lambda layer: slopes(layer, x),
+    }
+    for title, work in passes.items():
+        start = time.perf_counter()
+        found = work(compiled)
+        row[f"{title}, first, s"] = time.perf_counter() - start
+        for a, b in zip(found, work(plain), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+        seconds = interleaved(
+            {"plain": lambda work=work: work(plain), "compiled": lambda work=work: work(compiled)}, repeats
+        )
+        row[f"{title}, compiled, tokens/s"] = x.shape[0] * x.shape[1] / seconds["compiled"]
+        row[f"{title}, of plain"] = seconds["plain"] / seconds["compiled"]
+    return row
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = options.parse_args(arguments)
     known = {
         "mixers": sorted(set(MIXERS) - {"memory"}),
-        "compile": GENERIC,
+        "compile": (*WRITTEN_OUT, *GENERIC),
         "training": compilation.WRITTEN_OUT,
     }[given.question]
     for name in given.only or ():

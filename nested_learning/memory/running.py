@@ -76,7 +76,7 @@ class How(NamedTuple):
         backend: see `engines.fla`.
         dtype: of the layer's own projections, in whose precision an engine may take the factors of products.
         surprise: whether the surprise is wanted too.
-        compile_step: run the generic step through torch.compile.
+        compile_step: run a chunk, or the generic step, through torch.compile.
         recompute: keep little for the backward pass, where one operator does the run.
     """
 

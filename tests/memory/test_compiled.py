@@ -10,7 +10,7 @@ import torch
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers.memory import set_compile_step
 from nested_learning.layers.registry import build_mixer
-from nested_learning.memory.engines import compiled
+from nested_learning.memory.engines import compiler
 
 
 @pytest.fixture
@@ -23,8 +23,9 @@ def graphs(monkeypatch):
         return graph.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(compiled, "BACKEND", backend)
-    monkeypatch.setattr(compiled, "_broken", False)
+    monkeypatch.setattr(compiler, "BACKEND", backend)
+    monkeypatch.setattr(compiler, "_broken", False)
+    monkeypatch.setattr(compiler, "_rows", {})
     yield found
     torch.compiler.reset()
 
@@ -63,11 +64,37 @@ def test_no_length_and_no_chunk_compiles_anew(graphs):
     assert len(graphs) > before  # the count counts: another batch size is another graph
 
 
+def test_few_numbers_of_rows_are_compiled(graphs, monkeypatch):
+    """Documents in a row come in any number: the others run plainly, without a word."""
+    monkeypatch.setattr(compiler, "ROWS", 2)
+    layer = build("deltanet")
+    set_compile_step(layer, True)
+    found = []
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        for rows in (2, 3, 4, 5, 2, 3):
+            layer(torch.randn(rows, 8, 8, dtype=torch.float64))
+            found.append(len(graphs))
+    assert 0 < found[0] < found[1] == found[-1]
+
+
+def test_kinds_do_not_count_against_each_other(graphs):
+    """torch stops compiling a function after eight graphs, for every layer that would use it."""
+    widths = (4, 8, 12, 16, 20, 24, 28, 32, 36, 40)
+    with torch.no_grad():
+        for width in widths:
+            torch.manual_seed(0)
+            layer = build_mixer("deltanet", width, 2, {"chunk_size": 4})
+            set_compile_step(layer, True)
+            layer(torch.randn(2, 4, width))
+    assert len(graphs) == len(widths)
+
+
 def test_one_warning_where_there_is_no_compiler(graphs, monkeypatch):
     def backend(graph, _):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(compiler, "BACKEND", backend)
     layer = build("ttt_mlp")
     x = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
     expected = results(layer, x)

@@ -27,12 +27,14 @@ def set_recompute(module: nn.Module, how: str | None) -> int:
 
 
 def set_compile_step(module: nn.Module, compiled: bool) -> int:
-    """Choose whether a module's memory layers run a chunk's step through torch.compile; returns their number.
+    """Choose whether a module's memory layers run a chunk through torch.compile; returns their number.
 
-    It is of use where neither a written-out run nor a kernel covers the memory, as for TTT-MLP and the MIRAS
-    rows; see docs/log.md for what it gains and what compiling costs. No result changes beyond rounding. One
-    graph serves every chunk and every length of a sequence; another batch size or precision makes another.
-    Without a working compiler there is one warning, and the step runs plainly.
+    No result changes beyond rounding. One graph, with gradients one forward and one backward, serves every
+    chunk, every length of a sequence and every layer of the same kind. Another precision makes another, and
+    so do the first four batch sizes: with other ones, as documents in a row bring them, chunks run plainly.
+    So do less than a chunk of tokens and, for Titans and self-modifying Titans, second derivatives. Without
+    a working compiler there is one warning, and all runs plainly. See docs/log.md for what it gains and what
+    compiling costs.
 
     Raises:
         ValueError: when `compiled` is not True or False.

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from nested_learning.memory.engines import exact, generic
+from nested_learning.memory.engines import compiler, exact, generic
 from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
-
-Compiler = str | Callable[..., Any]
-BACKEND: Compiler = "inductor"
-_broken = False  # once compiling has failed
 
 
 def can_run(system: MemorySystem, call: Call) -> bool:
@@ -37,23 +29,17 @@ def run(
     return generic.run(system, initial, state, inputs, boundaries, how, compiled_step)
 
 
-@cache
-def _compiled(take: generic.StepFunction, compiler: Compiler) -> generic.StepFunction:
-    return torch.compile(take, dynamic=False, backend=compiler)
-
-
 def compiled_step(
     system: MemorySystem, initial: Weights, state: MemoryState, inputs: Inputs, want_surprise: bool
 ) -> tuple[Tensor, Weights, Weights | None, Tensor | None]:
     """A step as one compiled graph, where it is of full length.
 
     Shorter pieces, the last of a ragged sequence or single tokens, run plainly: the graph is that of one
-    chunk, so no number of chunks and no length of a sequence compiles anew; another batch size does. Where
-    compiling fails, as without a C++ compiler, it warns once and runs plainly from then on.
+    chunk, so no number of chunks and no length of a sequence compiles anew. Neither do more than a few
+    numbers of rows: see `compiler.takes`.
     """
-    global _broken
     take = exact.step if system.exact else generic.step
-    if _broken or inputs.paths["k"].shape[2] != system.step:
+    if inputs.paths["k"].shape[2] != system.step:
         return take(system, initial, state, inputs, want_surprise)
     # The pieces of a sequence have the sequence's strides, on which the graph would depend.
     piece = Inputs(
@@ -62,14 +48,21 @@ def compiled_step(
         inputs.readouts,
         None if inputs.real is None else inputs.real.contiguous(),
     )
-    try:
-        return _compiled(take, BACKEND)(system, initial, state, piece, want_surprise)
-    except Exception as error:
-        out = take(system, initial, state, inputs, want_surprise)  # raises again what is not the compiler's
-        _broken = True
-        warnings.warn(
-            f"torch.compile of the memory step failed; it runs without from now on: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return out
+    tensors = pytree.tree_leaves((initial, state.current, state.anchor, state.momentum, piece))
+    kind = (
+        system,
+        want_surprise,
+        state.at_anchor,
+        piece.real is None,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple(t is not None and t.requires_grad for t in tensors),
+        tuple((W.shape, W.dtype, W.device) for W in initial.values()),
+    )
+    rows = len(piece.paths["k"])
+    if not compiler.takes(kind, rows):
+        return take(system, initial, state, inputs, want_surprise)
+    found: tuple[Tensor, Weights, Weights | None, Tensor | None] = compiler.call(
+        take, (kind, rows), system, initial, state, piece, want_surprise
+    )
+    return found

@@ -101,8 +101,7 @@ class HopeConfig(PreTrainedConfig):
             short passes take longer than a long one.
         recompute: "chunk" lets the memory layers keep little for the backward pass and compute the chunks
             there again; see `layers.set_recompute`. None keeps everything. Changes no result.
-        compile_step: run the step of memories without a written-out engine through torch.compile; see
-            `layers.set_compile_step`.
+        compile_step: run the chunks of memories through torch.compile; see `layers.set_compile_step`.
         pad_token_id, bos_token_id, eos_token_id: None where there is none.
 
     Raises:

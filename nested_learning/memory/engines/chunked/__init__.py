@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nested_learning.memory.architecture import ResidualMLP
-from nested_learning.memory.engines import generic
+from nested_learning.memory.engines import compiler, generic
 from nested_learning.memory.engines.chunked.chunk import (
+    ChunkGradients,
     ChunkInputs,
     Kept,
     backward_chunk,
     forward_chunk,
 )
+from nested_learning.memory.engines.chunked.compiled_chunk import CompiledChunk
 from nested_learning.memory.engines.chunked.memory import WeightMatrix
 from nested_learning.memory.engines.chunked.scratch import Scratch
 from nested_learning.memory.objective import L2
@@ -102,12 +105,14 @@ def run(
 class Run:
     """A run of whole chunks, apart from its tensors.
 
-    `operands` is the dtype that the factors of products are rounded to, None for that of the weights.
+    `operands` is the dtype that the factors of products are rounded to, None for that of the weights;
+    `compile_step` asks for chunks through torch.compile.
     """
 
     system: MemorySystem
     want_surprise: bool
     operands: torch.dtype | None
+    compile_step: bool = False
 
 
 def run_chunks(
@@ -135,7 +140,8 @@ def described(
     gates = (inputs.gates, None, None) if inputs.readouts is None else (None, *inputs.readouts)
     given = Given(W["W1"], W["W2"], S1, S2, initial["W2"], paths["k"], paths["v"], paths["q"], *gates)
     # In float16 the gradients that pass through a chunk would not fit its range.
-    return Run(system, how.surprise, how.dtype if how.dtype == torch.bfloat16 else None), given
+    operands = how.dtype if how.dtype == torch.bfloat16 else None
+    return Run(system, how.surprise, operands, how.compile_step), given
 
 
 class _Chunks(torch.autograd.Function):
@@ -237,12 +243,18 @@ def forward(call: Run, given: Given, keep: Callable[[Kept], object] | None) -> t
     """All chunks: y, W1, W2, S1, S2 and the surprise. `keep` gets what the backward pass needs of each."""
     B, H, T, _ = given.k.shape
     ws = Scratch(given.W1.dtype, call.operands)
+    take: Callable[..., tuple[Any, ...]] = partial(forward_chunk, ws, call.system)
+    if call.compile_step:
+        compiled = CompiledChunk(
+            given.W1, call.system, call.operands, call.want_surprise, keep=keep is not None
+        )
+        take = compiled.forward if compiler.takes(compiled.kind, B) else take
     W1, W2 = _matrices(given[:4], given.W2_init.repeat(1, B, 1, 1))
     y = torch.empty_like(given.q)
     surprise = y.new_empty(B, T) if call.want_surprise else None
     for columns, inputs in _chunks(call.system, given):
         # the weights after a chunk are the anchors of the next (eq 90)
-        out, W1, W2, error, chunk = forward_chunk(ws, call.system, inputs, W1, W2)
+        out, W1, W2, error, chunk = take(inputs, W1, W2)
         y[:, :, columns] = out.unflatten(0, (B, H))
         if surprise is not None:
             surprise[:, columns] = error.square().sum(-1).unflatten(0, (B, H)).sum(1).sqrt()
@@ -268,6 +280,10 @@ def backward(
     """
     B, H = given.k.shape[:2]
     ws = Scratch(given.W1.dtype, call.operands)
+    take: Callable[..., tuple[Any, ChunkGradients]] = partial(backward_chunk, ws, call.system)
+    if call.compile_step:
+        compiled = CompiledChunk(given.W1, call.system, call.operands)
+        take = compiled.backward if compiler.takes(compiled.kind, B) else take
     W2_init = given.W2_init.repeat(1, B, 1, 1)
     weights, g = _matrices(after, W2_init), _matrices(g_after, torch.zeros_like(W2_init))
     g_k, g_v, g_q = g_paths = [torch.empty_like(path) for path in (given.k, given.v, given.q)]
@@ -276,7 +292,7 @@ def backward(
     for chunk, (columns, inputs) in zip(reversed(kept), _chunks(call.system, given, back=True), strict=True):
         chunk = chunk._replace(W2=chunk.W2._replace(W_init=W2_init))
         g_out = gy[:, :, columns].flatten(0, 1)
-        g, found = backward_chunk(ws, call.system, inputs, chunk, weights, g, g_out)
+        g, found = take(inputs, chunk, weights, g, g_out)
         weights = chunk.W1, chunk.W2
         for g_path, value in zip(g_paths, (found.k, found.v, found.q), strict=True):
             g_path[:, :, columns] = value.unflatten(0, (B, H))
