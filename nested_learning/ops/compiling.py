@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ class Compiled:
         works: whether the compiler has not failed.
     """
 
-    def __init__(self, plain: types.FunctionType, what: str, **options: Any) -> None:
+    def __init__(self, plain: Callable[..., Any], what: str, **options: Any) -> None:
+        assert isinstance(plain, FunctionType)
         self.plain, self.what = plain, what
-        own = types.FunctionType(
+        own = FunctionType(
             plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
         )
         own.__kwdefaults__ = plain.__kwdefaults__
@@ -41,6 +42,8 @@ class Compiled:
             return self.plain(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             out = self.plain(*args, **kwargs)  # raises again what is not the compiler's
             self.works = False

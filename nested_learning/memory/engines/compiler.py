@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
-from types import FunctionType
 from typing import Any
 
-import torch
+from nested_learning.ops.compiling import Compiled, Compiler
 
-Compiler = str | Callable[..., Any]
 BACKEND: Compiler = "inductor"
 # Numbers of rows for which one kind of arguments is compiled. Documents in a row come in any number, and a
 # graph that takes any number is ten times as slow to trace.
@@ -31,7 +28,7 @@ def takes(kind: Hashable, rows: int) -> bool:
     return rows in known and not _broken
 
 
-def call(function: FunctionType, kind: Hashable, *arguments: Any) -> Any:
+def call(function: Callable[..., Any], kind: Hashable, *arguments: Any) -> Any:
     """function(*arguments) as a compiled graph, or plainly once compiling has failed, with one warning.
 
     Args:
@@ -40,24 +37,12 @@ def call(function: FunctionType, kind: Hashable, *arguments: Any) -> Any:
     global _broken
     if _broken:
         return function(*arguments)
-    try:
-        return _compiled(function, kind, BACKEND)(*arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        out = function(*arguments)  # raises again what is not the compiler's
-        _broken = True
-        warnings.warn(
-            f"torch.compile of the memory step failed; it runs without from now on: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return out
+    compiled = _compiled(function, kind, BACKEND)
+    out = compiled(*arguments)
+    _broken = not compiled.works
+    return out
 
 
 @cache
-def _compiled(function: FunctionType, kind: Hashable, compiler: Compiler) -> Callable[..., Any]:
-    # torch counts compilations by code object, and after eight runs it plainly: each kind has its own object.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{_compiled.cache_info().misses}")
-    own = FunctionType(code, function.__globals__, None, function.__defaults__, function.__closure__)
-    return torch.compile(own, dynamic=False, backend=compiler)
+def _compiled(function: Callable[..., Any], kind: Hashable, compiler: Compiler) -> Compiled:
+    return Compiled(function, "the memory step", dynamic=False, backend=compiler)

@@ -85,12 +85,15 @@ def backward(
     layout, count = _layout_for(plan, given)
     chunks = [layout.unpacked(row, count) for row in rows]
     missing = [None] * (4 - len(names))
-    g = chunked.backward(
+    slopes = chunked.backward(
         call, operands, [*after, *missing], chunks, g_y.transpose(1, 2), [*g_state, *missing]
     )
-    found = dict(zip(begun, (g.W1, g.W2, g.S1, g.S2), strict=False))
-    found |= {name: path.transpose(1, 2) for name, path in (("k", g.k), ("v", g.v), ("q", g.q))}
-    found |= {"initial.W2": g.W2_init, "gates": g.logits, "readout": g.readout, "bias": g.bias}
+    found = dict(zip(begun, (slopes.W1, slopes.W2, slopes.S1, slopes.S2), strict=False))
+    found |= {
+        name: path.transpose(1, 2) for name, path in (("k", slopes.k), ("v", slopes.v), ("q", slopes.q))
+    }
+    found |= {"initial.W2": slopes.W2_init, "gates": slopes.logits}
+    found |= {"readout": slopes.readout, "bias": slopes.bias}
     return {name: t for name, t in found.items() if t is not None and name in given}
 
 

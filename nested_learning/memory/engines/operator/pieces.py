@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def forward(plan: Plan, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Te
     """The results, and what the backward pass needs besides them and what was given: new tensors all."""
     with torch.no_grad(), full_precision(given["k"].device):
         state, sizes = state_in(given), plan.sizes(given["k"].shape[1])
-        ys, surprises, saved, start = [], [], [], 0
+        ys, surprises, start = [], [], 0
+        saved: list[Any] = []  # of each segment its tensors, or the tensors themselves
         for i, inputs in enumerate(_cut(given, sizes)):
             if plan.saves == "chunks" and i == 0:
                 y, state, surprise, saved = kept.forward(plan, given, state, inputs)
