@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from nested_learning.memory.engines import chunked
 from nested_learning.memory.engines.chunked.chunk import Kept
 from nested_learning.memory.engines.operator.plan import (
-    Plan,
+    RunPlan,
     inputs_in,
     state_in,
     state_names,
@@ -33,7 +33,7 @@ _ALIGNED = 16
 
 
 def forward(
-    plan: Plan, given: Mapping[str, Tensor], state: MemoryState, inputs: Inputs
+    plan: RunPlan, given: Mapping[str, Tensor], state: MemoryState, inputs: Inputs
 ) -> tuple[Tensor, MemoryState, Tensor | None, list[Tensor]]:
     """y, the state and the surprise after whole chunks, and what is saved: what is kept of the chunks and,
     unless the run ends with them, the state."""
@@ -56,7 +56,7 @@ def forward(
 
 
 def backward(
-    plan: Plan,
+    plan: RunPlan,
     given: dict[str, Tensor],
     rows: Tensor,
     after: list[Tensor],
@@ -94,13 +94,13 @@ def backward(
     return {name: t for name, t in found.items() if t is not None and name in given}
 
 
-def empty_rows(plan: Plan, given: Mapping[str, Tensor], count: int | torch.SymInt) -> Tensor:
+def empty_rows(plan: RunPlan, given: Mapping[str, Tensor], count: int | torch.SymInt) -> Tensor:
     """The tensor for what is kept of so many chunks [count, numbers of a chunk]."""
     layout, rows = _layout_for(plan, given)
     return given["k"].new_empty(count, layout.length(rows))
 
 
-def _layout_for(plan: Plan, given: Mapping[str, Tensor]) -> tuple[_Layout, int]:
+def _layout_for(plan: RunPlan, given: Mapping[str, Tensor]) -> tuple[_Layout, int]:
     """The layout of a chunk, and the number of rows times heads."""
     B, _, H, d = given["k"].shape
     return _layout(plan.system, int(H), int(d)), B * H

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nested_learning.memory.engines.operator import kept, pieces
 from nested_learning.memory.engines.operator.plan import (
-    Plan,
+    RunPlan,
     read_plan,
     state_names,
     states_like,
@@ -24,11 +24,11 @@ from nested_learning.memory.engines.operator.plan import (
     "nested_learning::read", mutates_args=(), schema="(Tensor[] tensors, str plan) -> Tensor[]"
 )
 def read(tensors: list[Tensor], plan: str) -> list[Tensor]:
-    """Results by `Plan.results`, then what is saved.
+    """Results by `RunPlan.results`, then what is saved.
 
     Args:
-        tensors: by `Plan.names`, paths [B, T, H, d].
-        plan: text of a `Plan`.
+        tensors: by `RunPlan.names`, paths [B, T, H, d].
+        plan: text of a `RunPlan`.
     """
     what = read_plan(plan)
     results, saved = pieces.forward(what, _named(what, tensors))
@@ -140,5 +140,5 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None]
 read.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _named(plan: Plan, tensors: list[Tensor]) -> dict[str, Tensor]:
+def _named(plan: RunPlan, tensors: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(plan.names, tensors, strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from nested_learning.memory.engines import chunked, compiled, fla, generic
 from nested_learning.memory.engines.operator import kept
 from nested_learning.memory.engines.operator.plan import (
-    Plan,
+    RunPlan,
     inputs_in,
     of_state,
     state_in,
@@ -33,7 +33,7 @@ WITHIN: tuple[ModuleType, ...] = (fla, chunked, compiled, generic)
 _ALONG = {"k": 1, "v": 1, "q": 1, "gates": 3, "real": 1}  # dimension of the tokens
 
 
-def forward(plan: Plan, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(plan: RunPlan, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The results, and what the backward pass needs besides them and what was given: new tensors all."""
     with torch.no_grad(), full_precision(given["k"].device):
         state, sizes = state_in(given), plan.sizes(given["k"].shape[1])
@@ -59,7 +59,7 @@ def forward(plan: Plan, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Te
 
 
 def backward(
-    plan: Plan,
+    plan: RunPlan,
     given: dict[str, Tensor],
     end: Mapping[str, Tensor],
     saved: Sequence[Tensor],
@@ -95,7 +95,9 @@ def backward(
         return {**found, **{name: g.clone() for name, g in g_state.items()}}
 
 
-def _before(plan: Plan, given: dict[str, Tensor], saved: Sequence[Tensor], piece: int) -> dict[str, Tensor]:
+def _before(
+    plan: RunPlan, given: dict[str, Tensor], saved: Sequence[Tensor], piece: int
+) -> dict[str, Tensor]:
     """What a piece starts from, in the place of what the run starts from."""
     if piece == 0:
         return given
@@ -115,7 +117,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _run(
-    plan: Plan, given: Mapping[str, Tensor], state: MemoryState, inputs: Inputs, start: int
+    plan: RunPlan, given: Mapping[str, Tensor], state: MemoryState, inputs: Inputs, start: int
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
     """The tokens of one piece by the first engine that can."""
     tokens = inputs.paths["k"].shape[2]
@@ -140,7 +142,7 @@ def _run(
 
 
 def _again(
-    plan: Plan,
+    plan: RunPlan,
     given: Mapping[str, Tensor],
     inputs: Inputs,
     start: int,

@@ -18,7 +18,7 @@ from nested_learning.memory.system import SYSTEMS, MemorySystem
 SEGMENT = 8
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """All that a run depends on besides its tensors.
 
     Attributes:
@@ -74,13 +74,13 @@ def written(
 
 
 @cache
-def read_plan(text: str) -> Plan:
+def read_plan(text: str) -> RunPlan:
     """The plan of a text."""
     saves, aligned, common, backend, dtype, surprise, compile_step, names, key = text.split("|", 8)
     system = SYSTEMS[key]
     if saves == "chunks" and not chunked.covers(system):
         saves = "segments"
-    return Plan(
+    return RunPlan(
         saves,
         aligned == "True",
         common == "True",
