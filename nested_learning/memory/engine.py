@@ -41,6 +41,7 @@ def run(
     """
     tokens = inputs.paths["k"].shape[2]
     compiling = torch.compiler.is_compiling()
+    operates = compiling and one_operator()
     call = Call(
         device=inputs.paths["k"].device.type,
         dtype=how.dtype,
@@ -48,13 +49,15 @@ def run(
         surprise=how.surprise,
         compile_step=how.compile_step,
         one_token=tokens == 1,
-        whole_chunks=boundaries.common and not isinstance(tokens, torch.SymInt) and tokens >= system.step,
+        whole_chunks=boundaries.common
+        and not (operates or isinstance(tokens, torch.SymInt))  # to compare a symbol would fix it
+        and tokens >= system.step,
         padded=inputs.real is not None,
         grad=torch.is_grad_enabled(),
         compiling=compiling,
         traced=traced(),
         checked=check.enabled(),
-        one_operator=compiling and one_operator(),
+        one_operator=operates,
     )
     # A compiler looks through the cache of `choose`, and warns that it does.
     engine = choose.__wrapped__(system, call) if call.compiling else choose(system, call)

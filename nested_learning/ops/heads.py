@@ -306,7 +306,7 @@ def _rms_normalised(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _plainly(x: Tensor) -> bool:
     """Whether plain operations on all of x are better: no CPU, little to do, or a tracing transform."""
-    return x.device.type != "cpu" or x.numel() < BLOCK or traced()
+    return x.device.type != "cpu" or traced() or x.numel() < BLOCK
 
 
 def _blocks(x: Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:

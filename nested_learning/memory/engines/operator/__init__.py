@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from nested_learning.memory.engines.operator import library
 from nested_learning.memory.engines.operator.pieces import WITHIN
@@ -36,13 +37,13 @@ def run(
     """Results of the engine that runs within the operator."""
     tokens = inputs.paths["k"].shape[2]
     # A length that is a symbol may end anywhere: to ask would compile a graph for each answer.
-    known = boundaries.common and not isinstance(tokens, torch.SymInt)
-    aligned = system.exact or (known and all(tokens % size == 0 for size in system.chunk_sizes))
+    ends = all(statically_known_true(tokens % size == 0) for size in system.chunk_sizes)
+    aligned = system.exact or (boundaries.common and ends)
     given = named(initial, state, inputs, boundaries)
     saves = "nothing"
     if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
         little = how.recompute or inputs.real is not None or not boundaries.common
-        saves = "segments" if little or (known and tokens < system.step) else "chunks"
+        saves = "segments" if little or statically_known_true(tokens < system.step) else "chunks"
     plan = (saves, aligned, boundaries.common, how.backend, how.dtype, how.surprise, how.compile_step)
     results = library.read(list(given.values()), written(plan, list(given), system.key))
     names = state_names(system, not aligned)
