@@ -138,7 +138,9 @@ class LevelEntry:
                 f"{self.title} is {entry!r}; expected keys such as {{'part': 'cms.1', 'period': 8}}"
             )
         named = entry["part"]
-        self.parts: list[str] = [named] if isinstance(named, str) else list(named)
+        self.parts: list[str] = [named] if isinstance(named, str) else named
+        if not isinstance(self.parts, (list, tuple)) or not all(isinstance(part, str) for part in self.parts):
+            raise ValueError(f"{self.title} has the part {named!r}; expected a name, or several in a list")
         self.title += f" ({', '.join(map(str, self.parts))})"
         with self.told():
             self.period = entry.get("period", 1)

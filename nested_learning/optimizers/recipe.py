@@ -203,8 +203,8 @@ def matrices_and_rest(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]
 
 @contextmanager
 def _told(cls: type[Optimizer]) -> Iterator[None]:
-    """Make a ValueError with the optimizer's name of the TypeErrors that torch's checks of numbers raise."""
+    """Make a ValueError with the optimizer's name of what torch's checks of options raise."""
     try:
         yield
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"an option of {cls.__name__} has a value that it cannot take: {error}") from error

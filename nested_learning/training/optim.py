@@ -15,6 +15,8 @@ from nested_learning.optimizers import build
 from nested_learning.optimizers.recipe import by_name, is_adam, options_of
 from nested_learning.training.config import DEFAULT_WARMUP, OptimConfig
 
+# Arguments of `build` that are no options of an optimizer.
+BUILT = ("name", "model", "lr", "weight_decay", "levels", "tokens_per_row", "max_grad_norm", "adamw")
 NOT_IN_RUNS = {
     "lbfgs": "needs a function that computes the loss anew, which a run does not have",
     "sparseadam": "takes sparse gradients alone, which these models do not have",
@@ -36,6 +38,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, tokens_per_row: int |
     for name in names:
         if str(name).lower() in NOT_IN_RUNS:
             raise ValueError(f"{name} {NOT_IN_RUNS[str(name).lower()]}; choose another --optim.name")
+    if own := sorted(set(BUILT) & config.options.keys()):
+        raise ValueError(f"optim.options has {own[0]!r}; expected other options of {config.name} alone")
     adamw = {"betas": tuple(config.betas), "eps": config.eps}
     known = by_name()
     users = [known[str(name).lower()] for name in names if str(name).lower() in known]

@@ -226,7 +226,7 @@ def test_text_shows_every_component(system):
     text = str(system)
     assert all(" ".join(c.name.split()[-2:]) in re.sub(r"[│\s]+", " ", text) for c in system.components)
     assert "backpropagation" in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 126
     console = Console(width=160, file=io.StringIO())
     console.print(system)
     assert "CMS level 2 (chunk 2048)" in console.file.getvalue()

@@ -146,6 +146,10 @@ def test_levels_stand_in_yaml_and_on_the_command_line(nested, tmp_path, text_fil
         (["--optim.name", "lbfgs"], "choose another --optim.name"),
         (["--optim.name", "sgd", "--optim.eps", "1e-3"], "give options of its own as optim.options"),
         (["--optim.name", "rprop"], "set weight_decay to 0"),
+        (["--optim.options", '{"lr": 1}'], "optim.options has 'lr'"),
+        (["--optim.options", '{"betas": 3}'], "has a value that it cannot take"),
+        (["--optim.levels", '[{"part": 5}]'], "expected a name, or several in a list"),
+        (["--optim.levels", "[5]"], "levels"),
         (["--optim.options", '{"alfa": 1}'], "unknown option of AdamW: 'alfa'"),
     ],
 )
