@@ -31,7 +31,7 @@ def takes(kind: Hashable, rows: int) -> bool:
     return rows in known and not _broken
 
 
-def call(function: FunctionType, kind: Hashable, *arguments: Any) -> Any:
+def call(function: Callable[..., Any], kind: Hashable, *arguments: Any) -> Any:
     """function(*arguments) as a compiled graph, or plainly once compiling has failed, with one warning.
 
     Args:
@@ -56,7 +56,8 @@ def call(function: FunctionType, kind: Hashable, *arguments: Any) -> Any:
 
 
 @cache
-def _compiled(function: FunctionType, kind: Hashable, compiler: Compiler) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], kind: Hashable, compiler: Compiler) -> Callable[..., Any]:
+    assert isinstance(function, FunctionType)
     # torch counts compilations by code object, and after eight runs it plainly: each kind has its own object.
     code = function.__code__.replace(co_name=f"{function.__name__}_{_compiled.cache_info().misses}")
     own = FunctionType(code, function.__globals__, None, function.__defaults__, function.__closure__)

@@ -6,8 +6,7 @@ chunk is the first or a later one, or on which of several like layers it is of.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from types import FunctionType
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +63,7 @@ class CompiledChunk(NamedTuple):
         )
         return found
 
-    def _call(self, function: FunctionType, *arguments: Any) -> Any:
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         with torch.no_grad():
             return compiler.call(function, (self.kind, len(self.like)), *arguments)
 
