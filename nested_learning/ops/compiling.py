@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from types import FunctionType
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 Compiler = str | Callable[..., Any]
+_numbers = itertools.count()
 
 
 class Compiled:
@@ -29,9 +31,9 @@ class Compiled:
     def __init__(self, plain: Callable[..., Any], what: str, **options: Any) -> None:
         assert isinstance(plain, FunctionType)
         self.plain, self.what = plain, what
-        own = FunctionType(
-            plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-        )
+        # equal code objects would count as one
+        code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(_numbers)}")
+        own = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
         own.__kwdefaults__ = plain.__kwdefaults__
         self._compiled = torch.compile(own, **options)
         self.works = True
