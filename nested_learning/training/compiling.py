@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,12 +40,12 @@ def run_plainly(model: PreTrainedModel) -> None:
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    return list(model.base_model.layers)
+    return list(cast(nn.ModuleList, model.base_model.layers))
 
 
 def _try_out() -> None:
     """Compile something small; the disk's cache of compiled code says nothing about the compiler."""
-    options = {"force_disable_caches": True} if BACKEND == "inductor" else None
+    options: dict[str, Any] | None = {"force_disable_caches": True} if BACKEND == "inductor" else None
     torch.compile(_double, backend=BACKEND, options=options)(torch.zeros(2))
 
 

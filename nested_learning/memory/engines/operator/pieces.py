@@ -37,13 +37,15 @@ def forward(plan: RunPlan, given: dict[str, Tensor]) -> tuple[list[Tensor], list
     """The results, and what the backward pass needs besides them and what was given: new tensors all."""
     with torch.no_grad(), full_precision(given["k"].device):
         state, sizes = state_in(given), plan.sizes(given["k"].shape[1])
-        ys, surprises, saved, start = [], [], [], 0
+        ys, surprises, start = [], [], 0
+        saved: list[Tensor] = []
+        between: list[list[Tensor]] = []  # the states before all segments but the first
         for i, inputs in enumerate(_cut(given, sizes)):
             if plan.saves == "chunks" and i == 0:
                 y, state, surprise, saved = kept.forward(plan, given, state, inputs)
             else:
                 if i and plan.saves == "segments":
-                    saved.append(state_tensors(state, plan.between()))
+                    between.append(state_tensors(state, plan.between()))
                 y, state, surprise = _run(plan, given, state, inputs, start)
             ys.append(y.transpose(1, 2))
             surprises.append(surprise)
@@ -53,7 +55,7 @@ def forward(plan: RunPlan, given: dict[str, Tensor]) -> tuple[list[Tensor], list
         if plan.surprise:
             results.append(_joined([s for s in surprises if s is not None], 1))
         if plan.saves == "segments":
-            before = zip(*saved, strict=True) if saved else ()
+            before = zip(*between, strict=True) if between else ()
             saved = [torch.stack(tensors) for tensors in before] or states_like(given, plan.between(), 0)
         return results, saved
 
