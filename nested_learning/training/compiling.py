@@ -45,7 +45,7 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def _try_out() -> None:
     """Compile something small; the disk's cache of compiled code says nothing about the compiler."""
-    options: Any = {"force_disable_caches": True} if BACKEND == "inductor" else None
+    options: dict[str, Any] | None = {"force_disable_caches": True} if BACKEND == "inductor" else None
     torch.compile(_double, backend=BACKEND, options=options)(torch.zeros(2))
 
 

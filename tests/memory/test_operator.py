@@ -223,9 +223,12 @@ def test_what_cannot_see_into_an_operator():
 
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))
     want = per_sample(parameters, x.detach())
-    got = torch.compile(per_sample, backend="eager")(parameters, x.detach())
-    for name, g in want.items():
-        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-10)
+    for row in range(3):
+        [g] = torch.autograd.grad(layer(x[row : row + 1])[0].square().sum(), [layer.in_proj.weight])
+        torch.testing.assert_close(want["in_proj.weight"][row], g, rtol=1e-10, atol=1e-10)
+    # torch.compile takes no autograd function below vmap
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.compile(per_sample, backend="eager")(parameters, x.detach())
 
     def penalty(call):
         [g] = torch.autograd.grad(call(x)[0].square().sum(), x, create_graph=True)
@@ -250,11 +253,10 @@ def test_forward_derivatives_are_those_without_a_compiler():
 def test_a_system_is_found_by_its_text():
     """Also that of a copy, or of one that came from another process."""
     system = build("titans").system
-    assert SYSTEMS[system.key] is not None
     assert SYSTEMS[system.key] == system
-    del SYSTEMS[system.key]
-    for again in (copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
-        assert SYSTEMS.pop(again.key) == system
+    for other in (copy.deepcopy, lambda system: pickle.loads(pickle.dumps(system))):
+        del SYSTEMS[system.key]
+        assert SYSTEMS[other(system).key] == system
 
 
 @pytest.mark.slow  # compiles for a minute

@@ -72,12 +72,12 @@ def backward(
     """
     names, tokens = state_names(plan.system, False), g_y.shape[1]
     g_state = [torch.zeros_like(W) for W in after]
-    for name, g in g_after.items():  # where the run ends here, the current weights are the anchors too
-        g_state[names.index(name.replace("anchor", "current"))] += g
+    for name, value in g_after.items():  # where the run ends here, the current weights are the anchors too
+        g_state[names.index(name.replace("anchor", "current"))] += value
     start = "anchor" if "anchor.W1" in given else "current"  # which of them the chunks go on from
     begun = [name.replace("current", start) for name in names]
     if tokens == 0:
-        return {name: g for name, g in zip(begun, g_state, strict=True) if name in given}
+        return {name: value for name, value in zip(begun, g_state, strict=True) if name in given}
     whole = inputs_in(given).split([tokens, given["k"].shape[1] - tokens])[0]
     call, operands = chunked.described(
         plan.system, weights_in(given, "initial"), state_in(given), whole, plan.how

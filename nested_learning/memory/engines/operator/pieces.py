@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +38,14 @@ def forward(plan: RunPlan, given: dict[str, Tensor]) -> tuple[list[Tensor], list
     with torch.no_grad(), full_precision(given["k"].device):
         state, sizes = state_in(given), plan.sizes(given["k"].shape[1])
         ys, surprises, start = [], [], 0
-        saved: list[Any] = []  # of each segment its tensors, or the tensors themselves
+        saved: list[Tensor] = []
+        between: list[list[Tensor]] = []  # the states before all segments but the first
         for i, inputs in enumerate(_cut(given, sizes)):
             if plan.saves == "chunks" and i == 0:
                 y, state, surprise, saved = kept.forward(plan, given, state, inputs)
             else:
                 if i and plan.saves == "segments":
-                    saved.append(state_tensors(state, plan.between()))
+                    between.append(state_tensors(state, plan.between()))
                 y, state, surprise = _run(plan, given, state, inputs, start)
             ys.append(y.transpose(1, 2))
             surprises.append(surprise)
@@ -55,7 +55,7 @@ def forward(plan: RunPlan, given: dict[str, Tensor]) -> tuple[list[Tensor], list
         if plan.surprise:
             results.append(_joined([s for s in surprises if s is not None], 1))
         if plan.saves == "segments":
-            before = zip(*saved, strict=True) if saved else ()
+            before = zip(*between, strict=True) if between else ()
             saved = [torch.stack(tensors) for tensors in before] or states_like(given, plan.between(), 0)
         return results, saved
 
