@@ -1,14 +1,14 @@
-"""Whole chunks by the written-out algebra in an operator: what the backward pass needs goes into one tensor.
+"""Whole chunks by the written-out algebra in an operator, and what the backward pass needs of all of them.
 
-A row of it is what is kept of a chunk: a compiled graph has as many tensors for a long sequence as for a
-short one.
+Each tensor that is kept of a chunk is a row of one that has them of all chunks: a compiled graph has as many
+tensors for a long sequence as for a short one. Not all in one tensor: large ones come from the system anew at
+each step, and on a CPU the first touch of their pages costs a tenth of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -28,9 +28,6 @@ from nested_learning.memory.engines.operator.plan import (
 from nested_learning.memory.running import How, Inputs, MemoryState, Readouts
 from nested_learning.memory.system import MemorySystem
 
-# Numbers to whose multiples the tensors in a row begin, for kernels that read several at once.
-_ALIGNED = 16
-
 
 def forward(
     plan: RunPlan, given: Mapping[str, Tensor], state: MemoryState, inputs: Inputs
@@ -38,12 +35,12 @@ def forward(
     """y, the state and the surprise after whole chunks, and what is saved: what is kept of the chunks and,
     unless the run ends with them, the state."""
     rows = empty_rows(plan, given, inputs.paths["k"].shape[2] // plan.system.chunk_size)
-    (layout, count), rest = _layout_for(plan, given), iter(rows)
+    rest = zip(*rows, strict=True)
 
     def keep(chunk: Kept) -> None:
-        for place, leaf in zip(layout.parts(next(rest), count), pytree.tree_leaves(chunk), strict=True):
-            if place is not None:
-                place.copy_(leaf)
+        leaves = [leaf for leaf in pytree.tree_leaves(chunk) if leaf is not None]
+        for place, leaf in zip(next(rest), leaves, strict=True):
+            place.copy_(leaf)
 
     call, operands = chunked.described(plan.system, weights_in(given, "initial"), state, inputs, plan.how)
     y, W1, W2, S1, S2, surprise = chunked.forward(call, operands, keep)
@@ -52,25 +49,26 @@ def forward(
     middle = (
         [] if plan.aligned else [t.clone() for t in state_tensors(state, state_names(plan.system, False))]
     )
-    return y, state, surprise, [rows, *middle]
+    return y, state, surprise, [*rows, *middle]
 
 
 def backward(
     plan: RunPlan,
     given: dict[str, Tensor],
-    rows: Tensor,
-    after: list[Tensor],
+    saved: Sequence[Tensor],
+    end: list[Tensor],
     g_y: Tensor,
     g_after: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Gradients of whole chunks, by name.
 
     Args:
-        rows: what is kept of each chunk.
-        after: the state after them, and `g_after` the gradients to it by name.
+        saved: by `forward`.
+        end: the state after the run, and `g_after` the gradients to that after these chunks by name.
         g_y: [B, T, H, d], of these chunks.
     """
-    names, tokens = state_names(plan.system, False), g_y.shape[1]
+    layout, names, tokens = _layout_for(plan, given), state_names(plan.system, False), g_y.shape[1]
+    rows, after = saved[: layout.number], list(saved[layout.number :]) or end
     g_state = [torch.zeros_like(W) for W in after]
     for name, value in g_after.items():  # where the run ends here, the current weights are the anchors too
         g_state[names.index(name.replace("anchor", "current"))] += value
@@ -82,8 +80,7 @@ def backward(
     call, operands = chunked.described(
         plan.system, weights_in(given, "initial"), state_in(given), whole, plan.how
     )
-    layout, count = _layout_for(plan, given)
-    chunks = [layout.unpacked(row, count) for row in rows]
+    chunks = [layout.unpacked(chunk) for chunk in zip(*rows, strict=True)]
     missing = [None] * (4 - len(names))
     slopes = chunked.backward(
         call, operands, [*after, *missing], chunks, g_y.transpose(1, 2), [*g_state, *missing]
@@ -97,58 +94,45 @@ def backward(
     return {name: t for name, t in found.items() if t is not None and name in given}
 
 
-def empty_rows(plan: RunPlan, given: Mapping[str, Tensor], count: int | torch.SymInt) -> Tensor:
-    """The tensor for what is kept of so many chunks [count, numbers of a chunk]."""
-    layout, rows = _layout_for(plan, given)
-    return given["k"].new_empty(count, layout.length(rows))
+def state_after(plan: RunPlan, given: Mapping[str, Tensor], saved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The state after whole chunks, of what `forward` saved; none where the run ends with them."""
+    return saved[_layout_for(plan, given).number :]
 
 
-def _layout_for(plan: RunPlan, given: Mapping[str, Tensor]) -> tuple[_Layout, int]:
-    """The layout of a chunk, and the number of rows times heads."""
-    B, _, H, d = given["k"].shape
-    return _layout(plan.system, int(H), int(d)), B * H
+def empty_rows(plan: RunPlan, given: Mapping[str, Tensor], chunks: int | torch.SymInt) -> list[Tensor]:
+    """The tensors [chunks, ...] for what is kept of so many chunks."""
+    k = given["k"]
+    rows, layout = k.shape[0] * k.shape[2], _layout_for(plan, given)
+    return [
+        k.new_empty(chunks, *(rows if n < 0 else n for n in shape), dtype=torch.bool if flag else None)
+        for shape, flag in zip(layout.shapes, layout.flags, strict=True)
+        if shape is not None
+    ]
+
+
+def _layout_for(plan: RunPlan, given: Mapping[str, Tensor]) -> _Layout:
+    _, _, H, d = given["k"].shape
+    return _layout(plan.system, int(H), int(d))
 
 
 class _Layout(NamedTuple):
-    """How what is kept of a chunk lies in a row."""
+    """What is kept of a chunk."""
 
     spec: pytree.TreeSpec  # how it is nested
     shapes: tuple[tuple[int, ...] | None, ...]  # of its tensors, −1 for rows times heads; None: there is none
     flags: tuple[bool, ...]  # which of them are of truth values
 
-    def sizes(self, rows: int) -> list[tuple[int, ...] | None]:
-        """The shapes for so many rows times heads."""
-        return [
-            None if shape is None else tuple(rows if n < 0 else n for n in shape) for shape in self.shapes
-        ]
+    @property
+    def number(self) -> int:
+        """Number of tensors."""
+        return sum(shape is not None for shape in self.shapes)
 
-    def length(self, rows: int) -> int:
-        """Numbers of a chunk."""
-        return sum(_rounded(prod(shape)) for shape in self.sizes(rows) if shape is not None)
-
-    def parts(self, row: Tensor, rows: int) -> list[Tensor | None]:
-        """The tensors of a chunk, as parts of its row."""
-        parts: list[Tensor | None] = []
-        start = 0
-        for shape in self.sizes(rows):
-            if shape is None:
-                parts.append(None)
-                continue
-            parts.append(row[start : start + prod(shape)].view(shape))
-            start += _rounded(prod(shape))
-        return parts
-
-    def unpacked(self, row: Tensor, rows: int) -> Kept:
-        """What is kept of a chunk, from its row."""
-        parts = zip(self.parts(row, rows), self.flags, strict=True)
-        chunk: Kept = pytree.tree_unflatten(
-            [part.bool() if flag and part is not None else part for part, flag in parts], self.spec
-        )
+    def unpacked(self, tensors: Sequence[Tensor]) -> Kept:
+        """What is kept of a chunk, from its tensors."""
+        rest = iter(tensors)
+        leaves = [None if shape is None else next(rest) for shape in self.shapes]
+        chunk: Kept = pytree.tree_unflatten(leaves, self.spec)
         return chunk
-
-
-def _rounded(numbers: int) -> int:
-    return -(-numbers // _ALIGNED) * _ALIGNED
 
 
 @cache

@@ -47,7 +47,7 @@ def _(tensors: list[Tensor], plan: str) -> list[Tensor]:
     if what.saves == "segments":
         results += states_like(given, what.between(), (T - 1) // what.segment)
     elif what.saves == "chunks":
-        results.append(kept.empty_rows(what, given, T // what.system.chunk_size))
+        results += kept.empty_rows(what, given, T // what.system.chunk_size)
         results += states_like(given, state_names(what.system, False)) if not what.aligned else []
     return results
 

@@ -83,8 +83,7 @@ def backward(
         for i in reversed(range(len(sizes))):
             start -= sizes[i]
             if plan.saves == "chunks" and i == 0:
-                after = list(saved[1:]) or list(end.values())
-                g = kept.backward(plan, given, saved[0], after, g_ys[0], g_state)
+                g = kept.backward(plan, given, saved, list(end.values()), g_ys[0], g_state)
             else:
                 before = _before(plan, given, saved, i)
                 g = _again(plan, before, pieces[i], start, g_ys[i], g_state)
@@ -105,7 +104,8 @@ def _before(
         return given
     fixed = {name: t for name, t in given.items() if not of_state(name)}
     if plan.saves == "chunks":  # the state after the whole chunks
-        return {**fixed, **dict(zip(state_names(plan.system, False), saved[1:], strict=True))}
+        after = kept.state_after(plan, given, saved)
+        return {**fixed, **dict(zip(state_names(plan.system, False), after, strict=True))}
     return {**fixed, **{name: t[piece - 1] for name, t in zip(plan.between(), saved, strict=True)}}
 
 
