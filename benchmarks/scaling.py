@@ -232,9 +232,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     repeats = given.repeats or (1 if given.quick else 5)
     if given.against is not None:
         if given.question in ("attention", "length"):
-            options.error(
-                f"argument --against: not with `{given.question}`, which needs more than public names"
-            )
+            options.error(f"argument --against: not with `{given.question}`, whose block is no public name")
         layer, lengths = (QUICK_LAYER, QUICK_LONG) if given.quick else (LAYER, LONG)
         gate.equals_oracle(build_layer(layer, None), layer["chunk"] + 9)
         case = ("scaling", {"shape": layer, "lengths": lengths})

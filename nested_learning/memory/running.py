@@ -135,7 +135,8 @@ class Boundaries(NamedTuple):
             if not any(at):
                 return anchor
             if self.end is None and all(at):
-                return current
+                # Apart where rows have places of their own, so that a state has one size at all places.
+                return current if self.common else {name: W.clone() for name, W in current.items()}
         ends = [column % size == 0 for size in sizes]  # per memory
         device = next(iter(current.values())).device
         # A flag is filled in on the device: copying it there would wait for it.

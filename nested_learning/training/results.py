@@ -73,7 +73,7 @@ def write_results(
         "seed": config.seed,
         "data": bundle.summary | _samples_read(trainer, bundle),
         "parameters": model.num_parameters(),
-        "system": levels(model, trainer.optimizer).to_dict(),
+        "system": levels(trainer.lm, trainer.optimizer).to_dict(),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "tokens_per_second": tokens / sum(step_seconds) if step_seconds else None,
@@ -88,16 +88,16 @@ def write_results(
         "losses": {"train": train, "validation": validation},
         "sample": _sample(model, bundle, config.sample_tokens, config.seed),
         "minutes": None if trainer.clock is None else trainer.clock.seconds / 60,
-        "files": {
-            "model": str(folder.model),
-            "result": str(folder.result),
-            "plot": str(folder.plot),
-            "positions": scores and str(folder.positions),
-            "tensorboard": str(folder.tensorboard),
-        },
+        "files": _files(folder) | {"positions": scores and str(folder.positions)},
     }
     write_json(folder.result, result)
     return result
+
+
+def _files(folder: RunFolder) -> dict[str, Any]:
+    """Where everything lies, by name."""
+    names = ("model", "result", "plot", "tensorboard")
+    return {name: str(getattr(folder, name)) for name in names}
 
 
 def _plot(trainer: HopeTrainer, folder: RunFolder, scores: dict[str, Any] | None) -> tuple[Curve, Curve]:

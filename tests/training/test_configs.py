@@ -20,6 +20,7 @@ FREQUENCIES = {  # of the parts, in optimizer steps; memories in context, in tok
     "all-levels-in-context": ({1}, {1, 32, 64, 256}),
     "adaptive-everything": ({1}, {1, 32}),
     "hope-attention": ({1, 8}, set()),
+    "transformer-window": ({1}, set()),
 }
 
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nested_learning.training import run as run_module
 from nested_learning.training.callbacks import StepTimer
-from nested_learning.training.config import OptimConfig
+from nested_learning.training.config import DEFAULT_EVALS, OptimConfig
 from nested_learning.training.data import DataConfig, bits_per_byte, build_data
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import build_optimizer, build_schedule
@@ -305,4 +304,4 @@ def test_training_learns(tiny):
     result = train(tiny(steps=60, optim=OptimConfig(lr=1e-2))).result
     assert fmean(losses(result)[-5:]) < losses(result)[0] - 1.5
     assert result["validation"]["after"]["nats_per_token"] < result["validation"]["before"]["nats_per_token"]
-    assert len(result["losses"]["validation"]) == run_module.DEFAULT_EVALS + 1
+    assert len(result["losses"]["validation"]) == DEFAULT_EVALS + 1

@@ -24,7 +24,7 @@ from nested_learning.models.hope.keywords_hope import check_keywords, check_posi
 from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
-from nested_learning.ops.context import has_values, traced
+from nested_learning.ops.context import has_values
 
 
 @dataclass
@@ -165,8 +165,9 @@ class HopeModel(HopePreTrainedModel):
         if cache is not None:
             if cache.recording is not None:
                 cache.recording.add(cache, tokens, reader)
-            # As they will be after single tokens, for which a compiler is to make one graph.
-            if (traced() or length > 1) and not torch.is_grad_enabled():
+            # As they will be after single tokens, for which a compiler is to make one graph; not elsewhere,
+            # where what fields share need not be held twice.
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
                 states = {name: state.unshared() for name, state in states.items()}
             cache.advance(states, x, input_ids, real)
         return HopeModelOutput(
