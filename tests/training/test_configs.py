@@ -41,9 +41,10 @@ def test_each_has_its_frequencies():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_trains(path, text_file, tmp_path):
     config = load_config(path)
-    data = dataclasses.replace(config.data, source=str(text_file), max_validation_blocks=4)
-    config = dataclasses.replace(config, data=data, output=str(tmp_path), steps=24, batch_size=2)
+    block = min(config.data.block_size, 256)  # a boundary of the slowest chunk in context is in each
+    data = dataclasses.replace(config.data, source=str(text_file), block_size=block, max_validation_blocks=4)
+    config = dataclasses.replace(config, data=data, output=str(tmp_path), steps=12, batch_size=2)
     result = train(dataclasses.replace(config, sample_tokens=0)).result
     before, after = (result["validation"][when]["nats_per_token"] for when in ("before", "after"))
     assert math.isfinite(after)
-    assert after < before - 0.5
+    assert after < before - 0.2
