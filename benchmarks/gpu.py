@@ -179,7 +179,7 @@ def decode(device: torch.device, quick: bool, tokens: int, compiling: bool) -> d
             sessions = {"plain": Session(model, ids)}
             for how, mode in MODES.items() if compiling else ():
                 sessions[how] = CopyingSession(model, ids)
-                sessions[how].model = torch.compile(model, mode=mode)  # type: ignore[assignment]
+                sessions[how].call = torch.compile(model, mode=mode)  # type: ignore[assignment]
             seconds = interleaved(
                 {how: session.next for how, session in sessions.items()},
                 tokens,

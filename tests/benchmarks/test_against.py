@@ -19,6 +19,7 @@ TINY = {"batch": 1, "tokens": 16, "width": 32, "heads": 2, "chunk": 8}
 LONG = {**TINY, "batch": 8, "tokens": 4096}  # a call takes several seconds
 
 
+@pytest.mark.slow
 def test_both_run_in_turn_and_both_commits_are_named(monkeypatch, capfd):
     found = {}
 

@@ -102,7 +102,13 @@ class Graphs:
         return [len(graph.graph.nodes) for graph in self.found]
 
 
-@pytest.mark.parametrize("name", [*sorted(OPTIONS), *MEMORIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "mac" else name
+        for name in [*sorted(OPTIONS), *MEMORIES]
+    ],
+)
 def test_one_graph_for_every_mixer(name):
     """No break, and the same numbers; of a memory, a graph that does not grow with the number of chunks."""
     layer, graphs = build(name), Graphs()

@@ -74,8 +74,8 @@ def test_second_derivatives(case, monkeypatch):
     def run(x, history=None, weight=None):
         return unit_heads(x, history, weight, Heads(case[3], case[4]))
 
-    assert torch.autograd.gradcheck(run, leaves)
-    assert torch.autograd.gradgradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)  # along random directions
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 def test_transforms_see_the_composition(monkeypatch):

@@ -120,6 +120,7 @@ def test_settings_are_checked(tiny):
         compare(CompareConfig(models=["hope-tinny", "transformer-tiny"]))
 
 
+@pytest.mark.slow  # two fresh processes
 def test_step_memory_grows_with_the_batch(tiny):
     fields = {**tiny().model, "hidden_size": 64, "mixer": "attention", "vocab_size": 258}
     small, large = (step_memory(fields, (rows, 256), "cpu") for rows in (1, 64))
