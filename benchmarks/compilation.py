@@ -12,6 +12,7 @@ from benchmarks import cases
 from benchmarks.cases import forward, slopes
 from benchmarks.harness import interleaved, show
 from nested_learning import HopeForCausalLM
+from nested_learning.layers import set_compile_step
 from nested_learning.models import preset
 from nested_learning.training.compiling import compile_blocks
 
@@ -33,7 +34,7 @@ def layers(shape: dict[str, int], repeats: int, only: list[str] | None) -> list[
     x, rows = cases.inputs(shape), []
     for name in (name for name in WRITTEN_OUT if only is None or name in only):
         plain = cases.mixer(name, shape)
-        compiled = torch.compile(plain, fullgraph=True)
+        compiled = cases.compiled(plain)
         seconds_to_compile = first(lambda f=compiled: slopes(f, x))
         fast = interleaved(
             {"plain": lambda f=plain: forward(f, x), "compiled": lambda f=compiled: forward(f, x)}, repeats
@@ -63,6 +64,7 @@ def steps(sizes: dict[str, int], repeats: int) -> list[dict[str, Any]]:
         if how == "blocks":
             compile_blocks(model)
         else:
+            set_compile_step(model, True)
             compiled = torch.compile(model)
 
         def step(call: Callable[..., Any], tokens: torch.Tensor) -> None:

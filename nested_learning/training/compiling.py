@@ -9,15 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from nested_learning.layers import set_compile_step
+
 BACKEND: Any = "inductor"
 
 
 def compile_blocks(model: PreTrainedModel) -> bool:
     """Let the blocks of a model run through torch.compile; False, with a warning, where nothing compiles.
 
-    One graph serves all blocks that are alike, which takes a fraction of the time of a graph of the whole
-    model, and what wraps the model (DDP, FSDP) or a block (checkpointing) finds them as they were. No name of
-    a parameter changes.
+    The memories' chunks within them are compiled too. One graph serves all blocks that are alike, which takes
+    a fraction of the time of a graph of the whole model, and what wraps the model (DDP, FSDP) or a block
+    (checkpointing) finds them as they were. No name of a parameter changes.
     """
     try:
         _try_out()
@@ -28,6 +30,7 @@ def compile_blocks(model: PreTrainedModel) -> bool:
             stacklevel=2,
         )
         return False
+    set_compile_step(model, True)
     for block in _blocks(model):
         block.compile(backend=BACKEND)
     return True
@@ -35,6 +38,7 @@ def compile_blocks(model: PreTrainedModel) -> bool:
 
 def run_plainly(model: PreTrainedModel) -> None:
     """Undo `compile_blocks`: generation would compile its own graphs for a few tokens."""
+    set_compile_step(model, model.config.compile_step)
     for block in _blocks(model):
         block._compiled_call_impl = None
 
@@ -45,8 +49,8 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def _try_out() -> None:
     """Compile something small; the disk's cache of compiled code says nothing about the compiler."""
-    options: dict[str, Any] | None = {"force_disable_caches": True} if BACKEND == "inductor" else None
-    torch.compile(_double, backend=BACKEND, options=options)(torch.zeros(2))
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        torch.compile(_double, backend=BACKEND)(torch.zeros(2))
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
