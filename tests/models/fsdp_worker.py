@@ -1,6 +1,6 @@
 """Train one step of copied or sharded models in each process, and compare with the model in one piece.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.models.fsdp_worker CASE ... [WAY]
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.models.fsdp_worker CASE ... [WAY] [compiled]
 
 Prints one JSON line: by case and way of sharding the largest difference, or the error.
 """
@@ -20,8 +20,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nested_learning import HopeForCausalLM
+from nested_learning.training import compiling
+from nested_learning.training.compiling import compile_blocks
 from tests.ecosystem.tiny_hope import hope, ids
 
+COMPILED = "compiled"  # the blocks run through torch.compile
 WAYS = ("ddp", "model", "blocks", "parts", "fsdp1", "fsdp1 blocks")
 
 
@@ -59,7 +62,10 @@ def step(case: str, way: str) -> float:
     labels = text.masked_fill(mask == 0, -100)
     wanted = plain(text, attention_mask=mask, labels=labels).loss
     wanted.backward()
-    sharded = shard(copy.deepcopy(plain), way)
+    copied = copy.deepcopy(plain)
+    if COMPILED in sys.argv:
+        assert compile_blocks(copied)
+    sharded = shard(copied, way)
     rows = slice(2 * rank, 2 * rank + 2)
     for _ in range(2):
         sharded.zero_grad()
@@ -80,11 +86,12 @@ def step(case: str, way: str) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
+    compiling.BACKEND = "aot_eager"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     found: dict[str, float | str] = {}
     chosen = [argument for argument in sys.argv[1:] if argument in WAYS] or WAYS
-    for case in (argument for argument in sys.argv[1:] if argument not in WAYS):
+    for case in (argument for argument in sys.argv[1:] if argument not in (*WAYS, COMPILED)):
         for way in chosen:
             try:
                 found[f"{case}, {way}"] = step(case, way)

@@ -55,6 +55,12 @@ def test_two_processes():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["model", "blocks"])
+def test_two_processes_with_compiled_blocks(way):
+    check(train(2, "self_modifying_titans", "gated_deltanet", "regression", way, "compiled"))
+
+
+@pytest.mark.slow
 def test_scalars_are_refused_by_torch():
     for result in train(1, LEARNED_RATES).values():
         assert "log_lr" in result
