@@ -1,6 +1,6 @@
 """Train one step of copied or sharded models in each process, and compare with the model in one piece.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.models.fsdp_worker CASE ... [WAY compiled]
+    python -m torch.distributed.run --nproc_per_node 2 -m tests.models.fsdp_worker CASE ... [WAY compiled]
 
 Prints one JSON line: by case and way of sharding the largest difference, or the error.
 """
