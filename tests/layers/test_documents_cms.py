@@ -67,7 +67,7 @@ def alone(
             taught = None if learn is None else learn[b : b + 1, at]
             out, own = cms(x[b : b + 1, at], own, learn=taught)
             y = y.index_put((torch.tensor(b), at), out[0])
-        after.append(cms.start(1, x.dtype) if own is None else own)
+        after.append(cms.start(cms.learning(x[b : b + 1], x.dtype)) if own is None else own)
     return y, CMSState.join_rows(after)
 
 
