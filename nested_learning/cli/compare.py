@@ -21,7 +21,7 @@ for each model alone in a fresh process. Short flags: --data, --tokenizer, --blo
 
 example:
   nested-learning compare hope-tiny transformer-tiny --data tinyshakespeare --steps 200 --lr 3e-3 1e-2
-  nested-learning compare hope-tiny hope-tiny:m3 configs/nested.yaml --seeds 0 1 2 --cache runs/optimizers
+  nested-learning compare hope-tiny hope-tiny:m3 configs/slow-mid-fast.yaml --seeds 0 1 2 --cache runs/kept
 """
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nested_learning.ops.compiling import has_new_strides
 from nested_learning.ops.rows import join_rows
 
 S = TypeVar("S", bound="State")
@@ -81,7 +82,7 @@ class State:
         seen: list[Tensor] = []
 
         def own(t: Tensor) -> Tensor:
-            if any(t is other for other in seen) or t.stride() != _strides(t.shape):
+            if any(t is other for other in seen) or not has_new_strides(t):
                 t = t.clone(memory_format=torch.contiguous_format)
             seen.append(t)
             return t
@@ -164,15 +165,6 @@ class State:
             if values[name] is not None:
                 values[name] = inner.from_tensors(values[name])
         return cls(**values)
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a new tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def _inner_states(cls: type[State]) -> dict[str, type[State]]:

@@ -9,9 +9,21 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Compiler = str | Callable[..., Any]
 _numbers = itertools.count()
+
+
+def has_new_strides(x: Tensor) -> bool:
+    """Whether x has the strides of a new tensor, also where a dimension of 1 has no use for its own: a graph
+    is for such strides alone."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
 
 
 class Compiled:

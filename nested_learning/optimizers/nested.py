@@ -12,10 +12,8 @@ from torch.optim import Optimizer
 
 from nested_learning.optimizers.base import Group, load_exactly
 
-NAMED = (
-    "state",
-    "param_groups",
-)  # in every state_dict; the rest of an optimizer's own stands in "optimizers"
+# In every state_dict; the rest of an optimizer's own stands in "optimizers".
+NAMED = ("state", "param_groups")
 
 
 class NestedOptimizer(Optimizer):

@@ -49,9 +49,8 @@ class RunClock(TrainerCallback):
         self.warm_at: float | None = None  # share of the training time at which warm-up ended
         self.used = 0.0  # share of the training time at the end of the last step
         self.factor = 1.0  # learning rate as a fraction of the peak
-        self.costs: dict[
-            str, list[float]
-        ] = {}  # by what came last: seconds, and those of a step at that time
+        # By what came last: seconds, and those of a step at that time.
+        self.costs: dict[str, list[float]] = {}
         self._steps: deque[float] = deque(maxlen=3)  # seconds of the last steps
 
     @property

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from benchmarks import cases
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers import MIXERS, MemoryLayer, set_compile_step
 
@@ -26,9 +27,7 @@ UPDATES = ["none", "regression", "lm"]
 
 def mixer(name):
     torch.manual_seed(0)
-    accepted = inspect.signature(MIXERS[name]).parameters
-    options = {option: CHUNK for option in ("chunk_size", "window") if option in accepted}
-    layer = MIXERS[name](hidden_size=WIDTH, num_heads=2, **options)
+    layer = cases.mixer(name, {"width": WIDTH, "heads": 2, "chunk": CHUNK})
     for module in layer.modules():
         if isinstance(module, MemoryLayer):
             module.backend = "torch"

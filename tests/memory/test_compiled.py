@@ -11,23 +11,14 @@ from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers.memory import set_compile_step
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory.engines import compiler
+from tests.graphs import counted
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     """Counts the graphs; runs them as they are."""
-    found = []
-
-    def backend(graph, _):
-        found.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(compiler, "BACKEND", backend)
-    monkeypatch.setattr(compiler, "_broken", False)
-    monkeypatch.setattr(compiler, "_rows", {})
-    yield found
-    torch.compiler.reset()
+    with counted(monkeypatch, compiler, _broken=False, _rows={}) as found:
+        yield found
 
 
 def build(name, **options):

@@ -12,6 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from nested_learning.layers import SelfModifyingTitans, Titans, set_compile_step
 from nested_learning.memory.engines import compiler
+from tests.graphs import counted
 
 D = 8
 FORMS = [
@@ -25,18 +26,8 @@ FORMS = [
 @pytest.fixture
 def graphs(monkeypatch):
     """Counts the graphs; AOTAutograd runs them."""
-    found = []
-
-    def backend(graph, examples):
-        found.append(graph)
-        return aot_eager(graph, examples)
-
-    torch.compiler.reset()
-    monkeypatch.setattr(compiler, "BACKEND", backend)
-    monkeypatch.setattr(compiler, "_broken", False)
-    monkeypatch.setattr(compiler, "_rows", {})
-    yield found
-    torch.compiler.reset()
+    with counted(monkeypatch, compiler, aot_eager, _broken=False, _rows={}) as found:
+        yield found
 
 
 def build(form: partial[nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

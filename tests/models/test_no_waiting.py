@@ -6,13 +6,13 @@ accelerator, and as fake tensors, which say that they are on the CPU. tests/gpu 
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import cases
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers import MIXERS
 
@@ -42,9 +42,7 @@ def no_copies():
 
 
 def mixer(name):
-    accepted = inspect.signature(MIXERS[name]).parameters
-    options = {option: CHUNK for option in ("chunk_size", "window") if option in accepted}
-    return MIXERS[name](hidden_size=WIDTH, num_heads=2, **options)
+    return cases.mixer(name, {"width": WIDTH, "heads": 2, "chunk": CHUNK})
 
 
 def model(update, **options):

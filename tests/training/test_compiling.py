@@ -1,13 +1,13 @@
 """Training through torch.compile: the same losses, the same files, and plainly where nothing compiles."""
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from nested_learning.training import compiling
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.run import train
 from nested_learning.training.trainer import split_batch
+from tests.graphs import counted
 
 HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_titans": {"chunk_size": 8}}}
 
@@ -15,16 +15,8 @@ HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_tita
 @pytest.fixture
 def graphs(monkeypatch):
     """The graphs that were compiled; they run as they are."""
-    found = []
-
-    def backend(graph, _):
-        found.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(compiling, "BACKEND", backend)
-    yield found
-    torch.compiler.reset()
+    with counted(monkeypatch, compiling) as found:
+        yield found
 
 
 def losses(outcome):

@@ -6,17 +6,13 @@ anchor enters the result. One memory, so without the memory axis: W is [B, H, d,
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from nested_learning.memory.running import Inputs, MemoryState
 from nested_learning.memory.signals import gates
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
-from nested_learning.ops.delta_rule.chunk import Chunk, Decay
-from nested_learning.ops.delta_rule.one_token import OneToken
+from nested_learning.ops.delta_rule.one_token import ONE, SEVERAL
 
 
 def step(
@@ -38,8 +34,7 @@ def step(
         erase = gate.eta
     if inputs.real is not None and system.momentum:  # a padded token takes nothing from the momentum either
         write = inputs.real.unsqueeze(1).to(gate.eta.dtype)
-    one: tuple[Any, Any] = OneToken, torch.exp
-    kind, decay = one if k.shape[2] == 1 else (Chunk, Decay)
+    kind, decay = ONE if k.shape[2] == 1 else SEVERAL
     chunk = kind(
         state.current[name].squeeze(1),
         x,

@@ -7,7 +7,7 @@ Shapes: B batch, N memories, H heads, C tokens of one step, d head width. Weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from nested_learning.memory.running import Boundaries, Call, How, Inputs, Memory
 from nested_learning.memory.signals import Signals, signals
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MatrixRule, MemorySystem
-from nested_learning.ops.delta_rule.chunk import Chunk, Decay
-from nested_learning.ops.delta_rule.one_token import OneToken
+from nested_learning.ops.delta_rule.chunk import Chunk
+from nested_learning.ops.delta_rule.one_token import ONE, SEVERAL, OneToken
 from nested_learning.ops.norm import clip_norm
 
 # y [B, H, C, d], current weights, momentum, surprise [B, C] of a step.
@@ -85,8 +85,7 @@ def step(
     key, target, trace = _targets(system, weights, s)  # eq 87
     writes, error = _writes(system, weights, s, key, target, trace)  # the gradient in eq 88
 
-    one: tuple[Any, Any] = OneToken, torch.exp
-    chunk, decay = one if s.k.shape[2] == 1 else (Chunk, Decay)
+    chunk, decay = ONE if s.k.shape[2] == 1 else SEVERAL
     # [B, 1, H, C] and [B, 1, 1, C]: the same for all memories
     gate = s.gates
     eta, rate, alpha = gate.eta.unsqueeze(1), gate.rate.unsqueeze(1), decay(gate.log_alpha.unsqueeze(1))

@@ -79,7 +79,7 @@ def _faster(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Options of torch.compile for a step that takes a millisecond, beside those that are given.
 
     Whether a block is one of its kind is known here (`_kind`), so that the compiled step need not look at
-    each of its modules again, which took a quarter of the time; on a CPU the kernels are called from C++.
+    each of its modules again; on a CPU the kernels are called from C++.
     """
     if given.get("mode") not in (None, "default") or given.get("options"):
         return {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nested_learning.ops.delta_rule.chunk import Chunk, Decay
 
 
 class OneToken:
@@ -67,3 +71,8 @@ class OneToken:
     def final(self) -> tuple[Tensor, Tensor | None]:
         """(W, S) after the token; S is None without momentum."""
         return self.W, self.S
+
+
+# What takes the tokens of a step in, and the decays as it has them: for one token, and for several.
+ONE: tuple[Any, Any] = OneToken, torch.exp
+SEVERAL: tuple[Any, Any] = Chunk, Decay

@@ -23,6 +23,7 @@ from nested_learning.memory.engines.chunked.chunk import (
 from nested_learning.memory.engines.chunked.memory import WeightMatrix
 from nested_learning.memory.engines.chunked.scratch import Scratch
 from nested_learning.memory.system import MemorySystem
+from nested_learning.ops.compiling import has_new_strides
 
 Matrices = tuple[WeightMatrix, WeightMatrix]
 
@@ -71,22 +72,14 @@ class CompiledChunk(NamedTuple):
 def _alike(x: Tensor | None) -> Any:
     """x as a new tensor would be: a piece has its sequence's strides, one row is a view of what wants
     gradients, and a graph would be for such alone."""
-    return x if x is None else x.detach() if _fresh(x) else x.clone(memory_format=torch.contiguous_format)
+    if x is None:
+        return None
+    return x.detach() if has_new_strides(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _all_alike(matrices: Matrices) -> Matrices:
     first, second = (WeightMatrix(*map(_alike, matrix)) for matrix in matrices)
     return first, second
-
-
-def _fresh(x: Tensor) -> bool:
-    """Whether x has the strides of a new tensor, also where a dimension of 1 has no use for its own."""
-    expected = 1
-    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _forward(

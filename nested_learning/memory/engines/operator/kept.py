@@ -2,7 +2,7 @@
 
 Each tensor that is kept of a chunk is a row of one that has them of all chunks: a compiled graph has as many
 tensors for a long sequence as for a short one. Not all in one tensor: large ones come from the system anew at
-each step, and on a CPU the first touch of their pages costs a tenth of the time.
+each step, and on a CPU the first touch of their pages costs time.
 """
 
 from __future__ import annotations
