@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModel,
     BertConfig,
@@ -532,3 +534,32 @@ class TestLearner:
         system = levels(learner, torch.optim.AdamW(learner.model.parameters()))
         assert str(system["weights under Δ1"].frequency) == "every optimizer step"
         assert ("AdamW: moments", "weights under Δ1") in passes(system, "conditioning on output")
+
+
+class NoOperations(TorchDispatchMode):
+    """Refuses every operation on a tensor: on a weight in shards each one waits for all processes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        taken = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        assert not taken, f"{func} on a tensor of a model that is only described"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_no_value_is_read(mixer):
+    """The main process alone describes a model whose weights lie in shards."""
+    options = {mixer: {"window": 4}} if mixer == "sliding_window_attention" else {}
+    config = HopeConfig(
+        hidden_size=8, num_hidden_layers=1, num_heads=2, mixer=mixer, mixer_options=options, vocab_size=11
+    )
+    model = HopeForCausalLM(config)
+    optimizers = [torch.optim.AdamW(model.parameters()), M3([p for p in model.parameters() if p.ndim == 2])]
+    for optimizer in (None, *optimizers):
+        with NoOperations():
+            assert levels(model, optimizer).levels
+
+
+def test_no_value_of_a_learner_is_read():
+    learner = stack_levels(tiny_model(), levels=[continual.Level(8, 0.1), continual.Level(16, 0.1, rule="adam")])
+    with NoOperations():
+        assert levels(learner).levels

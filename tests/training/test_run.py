@@ -287,7 +287,7 @@ def test_time_limit_ends_the_run(tiny):
 
 def test_split_batch():
     class Config:
-        batch_size, micro_batch_size = 12, None
+        batch_size, micro_batch_size, compile = 12, None, False
 
     assert split_batch(Config, 1) == (12, 1)
     assert split_batch(Config, 3) == (4, 1)

@@ -39,7 +39,8 @@ def _memory_layer(layer: MemoryLayer) -> Iterator[Described]:
     every = tuple(names.values())
     momentum = f"{prefix}: momentum of the writes"
     initial = list(layer.initial.parameters())
-    elements = sum(weights[0].numel() for weights in layer.initial.values())  # of one memory, all its heads
+    # Of one memory, all its heads; by shape, as reading a sharded weight waits for all processes.
+    elements = sum(weights.shape[1:].numel() for weights in layer.initial.values())
     one = elements * _state_itemsize(layer)
     for memory, chunk_size in zip(system.memories, system.chunk_sizes, strict=True):
         yield DescribedMemory(
