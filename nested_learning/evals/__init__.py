@@ -1,0 +1,34 @@
+"""The paper's questions as tasks, what answers them as methods, and claims decided by computed verdicts."""
+
+from nested_learning.evals.claims import Ahead, Claim, Reaches, Verdict
+from nested_learning.evals.method import Method
+from nested_learning.evals.registry import (
+    find_method,
+    find_task,
+    methods,
+    register_method,
+    register_task,
+    tasks,
+)
+from nested_learning.evals.rows import Figures, Row, Rows
+from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
+
+__all__ = [
+    "BUDGETS",
+    "TUNING_SEED",
+    "Ahead",
+    "Claim",
+    "Figures",
+    "Method",
+    "Reaches",
+    "Row",
+    "Rows",
+    "Task",
+    "Verdict",
+    "find_method",
+    "find_task",
+    "methods",
+    "register_method",
+    "register_task",
+    "tasks",
+]

@@ -1,0 +1,150 @@
+"""Verdicts on claims, computed from rows: holds, does not, cannot be told here.
+
+A comparison of two methods is decided by the paired differences of their figures by seed: it holds where the
+95 % interval of Student's t lies on the claimed side of 0, does not where it lies on the other one. A chain
+holds if every pair of neighbours does, and does not if one pair does not. A figure that a method is said to
+reach is reached if every seed does, and is not if none does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import NamedTuple, Protocol
+
+from nested_learning.evals.rows import Row, Rows
+
+HOLDS, DOES_NOT, UNTOLD = "holds", "does not", "cannot be told here"
+# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom.
+T_QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+)  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    """A verdict and the figures that it rests on, in words."""
+
+    verdict: str
+    because: str
+
+
+class Claim(Protocol):
+    """A statement that rows decide: a predicate on rows, with its words and its source."""
+
+    text: str
+    source: str
+
+    def judge(self, rows: Rows) -> Verdict:
+        """The verdict; "cannot be told here" where a row is missing."""
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of the mean of paired differences; None for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return None
+    quantile = T_QUANTILES[min(count - 1, len(T_QUANTILES)) - 1]  # beyond the table: wider than it need be
+    half = quantile * stdev(differences) / math.sqrt(count)
+    return fmean(differences) - half, fmean(differences) + half
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The claim that methods stand in an order: each ahead of the next in one figure.
+
+    Attributes:
+        text: in words.
+        source: table, figure or equation that states it.
+        figure: name of the figure that is compared.
+        order: methods, the best first; two or more.
+        higher: whether more is better.
+        chance: figure of guessing: where every method but the first has an interval that reaches down to it,
+            nothing can be told. None: a figure at chance is an answer.
+    """
+
+    text: str
+    source: str
+    figure: str
+    order: tuple[str, ...]
+    higher: bool = True
+    chance: float | None = None
+
+    def judge(self, rows: Rows) -> Verdict:
+        """The verdict on the chain, and each pair's mean difference with its interval."""
+        missing = [name for name in self.order if name not in rows or not rows[name].values(self.figure)]
+        if missing:
+            return Verdict(UNTOLD, f"no figures of {', '.join(missing)}")
+        others = [rows[name] for name in self.order[1:]]
+        if self.chance is not None and all(self._at_chance(row) for row in others):
+            return Verdict(
+                UNTOLD, f"{', '.join(self.order[1:])}: {self.figure} at chance ({self.chance:.3g})"
+            )
+        pairs = [self._pair(rows[a], rows[b]) for a, b in zip(self.order[:-1], self.order[1:], strict=True)]
+        verdicts = {pair.verdict for pair in pairs}
+        verdict = DOES_NOT if DOES_NOT in verdicts else UNTOLD if UNTOLD in verdicts else HOLDS
+        return Verdict(verdict, "; ".join(pair.because for pair in pairs))
+
+    def _at_chance(self, row: Row) -> bool:
+        assert self.chance is not None
+        found = interval(list(row.values(self.figure).values()))
+        if found is None:
+            found = (row.mean(self.figure) or 0.0,) * 2
+        return found[0] <= self.chance if self.higher else found[1] >= self.chance
+
+    def _pair(self, better: Row, worse: Row) -> Verdict:
+        ours, theirs = better.values(self.figure), worse.values(self.figure)
+        seeds = sorted(ours.keys() & theirs.keys())
+        differences = [ours[seed] - theirs[seed] for seed in seeds]
+        found = interval(differences)
+        words = f"{better.method} − {worse.method}"
+        if found is None:
+            mean = f"{differences[0]:+.4g}" if differences else "no seed in common"
+            return Verdict(UNTOLD, f"{words} {mean} ({len(differences)} seed(s))")
+        low, high = found
+        because = f"{words} {fmean(differences):+.4g} [{low:+.4g}, {high:+.4g}], {len(seeds)} seeds"
+        if not self.higher:
+            low, high = -high, -low
+        return Verdict(HOLDS if low > 0 else DOES_NOT if high < 0 else UNTOLD, because)
+
+
+@dataclass(frozen=True)
+class Reaches:
+    """The claim that a method reaches a figure.
+
+    Attributes:
+        text: in words.
+        source: table, figure or equation that states it.
+        method: the method.
+        bounds: figures by name, all of which it is said to reach.
+        higher: whether at least (or at most) these.
+    """
+
+    text: str
+    source: str
+    method: str
+    bounds: Mapping[str, float]
+    higher: bool = True
+
+    def judge(self, rows: Rows) -> Verdict:
+        """The verdict, and each seed's figures."""
+        row = rows.get(self.method)
+        figures = {} if row is None else {name: row.values(name) for name in self.bounds}
+        seeds = sorted(set.intersection(*(set(values) for values in figures.values()))) if figures else []
+        if not seeds:
+            return Verdict(UNTOLD, f"no figures of {self.method}")
+        reached = [
+            all(
+                (figures[name][seed] >= bound) if self.higher else (figures[name][seed] <= bound)
+                for name, bound in self.bounds.items()
+            )
+            for seed in seeds
+        ]
+        because = "; ".join(
+            f"{self.method} {name}: {', '.join(f'{figures[name][seed]:.4g}' for seed in seeds)}"
+            for name in self.bounds
+        )
+        verdict = HOLDS if all(reached) else UNTOLD if any(reached) else DOES_NOT
+        return Verdict(verdict, because)

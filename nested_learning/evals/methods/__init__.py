@@ -1,0 +1,7 @@
+"""The methods that take part: models that are trained, pretrained models that learn, optimizers."""
+
+from nested_learning.evals.methods.models import MODELS
+from nested_learning.evals.registry import register_method
+
+for _method in MODELS:
+    register_method(_method)

@@ -1,0 +1,87 @@
+"""Tasks and methods by name: the library's own, and those that other packages add.
+
+A package adds its own by calling `register_task` and `register_method` in a module that it names as an entry
+point of the group `nested_learning.evals`; the module is imported when names are looked up.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from nested_learning._errors import unknown
+from nested_learning.evals.method import Method
+from nested_learning.evals.task import Task
+
+GROUP = "nested_learning.evals"
+OWN = "nested_learning.evals.tasks"  # importing it registers the library's tasks and methods
+TaskT = TypeVar("TaskT", bound=type[Task[Any]])
+_TASKS: dict[str, type[Task[Any]]] = {}
+_METHODS: dict[str, Method] = {}
+
+
+def register_task(task: TaskT) -> TaskT:
+    """Let a task be found by its name; fit for use as a decorator of the class.
+
+    Raises:
+        ValueError: another task has the name.
+    """
+    if _TASKS.setdefault(task.name, task) is not task:
+        raise ValueError(f"a task {task.name!r} is registered already: {_TASKS[task.name]!r}")
+    return task
+
+
+def register_method(method: Method) -> Method:
+    """Let a method be found by its name.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if _METHODS.setdefault(method.name, method) != method:
+        raise ValueError(f"a method {method.name!r} is registered already: {_METHODS[method.name]!r}")
+    return method
+
+
+def tasks() -> dict[str, type[Task[Any]]]:
+    """Every task by name, in the order of registration."""
+    _load()
+    return dict(_TASKS)
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name, in the order of registration."""
+    _load()
+    return dict(_METHODS)
+
+
+def find_task(name: str) -> type[Task[Any]]:
+    """The task of a name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    found = tasks()
+    if name not in found:
+        raise unknown("task", name, found)
+    return found[name]
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    found = methods()
+    if name not in found:
+        raise unknown("method", name, found)
+    return found[name]
+
+
+@cache
+def _load() -> None:
+    importlib.import_module(OWN)
+    for entry in entry_points(group=GROUP):
+        entry.load()

@@ -1,0 +1,1 @@
+"""The report of an evaluation: Markdown, one HTML page, figures."""

@@ -1,0 +1,67 @@
+"""Figures of rows, several plots in one PNG; no display is needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nested_learning._files import replacing
+from nested_learning.evals.rows import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(columns: int, width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
+    """A figure without a display and its axes, in a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(content.getvalue())
+
+
+def bars(rows: Rows, figure: str, label: str, path: Path) -> None:
+    """A bar per method with the standard deviation over seeds."""
+    chosen = [row for row in rows.values() if row.values(figure)]
+    drawing, (axes,) = new_figure(1, height=0.6 + 0.3 * max(1, len(chosen)))
+    names = [row.method for row in chosen]
+    axes.barh(
+        names, [row.mean(figure) or 0.0 for row in chosen], xerr=[row.spread(figure) or 0.0 for row in chosen]
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    save(drawing, path)
+
+
+def lines(
+    rows: Rows, figures: Sequence[tuple[float, str]], labels: tuple[str, str], path: Path, log: bool = False
+) -> None:
+    """A line per method through figures at places of the x axis, with the standard deviation over seeds.
+
+    Args:
+        rows: the rows.
+        figures: (x, name of the figure) pairs.
+        labels: of the x and the y axis.
+        path: where the PNG goes.
+        log: logarithmic x axis.
+    """
+    drawing, (axes,) = new_figure(1, width=6.4, height=4.0)
+    for row in rows.values():
+        points = [(x, row.mean(name), row.spread(name) or 0.0) for x, name in figures]
+        points = [point for point in points if point[1] is not None]
+        if points:
+            x, y, spread = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=spread, marker=".", capsize=2, linewidth=1, label=row.method)
+    axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear")
+    axes.legend(fontsize=7)
+    save(drawing, path)

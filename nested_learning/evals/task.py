@@ -1,0 +1,125 @@
+"""What an evaluation is: a question that methods answer with figures, and the claims that it decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from nested_learning._checks import check_types
+from nested_learning._errors import unknown
+from nested_learning.evals.claims import Claim
+from nested_learning.evals.method import Method
+from nested_learning.evals.rows import Figures, Rows
+
+BUDGETS = ("smoke", "small", "full")
+TUNING_SEED = 1000  # no reported seed
+
+
+OptionsT = TypeVar("OptionsT")
+
+
+class Task(ABC, Generic[OptionsT]):
+    """A question: methods train or learn, answer, and are scored.
+
+    A subclass is registered by `register_task` and found by its name. It is made from its options alone and
+    keeps no state between runs: a run may take place in another process.
+
+    Attributes:
+        name: in lower case, as the command line has it.
+        title: one line for tables and `--help`.
+        version: raised with every change that alters figures; kept runs of another version are not used.
+        budgets: options by budget, all instances of one frozen dataclass whose fields JSON can hold. A field
+            `seeds` says how many seeds are reported.
+        columns: figures of the table, by name, each with what it is.
+        headline: the figure by which `grid` is decided and methods are plotted; one of the columns.
+        higher_is_better: whether a larger headline is better.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    version: ClassVar[int] = 1
+    budgets: ClassVar[Mapping[str, Any]]
+    columns: ClassVar[Mapping[str, str]]
+    headline: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    @classmethod
+    def at(cls, budget: str, **changed: Any) -> Task[Any]:
+        """The task at a budget, with options changed by name.
+
+        Raises:
+            ValueError: no such budget or option, or a value of another type.
+        """
+        if budget not in cls.budgets:
+            raise unknown(f"budget of {cls.name}", budget, cls.budgets)
+        options = cls.budgets[budget]
+        names = [each.name for each in dataclasses.fields(options)]
+        for name in changed:
+            if name not in names:
+                raise unknown(f"option of {cls.name}", name, names)
+        options = dataclasses.replace(options, **changed)
+        check_types(options)
+        return cls(options)
+
+    @abstractmethod
+    def methods(self) -> Sequence[Method]:
+        """Methods that stand in the table unless others are chosen, in its order."""
+
+    @abstractmethod
+    def run(self, method: Method, seed: int) -> Figures:
+        """Figures of one run: the method, at its settings, learns and answers.
+
+        All randomness follows from the seed, so that the same run gives the same figures; runs of several
+        methods at one seed have the same data, by which their differences are paired.
+
+        Raises:
+            ValueError: the method cannot do this task; says why.
+        """
+
+    def accepts(self, method: Method) -> str | None:
+        """Why the task cannot be put to a method, or None where it can."""
+        known = {type(each) for each in self.methods()}
+        if type(method) in known:
+            return None
+        kinds = ", ".join(sorted(kind.kind for kind in known))
+        return f"{method.name!r} is a method of kind {method.kind!r}; {self.name} takes {kinds}"
+
+    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
+        """Settings among which the best is chosen on the tuning seed, by the headline; one: nothing is tuned."""
+        return [{}]
+
+    def tune(self, method: Method, seed: int) -> Figures:
+        """Figures of a run that chooses settings; where the task has validation data, scored on these."""
+        return self.run(method, seed)
+
+    def missing(self) -> str | None:
+        """What this machine lacks for the task (a file, a package), and how to get it; None: nothing."""
+        return None
+
+    def constants(self) -> Mapping[str, Figures]:
+        """Rows that need no run: chance, the majority, always the same answer."""
+        return {}
+
+    def claims(self) -> Sequence[Claim]:
+        """Statements that the rows decide."""
+        return ()
+
+    def printed(self) -> Mapping[str, Mapping[str, float]]:
+        """Numbers of the paper, by method and column, for the report."""
+        return {}
+
+    def note(self) -> str:
+        """What the options leave out of the original protocol, for the reader of the table."""
+        return ""
+
+    def plot(self, rows: Rows, path: Path) -> None:
+        """Write a figure (PNG) of the rows, several plots in one; by default the headline of each method."""
+        from nested_learning.evals.report.figures import bars
+
+        bars(rows, self.headline, self.columns[self.headline], path)
