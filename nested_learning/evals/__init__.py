@@ -5,10 +5,10 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.registry import (
     find_method,
     find_task,
-    methods,
+    known_methods,
+    known_tasks,
     register_method,
     register_task,
-    tasks,
 )
 from nested_learning.evals.rows import Figures, Row, Rows
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
@@ -27,8 +27,8 @@ __all__ = [
     "Verdict",
     "find_method",
     "find_task",
-    "methods",
+    "known_methods",
+    "known_tasks",
     "register_method",
     "register_task",
-    "tasks",
 ]

@@ -44,13 +44,13 @@ def register_method(method: Method) -> Method:
     return method
 
 
-def tasks() -> dict[str, type[Task[Any]]]:
+def known_tasks() -> dict[str, type[Task[Any]]]:
     """Every task by name, in the order of registration."""
     _load()
     return dict(_TASKS)
 
 
-def methods() -> dict[str, Method]:
+def known_methods() -> dict[str, Method]:
     """Every method by name, in the order of registration."""
     _load()
     return dict(_METHODS)
@@ -62,7 +62,7 @@ def find_task(name: str) -> type[Task[Any]]:
     Raises:
         ValueError: there is none; names the nearest.
     """
-    found = tasks()
+    found = known_tasks()
     if name not in found:
         raise unknown("task", name, found)
     return found[name]
@@ -74,7 +74,7 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: there is none; names the nearest.
     """
-    found = methods()
+    found = known_methods()
     if name not in found:
         raise unknown("method", name, found)
     return found[name]
