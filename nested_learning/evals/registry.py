@@ -16,7 +16,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.task import Task
 
 GROUP = "nested_learning.evals"
-OWN = "nested_learning.evals.tasks"  # importing it registers the library's tasks and methods
+OWN = ("nested_learning.evals.methods", "nested_learning.evals.tasks")  # register the library's own
 TaskT = TypeVar("TaskT", bound=type[Task[Any]])
 _TASKS: dict[str, type[Task[Any]]] = {}
 _METHODS: dict[str, Method] = {}
@@ -82,6 +82,7 @@ def find_method(name: str) -> Method:
 
 @cache
 def _load() -> None:
-    importlib.import_module(OWN)
+    for module in OWN:
+        importlib.import_module(module)
     for entry in entry_points(group=GROUP):
         entry.load()

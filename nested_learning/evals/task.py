@@ -91,7 +91,7 @@ class Task(ABC, Generic[OptionsT]):
         return f"{method.name!r} is a method of kind {method.kind!r}; {self.name} takes {kinds}"
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        """Settings among which the best is chosen on the tuning seed, by the headline; one: nothing is tuned."""
+        """Settings of which the best is chosen on the tuning seed, by the headline; one: nothing is tuned."""
         return [{}]
 
     def tune(self, method: Method, seed: int) -> Figures:

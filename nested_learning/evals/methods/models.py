@@ -83,7 +83,7 @@ class TrainedModel(Method):
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
         """AdamW, with a period for a slow level."""
         levels = None
-        if self.levels == "periods" and hasattr(model, "config") and model.config.cms_levels:
+        if self.levels == "periods" and getattr(model.config, "cms_levels", None):
             levels = [{"part": "cms.1", "period": SLOW_PERIOD, "reduction": "mean"}]
         return build("adamw", model, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), levels=levels)
 
@@ -144,8 +144,8 @@ def _matched(method: TrainedModel, size: Size) -> int:
         found = _count(method, size, hidden) if hidden >= 2 else base
         if hidden < 2 or abs(found - wanted) > 0.01 * wanted:
             raise ValueError(
-                f"{method.name!r} has {found:,} parameters at width {size.width} with {max(hidden, 2)} hidden "
-                f"units; expected {wanted:,} within 1 %, as the Transformer. Choose another width"
+                f"{method.name!r} has {found:,} parameters at width {size.width} with {max(hidden, 2)} "
+                f"hidden units; expected {wanted:,} within 1 %, as the Transformer. Choose another width"
             )
         _SOLVED[text, size] = hidden
     return _SOLVED[text, size]
