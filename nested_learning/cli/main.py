@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
     "adapt": "continue the pre-training of a model while levels of its MLPs learn in context",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
+    "eval": "the paper's questions: methods on tasks, tables, figures, and a verdict on each claim",
 }
 # How threads of OpenMP wait for each other; read once, when torch is loaded.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
