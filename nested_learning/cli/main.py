@@ -42,18 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        from nested_learning._version import __version__
-
-        print(__version__)
-        return 0
     try:
-        code = _run(argv[0], argv[1:])
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,12 +69,21 @@ def _quiet() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(name: str, argv: list[str]) -> int:
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from nested_learning._version import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
     try:
         if name not in COMMANDS:
             raise unknown_command(name, COMMANDS)
         command = importlib.import_module(f"nested_learning.cli.{name}")
-        return command.run(argv)
+        return command.run(argv[1:])
     except BrokenPipeError:
         raise
     except Exception as error:
