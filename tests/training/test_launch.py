@@ -94,6 +94,13 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path, update):
         torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+def test_compiled_copies_give_the_losses_of_one_process_plain(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    one = run(None, 1, "--config", config(), "--output", tmp_path / "one")
+    two = run("ddp", 2, "--config", config(compile=True), "--output", tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
 LEVELS = [
     {"part": "cms.1", "period": 2, "reduction": "mean"},
     {"part": ["cms.0", "projections"], "name": "muon", "period": 2},
