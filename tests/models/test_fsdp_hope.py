@@ -57,7 +57,7 @@ def test_two_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["model", "blocks"])
+@pytest.mark.parametrize("way", ["ddp", "model", "blocks"])
 def test_two_processes_with_compiled_blocks(way):
     check(train(2, "self_modifying_titans", "gated_deltanet", "regression", way, "compiled"))
 
