@@ -57,8 +57,9 @@ def size(state) -> float:
 @pytest.mark.parametrize("kind", ["two", "many"])
 @pytest.mark.parametrize(("name", "options"), ROWS, ids=str)
 def test_a_long_sequence_at_the_largest_rate(name, options, kind):
-    """Finite, no larger than the writes, near float64, to the end where a memory is linear in its
-    weights. What an MLP learns depends on its own weights, and errors grow from chunk to chunk there at large rates.
+    """Finite, no larger than the writes, near float64: to the end where a memory is linear in its weights.
+
+    What an MLP learns depends on its own weights, and errors grow from chunk to chunk there at large rates.
     """
     layer, x = build(name, options), tokens_of(kind)
     y, state = layer(x)
