@@ -119,7 +119,7 @@ class Chunk:
         for name in ("W", "x", "a", "S", "B", "W_init"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dim() >= -dim:
-                setattr(part, name, _last_of(tensor, dim))
+                setattr(part, name, tensor.narrow(dim, tensor.shape[dim] - 1, 1))
         decays = self.alpha.since_start  # [..., C], so the dimension is one nearer to the end
         if decays.dim() >= -dim - 1 and decays.shape[dim + 1] > 1:  # they are not the same along it
             part.alpha = copy.copy(self.alpha)

@@ -38,8 +38,19 @@ def solve_unit_lower(L: Tensor, R: Tensor) -> Tensor:
 def inverse_unit_lower(L: Tensor) -> Tensor:
     """(I + L)⁻¹ [..., C, C] for strictly lower triangular L [..., C, C]."""
     C = L.shape[-1]
-    if C <= _MASKED:
-        return _inverse_of_few(L)
+    if C <= _MASKED:  # by whole products: of the blocks on the diagonal, then of ever larger ones
+        at = torch.arange(C, device=L.device)
+        apart = at.unsqueeze(-1) ^ at  # below n where both are in one block of n, a power of two
+        size = _BLOCK
+        block = L * (apart < size)
+        X = torch.eye(C, dtype=L.dtype, device=L.device) - block
+        X = X + X @ (block @ block)  # I − D + D² − D³
+        while size < C:
+            size *= 2
+            wider = L * (apart < size) if size < C else L
+            X = X - X @ ((wider - block) @ X)  # X₂₁ = −X₂₂ L₂₁ X₁₁
+            block = wider
+        return X
     size = 1 << (C - 1).bit_length()
     if size != C:  # the two halves must be of one size; the identity below L stays by itself
         return inverse_unit_lower(F.pad(L, (0, size - C, 0, size - C)))[..., :C, :C]
@@ -48,22 +59,6 @@ def inverse_unit_lower(L: Tensor) -> Tensor:
     X = torch.zeros_like(L)
     X[..., :half, :half], X[..., half:, half:] = blocks[0], blocks[1]
     X[..., half:, :half] = -(blocks[1] @ (L[..., half:, :half] @ blocks[0]))
-    return X
-
-
-def _inverse_of_few(L: Tensor) -> Tensor:
-    """(I + L)⁻¹ by whole products: of the blocks on the diagonal, then of ever larger ones."""
-    at = torch.arange(L.shape[-1], device=L.device)
-    apart = at.unsqueeze(-1) ^ at  # below n where both are in one block of n, a power of two
-    size = _BLOCK
-    block = L * (apart < size)
-    X = torch.eye(len(at), dtype=L.dtype, device=L.device) - block
-    X = X + X @ (block @ block)  # I − D + D² − D³
-    while size < len(at):
-        size *= 2
-        wider = L * (apart < size) if size < len(at) else L
-        X = X - X @ ((wider - block) @ X)  # X₂₁ = −X₂₂ L₂₁ X₁₁
-        block = wider
     return X
 
 

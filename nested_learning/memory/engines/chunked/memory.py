@@ -55,7 +55,7 @@ class ChunkGates(NamedTuple):
     erased: Tensor | None  # [M, C, C] η_t Γ_{t−1,s} for s < t, else 0: what t erases of write s
 
     def of_last(self) -> ChunkGates:
-        """Those of the memory that is read out, out of [N, M, ...]."""
+        """Gates [M, ...] of the memory that is read out, out of [N, M, ...]."""
         assert self.before is not None and self.erased is not None  # noqa: PT018
         return self._replace(
             eta=self.eta[-1],
