@@ -192,13 +192,14 @@ def test_diverged_training_is_exit_code_1(text, tmp_path, capsys):
     assert "of step" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_resume_goes_on(text, tmp_path, capsys):
+def test_sigterm_saves_and_resume_goes_on(text, tmp_path, capsys, request):
     """A real process, a real signal, then the losses of a run that was never interrupted."""
     steps = ["--data", text, "--steps", "100", "--batch_size", "2", "--sample_tokens", "0", *MODEL, *DATA]
     shared = [*steps, "--preset", "transformer-tiny", "--quiet", "--eval_every", "50"]
     output = tmp_path / "run"
     command = [sys.executable, "-m", "nested_learning", "train", *shared, "--output", str(output)]
     process = subprocess.Popen([*command, "--save_every", "10"], stderr=subprocess.PIPE, text=True)
+    request.addfinalizer(process.kill)
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoints/checkpoint-*")):
         assert process.poll() is None, process.stderr.read()

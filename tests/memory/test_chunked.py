@@ -302,7 +302,7 @@ def test_one_row_and_one_head_share_no_memory_with_the_gradients_that_come_in(ki
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [pytest.param(SelfModifyingTitans, marks=pytest.mark.slow), Titans])
 def test_second_derivatives_by_finite_differences(kind, chunked_runs):
     layer = build(kind=kind, hidden_size=4, chunk_size=2, conv_size=0)
     parameters = dict(layer.named_parameters())

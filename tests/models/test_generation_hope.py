@@ -95,9 +95,9 @@ def test_sampling_follows_the_seed_and_the_distribution(model, ids):
 def test_continuing_from_a_cache(model, ids, seen):
     expected = greedy_loop(model, ids, 8)[:, 9:]
     half = model(ids[:, :seen]).past_key_values
-    for inputs, mask in product((ids[:, seen:], ids), (None, torch.ones_like(ids))):
+    for inputs, options in product((ids[:, seen:], ids), ({}, {"attention_mask": torch.ones_like(ids)})):
         cache = half.clone()
-        got = generate(model, inputs, attention_mask=mask, past_key_values=cache)
+        got = generate(model, inputs, past_key_values=cache, **options)
         assert torch.equal(got[:, -8:], expected)
         assert got.shape[1] == inputs.shape[1] + 8
         assert cache.tokens_seen.tolist() == [9 + 7] * 3  # the last token is returned, not read

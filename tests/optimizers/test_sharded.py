@@ -60,7 +60,8 @@ class RowMemory(no.MomentumMemory):
     """A memory that mixes the elements of a gradient, as one of a user may."""
 
     def update(self, state, grad):
-        return super().update(state, grad / grad.norm())
+        # DCP makes the states of a new optimizer by a step with gradients of zero.
+        return super().update(state, grad / grad.norm().clamp(min=1e-30))
 
 
 def torch_muon(params):

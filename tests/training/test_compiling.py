@@ -13,7 +13,7 @@ HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_tita
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs of blocks that were compiled; they run as they are, and so do those of the chunks within them."""
+    """The graphs of blocks that were compiled; they and those of chunks within them run as they are."""
     with counted(monkeypatch, compiler, _broken=False, _rows={}), counted(monkeypatch, compiling) as found:
         yield found
 
