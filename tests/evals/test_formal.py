@@ -160,6 +160,11 @@ def test_rows_with_an_erase_choose_the_bound_of_their_rate() -> None:
     task = Formal.at("small")
     assert task.grid(find_method("transformer")) == [{"lr": 3e-3}]
     assert {each["mixer.eta_max"] for each in task.grid(find_method("deltanet"))} == {1.0, 2.0}
+    assert task.grid(find_method("self-modifying-titans-chunk-4")) == [{"lr": 3e-3}]
+    held = task.grid(find_method("hope"))[-1]
+    assert held == {"lr": 3e-3, "mixer.eta_max": 2.0, "mixer.projection_eta_max": 0.0}
+    config = find_method("hope").at(held).config(Size(9, 20, 32))
+    assert config.mixer_options["self_modifying_titans"]["projection_eta_max"] == 0
 
 
 def test_table_5_is_decided_by_every_seed() -> None:

@@ -224,8 +224,8 @@ class Recall(Task[RecallOptions]):
         if options.forgetting:
             text += (
                 f", and one model learns both tasks: in {options.forgetting:.0%} of the batches half of the "
-                "keys are told again, if there is room (zoology: models of their own, four keys). Questions for these keys "
-                "alone count as forgetting"
+                "keys are told again, if there is room (zoology: models of their own, four keys). Questions "
+                "for these keys alone count as forgetting"
             )
         if not options.mlp:
             text += (
