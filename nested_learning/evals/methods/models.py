@@ -102,7 +102,8 @@ def _config(method: TrainedModel, size: Size, hidden: int) -> HopeConfig:
             options["rope_theta"] = None
     else:
         options.setdefault("chunk_size", max(1, min(size.chunk, size.longest // 2)))
-    slow, fast = max(1, size.longest // SLOW), max(1, size.longest // FAST)
+    fast = max(1, size.longest // FAST)
+    slow = max(1, size.longest // SLOW // fast) * fast  # a multiple of the fast level's
     if not hidden:
         levels: list[dict[str, Any]] = []
     elif method.levels == "one":
