@@ -138,9 +138,7 @@ class Language(Task[LanguageOptions]):
             figures["wikitext2"] = self._bits(contender, whole_file(path))
         documents = long_documents(texts, options.length, options.documents)
         if documents:
-            figures |= _by_position(
-                score_both_ways(contender.model, documents, options.block, options.batch)
-            )
+            figures |= _by_position(score_both_ways(contender.model, documents, options.block, options.batch))
         return figures | {
             "parameters": parameters_of(contender.model),
             "training_loss": summary(contender.losses),
@@ -227,7 +225,9 @@ class Language(Task[LanguageOptions]):
                 if drawn:
                     label = row.method if mode == MODES[-1] else None
                     right.plot(*zip(*drawn, strict=True), style, color=f"C{number % 10}", label=label)
-        right.set(xscale="log", xlabel="position in the document", ylabel="bits per byte (dotted: empty state)")
+        right.set(
+            xscale="log", xlabel="position in the document", ylabel="bits per byte (dotted: empty state)"
+        )
         if right.lines:
             right.legend(fontsize=7)
         save(figure, path)

@@ -115,4 +115,3 @@ def wikitext_file() -> Path | None:
 def whole_file(path: Path) -> TokenizedText:
     """A text file as one document of bytes."""
     return tokenize(byte_tokenizer(), [path.read_text(encoding="utf-8")])
-
