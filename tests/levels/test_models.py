@@ -560,8 +560,6 @@ def test_no_value_is_read(mixer):
 
 
 def test_no_value_of_a_learner_is_read():
-    learner = stack_levels(
-        tiny_model(), levels=[continual.Level(8, 0.1), continual.Level(16, 0.1, rule="adam")]
-    )
+    learner = stack_levels(tiny_model(), levels=[continual.Level(8, 0.1), continual.Level(16, 0.1, rule="adam")])
     with NoOperations():
         assert levels(learner).levels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.method import Method
@@ -40,7 +40,7 @@ class Ablations(Language):
 
     name = "ablations"
     title = "language modelling without DGD, momentum, retention, CMS, adaptive k, v, q: Table 6"
-    budgets = {
+    budgets: ClassVar[Mapping[str, Any]] = {
         budget: dataclasses.replace(options, seeds=min(options.seeds, 3))
         for budget, options in Language.budgets.items()
     }
@@ -67,7 +67,8 @@ class Ablations(Language):
 
     def note(self) -> str:
         return (
-            f"{HOPE} has DGD, momentum, retention, a CMS of two levels that step at their own frequencies, and "
-            "memories that generate k, v and q; each other row has one of these less, and as many parameters. "
+            f"{HOPE} has DGD, momentum, retention, a CMS of two levels that step at their own frequencies, "
+            "and memories that generate k, v and q; each other row has one of these less, and as many "
+            "parameters. "
             f"{super().note()}"
         )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.fit import Diverged, parameters_of, summary
@@ -80,7 +80,7 @@ class Language(Task[LanguageOptions]):
 
     name = "language"
     title = "language modelling: bits per byte at equal parameters and tokens, loss by position"
-    budgets = {
+    budgets: ClassVar[Mapping[str, Any]] = {
         "smoke": LanguageOptions(
             1, 2, width=32, block=64, batch=2, max_bytes=1 << 20, blocks=2, length=128, documents=1
         ),
@@ -100,7 +100,7 @@ class Language(Task[LanguageOptions]):
             documents=64,
         ),
     }
-    columns = {
+    columns: ClassVar[Mapping[str, str]] = {
         "bits_per_byte": "bits per byte of held-out text, mean over the texts",
         "tinyshakespeare": "bits per byte of Tiny Shakespeare",
         "stdlib": "bits per byte of Python's standard library",
@@ -277,7 +277,7 @@ class Language(Task[LanguageOptions]):
 
 
 def _by_position(score: Mapping[str, Any]) -> Figures:
-    """Figures of `score_both_ways` in bits per byte: of each way of reading, in all and from each position."""
+    """Figures of `score_both_ways` in bits per byte: each way of reading, in all and from each position."""
     found: Figures = {mode: _in_bits(nats) for mode, nats in score["nats_per_token"].items()}
     return found | {f"{mode}@{row['from']}": _in_bits(row[mode]) for row in score["table"] for mode in MODES}
 
