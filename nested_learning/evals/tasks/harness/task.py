@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, ClassVar
 
+from accelerate.utils import set_seed
+
 from nested_learning.continual import Level, stack_levels
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import register_method, register_task
@@ -28,7 +30,7 @@ from nested_learning.evals.tasks.harness.sources import (
 )
 from nested_learning.training.process import process_state
 
-EXAMPLES_SEED = 1234  # lm-eval's default, by which examples in the context are drawn
+SEED = 1234  # lm-eval's default, by which examples in the context are drawn, and texts sampled
 SHARED = ("perplexity", "word_perplexity", "bits_per_byte")  # columns that are metrics by their own name
 
 
@@ -145,6 +147,7 @@ class LmEval(Task[HarnessOptions]):
         with _quiet():
             tasks = self._tasks()
             reader = ReadingLM(model, tokenizer, learner)
+            set_seed(SEED)
             found = evaluate(
                 reader,
                 {"tasks": tasks},
@@ -176,12 +179,12 @@ class LmEval(Task[HarnessOptions]):
         by_name = [name for name in self.options.tasks if name != LAMBADA and not is_file(name)]
         manager = TaskManager(include_defaults=bool(by_name))  # which reads thousands of files
         tasks: dict[str, Any] = dict(manager.load(task_specs(self.options.tasks, manager))["tasks"])
-        # What `simple_evaluate` does besides; not called itself, as it looks over the machine for ten seconds.
+        # As `simple_evaluate` does, which is not called itself: it looks over the machine for ten seconds.
         for task in tasks.values():
             fixed = task.get_config("num_fewshot")
             if fixed is None or (self.options.fewshot is not None and fixed != 0):
                 task.set_config(key="num_fewshot", value=self.options.fewshot or 0)
-            task.set_fewshot_seed(seed=EXAMPLES_SEED)
+            task.set_fewshot_seed(seed=SEED)
         return tasks
 
     def _documents(self, tasks: Mapping[str, Any], seed: int) -> dict[str, list[int]] | None:
