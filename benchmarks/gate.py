@@ -40,7 +40,8 @@ def equals_oracle(layer: MemoryLayer, tokens: int) -> None:
     run: Callable[..., tuple[Tensor, object, Tensor]] = oracle.titans
     if s.generated:
         run = oracle.self_modifying_titans
-        options |= {"projection_chunk_size": s.projection_chunk_size, "adaptive_q": "q" in s.generated}
+        options |= {"projection_chunk_size": s.projection_chunk_size, "decay": s.retention.decay}
+        options["adaptive"] = "".join(path for path in "kvq" if path in s.generated)
     x = torch.randn(1, tokens, layer.hidden_size, device=layer.in_proj.weight.device, requires_grad=True)
     params = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     exact = x.detach().double().requires_grad_()

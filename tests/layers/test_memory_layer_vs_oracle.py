@@ -31,7 +31,8 @@ class Case:
     momentum: bool = False
     momentum_scaled: bool = True
     read: str = "token"
-    adaptive_q: bool = False
+    adaptive: str = "kv"
+    decay: str = "gated"
     expansion: float = 1.0
     tokens: int = 11
     mask: str = "none"
@@ -42,7 +43,9 @@ class Case:
 
     def __str__(self) -> str:
         chunks = f"{self.chunk}" if self.projection is None else f"{self.chunk}/{self.projection}"
-        flags = [name for name in ("momentum", "adaptive_q") if getattr(self, name)]
+        flags = ["momentum"] if self.momentum else []
+        flags += [] if self.adaptive == "kv" else [f"adaptive-{self.adaptive}"]
+        flags += [] if self.decay == "gated" else [f"decay-{self.decay}"]
         flags += [] if self.momentum_scaled else ["unscaled"]
         flags += ["streamed"] if self.pieces else []
         flags += [] if self.projection_eta_max is None else [f"projection-{self.projection_eta_max:g}"]
@@ -79,14 +82,18 @@ def options_of(case: Case) -> dict[str, Any]:
     options = {name: getattr(case, name) for name in names}
     options |= {"num_heads": H, "chunk_size": case.chunk}
     if case.projection is not None:
-        options |= {"projection_chunk_size": case.projection, "adaptive_q": case.adaptive_q}
+        options |= {"projection_chunk_size": case.projection, "decay": case.decay}
         options["projection_eta_max"] = case.projection_eta_max
     return options
 
 
 def build(case: Case, params: dict[str, Tensor], eta_max: float | None) -> torch.nn.Module:
-    layer_type = Titans if case.projection is None else SelfModifyingTitans
-    layer = layer_type(hidden_size=D, expansion=case.expansion, eta_max=eta_max, **options_of(case)).double()
+    layer_type, adaptive = Titans, {}
+    if case.projection is not None:
+        layer_type = SelfModifyingTitans
+        adaptive = {f"adaptive_{path}": path in case.adaptive for path in "kvq"}
+    options = adaptive | options_of(case)
+    layer = layer_type(hidden_size=D, expansion=case.expansion, eta_max=eta_max, **options).double()
     layer.load_state_dict(params)
     return layer
 
@@ -111,8 +118,10 @@ def run_library(layer: torch.nn.Module, x: Tensor, mask: Tensor | None, pieces: 
 
 
 def run_oracle(case: Case, params: dict[str, Tensor], x: Tensor, mask: Tensor | None, eta_max: float):
-    layer = oracle.titans if case.projection is None else oracle.self_modifying_titans
-    return layer(params, x, mask=mask, eta_max=eta_max, **options_of(case))
+    if case.projection is None:
+        return oracle.titans(params, x, mask=mask, eta_max=eta_max, **options_of(case))
+    options = {"adaptive": case.adaptive, **options_of(case)}
+    return oracle.self_modifying_titans(params, x, mask=mask, eta_max=eta_max, **options)
 
 
 def differentiable_parts(y: Tensor, state: dict[str, Any], momentum: bool) -> dict[str, Tensor]:
@@ -147,7 +156,8 @@ def compare(case: Case, eta_max: float | None = 0.5, expected_eta_max: float = 0
         D,
         H,
         self_modifying=case.projection is not None,
-        adaptive_q=case.adaptive_q,
+        adaptive=case.adaptive,
+        decay=case.decay,
         momentum=case.momentum,
         expansion=case.expansion,
         conv_size=case.conv_size,
@@ -195,7 +205,7 @@ def self_modifying_cases() -> list[Case]:
                 projection=projection,
                 momentum=momentum,
                 read=read,
-                adaptive_q=(i // 2 + i // 4 + lap) % 2 == 1,
+                adaptive="kvq" if (i // 2 + i // 4 + lap) % 2 == 1 else "kv",
                 expansion=1.0 + (i // 4 + i + lap) % 2,
                 tokens=(7, 9, 11, 8, 13)[i % 5],
                 mask=masks[(i // 3 + lap) % 3],
@@ -227,7 +237,7 @@ STREAM = Case(momentum=True, tokens=13, pieces=(1, 5, 2, 4, 1), seed=2000)
 SINGLE_TOKENS = replace(STREAM, tokens=9, pieces=(1,) * 9)
 STREAMED_CASES = [
     replace(STREAM, chunk=6, projection=2, mask="left"),
-    replace(STREAM, chunk=2, projection=4, mask="holes", adaptive_q=True, read="chunk"),
+    replace(STREAM, chunk=2, projection=4, mask="holes", adaptive="kvq", read="chunk"),
     replace(STREAM, rule="gd", momentum=False, mask="empty_row"),
     replace(STREAM, rule="dgd_literal", chunk=4, projection=2, expansion=2.0),
     replace(SINGLE_TOKENS, chunk=4, projection=2, mask="holes"),
@@ -243,6 +253,12 @@ EDGE_CASES = [
     Case(momentum=True, momentum_scaled=False, chunk=4, projection=2),
     Case(momentum=True, momentum_scaled=False, projection=None, rule="gd"),
     Case(conv_size=0),
+    Case(adaptive="v", mask="holes"),
+    Case(adaptive="k", momentum=True, projection=2),
+    Case(adaptive="", tokens=9),
+    Case(decay="none", mask="left"),
+    Case(decay="none", adaptive="kvq", momentum=True, tokens=9),
+    Case(decay="none", rule="gd", adaptive="q", projection=2, pieces=(5, 1, 5)),
     Case(conv_size=1, momentum=True),
     Case(conv_size=2, mask="holes", projection=None, rule="gd"),
     Case(tokens=2, mask="left", conv_size=4),  # shorter than the convolution
@@ -278,7 +294,7 @@ def test_default_eta_max_follows_the_rule(rule, expected, projection):
 
 
 PACES = [
-    Case(projection_eta_max=pace, adaptive_q=pace == 0.0, mask=mask, pieces=pieces, tokens=13, seed=7)
+    Case(projection_eta_max=pace, adaptive="kvq" if pace == 0.0 else "kv", mask=mask, pieces=pieces, tokens=13, seed=7)
     for pace in (0.0, 0.2)
     for mask, pieces in (("none", None), ("holes", (1, 4, 5, 3)))
 ]
@@ -307,7 +323,7 @@ def test_a_pace_of_their_own_with_each_rule_and_schedule(case):
 
 
 HIGH = [
-    *(Case(tokens=13, seed=8), Case(tokens=13, adaptive_q=True, expansion=2.0, seed=9)),
+    *(Case(tokens=13, seed=8), Case(tokens=13, adaptive="kvq", expansion=2.0, seed=9)),
     Case(tokens=13, mask="holes", pieces=(1, 4, 5, 3), seed=10),
     Case(tokens=13, momentum=True, seed=11),
     *(Case(tokens=13, projection=None, momentum=m, seed=12) for m in (False, True)),

@@ -90,7 +90,7 @@ WRONG_PART = [
 TOGETHER = [
     ({"generated": ("k", "eta")}, "('k', 'eta')", "both or neither"),
     ({"generated": ("eta", "alpha"), "rate": "one"}, "rate='one'", "must be 'gated'"),
-    ({"generated": ("eta", "alpha"), "decay": "none"}, "decay='none'", "must be 'gated'"),
+    ({"generated": ("eta", "alpha"), "decay": "none"}, "decay='none'", "eta alone"),
     ({"rule": "dgd", "objective": "huber"}, "rule='dgd' with objective='huber'", "or rule='gd'"),
     (
         {"rule": "dgd_literal", "objective": "lp"},

@@ -39,9 +39,13 @@ def hidden_norm(h: Tensor) -> Tensor:
     return h / torch.sqrt((h * h).sum() + 0.01)
 
 
-def memory_names(adaptive_q: bool) -> list[str]:
-    """The order of the memories along the axis N of `initial.W1` and of the state."""
-    return ["k", "v", *(["q"] if adaptive_q else []), "eta", "alpha", "memory"]
+def memory_names(adaptive: str, decay: str = "gated") -> list[str]:
+    """The order of the memories along the axis N of `initial.W1` and of the state.
+
+    `adaptive` has the letters of the paths that memories generate: "kv", "kvq", "v", ...
+    """
+    paths = [path for path in "kvq" if path in adaptive]
+    return [*paths, "eta", *(["alpha"] if decay == "gated" else []), "memory"]
 
 
 @dataclass(frozen=True)
@@ -174,20 +178,21 @@ def self_modifying_token(
 ) -> Token:
     """Eq 86-88: keys, values, rates and targets are answers of the memories themselves."""
     x_k, x_v, x_q = paths
-    k = bounded(memories["k"].anchor(x_k))
-    v = bounded(memories["v"].anchor(x_v))
+    k = bounded(memories["k"].anchor(x_k)) if "k" in memories else x_k
+    v = bounded(memories["v"].anchor(x_v)) if "v" in memories else x_v
     q = bounded(memories["q"].anchor(x_q)) if "q" in memories else x_q
 
     def gate(name: str, source: str) -> Tensor:
         weight, bias = params[f"gates.{name}.weight"][head], params[f"gates.{name}.bias"][head]
         return (weight * memories[source].anchor(x_k)).sum() + bias
 
+    alpha = gate("alpha", "alpha") if "alpha" in memories else torch.full_like(k[0], torch.inf)
     return Token(
         k=k,
         q=q,
         targets={name: bounded(memory.anchor(v)) for name, memory in memories.items()},
-        eta=largest(eta_max, gate("alpha", "alpha")) * torch.sigmoid(gate("eta", "eta")),
-        log_alpha=F.logsigmoid(gate("alpha", "alpha")),
+        eta=largest(eta_max, alpha) * torch.sigmoid(gate("eta", "eta")),
+        log_alpha=F.logsigmoid(alpha),
         log_mu=F.logsigmoid(gate("mu", "eta")) if memories["memory"].S1 is not None else None,
     )
 
@@ -395,7 +400,8 @@ def self_modifying_titans(
     momentum: bool = False,
     momentum_scaled: bool = True,
     read: str = "token",
-    adaptive_q: bool = False,
+    adaptive: str = "kv",
+    decay: str = "gated",
     mask: Tensor | None = None,
     conv_size: int | None = 4,
     state: State | None = None,
@@ -407,7 +413,7 @@ def self_modifying_titans(
     and `momentum` (None without it) with W1 [B, N, H, d, e] and W2 [B, N, H, e, d], `position` [B] (real
     tokens modulo the larger chunk length), `conv_tail` [B, K − 1, 3D].
     """
-    names = memory_names(adaptive_q)
+    names = memory_names(adaptive, decay)
     chunks = {name: chunk_size if name == "memory" else projection_chunk_size for name in names}
     options = Options(
         chunks, num_heads, rule, momentum, momentum_scaled, read, eta_max, conv_size, projection_eta_max
@@ -442,7 +448,8 @@ def random_params(
     num_heads: int = 2,
     *,
     self_modifying: bool = True,
-    adaptive_q: bool = False,
+    adaptive: str = "kv",
+    decay: str = "gated",
     momentum: bool = False,
     expansion: float = 1.0,
     conv_size: int | None = 4,
@@ -461,14 +468,16 @@ def random_params(
     D, H = hidden_size, num_heads
     d = D // H
     e = int(expansion * d)
-    N = len(memory_names(adaptive_q)) if self_modifying else 1
+    N = len(memory_names(adaptive, decay)) if self_modifying else 1
     gate_width = d if self_modifying else D
     params = {"in_proj.weight": normal(3 * D, D, std=1 / math.sqrt(D))}
     if conv_size:
         params["conv.weight"] = normal(3 * D, 1, conv_size, std=1 / math.sqrt(conv_size))
     params["initial.W1"] = normal(N, H, d, e, std=0.5 / math.sqrt(e))
     params["initial.W2"] = normal(N, H, e, d)
-    gate_bias = {"eta": 0.0, "alpha": 4.0} | ({"mu": 0.0} if momentum else {})
+    gate_bias = (
+        {"eta": 0.0} | ({"alpha": 4.0} if decay == "gated" else {}) | ({"mu": 0.0} if momentum else {})
+    )
     for name, bias in gate_bias.items():
         params[f"gates.{name}.weight"] = normal(H, gate_width, std=0.5)
         params[f"gates.{name}.bias"] = normal(H, std=0.5, mean=bias)

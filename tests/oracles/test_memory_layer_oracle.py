@@ -212,9 +212,9 @@ def test_padding_is_as_if_the_token_were_not_there():
 
 
 def test_pieces_make_the_whole():
-    params = oracle.random_params(momentum=True, adaptive_q=True)
+    params = oracle.random_params(momentum=True, adaptive="kvq")
     x = normal(2, 9, 8)
-    run = partial(SELF, momentum=True, adaptive_q=True)
+    run = partial(SELF, momentum=True, adaptive="kvq")
     y, final, surprise = run(params, x)
     state, outputs, surprises = None, [], []
     for piece in x.split([1, 4, 1, 3], dim=1):

@@ -15,6 +15,7 @@ from nested_learning.layers.memory.layer import MemoryLayer
 from nested_learning.layers.registry import register_mixer
 from nested_learning.memory.compose import compose
 from nested_learning.memory.engines.fla import Backend
+from nested_learning.memory.retention import DecayName
 from nested_learning.memory.system import MemorySystem, Read, RuleName
 
 Norm = Literal["hidden", "output"]
@@ -74,6 +75,18 @@ _OPTIONS: dict[str, tuple[inspect.Parameter, str]] = {
         (
             _option("adaptive_q", bool, False),
             "queries come from a memory too, instead of a static projection.",
+        ),
+        (
+            _option("adaptive_k", bool, True),
+            "keys come from a memory; False: from a static projection.",
+        ),
+        (
+            _option("adaptive_v", bool, True),
+            "values come from a memory; False: from a static projection.",
+        ),
+        (
+            _option("decay", DecayName, "gated"),
+            'retention: "gated" data-dependent, "constant" a number per head, "none" (nothing is forgotten).',
         ),
         (
             _option("conv_size", int, 4),

@@ -6,7 +6,7 @@ from typing import Any
 
 from nested_learning.layers.memory.row import MemoryRow
 from nested_learning.memory.compose import compose
-from nested_learning.memory.system import MemorySystem
+from nested_learning.memory.system import GENERATORS, MemorySystem
 
 
 class SelfModifyingTitans(
@@ -25,6 +25,9 @@ class SelfModifyingTitans(
         "eta_max": ...,
         "max_half_life": ...,
         "projection_eta_max": ...,
+        "adaptive_k": ...,
+        "adaptive_v": ...,
+        "decay": ...,
     },
     self_targets=True,
 ):
@@ -43,6 +46,6 @@ class SelfModifyingTitans(
     @classmethod
     def build_system(cls, **chosen: Any) -> MemorySystem:
         # eq 86; q is a projection unless asked for (the paper's default, and better in its Table 6)
-        adaptive_q = chosen.pop("adaptive_q")
-        generated = ("k", "v", "q", "eta", "alpha") if adaptive_q else ("k", "v", "eta", "alpha")
-        return compose(generated=generated, **cls.parts, **chosen)
+        adaptive = {path: chosen.pop(f"adaptive_{path}") for path in ("k", "v", "q")}
+        made = adaptive | {"eta": True, "alpha": chosen["decay"] == "gated"}
+        return compose(generated=[name for name in GENERATORS if made[name]], **cls.parts, **chosen)

@@ -33,16 +33,21 @@ def shakespeare_file() -> Path:
         DownloadError: it is nowhere and the download failed.
         ValueError: the file found or downloaded has another sha256.
     """
-    given = os.environ.get("NESTED_LEARNING_DATA")
-    if given and (Path(given) / SHAKESPEARE_NAME).is_file():
-        path = Path(given) / SHAKESPEARE_NAME
-    else:
+    path = find_shakespeare()
+    if path is None:
         path = cache_folder() / SHAKESPEARE_NAME
-        if not path.is_file():
-            _keep(path, _checked(_fetch(SHAKESPEARE_URL), SHAKESPEARE_URL))
-            return path
+        _keep(path, _checked(_fetch(SHAKESPEARE_URL), SHAKESPEARE_URL))
+        return path
     _checked(path.read_bytes(), str(path))
     return path
+
+
+def find_shakespeare() -> Path | None:
+    """Path of Tiny Shakespeare in NESTED_LEARNING_DATA or in the cache; None where it is in neither."""
+    given = os.environ.get("NESTED_LEARNING_DATA")
+    folders = [Path(given)] if given else []
+    paths = [folder / SHAKESPEARE_NAME for folder in (*folders, cache_folder())]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _fetch(url: str) -> bytes:
