@@ -67,12 +67,40 @@ def lines(
         log: logarithmic x axis.
     """
     drawing, (axes,) = new_figure(1, width=6.4, height=4.0)
+    _draw_lines(axes, rows, figures)
+    axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear")
+    axes.legend(fontsize=7)
+    save(drawing, path)
+
+
+def line_panels(
+    rows: Rows,
+    panels: Mapping[str, Sequence[tuple[float, str]]],
+    xlabel: str,
+    path: Path,
+    log: bool = False,
+) -> None:
+    """Several plots of `lines` side by side, with one legend.
+
+    Args:
+        rows: the rows.
+        panels: label of the y axis and the (x, name of the figure) pairs of each plot.
+        xlabel: of all x axes.
+        path: where the PNG goes.
+        log: logarithmic x axes.
+    """
+    drawing, all_axes = new_figure(len(panels), width=5.2, height=4.0)
+    for axes, (label, figures) in zip(all_axes, panels.items(), strict=True):
+        _draw_lines(axes, rows, figures)
+        axes.set(xlabel=xlabel, ylabel=label, xscale="log" if log else "linear")
+    all_axes[0].legend(fontsize=7)
+    save(drawing, path)
+
+
+def _draw_lines(axes: Any, rows: Rows, figures: Sequence[tuple[float, str]]) -> None:
     for row in rows.values():
         points = [(x, row.mean(name), row.spread(name) or 0.0) for x, name in figures]
         points = [point for point in points if point[1] is not None]
         if points:
             x, y, spread = zip(*points, strict=True)
             axes.errorbar(x, y, yerr=spread, marker=".", capsize=2, linewidth=1, label=row.method)
-    axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear")
-    axes.legend(fontsize=7)
-    save(drawing, path)
