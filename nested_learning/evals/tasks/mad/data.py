@@ -19,7 +19,6 @@ from nested_learning.evals.fit import IGNORED, Batch
 
 NOISE_IDS = 16  # of the vocabulary, where there is noise
 MOTIF = 3  # symbols of a key or a value of fuzzy recall, at most
-VALIDATION, TEST = 256, 1280  # sequences
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class Data(NamedTuple):
     test: Batch
 
 
-def make_data(task: str, cell: Cell, seed: int, test: int = TEST) -> Data:
+def make_data(task: str, cell: Cell, seed: int, sizes: tuple[int, int]) -> Data:
     """The sets of a cell, all from one generator.
 
     Args:
         task: one of TASKS.
         cell: the setting.
         seed: of all randomness, the map of memorisation too.
-        test: sequences of the test set.
+        sizes: sequences for validation and test.
 
     Raises:
         ValueError: a sequence of the cell has no room for what it holds.
@@ -67,7 +66,8 @@ def make_data(task: str, cell: Cell, seed: int, test: int = TEST) -> Data:
     if task == "memorisation":
         draw = partial(memorisation, value_of=memory_map(cell, generator))
     train = draw(cell, cell.train, generator, True)
-    return Data(train, draw(cell, VALIDATION, generator, False), draw(cell, test, generator, False))
+    validation, test = (draw(cell, size, generator, False) for size in sizes)
+    return Data(train, validation, test)
 
 
 def check_cell(task: str, cell: Cell) -> None:
@@ -180,7 +180,9 @@ def copying(cell: Cell, count: int, generator: torch.Generator, training: bool) 
     blank, copies = cell.vocab_size - 2, cell.copies
     before = cell.length - copies - 1  # tokens in front of the sign
     tokens = torch.randint(blank, (count, copies), generator=generator)
-    owner = torch.randint(copies, (count, before - copies), generator=generator)  # which token a blank precedes
+    owner = torch.randint(
+        copies, (count, before - copies), generator=generator
+    )  # which token a blank precedes
     blanks = torch.zeros(count, copies, dtype=torch.long).scatter_add_(1, owner, torch.ones_like(owner))
     ids = torch.full((count, cell.length), blank)
     ids.scatter_(1, blanks.cumsum(1) + torch.arange(copies), tokens)
