@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class Mechanism(Task[MechanismOptions]):
     """Language, parity and recall with one part of Hope left out at a time, at equal parameters."""
 
     name = "mechanism"
-    title = "what Hope's figures come from: memories, their targets, momentum, CMS levels; language, parity, recall"
+    title = "what Hope's figures come from: one part left out at a time, in language, parity, recall"
     budgets: Mapping[str, MechanismOptions] = {
         "smoke": MechanismOptions(
             seeds=1, language_seeds=1, max_bytes=1 << 16, widths=[16], block=32, language_steps=2,
@@ -108,7 +109,7 @@ class Mechanism(Task[MechanismOptions]):
         "parity bin 1": "at longer ones",
         "recall": "share of the values told that are recalled",
         "memories": "of a layer",
-        "state": "numbers of the weights that a layer's memories write to for one sequence, at the width of recall",
+        "state": "numbers of the weights that a layer's memories write to, for one sequence of recall",
         "perplexity": "printed by the paper alone, whose models read 30 billion tokens",
         "parameters": "that are trained in recall",
     }
@@ -195,8 +196,7 @@ class Mechanism(Task[MechanismOptions]):
 
     def constants(self) -> Mapping[str, Figures]:
         """A guess of any byte and of any value told."""
-        tokens = 256.0
-        return {"guess": {"nats": float(torch.tensor(tokens).log()), "recall": 1 / self.options.pairs}}
+        return {"guess": {"nats": math.log(256), "recall": 1 / self.options.pairs}}
 
     def claims(self) -> Sequence[Claim]:
         """The paper's claims on single parts, and the control of a linear memory."""
@@ -239,19 +239,19 @@ class Mechanism(Task[MechanismOptions]):
         read = options.language_steps * options.language_batch * options.block
         text = (
             f"Language: {read:,} bytes of {options.source} at widths {options.widths}, on the first "
-            f"{options.language_seeds} seeds. Parity: lengths {options.windows}; recall: {options.pairs} pairs "
-            f"in {8 * options.pairs} tokens; both {options.steps:,} steps of {options.batch} at width "
-            f"{options.width}, without positions. The paper's Table 6 has models of 760M parameters or more. "
-            "The first row has memories that generate k, v, the rate and the retention, targets of their own, "
-            "momentum, and two CMS levels; each other row differs in what its name says, and all have as many "
+            f"{options.language_seeds} seeds. Parity: lengths {options.windows}; recall: {options.pairs} "
+            f"pairs in {8 * options.pairs} tokens; both {options.steps:,} steps of {options.batch} at width "
+            f"{options.width}, without positions. The paper's models have 760M parameters or more. The first "
+            "row has memories that generate k, v, the rate and the retention, targets of their own, momentum, "
+            "and two CMS levels; each other row differs in what its name says, and all have as many "
             "parameters, by wider or narrower MLPs. The linear memory is the delta rule with decay on one "
-            "head's matrix, exact at every token, as many numbers as the memory that the first row reads out; "
-            "the generating memories come on top of those, and a momentum beside each."
+            "head's matrix, exact at every token, with as many numbers as the memory that the first row reads "
+            "out; that row's generating memories come on top of those, and a momentum beside each."
         )
         if not options.more:
             text += (
-                " Three CMS levels, CMS levels that learn in context, rate and retention by projections, and a "
-                "rate without a gate are rows of the full budget: "
+                " Three CMS levels, CMS levels that learn in context, rate and retention by projections, and "
+                "a rate without a gate are rows of the full budget: "
                 f"{', '.join(method.name for method in MORE)}."
             )
         return text

@@ -67,7 +67,7 @@ class MadOptions:
     Args:
         seeds: that are reported.
         tasks: that are run, of the six.
-        variations: each task's baseline is varied in one factor at a time, and its figure is the mean over all.
+        variations: each task's baseline is varied in one factor at a time; its figure is the mean over all.
         train: sequences of a training set, at most.
         length: tokens of a sequence, at most.
         test_size: test sequences.
@@ -99,9 +99,7 @@ class Mad(Task[MadOptions]):
     """Six tasks of one skill each, learned from a training set of fixed size, by a model each."""
 
     name = "mad"
-    title = (
-        "six skills of a sequence mixer (MAD): recall, noisy and fuzzy, copying, compression, memorisation"
-    )
+    title = "six skills (MAD): recall, noisy and fuzzy recall, copying, compression, memorisation"
     budgets: Mapping[str, MadOptions] = {
         "smoke": MadOptions(
             seeds=1, train=16, length=34, test_size=16, epochs=1, memorisation_epochs=1, batch_size=16,
@@ -224,22 +222,24 @@ class Mad(Task[MadOptions]):
         """Distance from mad-lab's protocol."""
         options = self.options
         text = (
-            f"Width {options.width}, up to {options.train:,} training sequences of up to {options.length} tokens, "
-            f"{options.epochs} epochs ({options.memorisation_epochs} of memorisation's 256 sequences) in batches "
-            f"of {options.batch_size}, learning rates {options.rates}, weight decays {options.weight_decays}"
+            f"Width {options.width}, up to {options.train:,} training sequences of up to {options.length} "
+            f"tokens, {options.epochs} epochs ({options.memorisation_epochs} of memorisation's 256 sequences) "
+            f"in batches of {options.batch_size}, learning rates {options.rates}, weight decays "
+            f"{options.weight_decays}"
         )
         if not options.variations:
             text += (
-                "; of each task the baseline alone, where mad-lab's figure, and the paper's, is the mean over "
-                "the baseline and variations of vocabulary, length, noise and training set. mad-lab trains "
-                "width 128 on 12,800 sequences of 128 tokens (copying 256, compression and memorisation 32) for "
-                "200 epochs in batches of 128, with the best of three rates and two weight decays"
+                "; of each task the baseline alone, where mad-lab's figure, and the paper's, is the mean "
+                "over the baseline and variations of vocabulary, length, noise and training set. mad-lab "
+                "trains width 128 on 12,800 sequences of 128 tokens (copying 256, compression and "
+                "memorisation 32) for 200 epochs in batches of 128, with the best of three rates and two "
+                "weight decays"
             )
         return text + (
             ". Rate and decay are chosen once for all tasks, on a seed of their own; training ends when the "
-            "accuracy on 256 validation sequences reaches 99.9 %. A model knows places by what its mixer has: "
-            "attention turns queries and keys (RoPE), memories decay and convolve. Accuracy is by class, the "
-            "mean over batches of 128 test sequences, as mad-lab logs it."
+            "accuracy on 256 validation sequences reaches 99.9 %. A model knows places by what its mixer "
+            "has: attention turns queries and keys (RoPE), memories decay and convolve. Accuracy is by class, "
+            "the mean over batches of 128 test sequences, as mad-lab logs it."
         )
 
     def plot(self, rows: Rows, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sequences of the six MAD tasks (Poli et al., arXiv 2403.17844): fixed sets for training, validation and test.
+"""Sequences of the six MAD tasks (Poli et al., arXiv 2403.17844): fixed sets to train, validate and test.
 
 What is asked follows from the ids alone, so each task is a law of ids and a function from ids to targets.
 """
@@ -79,16 +79,16 @@ def check_cell(task: str, cell: Cell) -> None:
     odd = task in ("recall", "noisy-recall", "memorisation") and cell.length % 2
     if cell.vocab_size < ids or cell.length < least or odd:
         raise ValueError(
-            f"{task} with {cell.vocab_size} ids in {cell.length} tokens: expected {ids} ids or more in {least} "
-            f"tokens or more{', an even number' if odd else ''}"
+            f"{task} with {cell.vocab_size} ids in {cell.length} tokens: expected {ids} ids or more in "
+            f"{least} tokens or more{', an even number' if odd else ''}"
         )
 
 
 def recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -> Batch:
     """Pairs of a key and a value, keys again and again; some pairs are noise in the noisy variant.
 
-    Keys are drawn with equal chance, their values anew for each sequence; two keys may have one value. The last
-    key is one of those told before. In training every next token is asked, else the values of known keys.
+    Keys are drawn with equal chance, their values anew for each sequence; two keys may have one value. The
+    last key is one of those told before. In training every next token is asked, else the values of known keys.
     """
     noise_ids, pairs = NOISE_IDS if cell.noise else 0, cell.length // 2
     symbols = cell.vocab_size - noise_ids
