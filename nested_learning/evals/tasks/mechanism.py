@@ -242,11 +242,11 @@ class Mechanism(Task[MechanismOptions]):
             f"{options.language_seeds} seeds. Parity: lengths {options.windows}; recall: {options.pairs} "
             f"pairs in {8 * options.pairs} tokens; both {options.steps:,} steps of {options.batch} at width "
             f"{options.width}, without positions. The paper's models have 760M parameters or more. The first "
-            "row has memories that generate k, v, the rate and the retention, targets of their own, momentum, "
-            "and two CMS levels; each other row differs in what its name says, and all have as many "
+            "row has memories that generate k, v, the rate and the retention, targets of their own, momentum,"
+            " and two CMS levels; each other row differs in what its name says, and all have as many "
             "parameters, by wider or narrower MLPs. The linear memory is the delta rule with decay on one "
-            "head's matrix, exact at every token, with as many numbers as the memory that the first row reads "
-            "out; that row's generating memories come on top of those, and a momentum beside each."
+            "head's matrix, exact at every token, with as many numbers as the memory that the first row reads"
+            " out; that row's generating memories come on top of those, and a momentum beside each."
         )
         if not options.more:
             text += (

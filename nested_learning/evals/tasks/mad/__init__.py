@@ -223,8 +223,8 @@ class Mad(Task[MadOptions]):
         options = self.options
         text = (
             f"Width {options.width}, up to {options.train:,} training sequences of up to {options.length} "
-            f"tokens, {options.epochs} epochs ({options.memorisation_epochs} of memorisation's 256 sequences) "
-            f"in batches of {options.batch_size}, learning rates {options.rates}, weight decays "
+            f"tokens, {options.epochs} epochs ({options.memorisation_epochs} of memorisation's 256 sequences)"
+            f" in batches of {options.batch_size}, learning rates {options.rates}, weight decays "
             f"{options.weight_decays}"
         )
         if not options.variations:
@@ -238,8 +238,8 @@ class Mad(Task[MadOptions]):
         return text + (
             ". Rate and decay are chosen once for all tasks, on a seed of their own; training ends when the "
             "accuracy on 256 validation sequences reaches 99.9 %. A model knows places by what its mixer "
-            "has: attention turns queries and keys (RoPE), memories decay and convolve. Accuracy is by class, "
-            "the mean over batches of 128 test sequences, as mad-lab logs it."
+            "has: attention turns queries and keys (RoPE), memories decay and convolve. Accuracy is by class,"
+            " the mean over batches of 128 test sequences, as mad-lab logs it."
         )
 
     def plot(self, rows: Rows, path: Path) -> None:

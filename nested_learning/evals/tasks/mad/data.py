@@ -88,7 +88,8 @@ def recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -
     """Pairs of a key and a value, keys again and again; some pairs are noise in the noisy variant.
 
     Keys are drawn with equal chance, their values anew for each sequence; two keys may have one value. The
-    last key is one of those told before. In training every next token is asked, else the values of known keys.
+    last key is one of those told before. In training every next token is asked, else the values of keys that
+    were told before.
     """
     noise_ids, pairs = NOISE_IDS if cell.noise else 0, cell.length // 2
     symbols = cell.vocab_size - noise_ids
