@@ -108,7 +108,11 @@ def test_reassigned_keys_by_hand() -> None:
     batch = recall_batch((30, 24), 4, V, generator(1), updates=2)
     asked, stale = reassigned(batch, 4, 2)
     assert asked.sum(1).tolist() == [2] * 30
-    first = {(row, ids[place]): ids[place + 1] for row, ids in enumerate(batch.ids.tolist()) for place in (0, 2, 4, 6)}
+    first = {
+        (row, ids[place]): ids[place + 1]
+        for row, ids in enumerate(batch.ids.tolist())
+        for place in (0, 2, 4, 6)
+    }
     for row, place in asked.nonzero().tolist():
         assert stale[row, place] == first[row, int(batch.ids[row, place])] != batch.targets[row, place]
 
