@@ -85,7 +85,7 @@ class Task(ABC, Generic[OptionsT]):
     def accepts(self, method: Method) -> str | None:
         """Why the task cannot be put to a method, or None where it can."""
         known = {type(each) for each in self.methods()}
-        if type(method) in known:
+        if isinstance(method, tuple(known)):
             return None
         kinds = ", ".join(sorted(kind.kind for kind in known))
         return f"{method.name!r} is a method of kind {method.kind!r}; {self.name} takes {kinds}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ class TrainedLSTM(TrainedModel):
         return LSTMModel(size.vocab_size, size.width, hidden, size.layers)
 
 
+class LSTMState(NamedTuple):
+    """Hidden state and cell of every layer, both [layers, B, hidden]."""
+
+    hidden: Tensor
+    cell: Tensor
+
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.hidden.nbytes + self.cell.nbytes
+
+
 class LSTMModel(nn.Module):
     """Embedding, LSTM, head.
 
@@ -52,10 +63,10 @@ class LSTMModel(nn.Module):
         self.lstm = nn.LSTM(width, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, vocab_size)
 
-    def forward(self, ids: Tensor) -> Any:
-        """Logits [B, T, vocab_size] of ids [B, T], as the attribute `logits`."""
-        y, _ = self.lstm(self.embedding(ids))
-        return SimpleNamespace(logits=self.head(y))
+    def forward(self, ids: Tensor, use_cache: bool = False) -> Any:
+        """Logits [B, T, vocab_size] of ids [B, T] as `logits`, the state at the end as `past_key_values`."""
+        y, state = self.lstm(self.embedding(ids))
+        return SimpleNamespace(logits=self.head(y), past_key_values=LSTMState(*state) if use_cache else None)
 
 
 def _count(size: Size, hidden: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,9 +146,17 @@ def _levels(method: TrainedModel, size: Size, hidden: int) -> list[dict[str, Any
     ]
 
 
-def _count(method: TrainedModel, size: Size, hidden: int) -> int:
+def _count(method: TrainedModel, size: Size, hidden: int) -> tuple[int, int]:
+    """Parameters of the model, and those that a hidden unit of each block has."""
     with torch.device("meta"):
-        return HopeForCausalLM(_config(method, size, hidden)).num_parameters()
+        model = HopeForCausalLM(_config(method, size, hidden))
+    units = sum(p.numel() for name, p in model.named_parameters() if ".cms.blocks." in name and p.dim() > 1)
+    return model.num_parameters(), units // hidden
+
+
+@cache
+def _wanted(size: Size) -> int:
+    return _count(TrainedModel("transformer", "attention"), size, round(MLP * size.width))[0]
 
 
 _SOLVED: dict[tuple[str, Size], int] = {}  # by the text of a method, whose mappings have no hash
@@ -157,15 +166,14 @@ def _matched(method: TrainedModel, size: Size) -> int:
     """Hidden units of the MLPs of a block that lead to the Transformer's number of parameters."""
     text = repr(method)
     if (text, size) not in _SOLVED:
-        wanted = _count(TrainedModel("transformer", "attention"), size, round(MLP * size.width))
-        few, many = 3, 6
-        base, more = _count(method, size, few), _count(method, size, many)
-        hidden = few + round((wanted - base) * (many - few) / (more - base))  # the count is linear in it
-        found = _count(method, size, hidden) if hidden >= few else base
-        if hidden < few or abs(found - wanted) > 0.01 * wanted:
+        wanted, least = _wanted(size), method.num_levels
+        base, of_unit = _count(method, size, least)
+        hidden = max(least, least + round((wanted - base) / of_unit))
+        found = base + (hidden - least) * of_unit
+        if abs(found - wanted) > 0.01 * wanted:
             raise ValueError(
-                f"{method.name!r} has {found:,} parameters at width {size.width} with {max(hidden, few)} "
-                f"hidden units; expected {wanted:,} within 1 %, as the Transformer. Choose another width"
+                f"{method.name!r} has {found:,} parameters at width {size.width} with {hidden} hidden units; "
+                f"expected {wanted:,} within 1 %, as the Transformer. Choose another width"
             )
         _SOLVED[text, size] = hidden
     return _SOLVED[text, size]

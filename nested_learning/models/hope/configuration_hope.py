@@ -63,7 +63,11 @@ _STATE_FIELDS = (
 )
 META_GRADIENTS = ("first_order", "exact")
 # Options whose default None stands for the value of another option or field.
-_SAME_AS = {"projection_chunk_size": "chunk_size", "num_kv_heads": "num_heads"}
+_SAME_AS = {
+    "projection_chunk_size": "chunk_size",
+    "projection_eta_max": "eta_max",
+    "num_kv_heads": "num_heads",
+}
 
 
 class HopeConfig(PreTrainedConfig):

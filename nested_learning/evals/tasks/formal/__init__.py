@@ -34,7 +34,8 @@ from nested_learning.evals.tasks.formal.languages import (
 ALL_RIGHT = 0.9995  # rounds to the 100.0 % that the paper prints
 FAILS = 0.05
 ROWS = 128  # strings that are tested at a time
-ERASING = ("deltanet", "gated_deltanet", "self_modifying_titans")  # mixers whose rate may exceed 1
+SELF_MODIFYING = "self_modifying_titans"
+ERASING = ("deltanet", "gated_deltanet", SELF_MODIFYING)  # mixers whose rate may exceed 1
 TABLE = "Table 5"
 # Bin 0 and Bin 1 by row and language, in per cent.
 PRINTED = {
@@ -61,7 +62,7 @@ class FormalOptions:
         test_size: strings per bin, where a language has so many.
         width, layers, heads: of the models.
         rates: learning rates to choose from.
-        rate_bounds: of the inner learning rate of rows with an erase, to choose from.
+        rate_bounds: of the inner learning rate of rows with an erase, to choose from, the largest last.
         tuned_on: languages on which settings are chosen.
     """
 
@@ -110,16 +111,24 @@ class Formal(Task[FormalOptions]):
     headline = "right"
 
     def methods(self) -> Sequence[Method]:
-        """The LSTM, models of every mixer, and self-modifying Titans with chunks of their own."""
-        return [LSTM, *MODELS, *CHUNKS]
+        """The LSTM, models of every mixer, and self-modifying Titans with short chunks and with one chunk.
+
+        Chunks of one token take ten times as long: their row is there by name alone.
+        """
+        return [LSTM, *MODELS, *CHUNKS[1:]]
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        """Learning rates; for rows with an erase, bounds of the rate and whether memories are held."""
+        """Learning rates; where a row has an erase and does not state its bound, bounds of the inner rate.
+
+        With the largest one, memories that generate signals may also be held still.
+        """
         trained, options = cast(TrainedModel, method), self.options
-        settings: list[dict[str, Any]] = [{"lr": rate} for rate in options.rates]
-        if trained.mixer in ERASING:
-            settings = [{**each, "mixer.eta_max": most} for each in settings for most in options.rate_bounds]
-        return settings
+        inner: list[dict[str, Any]] = [{}]
+        if trained.mixer in ERASING and "eta_max" not in trained.options:
+            inner = [{"mixer.eta_max": most} for most in options.rate_bounds]
+            if trained.mixer == SELF_MODIFYING:
+                inner.append({**inner[-1], "mixer.projection_eta_max": 0.0})
+        return [{"lr": rate, **each} for rate in options.rates for each in inner]
 
     def run(self, method: Method, seed: int) -> Figures:
         """Shares of strings right by language and bin, of test strings."""
@@ -216,7 +225,8 @@ class Formal(Task[FormalOptions]):
             f"validation strings of {', '.join(options.tuned_on)}. Test strings are kept out of training, "
             "except of languages with one string a length. No model knows positions. Rates of rows with an "
             f"erase are bounded by {' or '.join(f'{most:g}' for most in options.rate_bounds)}, whichever is "
-            "better; the paper's DeltaNet has 1."
+            "better (the paper's DeltaNet has 1), and memories that generate signals may be held still. "
+            "Within a string that is no longer than a chunk nothing is re-anchored."
         )
 
     def plot(self, rows: Rows, path: Path) -> None:

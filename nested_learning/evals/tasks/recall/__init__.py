@@ -139,7 +139,7 @@ class Recall(Task[RecallOptions]):
         while True:
             which, coin = torch.rand(2, generator=generator).tolist()
             length, pairs = options.train[int(which * len(options.train))]
-            updates = pairs // 2 if coin < options.forgetting else 0
+            updates = self._updates(length, pairs) if coin < options.forgetting else 0
             yield recall_batch((options.batch_size, length), pairs, options.vocab_size, generator, updates)
 
     def _tested(self, model: nn.Module, seed: int) -> Figures:
@@ -148,7 +148,8 @@ class Recall(Task[RecallOptions]):
         means: dict[str, list[float]] = {"accuracy": [], "forgetting": [], "stale": []}
         for length, pairs in self.options.test:
             found = {"accuracy": self._score(model, generator, length, pairs)[0]}
-            if self._forgets(length, pairs):
+            updates = self._updates(length, pairs)
+            if updates:
                 found["forgetting"], found["stale"] = self._score(model, generator, length, pairs, pairs // 2)
             for name, value in found.items():
                 figures[f"{name}@{pairs}"] = value
@@ -170,16 +171,14 @@ class Recall(Task[RecallOptions]):
         given = torch.cat([answers(model, ids) for ids in batch.ids.split(ROWS)])
         return _share(given == batch.targets, asked), _share(given == stale, asked)
 
-    def _forgets(self, length: int, pairs: int) -> bool:
-        """Whether the forgetting variant is asked for and a sequence has room for it."""
-        return self.options.forgetting > 0 and 4 * pairs + 2 * (pairs // 2) <= length
+    def _updates(self, length: int, pairs: int) -> int:
+        """Keys that are told again in the forgetting variant: half of them where there is room, else none."""
+        fits = self.options.forgetting > 0 and 4 * pairs + 2 * (pairs // 2) <= length
+        return pairs // 2 if fits else 0
 
     def _check(self) -> None:
         """ValueError for segments without room."""
-        again = self.options.forgetting > 0
-        for length, pairs in self.options.train:
-            check_room(length, pairs, pairs // 2 if again else 0)
-        for length, pairs in self.options.test:
+        for length, pairs in (*self.options.train, *self.options.test):
             check_room(length, pairs, 0)
 
     def constants(self) -> Mapping[str, Figures]:
@@ -225,8 +224,8 @@ class Recall(Task[RecallOptions]):
         if options.forgetting:
             text += (
                 f", and one model learns both tasks: in {options.forgetting:.0%} of the batches half of the "
-                "keys are told again (zoology: models of their own, four keys). Questions for these keys "
-                "alone count as forgetting"
+                "keys are told again, if there is room (zoology: models of their own, four keys). Questions "
+                "for these keys alone count as forgetting"
             )
         if not options.mlp:
             text += (
