@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,8 +21,10 @@ from nested_learning.models import HopeConfig, HopeForCausalLM
 from nested_learning.optimizers import build
 
 MLP = 8.0  # hidden units of the Transformer's MLP, of its width: room for what the largest mixer needs more
-FAST, SLOW = 8, 2  # chunks of a Hope row's two levels: the longest training sequence divided by these
-SLOW_PERIOD = 4  # batches whose mean gradient a slow level of a static Hope row steps on
+FAST, SLOW = 8, 2  # chunks of a Hope row's levels: the longest training sequence divided by these
+SLOW_PERIOD = 4  # batches whose mean gradient a slow level of a static Hope row steps on; 4² of the next one
+PARTS = "memory"  # the mixer that is made of parts: all its options but these are parts
+OF_LAYER = ("conv_size", "max_half_life")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,19 @@ class TrainedModel(Method):
 
     Attributes:
         mixer: name of the sequence mixer.
-        options: of the mixer, beside its chunk length.
-        levels: "one" static MLP per block, "periods": a CMS of two levels of which the slow one steps on the
-            mean of several batches, "in context": one that learns by regression while it reads.
+        options: of the mixer, beside its chunk length; of the mixer "memory" its parts.
+        levels: "one" static MLP per block, "periods": a CMS whose slow levels step on the mean of several
+            batches, "in context": one that learns by regression while it reads.
+        num_levels: levels of the CMS, at equal parameters; two or three.
+        heads: of the mixer, where they are not the size's.
     """
 
     kind: ClassVar[str] = "model"
     mixer: str = "attention"
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     levels: Literal["one", "periods", "in context"] = field(default="one", kw_only=True)
+    num_levels: int = field(default=2, kw_only=True)
+    heads: int | None = field(default=None, kw_only=True)
 
     def config(self, size: Size) -> HopeConfig:
         """The model of a size, with as many parameters as the Transformer's.
@@ -81,10 +88,13 @@ class TrainedModel(Method):
         return HopeForCausalLM(self.config(size))
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-        """AdamW, with a period for a slow level."""
+        """AdamW, with a period for each slow level."""
         levels = None
         if self.levels == "periods" and getattr(model.config, "cms_levels", None):
-            levels = [{"part": "cms.1", "period": SLOW_PERIOD, "reduction": "mean"}]
+            levels = [
+                {"part": f"cms.{level}", "period": SLOW_PERIOD**level, "reduction": "mean"}
+                for level in range(1, self.num_levels)
+            ]
         return build("adamw", model, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), levels=levels)
 
     def _for_size(self) -> TrainedModel:
@@ -102,33 +112,51 @@ def _config(method: TrainedModel, size: Size, hidden: int) -> HopeConfig:
             options["rope_theta"] = None
     else:
         options.setdefault("chunk_size", max(1, min(size.chunk, size.longest // 2)))
-    fast = max(1, size.longest // FAST)
-    slow = max(1, size.longest // SLOW // fast) * fast  # a multiple of the fast level's
-    if not hidden:
-        levels: list[dict[str, Any]] = []
-    elif method.levels == "one":
-        levels = [{"chunk_size": slow, "intermediate_size": hidden}]
-    else:
-        halves = (hidden - hidden // 2, hidden // 2)
-        levels = [
-            {"chunk_size": chunk, "intermediate_size": half}
-            for chunk, half in zip((fast, slow), halves, strict=True)
-        ]
+    if method.mixer == PARTS:
+        layer = {name: options.pop(name) for name in OF_LAYER if name in options}
+        options = {"parts": options, **layer}
     return HopeConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.width,
         num_hidden_layers=size.layers,
-        num_heads=size.heads,
+        num_heads=method.heads or size.heads,
         mixer=method.mixer,
         mixer_options={method.mixer: options},
-        cms_levels=levels,
+        cms_levels=_levels(method, size, hidden),
         cms_update="regression" if method.levels == "in context" and hidden else "none",
     )
 
 
-def _count(method: TrainedModel, size: Size, hidden: int) -> int:
+def _levels(method: TrainedModel, size: Size, hidden: int) -> list[dict[str, Any]]:
+    """Levels of the CMS, fast to slow, each chunk a multiple of the one before; none without hidden units."""
+    count = 1 if method.levels == "one" else method.num_levels
+    wanted = (
+        [size.longest // SLOW]
+        if count == 1
+        else [size.longest // round(FAST * (SLOW / FAST) ** (level / (count - 1))) for level in range(count)]
+    )
+    chunks = [max(1, wanted[0])]
+    for length in wanted[1:]:
+        chunks.append(chunks[-1] * max(1, length // chunks[-1]))
+    units = [(hidden + level) // count for level in reversed(range(count))]
+    return [
+        {"chunk_size": chunk, "intermediate_size": each}
+        for chunk, each in zip(chunks, units, strict=True)
+        if hidden
+    ]
+
+
+def _count(method: TrainedModel, size: Size, hidden: int) -> tuple[int, int]:
+    """Parameters of the model, and those that a hidden unit of each block has."""
     with torch.device("meta"):
-        return HopeForCausalLM(_config(method, size, hidden)).num_parameters()
+        model = HopeForCausalLM(_config(method, size, hidden))
+    units = sum(p.numel() for name, p in model.named_parameters() if ".cms.blocks." in name and p.dim() > 1)
+    return model.num_parameters(), units // hidden
+
+
+@cache
+def _wanted(size: Size) -> int:
+    return _count(TrainedModel("transformer", "attention"), size, round(MLP * size.width))[0]
 
 
 _SOLVED: dict[tuple[str, Size], int] = {}  # by the text of a method, whose mappings have no hash
@@ -138,15 +166,14 @@ def _matched(method: TrainedModel, size: Size) -> int:
     """Hidden units of the MLPs of a block that lead to the Transformer's number of parameters."""
     text = repr(method)
     if (text, size) not in _SOLVED:
-        wanted = _count(TrainedModel("transformer", "attention"), size, round(MLP * size.width))
-        few, many = 2, 4
-        base, more = _count(method, size, few), _count(method, size, many)
-        hidden = few + round((wanted - base) * (many - few) / (more - base))  # the count is linear in it
-        found = _count(method, size, hidden) if hidden >= 2 else base
-        if hidden < 2 or abs(found - wanted) > 0.01 * wanted:
+        wanted, least = _wanted(size), method.num_levels
+        base, of_unit = _count(method, size, least)
+        hidden = max(least, least + round((wanted - base) / of_unit))
+        found = base + (hidden - least) * of_unit
+        if abs(found - wanted) > 0.01 * wanted:
             raise ValueError(
-                f"{method.name!r} has {found:,} parameters at width {size.width} with {max(hidden, 2)} "
-                f"hidden units; expected {wanted:,} within 1 %, as the Transformer. Choose another width"
+                f"{method.name!r} has {found:,} parameters at width {size.width} with {hidden} hidden units; "
+                f"expected {wanted:,} within 1 %, as the Transformer. Choose another width"
             )
         _SOLVED[text, size] = hidden
     return _SOLVED[text, size]

@@ -32,14 +32,25 @@ def save(figure: Figure, path: Path) -> None:
 
 def bars(rows: MethodRows, figure: str, label: str, path: Path) -> None:
     """A bar per method with the standard deviation over seeds."""
-    chosen = [row for row in rows.values() if row.values(figure)]
-    drawing, (axes,) = new_figure(1, height=0.6 + 0.3 * max(1, len(chosen)))
-    names = [row.method for row in chosen]
-    axes.barh(
-        names, [row.mean(figure) or 0.0 for row in chosen], xerr=[row.spread(figure) or 0.0 for row in chosen]
-    )
-    axes.invert_yaxis()
-    axes.set(xlabel=label)
+    bar_panels(rows, {figure: label}, path)
+
+
+def bar_panels(rows: Rows, figures: Mapping[str, str], path: Path) -> None:
+    """A plot per figure, side by side, with a bar per method and the standard deviation over seeds.
+
+    Args:
+        rows: the rows.
+        figures: labels by name of the figure; a row without the figure has no bar.
+        path: where the PNG goes.
+    """
+    most = max((1, *(sum(bool(row.values(name)) for row in rows.values()) for name in figures)))
+    drawing, all_axes = new_figure(len(figures), height=0.6 + 0.3 * most)
+    for axes, (name, label) in zip(all_axes, figures.items(), strict=True):
+        chosen = [row for row in rows.values() if row.values(name)]
+        means = [row.mean(name) or 0.0 for row in chosen]
+        axes.barh([row.method for row in chosen], means, xerr=[row.spread(name) or 0.0 for row in chosen])
+        axes.invert_yaxis()
+        axes.set(xlabel=label)
     save(drawing, path)
 
 
