@@ -35,9 +35,13 @@ class Reader:
 
     def rows(self, index: Tensor) -> Reader:
         """A reader that goes on from the states of the rows `index` [B'] on its own way."""
-        other = Reader(self.model, self.piece, self.bound)
+        other = self.anew()
         other.cache = self.cache.select_rows(index.to(self.model.device))
         return other
+
+    def anew(self) -> Reader:
+        """A reader of the same model that has read nothing."""
+        return Reader(self.model, self.piece, self.bound)
 
     def _bounded(self, state: State) -> State:
         if not isinstance(state, AttentionState) or state.positions.shape[1] <= self.bound:

@@ -142,8 +142,8 @@ class Kept:
             return Verdict(UNTOLD, f"figures of {self.method}: {len(seeds)} seed(s), at least 2 are needed")
         low, high = found
         because = (
-            f"{self.method} {self.harder} − {self.figure} {fmean(differences):+.4g} [{low:+.4g}, {high:+.4g}], "
-            f"{len(seeds)} seeds"
+            f"{self.method} {self.harder} − {self.figure} {fmean(differences):+.4g} "
+            f"[{low:+.4g}, {high:+.4g}], {len(seeds)} seeds"
         )
         if reached[0] <= self.chance:
             return Verdict(UNTOLD, f"{self.figure} at chance ({self.chance:.3g}); {because}")

@@ -37,7 +37,7 @@ class Texts(NamedTuple):
 
 
 def text_here() -> str:
-    """Source of the noise on this machine: "tinyshakespeare" where NESTED_LEARNING_DATA holds it, or "stdlib"."""
+    """Source of the noise: "tinyshakespeare" where NESTED_LEARNING_DATA holds it, otherwise "stdlib"."""
     folder = os.environ.get("NESTED_LEARNING_DATA")
     found = folder is not None and (Path(folder) / "tinyshakespeare.txt").is_file()
     return "tinyshakespeare" if found else "stdlib"
@@ -56,9 +56,7 @@ def texts(source: str, vocabulary: int) -> Texts:
     """
     own = words()
     if vocabulary <= len(own):
-        raise ValueError(
-            f"vocabulary is {vocabulary}; expected more than the {len(own)} words of the stories"
-        )
+        raise ValueError(f"vocabulary is {vocabulary}; expected more than the stories' {len(own)} words")
     corpus = load_corpus(source, max_bytes=_MAX_BYTES)
     splits = [
         [sentence for document in documents for sentence in _sentences(document.text)]
@@ -93,7 +91,7 @@ class Mixer:
     generator: Generator
 
     def lessons(self, rows: int, length: int) -> Batch:
-        """Sequences [B, T] for training, the tasks in turn: every question that fits in is asked and answered.
+        """Sequences [B, T] for training, the tasks in turn; questions that have room are answered.
 
         The target stands at the question's sign; the answer is read next.
         """
@@ -105,8 +103,8 @@ class Mixer:
     def tests(self, task: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Sequences [B, T] that end with one question, and the ids of the answers [B].
 
-        As in BABILong, the question is one of the story's five, the others are left out, and stories with more
-        facts than `length` has room for are not taken.
+        As in BABILong, the question is one of the story's five, the others are left out, and stories with
+        more facts than `length` has room for are not taken.
         """
         chance, found = Chance(self.generator), []
         while len(found) < rows:

@@ -143,7 +143,7 @@ def _move(world: World, chance: Chance) -> list[str]:
 
 
 def _act(world: World, chance: Chance) -> list[str]:
-    """A walk, or with twice its probability something that can be taken or put down, where there is anything."""
+    """A walk, or twice as often the taking or putting down of a thing, where that is possible."""
     while True:
         if chance.below(3) == 2:
             return _move(world, chance)

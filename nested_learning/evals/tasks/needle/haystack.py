@@ -3,7 +3,8 @@
 A needle is a key and a value, "Q=417;", a question names the key, "Q?", and is answered "417;". Needles stand
 between the sentences of a noise that repeats itself, as in RULER's first task (arXiv 2404.06654, appendix B).
 Four kinds: one needle ("single"); several keys of which one is asked ("multi_key") or all are, one after the
-other ("multi_query"); one key with several values, all asked in the order in which they stood ("multi_value").
+other ("multi_query"); one key with several values, which are asked in the order in which they stood
+("multi_value").
 """
 
 from __future__ import annotations

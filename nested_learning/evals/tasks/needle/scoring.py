@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Generator, Tensor
 
 from nested_learning.evals.carried import Reader
 from nested_learning.evals.rows import Figures
 from nested_learning.evals.tasks.needle.haystack import KINDS, Form, Hidden, hidden, question, separator
-from nested_learning.models import HopeForCausalLM
 
 DEPTHS = 5  # parts of a haystack that the heat map tells apart
 _GRID = 40  # places that the depths of several needles are drawn from, each at most once
 
 
-class Testing(Protocol):
-    """Options of a test; see `NeedleOptions`."""
+def score(reader: Reader, length: int, rows: int, form: Form, generator: Generator) -> Figures:
+    """Exact match of values and share of right digits at a length.
 
-    rows: int
-    piece: int
-    bound: int
+    Values are decoded greedily, digit by digit; what stands between them is given. The order of several
+    values of a key does not matter, as in RULER: each that is said counts once.
 
-    @property
-    def form(self) -> Form:
-        """Sizes of the needles."""
-
-
-def score(model: HopeForCausalLM, length: int, options: Testing, generator: Generator) -> Figures:
-    """Exact match of values and share of right digits at a length, by kind, and the mean over the kinds.
-
-    Values are decoded greedily, digit by digit; what stands between them is given. The order of several values
-    of a key does not matter, as in RULER: each that is said counts once.
+    Args:
+        reader: has read nothing, and does not afterwards.
+        length: bytes of haystack, questions and answers.
+        rows: haystacks of each kind.
+        form: sizes of the needles.
+        generator: draws the haystacks.
 
     Returns:
-        "single", "multi_key", "multi_value", "multi_query" and "exact", their mean; "digits", at their places;
-        "heat": exact match of single and of several keys by depth, the first of `DEPTHS` parts first.
+        The exact match of each of `KINDS`; "digits": the share at their places, mean of the kinds; "heat":
+        the exact match of single needles and of several keys by depth, the first of `DEPTHS` parts first.
     """
-    form = options.form
     exact, digits = {}, {}
     hits: list[tuple[Tensor, Tensor]] = []
     for kind in ("single", "multi_key", "multi_value"):
-        depths = _depths(kind, options.rows, form, generator)
+        depths = _depths(kind, rows, form, generator)
         texts = hidden(kind, length - _room(kind, form), depths, form, generator)
-        reader = Reader(model, options.piece, options.bound)
-        reader.read(texts.ids)
+        after = reader.anew()
+        after.read(texts.ids)
         if kind == "multi_value":
-            said = _several(reader, texts, same=True)
+            said = _several(after, texts, same=True)
             matched = (texts.values[:, :, None] == said[:, None]).all(-1).any(-1)
             exact[kind], digits[kind] = _mean(matched), _mean(said == texts.values)
             continue
         if kind == "multi_key":
-            said = _several(reader, texts, same=False)
+            said = _several(after, texts, same=False)
             exact["multi_query"], digits["multi_query"] = _matched(said, texts.values)
-        said = _each(reader, texts)
+        said = _each(after, texts)
         exact[kind], digits[kind] = _matched(said, texts.values)
         hits.append((texts.depths.flatten(), (said == texts.values).all(-1).flatten()))
     return {
-        "exact": sum(exact.values()) / len(KINDS),
         **exact,
         "digits": sum(digits.values()) / len(KINDS),
         "heat": _by_depth(torch.cat([at for at, _ in hits]), torch.cat([hit for _, hit in hits])),
@@ -66,7 +56,7 @@ def score(model: HopeForCausalLM, length: int, options: Testing, generator: Gene
 
 
 def _depths(kind: str, rows: int, form: Form, generator: Generator) -> Tensor:
-    """Depths [B, N]: of one needle the parts of the haystack in turn, of several distinct places of a grid."""
+    """Depths [B, N]: one needle's in turn from 0 to 1, several from a grid, each place once."""
     if kind == "single":
         return torch.linspace(0, 1, DEPTHS)[torch.arange(rows) % DEPTHS, None]
     places = max(_GRID, form.needles)
@@ -91,7 +81,7 @@ def _each(reader: Reader, texts: Hidden) -> Tensor:
 
 
 def _several(reader: Reader, texts: Hidden, same: bool) -> Tensor:
-    """Values [B, N, digits] that are said one after the other: of one key, or of each key, named in between."""
+    """Values [B, N, digits] that are said one after the other: of the same key, or of each key in turn."""
     rows, count, digits = texts.values.shape
     asked = reader.rows(torch.arange(rows))
     said = []
