@@ -56,7 +56,8 @@ def test_attention_forgets_what_lies_behind_the_bound() -> None:
         for reader, ids in zip(readers, (first, second), strict=True):
             reader.read(ids[:, :50])
             (state,) = reader.cache.states.values()
-            assert isinstance(state, AttentionState) and state.key.shape[2] == min(bound, 50)
+            assert isinstance(state, AttentionState)
+            assert state.key.shape[2] == min(bound, 50)
             assert int(state.positions.max()) == 49
         with torch.no_grad():
             logits = [model(first[:, 50:], past_key_values=reader.cache).logits[:, -1] for reader in readers]

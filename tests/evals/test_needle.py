@@ -50,7 +50,8 @@ def test_questions_are_answered_by_the_needles_before_them(form: Form, length: i
                 for place in range(found.start(4), found.end()):
                     asked[place - 1] = ord(text[place])
         assert targets.tolist() == asked
-        assert text.endswith(";") and len(re.findall(question, text)) == length // 32
+        assert text.endswith(";")
+        assert len(re.findall(question, text)) == length // 32
         keys, values = len(told), sum(map(len, told.values()))
         assert (keys, values) == [(1, 1), (form.needles, form.needles), (1, form.needles)][row % 3]
         assert re.sub(f"{needle}|{question}", "", text) in ENDLESS
@@ -143,7 +144,8 @@ def test_scores_of_readers_that_answer_by_a_rule(rule: str, exact: dict[str, flo
     found = score(Scripted(rule), 600, 10, Form(), seeded(3))  # type: ignore[arg-type]
     assert {kind: found[kind] for kind in KINDS} == exact
     if rule == "right":
-        assert found["digits"] == 1 and found["heat"] == [1.0] * DEPTHS
+        assert found["digits"] == 1
+        assert found["heat"] == [1.0] * DEPTHS
     else:
         assert found["digits"] < 1
     if rule == "first":  # of several keys the first is the one that stands highest
@@ -174,7 +176,8 @@ def test_a_run_is_decided_by_its_seed_and_has_every_column() -> None:
     first, again = (task.run(find_method("deltanet"), 0) for _ in range(2))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     assert set(Needle.columns) <= set(first)
-    assert first["digits"] == first["digits_at_128"] and first["digits_long"] == first["digits_at_300"]
+    assert first["digits"] == first["digits_at_128"]
+    assert first["digits_long"] == first["digits_at_300"]
     assert set(first["heat"]) == {"128", "300"}
 
 
