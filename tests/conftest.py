@@ -1,15 +1,17 @@
-"""One torch thread, since tensors are tiny here; and `--extras`, with which no package may be missing."""
+"""One thread, since tensors are tiny here; and `--extras`, with which no package may be missing."""
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+# Also for the processes that tests start. Torch reads it when it is loaded, which not every test needs.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 LOCK = Path(__file__).parents[1] / "requirements-extras.lock"
 # Packages that are imported by another name than their distribution's.
@@ -29,6 +31,12 @@ def distributions() -> frozenset[str]:
     """Distributions that the lock file pins, in lower case with underscores."""
     pins = re.findall(r"^([\w.-]+)==", LOCK.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return frozenset(re.sub(r"[-_.]+", "_", name).lower() for name in pins)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage that each training run collects at its end is not looked for in modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def missing(report: pytest.CollectReport | pytest.TestReport) -> str | None:

@@ -114,6 +114,7 @@ AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 # transformers loads the Auto classes in the middle of these modules, from which Hope's classes derive.
 IN_THE_MIDDLE = "from transformers.modeling_layers import GradientCheckpointingLayer"
 LATER = [
+    ["import nested_learning", AUTO],
     ["import transformers, nested_learning", AUTO],
     ["import nested_learning", "from transformers import LlamaForCausalLM, Trainer", AUTO],
     ["import nested_learning", "from transformers import pipeline", AUTO],
@@ -126,7 +127,6 @@ LATER = [
 @pytest.mark.parametrize(
     "lines",
     [
-        ["import nested_learning", AUTO],
         [AUTO, "import nested_learning"],
         ["import nested_learning", IN_THE_MIDDLE, AUTO],
         *(pytest.param(lines, marks=pytest.mark.slow) for lines in LATER),

@@ -104,13 +104,14 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state_dict; counters and products (0-D) of torch's optimizers keep their dtype too.
-
-    torch casts them to the parameter's, which rounds them under half precision.
-    """
+    """Load a state_dict; counters and products (0-D) of torch's optimizers keep their dtype too."""
     optimizer.load_state_dict(state_dict)
-    if isinstance(optimizer, BaseOptimizer):
-        return
+    if not isinstance(optimizer, BaseOptimizer):
+        restore_scalars(optimizer, state_dict)
+
+
+def restore_scalars(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put 0-D states as they were saved where torch, in loading, cast them to the parameter's dtype."""
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in zip(ids, params, strict=True):

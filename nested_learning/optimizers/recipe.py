@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from nested_learning._errors import unknown
 from nested_learning.optimizers.base import Group
 from nested_learning.optimizers.delta_gd import DeltaGD
+from nested_learning.optimizers.mended import MENDED, Muon
 from nested_learning.optimizers.nested import NestedOptimizer
 from nested_learning.parts import EMBEDDING, HEAD, parts
 
@@ -140,7 +141,7 @@ class Recipe:
         with _told(self.cls):
             if not self.for_matrices:
                 options = self._options()
-                optimizer = self.cls(self._groups(model, named), **options)
+                optimizer = MENDED.get(self.cls, self.cls)(self._groups(model, named), **options)
                 return optimizer.attach(model) if isinstance(optimizer, DeltaGD) else optimizer
             matrices, rest = matrices_and_rest(model, named)
             if not matrices:
@@ -183,7 +184,7 @@ class Recipe:
         options = self._options()
         beside = {theirs: options.pop(ours) for ours, theirs in BESIDE.items() if ours in options}
         scale = options.pop(SCALE, 1.0)
-        muon = torch.optim.Muon(self._groups(model, matrices), **options)
+        muon = Muon(self._groups(model, matrices), **options)
         if not rest:
             return muon
         lr = scale * muon.defaults["lr"]

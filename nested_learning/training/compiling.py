@@ -30,6 +30,9 @@ def compile_blocks(model: PreTrainedModel) -> bool:
             stacklevel=2,
         )
         return False
+    # DDP would cut a block's graph where its buckets end, and compile each piece, for sums over processes to
+    # begin before the block's backward pass is over: they begin with each block as it is.
+    torch._dynamo.config.optimize_ddp = False
     set_compile_step(model, True)
     for block in _blocks(model):
         block.compile(backend=BACKEND)

@@ -33,7 +33,7 @@ from nested_learning.training.config import TrainConfig
 from nested_learning.training.data.streams import DocumentBlocks
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.positions import loss_by_position
-from nested_learning.training.process import process_state, settle_shards, shards_asked_for
+from nested_learning.training.process import process_state, settle_shards
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.timing import ClockSchedule, RunClock
 
@@ -58,13 +58,8 @@ def split_batch(config: TrainConfig, num_processes: int) -> tuple[int, int]:
     """(sequences per process and forward pass, accumulation steps) that make up the global batch.
 
     Raises:
-        ValueError: the processes or the micro-batches do not divide the batch, or compiled copies.
+        ValueError: the processes or the micro-batches do not divide the batch.
     """
-    if config.compile and num_processes > 1 and not shards_asked_for():
-        raise ValueError(
-            f"compile is true with {num_processes} processes that hold a copy of the model each (DDP), where "
-            "compiled blocks do not come to an end: leave it out, or launch with shards (FSDP2)"
-        )
     if config.batch_size % num_processes:
         raise ValueError(
             f"batch_size {config.batch_size} is not divisible by the {num_processes} processes of this run. "

@@ -50,10 +50,23 @@ def test_any_number_of_rows_and_tokens(name, monkeypatch):
 def test_any_number_of_rows(name, monkeypatch):
     model = logits_of(name, monkeypatch)
     with torch.no_grad():
-        program = torch.export.export(model, (ids_of(2, 13),), dynamic_shapes=({0: ROWS},))
-        with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
-            torch.export.export(model, (ids_of(2, 13),), dynamic_shapes=({1: TOKENS},))
-    check(program.module(), model, [(2, 13), (5, 13)])
+        program = torch.export.export(model, (ids_of(2, 9),), dynamic_shapes=({0: ROWS},))
+    check(program.module(), model, [(2, 9), (5, 9)])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),  # within the projections' chunk, and beyond
+    [
+        ("titans", 9),
+        ("self_modifying_titans", 7),
+        pytest.param("titans", 7, marks=pytest.mark.slow),
+        pytest.param("self_modifying_titans", 9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_length_whose_chunks_are_counted_is_not_left_open(name, tokens, monkeypatch):
+    model = logits_of(name, monkeypatch)
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+        torch.export.export(model, (ids_of(2, tokens),), dynamic_shapes=({1: TOKENS},))
 
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "attention", "titans"])

@@ -38,6 +38,15 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def with_kinds(counts: list[int], kinds: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Every kind with every number of tokens; every other pair is fast, so that each of both has one."""
+    return [
+        pytest.param(*kind, count, marks=[pytest.mark.slow] * ((i + j) % 2), id=f"{kind}-{count}")
+        for i, kind in enumerate(kinds)
+        for j, count in enumerate(counts)
+    ]
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch.compiler.reset()
@@ -132,8 +141,10 @@ def test_one_graph_for_all_lengths(name):
     assert len(graphs.found) == 1
 
 
-@pytest.mark.parametrize("count", [5 * CHUNK, 3 * CHUNK + 1, CHUNK - 1, operator.SEGMENT * 2 * CHUNK + 5])
-@pytest.mark.parametrize(("name", "options"), KINDS, ids=str)
+COUNTS = [5 * CHUNK, 3 * CHUNK + 1, CHUNK - 1, operator.SEGMENT * 2 * CHUNK + 5]
+
+
+@pytest.mark.parametrize(("name", "options", "count"), with_kinds(COUNTS, KINDS))
 def test_outputs_state_surprise_and_gradients(name, options, count):
     layer, x = build(name, **options), tokens(2, count)
     want = results(layer, layer, x, return_surprise=True)
@@ -197,8 +208,10 @@ def test_bfloat16_autocast(name):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "options"), KINDS[:1] + KINDS[2:4] + KINDS[5:], ids=str)
-@pytest.mark.parametrize("count", [2 * CHUNK, 2 * CHUNK + 1])
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    with_kinds([2 * CHUNK, 2 * CHUNK + 1], KINDS[:1] + KINDS[2:4] + KINDS[5:]),
+)
 def test_as_the_library_has_operators(name, options, count, monkeypatch):
     """torch's own checks: schema, autograd registration, the fake functions, dynamic shapes."""
     layer, calls = build(name, **options), []

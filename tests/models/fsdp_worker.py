@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nested_learning import HopeForCausalLM
+from nested_learning.memory.engines import compiler
 from nested_learning.training import compiling
 from nested_learning.training.compiling import compile_blocks
 from tests.ecosystem.tiny_hope import hope, ids
@@ -86,7 +87,7 @@ def step(case: str, way: str) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    compiling.BACKEND = "aot_eager"
+    compiling.BACKEND = compiler.BACKEND = "aot_eager"  # generated code takes minutes
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
     found: dict[str, float | str] = {}

@@ -40,12 +40,14 @@ def check(found):
             assert result < 1e-12, name
 
 
+def test_two_processes_often():
+    """With a copy each, in shards of blocks and of mixers, and what FSDP1 cannot do."""
+    check(train(2, "regression", "lm", "ddp", "blocks", "parts", "fsdp1 blocks"))
+
+
+@pytest.mark.slow
 def test_one_process():
     check(train(1, "regression", "lm"))
-
-
-def test_two_processes_with_a_copy_each():
-    check(train(2, "regression", "lm", "ddp"))
 
 
 @pytest.mark.slow
@@ -55,7 +57,7 @@ def test_two_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["model", "blocks"])
+@pytest.mark.parametrize("way", ["ddp", "model", "blocks"])
 def test_two_processes_with_compiled_blocks(way):
     check(train(2, "self_modifying_titans", "gated_deltanet", "regression", way, "compiled"))
 

@@ -232,6 +232,23 @@ def test_every_optimizer_resumes_in_an_accumulation(name, dtype):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["nadam", "asgd"])
+def test_half_precision_resumes_without_levels(name):
+    """Also the products of rates and decays, which torch would load in the parameter's dtype."""
+    model, again = new(torch.bfloat16), new(torch.bfloat16)
+    optimizer, resumed = (build(name, each, lr=1e-3) for each in (model, again))
+    train(model, optimizer, range(3))
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed.load_state_dict(saved(optimizer))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        for key, value in optimizer.state.get(p, {}).items():
+            assert torch.equal(resumed.state[q][key], value), key
+            assert resumed.state[q][key].dtype == value.dtype, key
+    train(model, optimizer, range(3, 6))
+    train(again, resumed, range(3, 6))
+    assert equal(model, again)
+
+
 def test_copies_go_on_as_the_original():
     model = new()
     optimizer = with_levels("muon", model)

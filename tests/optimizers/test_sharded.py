@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nested_learning import optimizers as no
+from nested_learning.optimizers.mended import MENDED
 from tests.optimizers.cases import CASES, Build
 
 
@@ -59,7 +60,13 @@ class RowMemory(no.MomentumMemory):
     """A memory that mixes the elements of a gradient, as one of a user may."""
 
     def update(self, state, grad):
-        return super().update(state, grad / grad.norm())
+        # DCP makes the states of a new optimizer by a step with gradients of zero.
+        return super().update(state, grad / grad.norm().clamp(min=1e-30))
+
+
+def torch_muon(params):
+    matrices = [p for p in params if p.ndim == 2]
+    return MENDED[torch.optim.Muon](matrices, lr=0.05, weight_decay=0.1)
 
 
 BUILDS: dict[str, Build] = {
@@ -69,6 +76,9 @@ BUILDS: dict[str, Build] = {
     "given": given,
     "own-memory": lambda params, **k: no.MemoryOptimizer(params, RowMemory(), **{"lr": 0.02, **k}),
     "torch-adamw": lambda params: torch.optim.AdamW(params, lr=0.05),
+    "torch-muon": torch_muon,
+    "torch-adafactor": lambda params: MENDED[torch.optim.Adafactor](params, lr=0.05),
+    "torch-rprop": lambda params: MENDED[torch.optim.Rprop](params, lr=0.05),
 }
 STEPS = 5
 

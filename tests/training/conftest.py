@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from nested_learning.training.config import OptimConfig, TrainConfig
 from nested_learning.training.data import DataConfig
@@ -14,6 +15,18 @@ TINY_MODEL = {
     "num_heads": 2,
     "cms_levels": [{"chunk_size": 16}],
 }
+
+
+@pytest.fixture
+def drawn():
+    """For tests of the plots themselves."""
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request, monkeypatch):
+    """Plots, which take as long to draw as a tiny run takes, are drawn for tests with `drawn` alone."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: Path(path).write_bytes(b"blank"))
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,7 @@ def losses(result):
     return [loss for _, loss in result["losses"]["train"]]
 
 
-def test_a_run_carries_and_evaluates_as_a_loop_by_hand(carried):
+def test_a_run_carries_and_evaluates_as_a_loop_by_hand(carried, drawn):
     config = carried()
     result = train(config).result
     bundle = build_data(config.data, 32, 4)

@@ -3,10 +3,9 @@
 import pytest
 from safetensors.torch import load_file
 
+from nested_learning.memory.engines import compiler
 from nested_learning.training import compiling
-from nested_learning.training.config import TrainConfig
 from nested_learning.training.run import train
-from nested_learning.training.trainer import split_batch
 from tests.graphs import counted
 
 HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_titans": {"chunk_size": 8}}}
@@ -14,8 +13,8 @@ HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_tita
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that were compiled; they run as they are."""
-    with counted(monkeypatch, compiling) as found:
+    """The graphs of blocks that were compiled; they and those of chunks within them run as they are."""
+    with counted(monkeypatch, compiler, _broken=False, _rows={}), counted(monkeypatch, compiling) as found:
         yield found
 
 
@@ -67,12 +66,3 @@ def test_one_warning_where_nothing_compiles(tiny, tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="no compiler here"):
         compiled = train(tiny(steps=1, compile=True, output=str(tmp_path / "compiled")))
     assert losses(compiled) == plain
-
-
-def test_compiled_copies_are_refused(monkeypatch):
-    config = TrainConfig(compile=True, batch_size=4)
-    assert split_batch(config, 1) == (4, 1)
-    with pytest.raises(ValueError, match=r"compile is true with 2 processes .* \(FSDP2\)"):
-        split_batch(config, 2)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert split_batch(config, 2) == (2, 1)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from nested_learning.training.config_file import dump_config
 from nested_learning.training.data import DataConfig
+from nested_learning.training.optim import OptimConfig
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,10 @@ def config(tiny, tmp_path):
         texts.mkdir(exist_ok=True)
         for i in range(150):
             (texts / f"{i}.txt").write_text(f"{i} " + "the memory learns what to keep "[: 7 + i % 23] * 2)
-        data = DataConfig(source=str(texts), block_size=32, max_validation_blocks=6)
+        carry = fields.pop("carry_state", False)
+        data = DataConfig(
+            source=str(texts), block_size=16 if carry else 32, carry_state=carry, max_validation_blocks=6
+        )
         values = {"preset": "hope-tiny", "model": model, "data": data, "batch_size": 6, "steps": 3, **fields}
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(dump_config(tiny(**values)))))
@@ -88,6 +92,44 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path, update):
             AutoModelForCausalLM.from_pretrained(tmp_path / n / "model")(ids).logits for n in ("one", kind)
         ]
         torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+def test_compiled_copies_give_the_losses_of_one_process_plain(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    one = run(None, 1, "--config", config(), "--output", tmp_path / "one")
+    two = run("ddp", 2, "--config", config(compile=True), "--output", tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+LEVELS = [
+    {"part": "cms.1", "period": 2, "reduction": "mean"},
+    {"part": ["cms.0", "projections"], "name": "muon", "period": 2},
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"carry_state": True}, {"optim": OptimConfig(lr=1e-2, levels=LEVELS)}],
+    ids=["carried", "levels"],
+)
+def test_shards_of_a_run_that(config, tmp_path, fields):
+    """Documents whose state goes from block to block; levels that wait for the gradients of two steps."""
+    path = config(**fields)
+    one, two = (
+        run(kind, n, "--config", path, "--output", tmp_path / str(n)) for kind, n in ((None, 1), ("fsdp2", 2))
+    )
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_shards_of_a_run_that_ends_by_the_clock(config, tmp_path):
+    """Both processes stop at one step, and what was trained is the model that is written."""
+    path = config(steps=None, max_minutes=0.3)
+    result = run("fsdp2", 2, "--config", path, "--output", tmp_path / "run")
+    steps = result["losses"]["train"][-1][0]
+    assert steps >= 1
+    assert (tmp_path / "run/checkpoints" / f"checkpoint-{steps}" / "pytorch_model_fsdp_0").is_dir()
+    before, after = (result["losses"]["validation"][i][1] for i in (0, -1))
+    assert after < before
 
 
 def test_shards_in_bfloat16_keep_what_one_process_keeps_in_float32(config, tmp_path):

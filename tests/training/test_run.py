@@ -59,7 +59,7 @@ def test_losses_equal_those_of_a_loop_by_hand(tiny):
     assert got == pytest.approx(expected, abs=1e-6)
 
 
-def test_result_says_what_was_done(tiny):
+def test_result_says_what_was_done(tiny, drawn):
     config = tiny(model={**tiny().model, **HOPE}, preset="hope-tiny", steps=6)
     outcome = train(config)
     folder = outcome.folder
