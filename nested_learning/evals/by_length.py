@@ -12,7 +12,7 @@ from torch import Generator
 
 from nested_learning._checks import check_positive
 from nested_learning.evals.carried import Reader
-from nested_learning.evals.fit import Batch, Training, fit, parameters_of, summary
+from nested_learning.evals.fit import TaskBatch, Training, fit, parameters_of, summary
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.rows import Figures
@@ -84,7 +84,7 @@ class ByLength(Task[LengthsT]):
         """Number of ids."""
 
     @abstractmethod
-    def lessons(self, rows: int, length: int, generator: Generator) -> Batch:
+    def lessons(self, rows: int, length: int, generator: Generator) -> TaskBatch:
         """A training batch [rows, length]."""
 
     @abstractmethod
@@ -114,7 +114,7 @@ class ByLength(Task[LengthsT]):
         figures.update(self._tested(Reader(model, chosen.piece, chosen.bound), seed))
         return {**figures, "parameters": parameters_of(model), "seconds": time.perf_counter() - started}
 
-    def _batches(self, seed: int) -> Iterator[Batch]:
+    def _batches(self, seed: int) -> Iterator[TaskBatch]:
         """Training batches; the lengths in turn, from the first to the last."""
         chosen, generator = self.options, Generator().manual_seed(seed)
         for step in range(chosen.steps):

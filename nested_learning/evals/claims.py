@@ -34,8 +34,13 @@ class Verdict(NamedTuple):
 class Claim(Protocol):
     """A statement that rows decide: a predicate on rows, with its words and its source."""
 
-    text: str
-    source: str
+    @property
+    def text(self) -> str:
+        """The statement in words."""
+
+    @property
+    def source(self) -> str:
+        """Table, figure or equation that states it."""
 
     def judge(self, rows: MethodRows) -> Verdict:
         """The verdict; "cannot be told here" where a row is missing."""
@@ -131,10 +136,11 @@ class Kept:
     margin: float = 0.02
     chance: float = 0.0
 
-    def judge(self, rows: Rows) -> Verdict:
+    def judge(self, rows: MethodRows) -> Verdict:
         """The verdict by the paired differences of the seeds, and their mean with its interval."""
         row = rows.get(self.method)
-        plain, harder = ({}, {}) if row is None else (row.values(self.figure), row.values(self.harder))
+        plain = {} if row is None else row.values(self.figure)
+        harder = {} if row is None else row.values(self.harder)
         seeds = sorted(plain.keys() & harder.keys())
         differences = [harder[seed] - plain[seed] for seed in seeds]
         found, reached = interval(differences), interval([plain[seed] for seed in seeds])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nested_learning.evals import Kept, Row, find_method
+from nested_learning.evals import Kept, MethodRow, find_method
 from nested_learning.evals.carried import Reader
 from nested_learning.evals.methods.models import Size
 from nested_learning.layers.attention.softmax import AttentionState
@@ -15,7 +15,7 @@ from nested_learning.models import HopeForCausalLM
 def judged(*pairs: tuple[float, float], chance: float = 0.1) -> str:
     figures = {seed: {"short": short, "long": long} for seed, (short, long) in enumerate(pairs)}
     claim = Kept("kept", "nowhere", "one", "short", "long", margin=0.02, chance=chance)
-    return claim.judge({"one": Row("one", {}, figures)}).verdict
+    return claim.judge({"one": MethodRow("one", {}, figures)}).verdict
 
 
 def test_kept_is_decided_by_paired_differences() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from nested_learning.evals import Row, find_method
+from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.fit import IGNORED
 from nested_learning.evals.tasks.needle import Needle
 from nested_learning.evals.tasks.needle.haystack import KINDS, SENTENCES, Form, hidden, lessons
@@ -182,13 +182,13 @@ def test_a_run_is_decided_by_its_seed_and_has_every_column() -> None:
 
 
 def test_claims_are_decided_by_the_figures() -> None:
-    def row(name: str, *values: tuple[float, float]) -> Row:
+    def row(name: str, *values: tuple[float, float]) -> MethodRow:
         names = ("single", "single_long", "multi_key", "exact_long")
         figures = {
             seed: dict(zip(names, (plain, long, plain / 2, long), strict=True))
             for seed, (plain, long) in enumerate(values)
         }
-        return Row(name, {}, figures)
+        return MethodRow(name, {}, figures)
 
     rows = {
         "hope": row("hope", (1.0, 1.0), (0.99, 0.98), (1.0, 1.0)),

@@ -12,9 +12,9 @@ from torch import Generator
 from nested_learning.evals.by_length import LONG, ByLength, LengthOptions, at_any_length, table_columns
 from nested_learning.evals.carried import Reader
 from nested_learning.evals.claims import Ahead, Claim, Kept
-from nested_learning.evals.fit import Batch
+from nested_learning.evals.fit import TaskBatch
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.babilong.mixing import Mixer, text_here, texts
 from nested_learning.evals.tasks.babilong.world import PLACES, TASKS, Chance, story
 
@@ -70,7 +70,7 @@ class Babilong(ByLength[BabilongOptions]):
         """Number of words."""
         return self.options.vocabulary
 
-    def lessons(self, rows: int, length: int, generator: Generator) -> Batch:
+    def lessons(self, rows: int, length: int, generator: Generator) -> TaskBatch:
         """Stories in noise with questions where bAbI has them."""
         found = texts(self.options.text, self.options.vocabulary)
         return Mixer(found.ids, found.train, generator).lessons(rows, length)
@@ -107,7 +107,7 @@ class Babilong(ByLength[BabilongOptions]):
         )  # fmt: skip
 
     def note(self) -> str:
-        """What differs from BABILong and the paper."""
+        """Differences from BABILong and from the paper."""
         chosen = self.options
         return (
             f"Models of width {chosen.width} are trained on the tasks alone, {chosen.steps} steps of "
@@ -119,7 +119,7 @@ class Babilong(ByLength[BabilongOptions]):
             f"{chosen.bound} words; its rotary positions are extrapolated as they are."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Mean accuracy of the three tasks by length."""
         from nested_learning.evals.report.figures import lines
 

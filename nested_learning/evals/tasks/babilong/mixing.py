@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 from nested_learning.evals.tasks.babilong.world import TASKS, Chance, Question, Story, story, words
 from nested_learning.training.data import load_corpus
 
@@ -90,7 +90,7 @@ class Mixer:
     noise: list[list[int]]
     generator: Generator
 
-    def lessons(self, rows: int, length: int) -> Batch:
+    def lessons(self, rows: int, length: int) -> TaskBatch:
         """Sequences [B, T] for training, the tasks in turn; questions that have room are answered.
 
         The target stands at the question's sign; the answer is read next.
@@ -98,7 +98,7 @@ class Mixer:
         chance = Chance(self.generator)
         pairs = [self._lesson(TASKS[row % len(TASKS)], length, chance) for row in range(rows)]
         ids, targets = (torch.tensor(each) for each in zip(*pairs, strict=True))
-        return Batch(ids, targets)
+        return TaskBatch(ids, targets)
 
     def tests(self, task: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Sequences [B, T] that end with one question, and the ids of the answers [B].
@@ -106,7 +106,8 @@ class Mixer:
         As in BABILong, the question is one of the story's five, the others are left out, and stories with
         more facts than `length` has room for are not taken.
         """
-        chance, found = Chance(self.generator), []
+        chance = Chance(self.generator)
+        found: list[tuple[list[int], int]] = []
         while len(found) < rows:
             drawn = story(task, chance)
             asked = drawn.questions[chance.below(len(drawn.questions))]

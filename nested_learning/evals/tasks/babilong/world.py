@@ -118,8 +118,9 @@ def story(task: str, chance: Chance) -> Story:
         task: one of `TASKS`.
         chance: decides everything.
     """
-    world, facts, questions = World(), [], []
-    since = 0
+    world, since = World(), 0
+    facts: list[list[str]] = []
+    questions: list[Question] = []
     while len(questions) < QUESTIONS:
         facts.append(_move(world, chance) if task == "qa1" else _act(world, chance))
         since += 1

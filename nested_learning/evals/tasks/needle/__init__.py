@@ -13,9 +13,9 @@ from nested_learning._checks import check_positive
 from nested_learning.evals.by_length import LONG, ByLength, LengthOptions, at_any_length, table_columns
 from nested_learning.evals.carried import Reader
 from nested_learning.evals.claims import Ahead, Claim, Kept
-from nested_learning.evals.fit import Batch
+from nested_learning.evals.fit import TaskBatch
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.needle.haystack import KINDS, VOCABULARY, Form, lessons
 from nested_learning.evals.tasks.needle.scoring import score
 
@@ -80,7 +80,7 @@ class Needle(ByLength[NeedleOptions]):
         """Number of bytes."""
         return VOCABULARY
 
-    def lessons(self, rows: int, length: int, generator: Generator) -> Batch:
+    def lessons(self, rows: int, length: int, generator: Generator) -> TaskBatch:
         """Sequences with questions at several places."""
         return lessons(rows, length, self.options.form, self.options.everything, generator)
 
@@ -133,7 +133,7 @@ class Needle(ByLength[NeedleOptions]):
         }
 
     def note(self) -> str:
-        """What differs from RULER and the paper."""
+        """Differences from RULER and from the paper."""
         chosen = self.options
         return (
             f"Models of width {chosen.width} are trained on the task itself, on bytes, {chosen.steps} steps "
@@ -146,7 +146,7 @@ class Needle(ByLength[NeedleOptions]):
             f"last {chosen.bound} bytes; its rotary positions are extrapolated as they are."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Depth × length heat maps of the exact match, one per method."""
         from nested_learning.evals.tasks.needle.heat import heat_maps
 

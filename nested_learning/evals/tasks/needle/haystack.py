@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 
 SENTENCES = (
     "Rain fell on the hill. ",
@@ -108,7 +108,7 @@ def separator(rows: int, last: bool) -> Tensor:
     return torch.full((rows, 1), _END if last else _NEXT)
 
 
-def lessons(rows: int, length: int, form: Form, everything: bool, generator: Generator) -> Batch:
+def lessons(rows: int, length: int, form: Form, everything: bool, generator: Generator) -> TaskBatch:
     """Sequences for training: of each three rows one has one needle, one several keys, one several values.
 
     Questions stand in the haystack too, each somewhere behind the needles that it is about, one for each 32
@@ -145,9 +145,9 @@ def lessons(rows: int, length: int, form: Form, everything: bool, generator: Gen
     ids, answer = _lay_out(segments, places.gather(1, order).clamp(max=1.0), length, generator)
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
     if everything:
-        return Batch(ids, following)
+        return TaskBatch(ids, following)
     answer = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], dim=1)
-    return Batch(ids, torch.where(answer, following, IGNORED))
+    return TaskBatch(ids, torch.where(answer, following, IGNORED))
 
 
 def _asked(

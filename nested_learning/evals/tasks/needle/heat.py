@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Row, Rows
+from nested_learning.evals.rows import MethodRow, MethodRows
 
 
-def heat_maps(rows: Rows, path: Path) -> None:
+def heat_maps(rows: MethodRows, path: Path) -> None:
     """Write a PNG with one map per method: the mean over seeds of single needles and of several keys.
 
     Args:
@@ -35,7 +35,7 @@ def heat_maps(rows: Rows, path: Path) -> None:
     save(figure, path)
 
 
-def _map(row: Row) -> tuple[list[int], np.ndarray]:
+def _map(row: MethodRow) -> tuple[list[int], np.ndarray]:
     """Lengths, and [depths, lengths] of the means over seeds; NaN where nothing was hidden."""
     heats = [figures["heat"] for figures in row.figures.values() if "heat" in figures]
     lengths = sorted({int(length) for heat in heats for length in heat})

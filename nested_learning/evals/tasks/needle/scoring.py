@@ -30,7 +30,8 @@ def score(reader: Reader, length: int, rows: int, form: Form, generator: Generat
         The exact match of each of `KINDS`; "digits": the share at their places, mean of the kinds; "heat":
         the exact match of single needles and of several keys by depth, the first of `DEPTHS` parts first.
     """
-    exact, digits = {}, {}
+    exact: dict[str, float] = {}
+    digits: dict[str, float] = {}
     hits: list[tuple[Tensor, Tensor]] = []
     for kind in ("single", "multi_key", "multi_value"):
         depths = _depths(kind, rows, form, generator)
@@ -84,7 +85,7 @@ def _several(reader: Reader, texts: Hidden, same: bool) -> Tensor:
     """Values [B, N, digits] that are said one after the other: of the same key, or of each key in turn."""
     rows, count, digits = texts.values.shape
     asked = reader.rows(torch.arange(rows))
-    said = []
+    said: list[Tensor] = []
     for number in range(count):
         key = question(texts.keys[:, number])
         if number:
