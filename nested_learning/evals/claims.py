@@ -116,6 +116,48 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The claim that a method is as good under a harder condition (a longer sequence) as under the plain one.
+
+    Attributes:
+        text: in words.
+        source: table, figure or equation that states it.
+        method: the method.
+        figure, harder: names of the two figures, both the better the higher.
+        margin: how much lower the harder one may be and still count as kept.
+        chance: figure of guessing: where the plain one's interval reaches down to it nothing can be told.
+    """
+
+    text: str
+    source: str
+    method: str
+    figure: str
+    harder: str
+    margin: float = 0.02
+    chance: float = 0.0
+
+    def judge(self, rows: MethodRows) -> Verdict:
+        """The verdict by the paired differences of the seeds, and their mean with its interval."""
+        row = rows.get(self.method)
+        plain = {} if row is None else row.values(self.figure)
+        harder = {} if row is None else row.values(self.harder)
+        seeds = sorted(plain.keys() & harder.keys())
+        differences = [harder[seed] - plain[seed] for seed in seeds]
+        found, reached = interval(differences), interval([plain[seed] for seed in seeds])
+        if found is None or reached is None:
+            return Verdict(UNTOLD, f"figures of {self.method}: {len(seeds)} seed(s), at least 2 are needed")
+        low, high = found
+        because = (
+            f"{self.method} {self.harder} − {self.figure} {fmean(differences):+.4g} "
+            f"[{low:+.4g}, {high:+.4g}], {len(seeds)} seeds"
+        )
+        if reached[0] <= self.chance:
+            return Verdict(UNTOLD, f"{self.figure} at chance ({self.chance:.3g}); {because}")
+        verdict = HOLDS if low >= -self.margin else DOES_NOT if high < -self.margin else UNTOLD
+        return Verdict(verdict, because)
+
+
+@dataclass(frozen=True)
 class Reaches:
     """The claim that a method reaches a figure.
 
