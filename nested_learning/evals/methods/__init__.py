@@ -1,7 +1,9 @@
 """The methods that take part: models that are trained, pretrained models that learn, optimizers."""
 
 from nested_learning.evals.methods.models import MODELS
+from nested_learning.evals.methods.optimizers import OPTIMIZERS
+from nested_learning.evals.methods.pretrained import PRETRAINED
 from nested_learning.evals.registry import register_method
 
-for _method in MODELS:
+for _method in (*MODELS, *PRETRAINED, *OPTIMIZERS):
     register_method(_method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,4 +64,33 @@ def lines(
             axes.errorbar(x, y, yerr=spread, marker=".", capsize=2, linewidth=1, label=row.method)
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear")
     axes.legend(fontsize=7)
+    save(drawing, path)
+
+
+def grouped_bars(rows: Rows, plots: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Plots beside each other, each of one or several bars per method, with the deviation over seeds.
+
+    Args:
+        rows: the rows.
+        plots: figures of each plot, by name, each with its label.
+        path: where the PNG goes.
+    """
+    drawing, axes = new_figure(len(plots), height=4.0)
+    for axis, figures in zip(axes, plots, strict=True):
+        chosen = [row for row in rows.values() if any(row.values(name) for name in figures)]
+        width = 0.8 / len(figures)
+        for index, (name, label) in enumerate(figures.items()):
+            drawn = [(place, row) for place, row in enumerate(chosen) if row.values(name)]
+            axis.bar(
+                [place + index * width for place, _ in drawn],
+                [row.mean(name) for _, row in drawn],
+                width,
+                yerr=[row.spread(name) or 0.0 for _, row in drawn],
+                label=label,
+            )
+        axis.set_xticks(range(len(chosen)), [row.method for row in chosen], rotation=40, ha="right")
+        if len(figures) > 1:
+            axis.legend(fontsize=7)
+        else:
+            axis.set_ylabel(next(iter(figures.values())))
     save(drawing, path)
