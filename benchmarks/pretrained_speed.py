@@ -1,21 +1,28 @@
-"""Cost of reading: `observe` with three levels, relative to forward and backward; size of a memory."""
+"""Cost of reading with a pretrained model: `observe` with three levels against forward and backward.
+
+python -m benchmarks.pretrained_speed [--model NAME] [--json FILE] [--plot FILE]
+
+Tokens per second in bfloat16 and float32, with full deltas and such of rank 8, without a context and with the
+default window; bytes of a user's memory file.
+"""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Claim, new_figure, save
-from benchmarks.harness import interleaved, show
-from benchmarks.pretrained.request import Request
+from benchmarks.harness import interleaved, parser, record, show
 from nested_learning.continual import Learner, Level, stack_levels
+from nested_learning.evals.methods.pretrained import lacking, load_base
+from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
+from nested_learning.evals.report.figures import new_figure, save
 
 WANTED = 0.8  # target: share of the rate of forward and backward
 RANK = 8
@@ -63,9 +70,9 @@ def _rates(
     return {name: ids.numel() / value for name, value in seconds.items()}, learners
 
 
-def _measured(request: Request, dtype: str, context: bool, size: Size) -> dict[str, Any]:
+def _measured(model: Any, dtype: str, context: bool, size: Size) -> dict[str, Any]:
     """Rates in one precision, with the default window or without context, and the size of a user's file."""
-    base = copy.deepcopy(request.loaded[0]).to(DTYPES[dtype])
+    base = copy.deepcopy(model).to(DTYPES[dtype])
     fast = size.chunks[0]
     text = torch.randint(base.config.vocab_size, (1, fast), generator=torch.Generator().manual_seed(0))
     rates, learners = _rates(base, text, None if context else fast + 1, size)
@@ -82,40 +89,42 @@ def _measured(request: Request, dtype: str, context: bool, size: Size) -> dict[s
     return found
 
 
-def run(request: Request) -> dict[str, Any]:
-    """Rates and sizes in both precisions, with and without a context."""
-    size = QUICK if request.quick else Size()
-    rows = []
-    for dtype in DTYPES:
-        for context in (False, True):
-            settings = {"part": "speed", "model": request.model_name, "dtype": dtype, "context": context}
-            settings |= {"size": asdict(size), "threads": torch.get_num_threads()}
-            found = request.cache.get(settings, lambda d=dtype, c=context: _measured(request, d, c, size))
-            rows.append({"dtype": dtype, "context": "default window" if context else "none", **found})
-    return {"size": asdict(size), "rows": rows, "claims": _claims(rows)}
-
-
-def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
-    return [
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__)
+    options.add_argument(
+        "--model", default=PACKAGED, help="smollm2, random, a folder, or a downloaded name of the hub"
+    )
+    options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG")
+    given = options.parse_args(arguments)
+    name = RANDOM if given.quick and given.model == PACKAGED else given.model
+    problem = lacking(name)
+    if problem is not None:
+        options.error(problem)
+    size = QUICK if given.quick else Size()
+    if given.repeats is not None:
+        size = replace(size, repeats=given.repeats)
+    model = load_base(name).model.to("cpu")
+    rows = [
         {
-            "claim": f"three levels read at {WANTED} of the rate of forward and backward or more "
-            f"({row['dtype']}, context: {row['context']})",
-            "holds": row["full, of plain"] >= WANTED,
-            "because": f"{row['full, of plain']:.2f} with full deltas, "
-            f"{row[f'rank {RANK}, of plain']:.2f} with rank {RANK}",
+            "dtype": dtype,
+            "context": "default window" if context else "none",
+            **_measured(model, dtype, context, size),
         }
-        for row in rows
+        for dtype in DTYPES
+        for context in (False, True)
     ]
+    show(f"observing with levels of {size.chunks} tokens on all layers of {name}", rows)
+    slowest = min(row["full, of plain"] for row in rows)
+    print(f"full deltas: {slowest:.2f} of the rate of forward and backward or more; wanted {WANTED}")
+    if given.plot:
+        plot(rows, given.plot)
+    return record({"model": name, "size": asdict(size), "rows": rows}, given.json)
 
 
-def display(figures: dict[str, Any]) -> None:
-    show(f"observing with levels of {figures['size']['chunks']} tokens on all layers", figures["rows"])
-
-
-def plot(figures: dict[str, Any], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Rates relative to forward and backward, and sizes of the files."""
     figure, [rate, size] = new_figure(2, width=5.0)
-    rows, kinds = figures["rows"], ("full", f"rank {RANK}")
+    kinds = ("full", f"rank {RANK}")
     for index, kind in enumerate(kinds):
         places = [place + 0.4 * index for place in range(len(rows))]
         rate.bar(places, [row[f"{kind}, of plain"] for row in rows], 0.4, label=kind)
@@ -129,3 +138,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     size.set_yscale("log")
     rate.legend(loc="lower right")
     save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

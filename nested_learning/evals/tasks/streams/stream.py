@@ -268,7 +268,7 @@ class StreamTask(Task[StreamOptions]):
         words = [
             f"{options.tasks} tasks, {options.train} examples and {options.queries} queries of each class, "
             f"one pass, no task identity; settings are chosen on seed {TUNING_SEED} over "
-            f"{options.tuning_tasks} tasks. The numbers beside are those of Llama 3B after continued training, "
+            f"{options.tuning_tasks} tasks. Numbers beside are those of Llama 3B after continued training, "
             "read off Fig. 6 by others and not verified, with class means beside InCA and three averaged "
             "levels beside Hope."
         ]
