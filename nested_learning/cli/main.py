@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
     "adapt": "continue the pre-training of a model while levels of its MLPs learn in context",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",
+    "eval": "the paper's questions: methods on tasks, tables, figures, and a verdict on each claim",
 }
 # How threads of OpenMP wait for each other; read once, when torch is loaded.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -41,18 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        from nested_learning._version import __version__
-
-        print(__version__)
-        return 0
     try:
-        code = _run(argv[0], argv[1:])
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,12 +69,21 @@ def _quiet() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(name: str, argv: list[str]) -> int:
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from nested_learning._version import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
     try:
         if name not in COMMANDS:
             raise unknown_command(name, COMMANDS)
         command = importlib.import_module(f"nested_learning.cli.{name}")
-        return command.run(argv)
+        return command.run(argv[1:])
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from nested_learning.evals.registry import (
     register_method,
     register_task,
 )
-from nested_learning.evals.rows import Figures, Row, Rows
+from nested_learning.evals.rows import Figures, MethodRow, MethodRows
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
 
 __all__ = [
@@ -20,9 +20,9 @@ __all__ = [
     "Claim",
     "Figures",
     "Method",
+    "MethodRow",
+    "MethodRows",
     "Reaches",
-    "Row",
-    "Rows",
     "Task",
     "Verdict",
     "find_method",

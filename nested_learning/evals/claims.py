@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import NamedTuple, Protocol
 
-from nested_learning.evals.rows import Row, Rows
+from nested_learning.evals.rows import MethodRow, MethodRows
 
 HOLDS, DOES_NOT, UNTOLD = "holds", "does not", "cannot be told here"
 # 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom.
@@ -37,7 +37,7 @@ class Claim(Protocol):
     text: str
     source: str
 
-    def judge(self, rows: Rows) -> Verdict:
+    def judge(self, rows: MethodRows) -> Verdict:
         """The verdict; "cannot be told here" where a row is missing."""
 
 
@@ -72,7 +72,7 @@ class Ahead:
     higher: bool = True
     chance: float | None = None
 
-    def judge(self, rows: Rows) -> Verdict:
+    def judge(self, rows: MethodRows) -> Verdict:
         """The verdict on the chain, and each pair's mean difference with its interval."""
         missing = [name for name in self.order if name not in rows or not rows[name].values(self.figure)]
         if missing:
@@ -87,14 +87,14 @@ class Ahead:
         verdict = DOES_NOT if DOES_NOT in verdicts else UNTOLD if UNTOLD in verdicts else HOLDS
         return Verdict(verdict, "; ".join(pair.because for pair in pairs))
 
-    def _at_chance(self, row: Row) -> bool:
+    def _at_chance(self, row: MethodRow) -> bool:
         assert self.chance is not None
         found = interval(list(row.values(self.figure).values()))
         if found is None:
             found = (row.mean(self.figure) or 0.0,) * 2
         return found[0] <= self.chance if self.higher else found[1] >= self.chance
 
-    def _pair(self, better: Row, worse: Row) -> Verdict:
+    def _pair(self, better: MethodRow, worse: MethodRow) -> Verdict:
         ours, theirs = better.values(self.figure), worse.values(self.figure)
         seeds = sorted(ours.keys() & theirs.keys())
         differences = [ours[seed] - theirs[seed] for seed in seeds]
@@ -128,7 +128,7 @@ class Reaches:
     bounds: Mapping[str, float]
     higher: bool = True
 
-    def judge(self, rows: Rows) -> Verdict:
+    def judge(self, rows: MethodRows) -> Verdict:
         """The verdict, and each seed's figures."""
         row = rows.get(self.method)
         figures = {} if row is None else {name: row.values(name) for name in self.bounds}

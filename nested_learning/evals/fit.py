@@ -18,7 +18,7 @@ from nested_learning.training.process import process_state
 IGNORED = -100  # a target that is not scored
 
 
-class Batch(NamedTuple):
+class TaskBatch(NamedTuple):
     """Sequences and what is asked at each place.
 
     Attributes:
@@ -56,7 +56,7 @@ class Diverged(Exception):
 def fit(
     method: TrainedModel,
     model: nn.Module,
-    batches: Iterator[Batch],
+    batches: Iterator[TaskBatch],
     training: Training,
     on_step: Callable[[int, float], bool] = lambda step, loss: False,
 ) -> list[float]:
@@ -98,7 +98,7 @@ def fit(
     return losses
 
 
-def cross_entropy(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def cross_entropy(model: nn.Module, batch: TaskBatch, device: torch.device) -> Tensor:
     """Mean loss over the places that are asked, in nats, float32."""
     logits = logits_of(model, batch.ids.to(device))
     return F.cross_entropy(

@@ -1,4 +1,4 @@
-"""What takes part in an evaluation: something that trains or learns, and then answers."""
+"""Methods that take part in an evaluation: something that trains or learns, and then answers."""
 
 from __future__ import annotations
 

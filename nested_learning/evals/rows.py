@@ -11,7 +11,7 @@ Figures = dict[str, Any]  # of one run, fit for JSON: numbers by name, and what 
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """Figures of a method, seed by seed.
 
     Attributes:
@@ -42,4 +42,4 @@ class Row:
         return stdev(values) if len(values) > 1 else None
 
 
-Rows = Mapping[str, Row]  # by method, in the order of the table
+MethodRows = Mapping[str, MethodRow]  # by method, in the order of the table

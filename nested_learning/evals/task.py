@@ -1,4 +1,4 @@
-"""What an evaluation is: a question that methods answer with figures, and the claims that it decides."""
+"""Tasks: a question that methods answer with figures, and the claims that it decides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nested_learning._checks import check_types
 from nested_learning._errors import unknown
 from nested_learning.evals.claims import Claim
 from nested_learning.evals.method import Method
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 
 BUDGETS = ("smoke", "small", "full")
 TUNING_SEED = 1000  # no reported seed
@@ -99,7 +99,7 @@ class Task(ABC, Generic[OptionsT]):
         return self.run(method, seed)
 
     def missing(self) -> str | None:
-        """What this machine lacks for the task (a file, a package), and how to get it; None: nothing."""
+        """A file or package that the task needs and this machine lacks, and how to get it; None: nothing."""
         return None
 
     def constants(self) -> Mapping[str, Figures]:
@@ -115,10 +115,10 @@ class Task(ABC, Generic[OptionsT]):
         return {}
 
     def note(self) -> str:
-        """What the options leave out of the original protocol, for the reader of the table."""
+        """Parts of the original protocol that the options leave out, for the reader of the table."""
         return ""
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Write a figure (PNG) of the rows, several plots in one; by default the headline of each method."""
         from nested_learning.evals.report.figures import bars
 

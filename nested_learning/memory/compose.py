@@ -45,6 +45,7 @@ def compose(
     projection_chunk_size: int | None = None,
     read: Read = "token",
     eta_max: float | None = None,
+    projection_eta_max: float | None = None,
 ) -> MemorySystem:
     """The system with these parts. Long: its signature lists every part that a configuration may name.
 
@@ -55,7 +56,9 @@ def compose(
             gradient descent, and on what the skip connection leaves to be learned under DGD.
         rule: "gd", "dgd" or "dgd_literal", see `learning_rule`.
         decay, form, q: see `Retention`; `q` belongs to form="lq".
-        eta_max: upper bound of the inner learning rate; None for a bound at which the rule is stable.
+        eta_max: upper bound of the inner learning rate, at most 1, or 2 where the rule erases what unit-norm
+            inputs answer; None for a bound at which the rule is stable.
+        projection_eta_max: the same for the generating memories, from 0 to `eta_max`; None for that.
         The others: see `MemorySystem`.
 
     Raises:
@@ -98,12 +101,13 @@ def compose(
         projection_chunk_size=projection_chunk_size,
         read=read,
         eta_max=eta_max,
+        projection_eta_max=projection_eta_max,
     )
 
 
 def _check_types(arguments: Mapping[str, Any]) -> None:
     """ValueError for a value that is not of the kind its part takes."""
-    for name in ("expansion", "p", "q", "eta_max"):
+    for name in ("expansion", "p", "q", "eta_max", "projection_eta_max"):
         value = arguments[name]
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a number, got {value!r}")

@@ -129,7 +129,10 @@ class Boundaries(NamedTuple):
         """
         column = self.first + tokens
         sizes = sizes if len(set(sizes)) > 1 else sizes[:1]
-        known = [column] if isinstance(column, int) else column.tolist() if has_values(column) else None
+        if isinstance(column, Tensor):
+            known = column.tolist() if has_values(column) else None
+        else:  # a number, which is no int where torch.export leaves the length open
+            known = [column]
         if known is not None:
             at = [place % size == 0 for place in known for size in sizes]
             if not any(at):

@@ -78,7 +78,6 @@ def gates(system: MemorySystem, logits: Tensor | None, like: Tensor, real: Tenso
     """
     by_name = {} if logits is None else dict(zip(system.gates, logits.unbind(0), strict=True))
     shape = like.shape[:-1]
-    eta = system.eta_max * torch.sigmoid(by_name["eta"]) if "eta" in by_name else like.new_ones(shape)
     # In log space from end to end: log(sigmoid) underflows to −inf.
     if "alpha" in by_name:
         log_alpha = F.logsigmoid(by_name["alpha"])
@@ -86,6 +85,10 @@ def gates(system: MemorySystem, logits: Tensor | None, like: Tensor, real: Tenso
         log_alpha = like.new_zeros(shape)
     else:
         log_alpha = constant_log_decay(like.shape[1], like).unsqueeze(-1).expand(shape)
+    eta = like.new_ones(shape)
+    if "eta" in by_name:
+        most = (1 + log_alpha.exp()).clamp_max(system.eta_max) if system.capped else system.eta_max
+        eta = most * torch.sigmoid(by_name["eta"])
     log_mu = F.logsigmoid(by_name["mu"]) if system.momentum else None
     if real is not None:  # a padded token neither erases, nor writes, nor decays anything
         keep = real.unsqueeze(1).to(eta.dtype)

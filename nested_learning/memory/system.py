@@ -106,8 +106,15 @@ class MemorySystem:
         chunk_size: tokens between the boundaries of the memory that is read out.
         projection_chunk_size: the same for the generating memories.
         read: "token" reads the weights after each token's write, "chunk" the anchor (eq 90 literally).
-        eta_max: upper bound of the inner learning rate η_t.
+        eta_max: upper bound of the inner learning rate η_t. At most 1, or 2 where an erase of unit-norm
+            inputs bounds the weights (`largest_eta_max`): I − η k kᵀ is no expansion then, and above 1 it has
+            the negative eigenvalues that tracking a state takes (arXiv 2411.12537).
+        projection_eta_max: the same for the generating memories, at most `eta_max`; None: as that. They learn
+            and forget at this share of the pace, η and log α both times projection_eta_max / eta_max, so that
+            they come to the same rest, but later; with 0 they stay as they are.
         objective, exact, memories, chunk_sizes, step, period, gates: derived from the others.
+        capped: whether η_t is held to 1 + α_t, beyond which α I − η k kᵀ would be an expansion.
+        pace: projection_eta_max / eta_max, None for 1.
         key: text under which `SYSTEMS` has the system, the same in every process.
 
     Raises:
@@ -128,6 +135,7 @@ class MemorySystem:
     projection_chunk_size: int | None = None
     read: Read = "token"
     eta_max: float = 0.5
+    projection_eta_max: float | None = None
 
     # What follows from the parts, worked out once: layers and engines ask for it at every call.
     objective: Objective = field(init=False, repr=False, compare=False)  # that of the output matrix
@@ -137,15 +145,18 @@ class MemorySystem:
     step: int = field(init=False, repr=False, compare=False)  # shortest chunk: tokens of one engine step
     period: int = field(init=False, repr=False, compare=False)  # tokens until all boundaries coincide again
     gates: tuple[str, ...] = field(init=False, repr=False, compare=False)  # scalar signals per head and token
+    capped: bool = field(init=False, repr=False, compare=False)
+    pace: float | None = field(init=False, repr=False, compare=False)
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_rates()
         self._check_generated()
         self._check_retention()
         self._check_token_gradient()
         projection = self.chunk_size if self.projection_chunk_size is None else self.projection_chunk_size
-        exact = self.gradient == "token"
+        exact, slow = self.gradient == "token", self.projection_eta_max
         chunk_sizes = (projection,) * len(self.generated) + (self.chunk_size,)
         gates = {
             "eta": self.rate == "gated",
@@ -162,6 +173,8 @@ class MemorySystem:
             "step": min(chunk_sizes),
             "period": 1 if exact else max(chunk_sizes),
             "gates": tuple(name for name, present in gates.items() if present),
+            "capped": self.eta_max > 1 and any(rule.erase for rule in self.rule.values()),
+            "pace": None if slow in (None, self.eta_max) else slow / self.eta_max,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -199,10 +212,6 @@ class MemorySystem:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not 0 < self.eta_max <= 1:
-            raise ValueError(
-                f"eta_max must lie in (0, 1], got {self.eta_max!r}: an erase rate above 1 overshoots"
-            )
         for name in ("momentum", "momentum_scaled", "self_targets"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -212,6 +221,44 @@ class MemorySystem:
             raise ValueError(
                 f"rule has matrices {sorted(self.rule)}, the {self.architecture.name} memory has "
                 f"{sorted(self.architecture.matrices)}"
+            )
+
+    @property
+    def largest_eta_max(self) -> float:
+        """Largest bound of the rate at which what a token erases leaves no more than there was.
+
+        2 for the delta rule with unit-norm inputs, by DGD or as a gradient of L2 or Oja at every token. Else
+        1: without an erase, and where a gradient at the anchor erases too, writes from one anchor add up; of
+        longer inputs more is erased than there is.
+        """
+        rule = self.rule[self.architecture.output]
+        path = "v" if rule.objective.transposed else "k"
+        unit = path in self.unit or path in self.generated  # what is generated is bounded to norm 1
+        bounded = self.architecture.normalises_input or (unit and len(self.architecture.matrices) == 1)
+        by_gradient = rule.objective.sees_answer
+        erases = rule.erase != by_gradient if self.gradient == "token" else rule.erase and not by_gradient
+        return 2.0 if erases and bounded else 1.0
+
+    def _check_rates(self) -> None:
+        most, projection = self.largest_eta_max, self.projection_eta_max
+        if not 0 < self.eta_max <= most:
+            why = (
+                "beyond 2 the erase I − η k kᵀ of a unit-norm key is an expansion"
+                if most == 2
+                else "an erase rate above 1 overshoots here; up to 2 goes with an erase of unit-norm inputs, "
+                "which rule='dgd' has, and the delta rule (an L2 or Oja objective with gradient='token')"
+            )
+            raise ValueError(f"eta_max must lie in (0, {most:g}], got {self.eta_max!r}: {why}")
+        if projection is not None and not 0 <= projection <= self.eta_max:
+            raise ValueError(
+                f"projection_eta_max must lie in [0, eta_max] = [0, {self.eta_max:g}], got {projection!r}: "
+                "the memories that generate signals may learn more slowly than the one that is read out, or "
+                "not at all (0), but not faster"
+            )
+        if projection is not None and (not self.generated or self.rate == "one"):
+            raise ValueError(
+                f"projection_eta_max={projection} bounds a gated rate of memories that generate signals, but "
+                f"generated is {self.generated} and rate {self.rate!r}; leave it out"
             )
 
     def _check_generated(self) -> None:

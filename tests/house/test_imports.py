@@ -27,6 +27,7 @@ STOREYS = (
     ("continual",),
     ("levels",),
     ("training",),
+    ("evals",),
     ("cli",),
     ("__main__",),
 )

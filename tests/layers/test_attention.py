@@ -1,15 +1,21 @@
 """Attention against a token-by-token oracle, and the invariances of its state."""
 
+import math
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nested_learning.layers import Attention, SlidingWindowAttention
 from nested_learning.layers.attention import AttentionState
+from tests.models.small_models import MORE_OPTIONS, OPTIONS, small_model
 
 WIDTH, HEADS = 16, 4
 VARIANTS = {
     "plain": lambda: Attention(WIDTH, HEADS),
     "no_qk_norm": lambda: Attention(WIDTH, HEADS, qk_norm=False, rope_theta=100.0),
+    "no_positions": lambda: Attention(WIDTH, HEADS, num_kv_heads=2, rope_theta=None),
+    "no_positions_window": lambda: SlidingWindowAttention(WIDTH, HEADS, window=3, rope_theta=None),
     "grouped": lambda: Attention(WIDTH, HEADS, num_kv_heads=2),
     "window": lambda: SlidingWindowAttention(WIDTH, HEADS, window=3),
     "window_1": lambda: SlidingWindowAttention(WIDTH, HEADS, window=1, num_kv_heads=1),
@@ -28,7 +34,8 @@ def layer(request):
 def oracle(layer: Attention, row: torch.Tensor) -> torch.Tensor:
     """One unpadded sequence [T, D], one token and head at a time, rotation by complex multiplication."""
     d = layer.head_dim
-    frequencies = torch.tensor([layer.rope_theta ** (-2 * i / d) for i in range(d // 2)], dtype=row.dtype)
+    powers = [0.0 if layer.rope_theta is None else layer.rope_theta ** (-2 * i / d) for i in range(d // 2)]
+    frequencies = torch.tensor(powers, dtype=row.dtype)
 
     def head(linear, norm, token, index, position):
         v = (linear.weight @ token)[index * d : (index + 1) * d]
@@ -150,7 +157,11 @@ def test_low_precision_stays_near_float64(layer):
         (lambda: Attention(16, 0), "num_heads must be a positive integer, got 0"),
         (lambda: Attention(16, -4), "num_heads must be a positive integer, got -4"),
         (lambda: Attention(16, 4, num_kv_heads=2.0), "num_kv_heads must be a positive integer, got 2.0"),
-        (lambda: Attention(16, 4, rope_theta=0), "rope_theta"),
+        (lambda: Attention(16, 4, rope_theta=0), "rope_theta must be a positive number, or None"),
+        (lambda: Attention(16, 4, rope_theta=math.nan), "rope_theta must be a positive number, or None"),
+        (lambda: Attention(16, 4, rope_theta=True), "rope_theta must be a positive number, or None"),
+        (lambda: Attention(12, 4), "an even head width"),
+        (lambda: Attention(13, 4, rope_theta=None), "a whole head width"),
         (lambda: SlidingWindowAttention(16, 4, window=0), "window"),
         (lambda: SlidingWindowAttention(16, 4, window=2.5), "window"),
     ],
@@ -191,3 +202,38 @@ def test_a_state_of_another_dtype_is_converted(layer, dtype):
     assert y.dtype == after.key.dtype == after.value.dtype == dtype
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(y.double(), whole[:, 4:], rtol=0, atol=tolerance * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_without_positions_the_order_of_earlier_tokens_tells_nothing(window):
+    """Of a token alone: what came before it, within the window, is a set. Any whole head width will do."""
+    torch.manual_seed(0)
+    make = Attention if window is None else lambda *a, **k: SlidingWindowAttention(*a, window=window, **k)
+    layer = make(12, 4, rope_theta=None).double()
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    last = 6 if window is None else window
+    order = [*range(6 - last), *reversed(range(6 - last, 5)), 5]
+    torch.testing.assert_close(layer(x[:, order])[0][:, -1], layer(x)[0][:, -1], rtol=0, atol=1e-13)
+    rotated = make(8, 4).double()
+    x = x[..., :8]
+    assert (rotated(x[:, order])[0][:, -1] - rotated(x)[0][:, -1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mixer", ["attention", "sliding_window_attention", "mac", "mag", "mal"])
+def test_a_model_without_positions_decodes_and_is_saved(mixer, tmp_path):
+    options = dict((OPTIONS | MORE_OPTIONS)[mixer], rope_theta=None)
+    model = small_model([mixer, mixer], mixer_options={mixer: options})
+    ids = torch.randint(0, 31, (2, 11), generator=torch.Generator().manual_seed(1))
+    cache, logits = None, []
+    for piece in ids.split([4, 1, 1, 5], dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, rtol=0, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert loaded.config.mixer_options[mixer]["rope_theta"] is None
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with_positions = small_model([mixer, mixer])
+    assert (with_positions(ids).logits - model(ids).logits).abs().max() > 1e-6
+    assert with_positions.config.fingerprint() != model.config.fingerprint()

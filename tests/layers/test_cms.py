@@ -163,7 +163,6 @@ def test_more_levels_do_not_add_matrix_parameters(count):
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        ([], "at least one level"),
         ([{}], "needs a chunk_size"),
         ([{"chunk_size": 0}], "positive integer, got 0"),
         ([{"chunk_size": -4}], "positive integer, got -4"),

@@ -148,7 +148,7 @@ def test_a_surprising_token_is_a_surprise():
         (lambda: Titans(8, 2, conv_size=-1), "conv_size must be 0"),
         (lambda: Titans(8, 2, max_half_life=3.0), "max_half_life must be at least 38.2 tokens, got 3.0"),
         (lambda: Titans(8, 2, eta_max=0.0), r"eta_max must lie in \(0, 1\]"),
-        (lambda: Titans(8, 2, eta_max=50.0), "an erase rate above 1 overshoots"),
+        (lambda: Titans(8, 2, eta_max=50.0), "an erase rate above 1 overshoots here"),
         (lambda: Titans(8, 2, momentum="no"), "momentum must be True or False"),  # type: ignore[arg-type]
     ],
 )

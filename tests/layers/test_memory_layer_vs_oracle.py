@@ -37,6 +37,7 @@ class Case:
     mask: str = "none"
     conv_size: int = 4
     pieces: tuple[int, ...] | None = None
+    projection_eta_max: float | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -44,6 +45,7 @@ class Case:
         flags = [name for name in ("momentum", "adaptive_q") if getattr(self, name)]
         flags += [] if self.momentum_scaled else ["unscaled"]
         flags += ["streamed"] if self.pieces else []
+        flags += [] if self.projection_eta_max is None else [f"projection-{self.projection_eta_max:g}"]
         sizes = [f"e{self.expansion:g}", f"T{self.tokens}", f"conv{self.conv_size}", f"mask-{self.mask}"]
         return "-".join([self.rule, f"chunks{chunks}", f"read-{self.read}", *flags, *sizes])
 
@@ -78,6 +80,7 @@ def options_of(case: Case) -> dict[str, Any]:
     options |= {"num_heads": H, "chunk_size": case.chunk}
     if case.projection is not None:
         options |= {"projection_chunk_size": case.projection, "adaptive_q": case.adaptive_q}
+        options["projection_eta_max"] = case.projection_eta_max
     return options
 
 
@@ -272,3 +275,46 @@ def test_default_eta_max_follows_the_rule(rule, expected, projection):
     """0.5, and min(0.5, 4 / chunk_size) where nothing is erased."""
     case = Case(rule=rule, chunk=16, projection=projection, tokens=7)
     compare(case, eta_max=None, expected_eta_max=expected)
+
+
+PACES = [
+    Case(projection_eta_max=pace, adaptive_q=pace == 0.0, mask=mask, pieces=pieces, tokens=13, seed=7)
+    for pace in (0.0, 0.2)
+    for mask, pieces in (("none", None), ("holes", (1, 4, 5, 3)))
+]
+
+
+@pytest.mark.parametrize("eta_max", [0.5, 1.9, 2.0])
+@pytest.mark.parametrize("case", PACES, ids=str)
+def test_generating_memories_at_a_pace_of_their_own(case, eta_max):
+    compare(case, eta_max=eta_max, expected_eta_max=eta_max)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(PACES[2], rule="gd"),
+        replace(PACES[2], rule="dgd_literal"),
+        replace(PACES[2], momentum=True),
+        replace(PACES[2], momentum=True, rule="gd", read="chunk"),
+        replace(PACES[2], projection=8),
+        replace(PACES[2], projection=2, mask="left"),
+    ],
+    ids=str,
+)
+def test_a_pace_of_their_own_with_each_rule_and_schedule(case):
+    compare(case)
+
+
+HIGH = [
+    *(Case(tokens=13, seed=8), Case(tokens=13, adaptive_q=True, expansion=2.0, seed=9)),
+    Case(tokens=13, mask="holes", pieces=(1, 4, 5, 3), seed=10),
+    Case(tokens=13, momentum=True, seed=11),
+    *(Case(tokens=13, projection=None, momentum=m, seed=12) for m in (False, True)),
+]
+
+
+@pytest.mark.parametrize("eta_max", [1.5, 2.0])
+@pytest.mark.parametrize("case", HIGH, ids=str)
+def test_rates_above_one(case, eta_max):
+    compare(case, eta_max=eta_max, expected_eta_max=eta_max)

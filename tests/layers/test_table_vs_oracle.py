@@ -76,7 +76,8 @@ def run_layer(case: Case, values: dict[str, Tensor], mask: Tensor | None):
 def run_oracle(case: Case, values: dict[str, Tensor], mask: Tensor | None):
     leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
     params = {name: value for name, value in leaves.items() if name != "x"}
-    eta_max = 1.0 if case.model.gradient == "token" else case.eta_max
+    chosen = {**case.options, **(case.parts or {})}.get("eta_max")
+    eta_max = (chosen or 1.0) if case.model.gradient == "token" else case.eta_max
     results = oracle.memory_layer(
         case.model,
         params,
@@ -330,3 +331,17 @@ def test_cases_reach_both_sides_of_every_threshold(monkeypatch):
     for case in (ANCHORED_ROWS[3], ANCHORED_ROWS[4], EDGES[-1]):
         run_oracle(case, leaves_of(case), None)
     assert seen == {(name, side) for name in ("clip", "width", "norm") for side in (True, False)}
+
+
+HIGH = [
+    row("DeltaNet", oracle.DELTANET, 3000, eta_max=1.9),
+    row("GatedDeltaNet", oracle.GATED_DELTANET, 3100, eta_max=2.0),
+    row("OjaNet", oracle.OJA, 3200, eta_max=1.9),
+    composed(oracle.DGD_DOT, 3300, **DGD, eta_max=2.0),
+    composed(replace(oracle.DGD_DOT, momentum=True), 3400, **DGD, momentum=True, eta_max=1.9),
+]
+
+
+@pytest.mark.parametrize("case", [lap for case in HIGH for lap in laps(case)], ids=str)
+def test_rates_above_one(case):
+    compare(case)

@@ -17,6 +17,7 @@ CASES = [
     pytest.param("mag", {"window": 3, "memory": "gated_deltanet", "persistent_tokens": 0}, id="mag-deltanet"),
     pytest.param("mal", {"window": 5, "memory_options": {"chunk_size": 4}}, id="mal"),
     pytest.param("mac", {"segment": 4}, id="mac"),
+    pytest.param("mac", {"segment": 4, "rope_theta": None}, id="mac-no-positions"),
     pytest.param("mac", {"segment": 4, "memory": "self_modifying_titans"}, id="mac-self-modifying"),
 ]
 
@@ -108,9 +109,10 @@ def rms(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
+@pytest.mark.parametrize("theta", [10_000.0, None])
 @pytest.mark.parametrize("name", ["mag", "mal"])
-def test_gate_and_layer_equal_their_equations(name):
-    layer, x = make(name, {"window": 4, "memory_options": {"chunk_size": 4}})
+def test_gate_and_layer_equal_their_equations(name, theta):
+    layer, x = make(name, {"window": 4, "memory_options": {"chunk_size": 4}, "rope_theta": theta})
     y, _ = layer(x)
     p = layer.attention.persistent
     for row in range(B):
@@ -124,8 +126,9 @@ def test_gate_and_layer_equal_their_equations(name):
         torch.testing.assert_close(y[row], expected, rtol=0, atol=1e-11)
 
 
-def test_context_equals_its_equations():
-    layer, x = make("mac", {"segment": 4})
+@pytest.mark.parametrize("theta", [10_000.0, None])
+def test_context_equals_its_equations(theta):
+    layer, x = make("mac", {"segment": 4, "rope_theta": theta})
     y, _ = layer(x)
     d = D // H
     for row in range(B):
@@ -152,7 +155,8 @@ def context_attention(layer, segment, h, d):
         return (tokens @ weight.T).unflatten(-1, (H, d)).transpose(0, 1)  # [H, tokens, d]
 
     at = torch.arange(len(segment)).unsqueeze(0)
-    turn = lambda t: rotate(t.unsqueeze(0), at, layer.rope_theta)[0]  # noqa: E731
+    theta = layer.rope_theta
+    turn = lambda t: t if theta is None else rotate(t.unsqueeze(0), at, theta)[0]  # noqa: E731
     query = turn(rms(heads(segment, 0), layer.q_norm.weight))
     keys = [rms(heads(t, 1), layer.k_norm.weight) for t in (layer.persistent, h, segment)]
     keys = [keys[0], turn(keys[1]), turn(keys[2])]

@@ -560,6 +560,7 @@ def test_no_value_is_read(mixer):
 
 
 def test_no_value_of_a_learner_is_read():
-    learner = stack_levels(tiny_model(), levels=[continual.Level(8, 0.1), continual.Level(16, 0.1, rule="adam")])
+    two = [continual.Level(8, 0.1), continual.Level(16, 0.1, rule="adam")]
+    learner = stack_levels(tiny_model(), levels=two)
     with NoOperations():
         assert levels(learner).levels

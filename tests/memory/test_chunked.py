@@ -109,6 +109,10 @@ SHAPES = [
     (2, 40, {"chunk_size": 20, "conv_size": 0}),
     (2, 17, {"chunk_size": 17, "eta_max": 1.0, "adaptive_q": True}),
     (1, 96, {"hidden_size": 64, "chunk_size": 32}),
+    (2, 13, {"eta_max": 2.0}),
+    (2, 13, {"eta_max": 2.0, "projection_eta_max": 0.0, "expansion": 2.0}),
+    (2, 17, {"projection_eta_max": 0.1, "adaptive_q": True}),
+    (2, 40, {"eta_max": 1.9, "projection_eta_max": 0.3, "chunk_size": 20}),
     (3, 12, {"kind": Titans}),
     (2, 13, {"kind": Titans, "expansion": 2.0}),
     (2, 9, {"kind": Titans, "expansion": 0.5, "chunk_size": 3, "momentum_scaled": False}),
@@ -408,7 +412,18 @@ def _always_by_factors(self, dtype, operands=None, reuse=True):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}, {"eta_max": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adaptive_q": True, "expansion": 2.0},
+        {"eta_max": 1.0},
+        {"eta_max": 2.0},
+        {"eta_max": 1.9, "projection_eta_max": 0.3},
+        {"projection_eta_max": 0.0, "adaptive_q": True},
+    ],
+    ids=str,
+)
 def test_single_tokens_without_gradients(options, masked):
     """Generation takes a path of its own; with gradients a token goes through the generic step."""
     layer = build(**options)

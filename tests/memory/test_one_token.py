@@ -23,6 +23,8 @@ FORMS = [
     ("self_modifying_titans", {"adaptive_q": True, "expansion": 2.0}),
     ("self_modifying_titans", {"momentum": True}),
     ("self_modifying_titans", {"projection_chunk_size": 2}),
+    ("self_modifying_titans", {"eta_max": 2.0, "projection_eta_max": 0.2}),
+    ("gated_deltanet", {"eta_max": 2.0}),
     ("self_modifying_titans", {"rule": "dgd_literal", "conv_size": 2}),
     ("ttt_linear", {"read": "chunk"}),
     ("yaad", {"momentum": True, "norm": "hidden"}),

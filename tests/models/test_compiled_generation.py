@@ -122,6 +122,12 @@ def test_a_cms_that_learns(cms, graphs):
     assert graphs.count == (2 if cms == "lm" else 1)  # "lm": with the block's weights, then with rows' own
 
 
+def test_blocks_without_an_mlp(graphs):
+    model = small_model(["titans", "titans"], cms_levels=[])
+    same(model, model.get_compiled_call(config_of(graphs, fullgraph=True)))
+    assert graphs.count == 1
+
+
 # generate --------------------------------------------------------------------------------------------
 
 WAYS = {

@@ -86,7 +86,10 @@ def test_what_every_transformers_config_accepts_still_works():
         ({"mixer_options": {"self_modifying_titans": {"chunk_size": 0}}}, "chunk"),
         ({"cms_levels": [{"chunk_size": 6}, {"chunk_size": 9}]}, "6 does not divide 9"),
         ({"cms_levels": [{"chunk_size": 6, "activation": "relu"}]}, "Did you mean 'relu2'"),
-        ({"cms_levels": []}, "at least one level"),
+        (
+            {"mixer": "attention", "mixer_options": {"attention": {"rope_theta": "10000"}}},
+            "rope_theta must be a positive number, or None for no positions, got '10000'",
+        ),
         ({"cms_levels": [{"chunk_size": 2**63}]}, r"cms_levels holds 9223372036854775808; expected whole"),
         (
             {"cms_levels": [{"chunk_size": 4, "clip": 1e300}]},

@@ -40,12 +40,14 @@ def check(found):
             assert result < 1e-12, name
 
 
+def test_two_processes_often():
+    """With a copy each, in shards of blocks and of mixers, and what FSDP1 cannot do."""
+    check(train(2, "regression", "lm", "ddp", "blocks", "parts", "fsdp1 blocks"))
+
+
+@pytest.mark.slow
 def test_one_process():
     check(train(1, "regression", "lm"))
-
-
-def test_two_processes_with_a_copy_each():
-    check(train(2, "regression", "lm", "ddp"))
 
 
 @pytest.mark.slow

@@ -30,4 +30,25 @@ def test_float32_error_stays_small_where_the_series_grows():
     L = torch.full((1, 64, 64), 0.5).tril(-1)
     exact = torch.linalg.inv((torch.eye(64) + L).double())
     assert exact.abs().max() <= 1
-    assert (inverse_unit_lower(L) - exact).abs().max() < 1e-4
+    assert (inverse_unit_lower(L) - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("C", [3, 7, 16, 24, 64])
+@pytest.mark.parametrize("rate", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("keys", ["two", "nearly one"])
+def test_float32_is_as_good_as_substitution_for_keys_that_come_again(C, rate, keys):
+    """The delta rule's L = rate · ⟨k_t, k_s⟩ at rates whose I − rate k kᵀ has an eigenvalue of −1."""
+    g = torch.Generator().manual_seed(C)
+    k = torch.randn(8, C, 16, generator=g, dtype=torch.float64)
+    if keys == "two":
+        k = k[:, torch.randint(0, 2, (C,), generator=g)]
+    else:
+        k = k[:, :1] + 0.1 * k
+    k = k / k.norm(dim=-1, keepdim=True)
+    L = (rate * (k @ k.mT)).tril(-1)
+    eye = torch.eye(C, dtype=L.dtype).expand_as(L)
+    exact = torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
+    assert exact.abs().max() <= rate + 1e-9
+    substituted = torch.linalg.solve_triangular(L.float(), eye.float(), upper=False, unitriangular=True)
+    error, least = ((X - exact).abs().max() for X in (inverse_unit_lower(L.float()), substituted))
+    assert error < 10 * least + 1e-6

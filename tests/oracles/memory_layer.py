@@ -164,6 +164,11 @@ def update(memory: Memory, token: Token, target: Tensor, rule: str, scaled: bool
     return replace(memory, W1=W1, W2=W2, S1=S1, S2=S2)
 
 
+def largest(eta_max: float, alpha_logit: Tensor) -> Tensor:
+    """The rate's bound: also 1 + α, beyond which α I − η k kᵀ would be an expansion."""
+    return torch.minimum(torch.full_like(alpha_logit, eta_max), 1 + torch.sigmoid(alpha_logit))
+
+
 def self_modifying_token(
     params: Params, memories: dict[str, Memory], x: Tensor, paths: list[Tensor], head: int, eta_max: float
 ) -> Token:
@@ -181,7 +186,7 @@ def self_modifying_token(
         k=k,
         q=q,
         targets={name: bounded(memory.anchor(v)) for name, memory in memories.items()},
-        eta=eta_max * torch.sigmoid(gate("eta", "eta")),
+        eta=largest(eta_max, gate("alpha", "alpha")) * torch.sigmoid(gate("eta", "eta")),
         log_alpha=F.logsigmoid(gate("alpha", "alpha")),
         log_mu=F.logsigmoid(gate("mu", "eta")) if memories["memory"].S1 is not None else None,
     )
@@ -200,7 +205,7 @@ def static_token(
         k=k,
         q=q,
         targets={"memory": v},
-        eta=eta_max * torch.sigmoid(gate("eta")),
+        eta=largest(eta_max, gate("alpha")) * torch.sigmoid(gate("eta")),
         log_alpha=F.logsigmoid(gate("alpha")),
         log_mu=F.logsigmoid(gate("mu")) if memories["memory"].S1 is not None else None,
     )
@@ -273,6 +278,7 @@ class Options:
     read: str
     eta_max: float
     conv_size: int | None
+    projection_eta_max: float | None = None
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,13 @@ def step(
         error = before["memory"].anchor(token.k) - token.targets["memory"]
         squared_error = squared_error + (error * error).sum()
         after = {
-            name: update(memory, token, token.targets[name], options.rule, options.momentum_scaled)
+            name: update(
+                memory,
+                at_pace(token, name, options),
+                token.targets[name],
+                options.rule,
+                options.momentum_scaled,
+            )
             for name, memory in before.items()
         }
         # A chunk read uses the weights that hold while the token is processed: before any boundary.
@@ -317,6 +329,14 @@ def step(
     gated = torch.cat(reads) * F.silu(params["gate_proj.weight"] @ x)
     history = [*row.history, p][1:] if row.history else []
     return params["out_proj.weight"] @ gated, torch.sqrt(squared_error), Row(heads, history, position)
+
+
+def at_pace(token: Token, name: str, options: Options) -> Token:
+    """Of the generating memories η and log α are a share of those of the memory that is read out."""
+    if name == "memory" or options.projection_eta_max is None:
+        return token
+    pace = options.projection_eta_max / options.eta_max
+    return replace(token, eta=token.eta * pace, log_alpha=token.log_alpha * pace)
 
 
 def at_boundary(memory: Memory, position: int) -> Memory:
@@ -379,6 +399,7 @@ def self_modifying_titans(
     mask: Tensor | None = None,
     conv_size: int | None = 4,
     state: State | None = None,
+    projection_eta_max: float | None = None,
 ) -> tuple[Tensor, State, Tensor]:
     """Self-modifying Titans on x [B, T, D]; mask [B, T], True = real token.
 
@@ -388,7 +409,9 @@ def self_modifying_titans(
     """
     names = memory_names(adaptive_q)
     chunks = {name: chunk_size if name == "memory" else projection_chunk_size for name in names}
-    options = Options(chunks, num_heads, rule, momentum, momentum_scaled, read, eta_max, conv_size)
+    options = Options(
+        chunks, num_heads, rule, momentum, momentum_scaled, read, eta_max, conv_size, projection_eta_max
+    )
     return run_layer(params, x, mask, state, self_modifying_token, options)
 
 

@@ -290,12 +290,16 @@ def make_token(layer: Layer, params: Params, x: Tensor, activated: Tensor, head:
 
     alpha = {"none": 1.0, "constant": 1 - 2.0 ** (-5 - head)}
     one = torch.ones_like(x[0])
+    retained = torch.sigmoid(gate("alpha")) if model.decay == "gated" else alpha[model.decay] * one
+    largest = layer.eta_max * one
+    if model.rule == "dgd":  # beyond 1 + α, α I − η k kᵀ would be an expansion
+        largest = torch.minimum(largest, 1 + retained)
     return Token(
         k=unit(k),
         v=unit(v) if model.unit_values else v,
         q=unit(q),
-        eta=layer.eta_max * torch.sigmoid(gate("eta")) if model.rate == "gated" else one,
-        alpha=torch.sigmoid(gate("alpha")) if model.decay == "gated" else alpha[model.decay] * one,
+        eta=largest * torch.sigmoid(gate("eta")) if model.rate == "gated" else one,
+        alpha=retained,
         mu=torch.sigmoid(gate("mu")) if model.momentum else None,
         width=F.softplus(gate("width")) if model.objective == "huber" else None,
     )

@@ -3,6 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
+from nested_learning.memory.engines import compiler
 from nested_learning.training import compiling
 from nested_learning.training.config import TrainConfig
 from nested_learning.training.run import train
@@ -14,8 +15,8 @@ HOPE = {"mixer": "self_modifying_titans", "mixer_options": {"self_modifying_tita
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that were compiled; they run as they are."""
-    with counted(monkeypatch, compiling) as found:
+    """The graphs of blocks that were compiled; they run as they are, and so do those of the chunks within them."""
+    with counted(monkeypatch, compiler, _broken=False, _rows={}), counted(monkeypatch, compiling) as found:
         yield found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_learning._files import replacing
-from nested_learning.evals.rows import Rows
+from nested_learning.evals.rows import MethodRows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def save(figure: Figure, path: Path) -> None:
         Path(temporary).write_bytes(content.getvalue())
 
 
-def bars(rows: Rows, figure: str, label: str, path: Path) -> None:
+def bars(rows: MethodRows, figure: str, label: str, path: Path) -> None:
     """A bar per method with the standard deviation over seeds."""
     chosen = [row for row in rows.values() if row.values(figure)]
     drawing, (axes,) = new_figure(1, height=0.6 + 0.3 * max(1, len(chosen)))
@@ -44,7 +44,11 @@ def bars(rows: Rows, figure: str, label: str, path: Path) -> None:
 
 
 def lines(
-    rows: Rows, figures: Sequence[tuple[float, str]], labels: tuple[str, str], path: Path, log: bool = False
+    rows: MethodRows,
+    figures: Sequence[tuple[float, str]],
+    labels: tuple[str, str],
+    path: Path,
+    log: bool = False,
 ) -> None:
     """A line per method through figures at places of the x axis, with the standard deviation over seeds.
 

@@ -60,12 +60,14 @@ class MemoryAsContext(nn.Module):
 
     Args:
         hidden_size: width D of input and output.
-        num_heads: number H of heads of memory and attention; the head width d = D / H must be even.
+        num_heads: number H of heads of memory and attention; the head width d = D / H must be even where it
+            is rotated.
         segment: number C of tokens in a segment; also the memory's chunk length.
         persistent_tokens: number of learned tokens p in front of every segment.
         memory: name of the memory layer, a row of the table with a chunk length of its own.
         memory_options: options of the memory layer, without chunk_size.
-        rope_theta: base of the rotary frequencies; h_s stands at the position of token s, p at none.
+        rope_theta: base of the rotary frequencies; h_s stands at the position of token s, p at none. None
+            for no positions at all.
 
     Raises:
         ValueError: for options that do not fit.
@@ -81,7 +83,7 @@ class MemoryAsContext(nn.Module):
         persistent_tokens: int = 4,
         memory: str = "titans",
         memory_options: Mapping[str, Any] | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
     ) -> None:
         super().__init__()
         options = dict(memory_options or {})

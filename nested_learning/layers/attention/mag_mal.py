@@ -63,10 +63,13 @@ class _MemoryAndAttention(nn.Module):
         persistent_tokens: int = 4,
         memory: str = "titans",
         memory_options: Mapping[str, Any] | None = None,
+        rope_theta: float | None = 10_000.0,
     ) -> None:
         super().__init__()
         self.memory = build_memory(memory, hidden_size, num_heads, memory_options)
-        self.attention = PersistentWindowAttention(hidden_size, num_heads, window, persistent_tokens)
+        self.attention = PersistentWindowAttention(
+            hidden_size, num_heads, window, persistent_tokens, rope_theta
+        )
         self.memory_norm = RMSNorm(hidden_size, eps=1e-6)
         self._add_joint(hidden_size)
 
@@ -183,6 +186,7 @@ class MemoryAsLayer(_MemoryAndAttention):
         persistent_tokens: number of learned tokens p in front.
         memory: name of the memory layer, a row of the table.
         memory_options: options of the memory layer.
+        rope_theta: base of the rotary frequencies of the attention; None for no positions.
 
     Raises:
         ValueError: for options that do not fit, as in the two layers.

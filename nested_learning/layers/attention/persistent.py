@@ -18,12 +18,19 @@ class PersistentWindowAttention(SlidingWindowAttention):
     position, so their keys are not rotated, and they take no room in the window.
 
     Args:
-        hidden_size, num_heads, window: as in `SlidingWindowAttention`.
+        hidden_size, num_heads, window, rope_theta: as in `SlidingWindowAttention`.
         persistent_tokens: number of learned tokens p, 0 or more.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, window: int, persistent_tokens: int) -> None:
-        super().__init__(hidden_size, num_heads, window)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        window: int,
+        persistent_tokens: int,
+        rope_theta: float | None = 10_000.0,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, window, rope_theta=rope_theta)
         check_count("persistent_tokens", persistent_tokens, least=0)
         self.persistent = nn.Parameter(torch.empty(persistent_tokens, hidden_size))
         self.reset_parameters()

@@ -24,7 +24,7 @@ class AttentionState(State):
     """Keys and values of the tokens so far.
 
     Attributes:
-        key, value: [B, H_kv, S, d], keys after rotation.
+        key, value: [B, H_kv, S, d], keys after rotation, where there is one.
         positions: [B, S] int64, each token's place among its row's real tokens, from 0; −1 for padding.
     """
 
@@ -47,7 +47,7 @@ class AttentionState(State):
 
 @register_mixer("attention")
 class Attention(nn.Module):
-    """Causal multi-head attention: rotary positions, query-key norm, grouped queries, key-value state.
+    """Causal multi-head attention: rotary or no positions, query-key norm, grouped queries, key-value state.
 
     In each head, y_t = Σ_{s ≤ t} softmax_s(⟨k_s, q_t⟩ / √d) v_s: the vector with the least squared error to
     the values so far, weighted by exp(⟨k_s, q_t⟩ / √d) (Nadaraya-Watson; arXiv 2512.24695, eq 62).
@@ -56,14 +56,15 @@ class Attention(nn.Module):
 
     Args:
         hidden_size: width D of input and output.
-        num_heads: number H of query heads; the head width d = D / H must be even.
+        num_heads: number H of query heads; the head width d = D / H must be even where it is rotated.
         num_kv_heads: number H_kv of key and value heads, each shared by H / H_kv query heads (default H).
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies; None for no positions at all: what is seen is a set, and
+            only its causal growth tells the order (as in the literature on formal languages).
         qk_norm: RMS-normalise queries and keys per head, with learned scales.
         norm_eps: epsilon of that norm.
 
     Raises:
-        ValueError: for sizes that do not divide, or a rope_theta that is not positive.
+        ValueError: for sizes that do not divide, or a rope_theta that is no positive number.
     """
 
     has_surprise: ClassVar[bool] = False
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
         norm_eps: float = 1e-6,
     ) -> None:
@@ -312,7 +313,7 @@ class SlidingWindowAttention(Attention):
         num_heads: int,
         window: int,
         num_kv_heads: int | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
         norm_eps: float = 1e-6,
     ) -> None:

@@ -149,12 +149,10 @@ def check_positive(what: str, value: Any) -> None:
 
 
 def parse_levels(levels: Iterable[Mapping[str, Any] | CMSLevel]) -> list[CMSLevel]:
-    """Check a list of levels, fast to slow: there is one at least, and each chunk length divides the next."""
+    """Check a list of levels, fast to slow, which may be empty: each chunk length divides the next."""
     if isinstance(levels, (Mapping, str)) or not isinstance(levels, Iterable):
         raise ValueError(f"CMS levels are a list such as [{{'chunk_size': 512}}], got {levels!r}")
     parsed = [CMSLevel.parse(level) for level in levels]
-    if not parsed:
-        raise ValueError("a continuum memory system needs at least one level, such as {'chunk_size': 512}")
     sizes = [level.chunk_size for level in parsed]
     for fast, slow in itertools.pairwise(sizes):
         if slow % fast:
@@ -170,6 +168,11 @@ def check_options(levels: Sequence[CMSLevel], variant: str, update: str) -> None
     for kind, name, known in (("variant", variant, VARIANTS), ("update", update, UPDATES)):
         if name not in known:
             raise unknown(f"CMS {kind}", str(name), known)
+        if not levels and name != known[0]:
+            raise ValueError(
+                f"CMS {kind} {name!r} says how levels work together or learn, but there are none; give at "
+                f"least one level, such as {{'chunk_size': 512}}, or leave the {kind} at {known[0]!r}"
+            )
     for level in levels:
         if level.heads is not None and variant != "independent":
             raise ValueError(

@@ -57,7 +57,8 @@ class ContinuumMemorySystem(nn.Module):
 
     Args:
         hidden_size: width D of input and output.
-        levels: fast to slow, dicts with the fields of `CMSLevel`.
+        levels: fast to slow, dicts with the fields of `CMSLevel`. Without any, the system has no block and
+            gives x back, and the variant is "sequential", the update "none".
         variant: "sequential", "nested" or "independent".
         update: "none", "regression" or "lm".
         activation: activation of the blocks whose level names none: "swiglu", "gelu" or "relu2".
@@ -96,7 +97,7 @@ class ContinuumMemorySystem(nn.Module):
         check_options(self.levels, variant, update)
         check_nested_gradient(nested_gradient, variant, update)
         self.variant, self.update, self.nested_gradient = variant, update, nested_gradient
-        share = expansion / len(self.levels)
+        share = expansion / max(len(self.levels), 1)
         self.blocks = nn.ModuleList(
             MLPBlock(hidden_size, level.width(hidden_size, share), level.activation or activation, norm_eps)
             for level in self.levels

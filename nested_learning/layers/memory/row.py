@@ -85,7 +85,14 @@ _OPTIONS: dict[str, tuple[inspect.Parameter, str]] = {
         ),
         (
             _option("eta_max", float | None, None),
-            "upper bound of the inner learning rate; None for a bound at which a chunk cannot overshoot.",
+            "upper bound of the inner learning rate, at most 1, or 2 where the rule is the delta rule: "
+            'DeltaNet, Gated DeltaNet, OjaNet, and rule="dgd" (docs/models.md); None for a bound at which a '
+            "chunk cannot overshoot.",
+        ),
+        (
+            _option("projection_eta_max", float | None, None),
+            "the same for the generating memories, from 0 (they stand still) to `eta_max`; None for that. "
+            "They forget more slowly in the same measure.",
         ),
         (
             _option("max_half_life", float | None, None),

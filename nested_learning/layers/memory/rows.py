@@ -53,13 +53,24 @@ class RetNet(
     α_h = 1 − 2^(−5−h) for head h = 0, 1, …"""
 
 
-class DeltaNet(MemoryRow, name="deltanet", options=_MATRIX_OPTIONS, objective="l2", decay="none", **_MATRIX):
+class DeltaNet(
+    MemoryRow,
+    name="deltanet",
+    options={**_MATRIX_OPTIONS, "eta_max": ...},
+    objective="l2",
+    decay="none",
+    **_MATRIX,
+):
     """DeltaNet (eq 65): W_t = W_{t−1} (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ, one step of gradient descent on
     ½‖W k − v‖² at every token."""
 
 
 class GatedDeltaNet(
-    MemoryRow, name="gated_deltanet", options={**_GATED_OPTIONS, "backend": ...}, objective="l2", **_MATRIX
+    MemoryRow,
+    name="gated_deltanet",
+    options={**_GATED_OPTIONS, "backend": ..., "eta_max": ...},
+    objective="l2",
+    **_MATRIX,
 ):
     """Gated DeltaNet (arXiv 2412.06464): W_t = α_t W_{t−1} (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ."""
 
@@ -67,7 +78,7 @@ class GatedDeltaNet(
 class OjaNet(
     MemoryRow,
     name="oja",
-    options=_GATED_OPTIONS,
+    options={**_GATED_OPTIONS, "eta_max": ...},
     architecture="matrix",
     objective="oja",
     gradient="token",

@@ -24,11 +24,16 @@ class SelfModifyingTitans(
         "momentum_scaled": ...,
         "eta_max": ...,
         "max_half_life": ...,
+        "projection_eta_max": ...,
     },
     self_targets=True,
 ):
     """Self-modifying Titans (arXiv 2512.24695, eq 83-93): memories that generate their own keys, values,
     learning rate, retention and targets, and learn all of them in context.
+
+    All memories share one η and one α. What the generating ones learn shifts the signals of all later tokens,
+    further with each chunk; with `projection_eta_max` they learn and forget more slowly, or, with 0, keep
+    what training gave them, so that sequences longer than those of training meet the same signals (ours).
 
     Departures from the paper, for stability over many chunks: generated k, v and targets are scaled down
     to norm 1 where they exceed it, hidden vectors are normalised, W2 is retained towards its initial value

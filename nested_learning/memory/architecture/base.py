@@ -62,6 +62,11 @@ class Architecture:
         """Whether a norm follows the output matrix, so that the gradient grows as that matrix fades."""
         return False
 
+    @property
+    def normalises_input(self) -> bool:
+        """Whether the input of the output matrix has a norm of at most 1, however long the memory's is."""
+        return False
+
     def check_options(self, given: dict[str, Any]) -> None:
         """ValueError for an option among those `given` that says nothing in this architecture."""
 

@@ -58,6 +58,10 @@ class ResidualMLP(Architecture):
     def normalises_output(self) -> bool:
         return self.norm == "output"
 
+    @property
+    def normalises_input(self) -> bool:
+        return self.norm == "hidden" and self.depth > 1
+
     def check_options(self, given: dict[str, Any]) -> None:
         if self.depth > 1:
             return
@@ -137,6 +141,10 @@ class SwiGLU(Architecture):
     skip: ClassVar[bool] = True
     output: ClassVar[str] = "W1"
     expansion: float = 1.0
+
+    @property
+    def normalises_input(self) -> bool:
+        return True
 
     @property
     def matrices(self) -> tuple[str, ...]:

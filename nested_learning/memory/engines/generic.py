@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.memory import check
@@ -20,7 +21,7 @@ from nested_learning.memory.running import Boundaries, Call, How, Inputs, Memory
 from nested_learning.memory.signals import Signals, signals
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MatrixRule, MemorySystem
-from nested_learning.ops.delta_rule.chunk import Chunk
+from nested_learning.ops.delta_rule.chunk import LOG_FLOOR, Chunk
 from nested_learning.ops.delta_rule.one_token import ONE, SEVERAL, OneToken
 from nested_learning.ops.norm import clip_norm
 
@@ -88,7 +89,12 @@ def step(
     chunk, decay = ONE if s.k.shape[2] == 1 else SEVERAL
     # [B, 1, H, C] and [B, 1, 1, C]: the same for all memories
     gate = s.gates
-    eta, rate, alpha = gate.eta.unsqueeze(1), gate.rate.unsqueeze(1), decay(gate.log_alpha.unsqueeze(1))
+    eta, rate, log_alpha = (t.unsqueeze(1) for t in (gate.eta, gate.rate, gate.log_alpha))
+    if system.pace is not None:  # [B, N, H, C]: the generating memories are slower
+        N = len(system.memories)
+        pace = F.pad(eta.new_full((N - 1,), system.pace), (0, 1), value=1.0).view(N, 1, 1)
+        eta, rate, log_alpha = eta * pace, rate * pace, log_alpha.clamp_min(LOG_FLOOR) * pace
+    alpha = decay(log_alpha)
     mu = None if gate.log_mu is None else decay(gate.log_mu.unsqueeze(1))
     write = None
     if inputs.real is not None and system.momentum:  # a padded token takes nothing from the momentum either

@@ -7,6 +7,7 @@ as one batch, so B rows, N memories and H heads are one dimension, R = B · N ·
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from nested_learning.memory.engines import chunked
 from nested_learning.memory.running import Boundaries, Call, How, Inputs, MemoryState
 from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
+from nested_learning.ops.delta_rule.chunk import LOG_FLOOR
 from nested_learning.ops.mlp_memory import HIDDEN_FLOOR
 
 
@@ -62,6 +64,9 @@ def run(
     if inputs.real is not None:  # padding changes nothing
         real = inputs.real.view(-1, 1, 1, 1, 1)
         eta, alpha = eta * real, torch.where(real, alpha, 1.0)
+    if system.pace is not None:  # [B, N, H, 1, 1]: the generating memories are slower
+        pace = F.pad(eta.new_full((N - 1,), system.pace), (0, 1), value=1.0).view(N, 1, 1, 1)
+        eta, alpha = eta * pace, alpha.clamp_min(math.exp(LOG_FLOOR)) ** pace
     pairs = vectors[:, :2].permute(0, 2, 3, 1)  # [B, H, d, 2] k and v
     w = _write(fixed, torch.cat([pairs] * N, dim=1).view(B * N * H, d, 2))
     # eq 88, the rule of each matrix as in `learning_rule`; η is eta_max · eta
@@ -94,6 +99,8 @@ def _signals(system: MemorySystem, fixed: Fixed, inputs: Inputs) -> tuple[Tensor
     weight, bias = inputs.readouts
     logits = (made[:, -3:-1] * weight).sum(-1).add_(bias)  # [B, 2, H]
     eta, alpha = logits.sigmoid_().view(B, 2, 1, H, 1, 1).unbind(1)
+    if system.capped:
+        eta = eta * (1 + alpha).clamp_max_(system.eta_max).div_(system.eta_max)
     vectors = _bounded(made, -1)
     return vectors, (vectors[:, 2] if adaptive_q else x_q).reshape(B * H, d, 1), eta, alpha
 

@@ -26,7 +26,10 @@ States = dict[str, State]
 
 
 class HopeBlock(GradientCheckpointingLayer):
-    """x ← x + mixer(RMSNorm(x)), then x ← CMS(x), whose blocks bring their own norms and residuals."""
+    """x ← x + mixer(RMSNorm(x)), then x ← CMS(x), whose blocks bring their own norms and residuals.
+
+    A CMS without levels leaves x as it is.
+    """
 
     def __init__(self, config: HopeConfig, layer_index: int) -> None:
         super().__init__()

@@ -63,7 +63,11 @@ _STATE_FIELDS = (
 )
 META_GRADIENTS = ("first_order", "exact")
 # Options whose default None stands for the value of another option or field.
-_SAME_AS = {"projection_chunk_size": "chunk_size", "num_kv_heads": "num_heads"}
+_SAME_AS = {
+    "projection_chunk_size": "chunk_size",
+    "projection_eta_max": "eta_max",
+    "num_kv_heads": "num_heads",
+}
 
 
 class HopeConfig(PreTrainedConfig):
@@ -79,7 +83,8 @@ class HopeConfig(PreTrainedConfig):
         mixer: name of a registered mixer, or a list with one name per block.
         mixer_options: keyword arguments of the mixers, keyed by mixer name.
         cms_levels: levels of the continuum memory system, fast to slow: `CMSLevel` objects or dicts of
-            their fields (kept as dicts). Default: chunk sizes 512 and 2048.
+            their fields (kept as dicts). Default: chunk sizes 512 and 2048. With [] a block is its mixer
+            alone, without an MLP: cms_variant and cms_update stay at their defaults then.
         cms_variant, cms_update: see `ContinuumMemorySystem`; how fast a level learns in context is said at
             the level.
         cms_meta_gradient: what training sees of the writes of `cms_update="lm"`: with "first_order" a written

@@ -50,6 +50,11 @@ def _shift_rows(P: Tensor) -> Tensor:
     return F.pad(P[..., :-1, :], (0, 0, 1, 0))
 
 
+def _last_of(tensor: Tensor, dim: int) -> Tensor:
+    """The last index along a dimension, which stays with size 1."""
+    return tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+
+
 class Chunk:
     """One chunk of the recurrence: solve once, then read at any queries and take the final state.
 
@@ -114,7 +119,14 @@ class Chunk:
         for name in ("W", "x", "a", "S", "B", "W_init"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dim() >= -dim:
-                setattr(part, name, tensor.narrow(dim, tensor.shape[dim] - 1, 1))
+                setattr(part, name, _last_of(tensor, dim))
+        decays = self.alpha.since_start  # [..., C], so the dimension is one nearer to the end
+        if decays.dim() >= -dim - 1 and decays.shape[dim + 1] > 1:  # they are not the same along it
+            part.alpha = copy.copy(self.alpha)
+            part.alpha.since_start = _last_of(decays, dim + 1)
+            part.alpha.between = _last_of(self.alpha.between, dim)
+            if self.mu is not None:
+                part.P, part.c = _last_of(self.P, dim), _last_of(self.c, dim + 1)
         return part
 
     def read(self, q: Tensor) -> Tensor:

@@ -90,12 +90,16 @@ class Kept(NamedTuple):
 def gates_of(system: MemorySystem, logits: Tensor) -> ChunkGates:
     """From the logits of eta, alpha and, with momentum, mu."""
     sigmoids = torch.sigmoid(logits)
-    eta = system.eta_max * sigmoids[0]
+    most = (1 + sigmoids[1]).clamp_max(system.eta_max) if system.capped else system.eta_max
+    eta = most * sigmoids[0]
     if system.momentum and system.momentum_scaled:
         eta = eta * torch.sigmoid(-logits[2])  # 1 − μ
     log = F.logsigmoid(logits[1:])
     clamped = log < LOG_FLOOR
-    log = log.clamp_min(LOG_FLOOR).unsqueeze(-1)
+    log, eta = log.clamp_min(LOG_FLOOR).unsqueeze(-1), eta.unsqueeze(-1)
+    if system.pace is not None:
+        pace = paces(system, eta)
+        log, eta = log.unsqueeze(1) * pace, eta * pace
     total = log.cumsum(-2)  # T and U
     since_start = total.exp()
     # above the diagonal the exponential may overflow: those entries are set, not multiplied, to zero
@@ -103,10 +107,17 @@ def gates_of(system: MemorySystem, logits: Tensor) -> ChunkGates:
     if system.momentum:
         P, m = torch.bmm(between[0], between[1]), since_start[1]
         momentum = Momentum(between[0], between[1], m, P[..., :1] * m[:, :1])
-        return ChunkGates(sigmoids, clamped, eta.unsqueeze(-1), since_start[0], P, momentum, None, None)
-    eta, Gamma = eta.unsqueeze(-1), between[0]
-    erased = F.pad(eta[:, 1:] * Gamma[:, :-1], (0, 0, 1, 0))
+        return ChunkGates(sigmoids, clamped, eta, since_start[0], P, momentum, None, None)
+    Gamma = between[0]
+    erased = F.pad(eta[..., 1:, :] * Gamma[..., :-1, :], (0, 0, 1, 0))
     return ChunkGates(sigmoids, clamped, eta, since_start[0], Gamma, None, (total - log)[0].exp_(), erased)
+
+
+def paces(system: MemorySystem, like: Tensor) -> Tensor:
+    """The pace of each memory [N, 1, 1, 1]: that of the generating ones, and 1."""
+    assert system.pace is not None
+    slow = like.new_full((len(system.generated),), system.pace)
+    return F.pad(slow, (0, 1), value=1.0).view(-1, 1, 1, 1)
 
 
 def gates_backward(system: MemorySystem, gates: ChunkGates, logs: Logs) -> Tensor:
@@ -124,12 +135,16 @@ def gates_backward(system: MemorySystem, gates: ChunkGates, logs: Logs) -> Tenso
         totals = torch.stack([logs.read - carried, carried - written])
         ends = torch.stack([logs.end_T, logs.end_U])
     else:
-        totals, ends = (logs.read - logs.written + logs.erased).unsqueeze(0), logs.end_T.unsqueeze(0)
+        totals, ends = (logs.read - logs.decayed + logs.erased).unsqueeze(0), logs.end_T.unsqueeze(0)
     # T_t = Σ_{s≤t} log α_s; that of the last token holds all of them. T_{t−1} lacks log α_t.
     g_log = totals.flip(-1).cumsum(-1).flip(-1) + ends.unsqueeze(-1)
     if gates.momentum is None:
         g_log = g_log - logs.erased
     g_log = torch.cat([logs.written.unsqueeze(0), g_log.masked_fill(gates.clamped, 0.0)])
+    if system.capped:  # η has the factor min(eta_max, 1 + α)
+        alpha = gates.sigmoids[1]
+        slope = (alpha / (1 + alpha)).masked_fill(1 + alpha > system.eta_max, 0.0)
+        g_log = torch.stack([g_log[0], torch.addcmul(g_log[1], logs.written, slope)])
     g_logits = g_log * (1 - gates.sigmoids)
     if system.momentum and system.momentum_scaled:  # the rate has the factor 1 − μ
         g_mu = torch.addcmul(g_logits[2], logs.written, gates.sigmoids[2], value=-1)
@@ -201,11 +216,12 @@ def forward_chunk(
     if system.self_targets:
         targets = evaluate(ws, "u", W1.W, W2.W, v.repeat(N, 1, 1, 1))
     residual = torch.sub(v, k).unsqueeze(0) if targets is None else ws("residual", torch.sub, targets.y, k)
+    last = gates if system.pace is None else gates.of_last()
     written, u, A2 = write(ws, gates, W1.W, W2.W, keys, residual, delta=targets is not None)
     # y_t = M_t(q_t) with the weights after the token's own write (eq 89, read="token")
-    read2 = read(ws, gates, W2, q, keys, A2)
+    read2 = read(ws, last, W2, q, keys, A2)
     u_q, f_q = hidden(ws, "u_q", read2.o)
-    read1 = read(ws, gates, W1, u_q, u, written.A)
+    read1 = read(ws, last, W1, u_q, u, written.A)
     kept = Kept(W1, W2, generated, gates, targets, written, read2, f_q, read1)
     after = end(ws, gates, W1, "u", u, written.A), end(ws, gates, W2, "keys", keys, A2)
     return (q + read1.o)[0], *after, written.error[-1], kept
@@ -231,9 +247,12 @@ def backward_chunk(
     vectors, N = given.x if generated is None else generated.vectors.y, len(kept.W1.W)
     k, v, q = vectors[0], vectors[1], vectors[2:3] if given.q is None else given.q.unsqueeze(0)
     written, at_key = kept.written, slopes(ws, kept.written)
-    column = torch.zeros_like(gates.eta)  # [M, C, 1]
+    last, pace = gates, None
+    if system.pace is not None:
+        last, pace = gates.of_last(), paces(system, gy)
+    column = torch.zeros_like(last.eta)  # [M, C, 1]
     row, one = column[..., 0], column[:, 0, 0]
-    logs = Logs(row, one, one, row, row, column, column, column, column[:, :1])
+    logs = Logs(row, one, one, row, row, row, column, column, column, column[:, :1], pace=pace)
     keys = k.unsqueeze(0) if N == 1 else ws("keys", torch.stack, [k] * N)
     m1 = MatrixBackward(ws, gates, logs, "1", kept.W1, at_key.u, written.A, 1.0, *g_after[0])
     m2 = MatrixBackward(ws, gates, logs, "2", kept.W2, keys, at_key.direction, gates.eta, *g_after[1])
@@ -243,9 +262,9 @@ def backward_chunk(
     # y = q + W1_t u_q, u_q = n(σ(W2_t q))
     gy = gy.unsqueeze(0)
     u_q = ws("u_q", silu, kept.read2.o).mul_(kept.f_q)
-    g_u = m1.read(u_q, kept.read1, gy)
+    g_u = m1.read(last, u_q, kept.read1, gy)
     g_z, _ = through_hidden(ws, "g_z_q", g_u, u_q, kept.read2.o, kept.f_q)
-    g_q = m2.read(q, kept.read2, g_z).add_(gy)
+    g_q = m2.read(last, q, kept.read2, g_z).add_(gy)
 
     residual = None if targets is None else ws("residual", torch.sub, targets.y, k)
     g_residual = write_backward(m1, m2, written, at_key, residual)

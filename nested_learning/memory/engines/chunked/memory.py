@@ -39,7 +39,11 @@ class Momentum(NamedTuple):
 
 
 class ChunkGates(NamedTuple):
-    """Rates and decays of a chunk: γ_t is the product of the retentions up to t, Γ_ts that since s."""
+    """Rates and decays of a chunk: γ_t is the product of the retentions up to t, Γ_ts that since s.
+
+    Where the generating memories have a pace of their own, without momentum, all from `eta` on have the
+    memories in front: [N, M, ...].
+    """
 
     sigmoids: Tensor  # [2 or 3, M, C] of the logits of eta, alpha and mu
     clamped: Tensor  # [1 or 2, M, C] where a decay's log is below the floor: no gradient
@@ -49,6 +53,17 @@ class ChunkGates(NamedTuple):
     momentum: Momentum | None
     before: Tensor | None  # [M, C, 1] γ_{t−1}, for the delta rule
     erased: Tensor | None  # [M, C, C] η_t Γ_{t−1,s} for s < t, else 0: what t erases of write s
+
+    def of_last(self) -> ChunkGates:
+        """Those of the memory that is read out, out of [N, M, ...]."""
+        assert self.before is not None and self.erased is not None  # noqa: PT018
+        return self._replace(
+            eta=self.eta[-1],
+            gamma=self.gamma[-1],
+            P=self.P[-1],
+            before=self.before[-1],
+            erased=self.erased[-1],
+        )
 
 
 class Evaluated(NamedTuple):
@@ -183,7 +198,7 @@ def end(
 ) -> WeightMatrix:
     """The matrix and its momentum after the chunk. Overwrites the buffer `name`, where X may be."""
     W, S, W_init = matrix
-    gamma, P = gates.gamma[:, -1:], gates.P[:, -1].unsqueeze(-1)  # [M, 1, 1] γ_C, [M, C, 1] P_C
+    gamma, P = gates.gamma[..., -1:, :], gates.P[..., -1, :].unsqueeze(-1)  # [M, 1, 1] γ_C, [M, C, 1] P_C
     after = W * gamma if W_init is None else torch.lerp(W_init, W, gamma)
     if S is not None and gates.momentum is not None:
         _, Mu, m, c = gates.momentum

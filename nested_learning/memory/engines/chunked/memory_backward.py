@@ -41,22 +41,27 @@ class Logs:
         read: [M, C] ⟨o_t − W_init x_t, g_o_t⟩, as this part of a read at t is scaled by exp(T_t).
         end_T, end_U: [M] ⟨W_C, g_W_C⟩ and ⟨S_C, g_S_C⟩, scaled by exp(T_C) and exp(U_C).
         written: [M, C] ⟨a_s, g_a_s⟩: a write at s is scaled by η_s and, without momentum, by exp(−T_s).
+        decayed: [M, C] the same for exp(−T_s): `written`, but for memories with a pace of their own.
         erased: [M, C] that part of `written` which is an erase, scaled by exp(T_{t−1}).
         c, P: [M, C, 1] and [1, M, C, C] gradients to c_t and P_ts themselves, from reads; with momentum only,
             as the rest. P above the diagonal has no meaning.
         P_C, M_C, c_C: [M, C, 1] twice and [M, 1, 1] gradients to the last rows, from the end of the chunk.
+        pace: [N, 1, 1, 1] by which T is multiplied in each memory, and so what it adds to end_T, decayed and
+            erased; None: 1.
     """
 
     read: Tensor
     end_T: Tensor
     end_U: Tensor
     written: Tensor
+    decayed: Tensor
     erased: Tensor
     c: Tensor
     P_C: Tensor
     M_C: Tensor
     c_C: Tensor
     P: Tensor | None = None
+    pace: Tensor | None = None
 
 
 @dataclass
@@ -71,7 +76,7 @@ class MatrixBackward:
         matrix: before the chunk.
         X: inputs [N, M, C, in].
         A: writes [N, M, C, out], before they are multiplied by `rate`.
-        rate: [M, C, 1] or 1.
+        rate: [M, C, 1], [N, M, C, 1] or 1.
     """
 
     ws: Scratch
@@ -99,12 +104,14 @@ class MatrixBackward:
         """
         ws, gates, logs, name = self.ws, self.gates, self.logs, self.name
         S, W_init, rate = self.matrix.S, self.matrix.W_init, self.rate
-        gamma, P = gates.gamma[:, -1:], gates.P[:, -1].unsqueeze(-1)
+        gamma, P = gates.gamma[..., -1:, :], gates.P[..., -1, :].unsqueeze(-1)
         low, product = ws.low("g", self.g_W), ("product", self.g_W.shape)
         self.g_A = ws.bmm(self.low_X, low.mT, f"g_A{name}")  # not yet times P, as the next
         self.g_X = ws.bmm(self.A, low, f"g_X{name}")
         moved = after.W if W_init is None else ws(product, torch.sub, after.W, W_init)
-        logs.end_T = logs.end_T + ws(product, torch.mul, moved, self.g_W).sum((0, 2, 3))
+        held = ws(product, torch.mul, moved, self.g_W)
+        held = held.sum((0, 2, 3)) if logs.pace is None else (held.sum((2, 3)) * logs.pace[..., 0, 0]).sum(0)
+        logs.end_T = logs.end_T + held
         if S is None or gates.momentum is None:
             self.g_A.mul_(P)
             self.g_X.mul_(P * rate)
@@ -125,19 +132,20 @@ class MatrixBackward:
         # From the second chunk on g_W is this buffer already, and scaled in place; g_S and g_W_init likewise.
         self.g_W = ws(f"g_W{name}", torch.mul, self.g_W, gamma)
 
-    def read(self, x: Tensor, kept: MatrixRead, g_o: Tensor) -> Tensor:
-        """Through `read`, which is of the last memory: the gradient to the queries x [1, M, C, in].
+    def read(self, gates: ChunkGates, x: Tensor, kept: MatrixRead, g_o: Tensor) -> Tensor:
+        """Through `read`, of the last memory with its gates: the gradient to the queries x [1, M, C, in].
 
         o = γ (W − W_init) x + W_init x + c S x + (raw ⊙ P) A with raw = x Xᵀ.
         """
-        ws, gates, logs, at = self.ws, self.gates, self.logs, slice(len(self.X) - 1, len(self.X))
+        ws, logs, at = self.ws, self.logs, slice(len(self.X) - 1, len(self.X))
+        rate = gates.eta if isinstance(self.rate, Tensor) else self.rate
         W, S, W_init = (None if t is None else t[at] for t in self.matrix)
         assert W is not None
         moved = kept.o if kept.start is None else ws("moved", torch.sub, kept.o, kept.start)
         logs.read = logs.read + ws.dot(moved, g_o).sum((0, 3))
         scores = ws("scores", torch.mul, kept.raw, gates.P)
         self.g_A = ws.add_bmm(self.g_A, scores.mT, g_o, at=at)
-        g_scores = ws.bmm(g_o, (self.A[at] * self.rate).mT, "g_scores")
+        g_scores = ws.bmm(g_o, (self.A[at] * rate).mT, "g_scores")
         if S is not None:  # g_P += g_scores ⊙ raw
             terms = (g_scores, kept.raw) if logs.P is None else (logs.P, g_scores, kept.raw)
             logs.P = ws("g_P", torch.mul if logs.P is None else torch.addcmul, *terms)
@@ -229,14 +237,21 @@ def write_backward(
         g_gram = ws.bmm(g_right, kept.A.mT, "g_gram").mul_(gates.erased)
         both = ws("g_gram both", torch.add, g_gram, g_gram.mT)  # u stands on both sides of u uᵀ
         m1.g_X = ws.add_bmm(m1.g_X, both, m1.low_X, alpha=-1)
-    written = ws.dot(g_right, kept.A).sum(0)
+    product, pace = ws.dot(g_right, kept.A), logs.pace
+    written = product.sum(0)
     g_residual = g_right.mul_(eta)
     if residual is not None:  # A_t = η residual_t − erase
-        logs.erased = (written - ws.dot(g_residual, residual).sum(0)).squeeze(-1)
+        of_residual = ws.dot(g_residual, residual)
+        erased = written - of_residual.sum(0) if pace is None else ((product - of_residual) * pace).sum(0)
+        logs.erased = erased.squeeze(-1)
 
     # The writes of W2: A2 = η clip r with r = σ′(z) f (g − u ⟨u, g⟩), clip = 1 / max(‖r‖, 1).
     dot = ws.dot(direction, m2.g_A)
-    logs.written = (written + dot.sum(0) * eta).squeeze(-1)
+    if pace is None:
+        logs.written = logs.decayed = (written + dot.sum(0) * eta).squeeze(-1)
+    else:
+        product = product + dot * eta
+        logs.written, logs.decayed = product.sum(0).squeeze(-1), (product * pace).sum(0).squeeze(-1)
     g_r = m2.g_A.addcmul_(direction, dot.mul_(clip < 1), value=-1).mul_(clip * eta)
     # r depends on z through σ′(z), on g, on u and on f. With p = g_r σ′(z) f the gradients are
     #   z: g_r f across σ″(z)         g: p − u ⟨u, p⟩

@@ -1,0 +1,167 @@
+"""The command `nested-learning eval`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from nested_learning.cli.output import print_json, print_table, say
+from nested_learning.cli.parsing import new_parser, parse
+
+DESCRIPTION = """\
+Answer the paper's questions: train or teach methods on tasks, tabulate, and judge the paper's claims.
+
+TASK is one of those that `nested-learning eval --list` names, or `all`. Every finished run is kept in the
+folder of --output, so that the same command goes on where it was interrupted or ran out of --max_minutes. It
+writes there report.md, report.html (one page, no network), results.json, trials.jsonl and a plot per task.
+--option TASK.NAME=VALUE (as JSON) replaces an option of the budget. Exit code 1: a run failed; the report
+says which.
+
+example:
+  nested-learning eval all --budget smoke --output runs/smoke
+  nested-learning eval recall formal --methods transformer hope --seeds 0 1 2 --output runs/eval --jobs 2
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Parse, evaluate, print. Returns the exit code."""
+    parser = new_parser("eval", "TASK ... ", DESCRIPTION)
+    parser.add_argument("tasks", nargs="*", type=str, help="tasks, or all")
+    parser.add_argument("--list", action="store_true", help="list tasks and methods, and do no more")
+    parser.add_argument(
+        "--budget", type=str, default="small", help="smoke, small (hours of two cores) or full (the papers')"
+    )
+    parser.add_argument(
+        "--methods", "--models", nargs="+", type=str, help="methods in place of each task's own"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds instead of as many as the task says")
+    parser.add_argument("--option", nargs="+", type=str, default=[], help="TASK.NAME=VALUE, options of tasks")
+    parser.add_argument("--output", type=str, help="folder of finished runs and of the report")
+    parser.add_argument("--max_minutes", type=float, help="begin no run that would probably end later")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share runs and cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, alone on stdout")
+    values = parse(parser, argv)
+
+    from nested_learning.evals.runner import EvalConfig, evaluate
+
+    if values.list:
+        _list(values.json)
+        return 0
+    if not values.tasks:
+        raise ValueError("no task is named; `nested-learning eval --list` names all, `all` takes them all")
+    config = EvalConfig(
+        tasks=values.tasks,
+        budget=values.budget,
+        methods=values.methods,
+        seeds=values.seeds,
+        options=options(values.option),
+        output=values.output,
+        max_minutes=values.max_minutes,
+        jobs=values.jobs,
+    )
+    command = shlex.join(["nested-learning", "eval", *argv])
+    with _TrialBar(values.quiet) as bar:
+        results = evaluate(config, bar)
+    from nested_learning.evals.report.build import contents
+    from nested_learning.evals.report.write import write_report
+
+    folder = None if config.output is None else Path(config.output)
+    report = contents(results, command) if folder is None else write_report(results, command, folder)
+    print_json(report) if values.json else _print(report, folder)
+    return 1 if any(result.failed for result in results) else 0
+
+
+def options(given: list[str]) -> dict[str, dict[str, Any]]:
+    """Options by task of TASK.NAME=VALUE; a VALUE that is no JSON is text.
+
+    Raises:
+        ValueError: another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        task, point, name = place.partition(".")
+        if not (equals and point and task and name):
+            raise ValueError(f"--option {text!r} has not the form TASK.NAME=VALUE, such as recall.steps=500")
+        try:
+            found.setdefault(task, {})[name] = json.loads(value)
+        except ValueError:
+            found.setdefault(task, {})[name] = value
+    return found
+
+
+class _TrialBar:
+    """A progress bar on stderr over all runs, with the time left; it appears with the first run."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+
+    def __enter__(self) -> _TrialBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, outcome: Any, left: int) -> None:
+        if self.quiet:
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(unit="run", file=sys.stderr)
+        self.bar.total = self.bar.n + 1 + left
+        if outcome is not None:
+            self.bar.set_postfix_str(str(outcome.trial) + (" failed" if outcome.error else ""))
+        self.bar.update()
+
+
+def _list(as_json: bool) -> None:
+    """Print every task with its budgets' options, and every method."""
+    import dataclasses
+
+    from nested_learning.evals import known_methods, known_tasks
+
+    tasks, methods = known_tasks(), known_methods()
+    if as_json:
+        described = {
+            name: {
+                "title": task.title,
+                "budgets": {budget: dataclasses.asdict(o) for budget, o in task.budgets.items()},
+            }
+            for name, task in tasks.items()
+        }
+        print_json({"tasks": described, "methods": {name: each.describe() for name, each in methods.items()}})
+        return
+    print_table("tasks", ("task", "what it asks"), [(name, task.title) for name, task in tasks.items()])
+    print()
+    print_table("methods", ("method", "kind"), [(name, each.kind) for name, each in methods.items()])
+
+
+def _print(report: dict[str, Any], folder: Path | None) -> None:
+    from nested_learning.evals.report.build import cell
+
+    for task in report["tasks"]:
+        if task["skipped"]:
+            print(f"{task['name']}: not run: {task['skipped']}\n")
+            continue
+        columns = [column["name"] for column in task["columns"]]
+        rows = [
+            (row["method"], len(row["seeds"]), *(cell(row["figures"][name]) for name in columns))
+            for row in task["rows"]
+        ]
+        print_table(f"{task['name']}: {task['title']}", ("method", "seeds", *columns), rows)
+        if task["unfinished"]:
+            print(f"{task['unfinished']} runs are still to be made")
+        for each in task["failed"]:
+            print(f"failed: {each['trial']}: {each['error']}")
+        print()
+    for each in report["verdicts"]:
+        print(f"{each['verdict']}: {each['claim']} ({each['source']}): {each['because']}")
+    if folder is not None:
+        say(f"written: {folder / 'report.md'}, report.html, results.json")

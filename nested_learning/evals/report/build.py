@@ -1,0 +1,111 @@
+"""Contents of a report as plain values for the templates: verdicts, tables, notes, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nested_learning.evals.rows import MethodRow
+from nested_learning.evals.runner import TaskResult
+from nested_learning.training.process import process_state
+from nested_learning.training.report import hardware, versions
+
+NONE = "–"
+
+
+def contents(results: Sequence[TaskResult], command: str, folder: Path | None = None) -> dict[str, Any]:
+    """Everything that a report shows, fit for JSON.
+
+    Args:
+        results: of the tasks.
+        command: that repeats the evaluation.
+        folder: where plots are written, `TASK.png` each; None: there are none.
+    """
+    sections = [_section(result, folder) for result in results]
+    return {
+        "format": "nested_learning.evaluation",
+        "version": 1,
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": versions(),
+        "hardware": hardware(process_state().device),
+        "verdicts": [{"task": each["name"], **claim} for each in sections for claim in each["claims"]],
+        "tasks": sections,
+    }
+
+
+def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
+    task, rows = result.task, result.rows
+    ran = any(row.figures for row in rows.values())
+    section: dict[str, Any] = {
+        "name": task.name,
+        "title": task.title,
+        "note": task.note(),
+        "options": dict(vars(task.options)),
+        "skipped": result.skipped,
+        "unfinished": result.unfinished,
+        "seconds": round(result.seconds, 1),
+        "failed": [{"trial": str(each.trial), "error": each.error} for each in result.failed],
+        "columns": [{"name": name, "what": what} for name, what in task.columns.items()],
+        "printed": {name: dict(values) for name, values in task.printed().items()},
+        "rows": [_row(row, list(task.columns)) for row in rows.values()],
+        "claims": [_claim(claim, rows) for claim in task.claims()] if ran else [],
+        "figure": None,
+    }
+    if folder is not None and ran:
+        path = folder / f"{task.name}.png"
+        task.plot(rows, path)
+        section["figure"] = path.name if path.is_file() else None
+    return section
+
+
+def _row(row: MethodRow, columns: Sequence[str]) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "settings": dict(row.settings),
+        "seeds": sorted(row.figures),
+        "errors": {str(seed): error for seed, error in row.errors.items()},
+        "parameters": row.mean("parameters"),
+        "figures": {
+            name: {
+                "mean": row.mean(name),
+                "spread": row.spread(name),
+                "seeds": list(row.values(name).values()),
+            }
+            for name in columns
+        },
+    }
+
+
+def _claim(claim: Any, rows: Mapping[str, MethodRow]) -> dict[str, str]:
+    verdict = claim.judge(rows)
+    return {
+        "claim": claim.text,
+        "source": claim.source,
+        "verdict": verdict.verdict,
+        "because": verdict.because,
+    }
+
+
+def cell(figure: Mapping[str, Any]) -> str:
+    """A mean and its standard deviation as a table has them."""
+    if figure["mean"] is None:
+        return NONE
+    mean = number(figure["mean"])
+    return mean if figure["spread"] is None else f"{mean} ± {number(figure['spread'], like=figure['mean'])}"
+
+
+def number(value: float, like: float | None = None) -> str:
+    """Three decimals, fewer for large numbers; `like`: with as many as that one has."""
+    size = abs(value if like is None else like)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Settings in a few words, long ones left out."""
+    short = {name: value for name, value in values.items() if not isinstance(value, (list, dict))}
+    return ", ".join(f"{name} {value}" for name, value in short.items())

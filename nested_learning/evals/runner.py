@@ -1,0 +1,302 @@
+"""The trials of an evaluation, one after the other or in several processes, resumable to the single one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nested_learning._checks import require
+from nested_learning._errors import unknown
+from nested_learning.evals.method import Method
+from nested_learning.evals.registry import find_method, find_task, known_methods, known_tasks
+from nested_learning.evals.rows import MethodRow
+from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
+from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, set_threads
+
+ALL = "all"
+SEEDS = 3  # where the options of a task do not say how many
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """The tasks and methods of an evaluation.
+
+    Args:
+        tasks: names of tasks; "all": every one
+        budget: smoke: seconds a task, to see that it works; small: hours of two cores; full: the protocols
+            of the papers
+        methods: names of methods; None: those of each task's table
+        seeds: reported seeds; None: as many as each task's options say, from 0
+        options: options by task that replace those of the budget
+        output: folder of finished trials and of the report; None: nothing is written
+        max_minutes: no trial is begun that would probably end later; run the same command again to go on
+        jobs: processes that share the trials, and the cores
+    """
+
+    tasks: list[str]
+    budget: str = "small"
+    methods: list[str] | None = None
+    seeds: list[int] | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    output: str | None = None
+    max_minutes: float | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise unknown("budget", self.budget, BUDGETS)
+        for name in ("tasks", "methods", "seeds"):
+            values = getattr(self, name)
+            distinct = values is None or len(set(values)) == len(values) > 0
+            require(distinct, name, values, "one or more, all different")
+        require(self.jobs >= 1, "jobs", self.jobs, "a whole number of at least 1")
+        minutes = self.max_minutes
+        require(minutes is None or minutes > 0, "max_minutes", minutes, "minutes, more than 0")
+        if TUNING_SEED in (self.seeds or ()):
+            raise ValueError(f"seed {TUNING_SEED} chooses settings; expected others in --seeds")
+        for name in self.options:
+            find_task(name)
+
+
+@dataclass
+class TaskResult:
+    """Rows of a task, and what is to be known about them.
+
+    Attributes:
+        task: at its options.
+        rows: by method, with those that need no run; in the order of the table.
+        skipped: why nothing was run, or None.
+        unfinished: trials for which there was no time.
+        failed: outcomes with an error.
+        outcomes: of all trials that ended, also those that were kept.
+    """
+
+    task: Task[Any]
+    rows: dict[str, MethodRow] = field(default_factory=dict)
+    skipped: str | None = None
+    unfinished: int = 0
+    failed: list[TrialOutcome] = field(default_factory=list)
+    outcomes: list[TrialOutcome] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all trials that ended."""
+        return sum(outcome.seconds for outcome in self.outcomes)
+
+
+@dataclass
+class _Plan:
+    """A task and the methods and seeds that it is run with."""
+
+    task: Task[Any]
+    methods: list[Method]
+    seeds: list[int]
+    skipped: str | None = None
+
+
+OnTrial = Callable[[TrialOutcome | None, int], None]  # an outcome (None: no time), trials still to come
+
+
+def evaluate(config: EvalConfig, on_trial: OnTrial = lambda outcome, left: None) -> list[TaskResult]:
+    """Run what is not kept from before, tuning first.
+
+    Args:
+        config: tasks, methods and limits.
+        on_trial: called after each trial.
+
+    Returns:
+        The result of each task, in the order of the configuration.
+
+    Raises:
+        ValueError: an unknown task, method or option, or a method that no chosen task takes.
+    """
+    plans = plan(config)
+    folder = None if config.output is None else Path(config.output) / "trials"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the first trial
+    crew = _Crew(config, TrialCache(folder), on_trial)
+    grids = [(p, m, list(p.task.grid(m))) for p in plans for m in p.methods]
+    tuning = [
+        Trial(p.task, m.at(setting), TUNING_SEED, tuning=True)
+        for p, m, grid in grids
+        if len(grid) > 1
+        for setting in grid
+    ]
+    reported = sum(len(p.seeds) for p, _, _ in grids)
+    tuned = crew.run(tuning, reported)
+    trials: list[Trial] = []
+    chosen: dict[tuple[str, str], Method | None] = {}
+    for p, method, grid in grids:
+        best = method.at(grid[0]) if len(grid) == 1 else _best(p.task, method, grid, tuned)
+        chosen[p.task.name, method.name] = best
+        if best is not None:
+            trials += [Trial(p.task, best, seed) for seed in p.seeds]
+    outcomes = crew.run(trials, 0)
+    return [_result(p, chosen, tuned, outcomes) for p in plans]
+
+
+def plan(config: EvalConfig) -> list[_Plan]:
+    """Methods and seeds of each task; ValueError as `evaluate`."""
+    names = list(known_tasks()) if config.tasks == [ALL] else config.tasks
+    found = [find_task(name) for name in names]
+    for name in config.options:
+        if name not in names:
+            raise ValueError(
+                f"options of {name!r} are given, which is not among the tasks {', '.join(names)}"
+            )
+    asked = None if config.methods is None else [find_method(name) for name in config.methods]
+    plans = []
+    refusals: dict[str, list[str]] = {}
+    for cls in found:
+        task = cls.at(config.budget, **config.options.get(cls.name, {}))
+        chosen = list(task.methods() if asked is None else asked)
+        refused = {method.name: task.accepts(method) for method in chosen} if asked is not None else {}
+        for name, reason in refused.items():
+            if reason is not None:
+                refusals.setdefault(name, []).append(reason)
+        chosen = [method for method in chosen if refused.get(method.name) is None]
+        seeds = (
+            list(range(getattr(task.options, "seeds", SEEDS))) if config.seeds is None else list(config.seeds)
+        )
+        skipped = task.missing() or (None if chosen else "none of the methods that were asked for is for it")
+        plans.append(_Plan(task, [] if skipped else chosen, seeds, skipped))
+    for reasons in refusals.values():
+        if len(reasons) == len(plans):
+            raise ValueError(f"no task takes the method: {reasons[0]}")
+    return plans
+
+
+def every_method() -> Mapping[str, Method]:
+    """Methods by name: for `--help`."""
+    return known_methods()
+
+
+class _Crew:
+    """Runs trials, in this process or in several."""
+
+    def __init__(self, config: EvalConfig, kept: TrialCache, on_trial: OnTrial) -> None:
+        self.kept, self.on_trial, self.jobs = kept, on_trial, config.jobs
+        minutes = config.max_minutes
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
+
+    def run(self, trials: Sequence[Trial], later: int) -> dict[str, TrialOutcome | None]:
+        """The outcome of each trial by its identity, None for one without time; `later` more are to come."""
+        found: dict[str, TrialOutcome | None] = {}
+        waiting = []
+        for trial in trials:
+            kept = self.kept.find(trial)
+            if kept is None:
+                waiting.append(trial)
+            else:
+                found[identity(trial)] = self._note(kept)
+        left = len(waiting) + later
+        for trial, outcome in self._outcomes(waiting):
+            left -= 1
+            found[identity(trial)] = None if outcome is None else self._note(self.kept.keep(outcome))
+            self.on_trial(found[identity(trial)], left)
+        return found
+
+    def _outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialOutcome | None]]:
+        if self.jobs == 1 or len(trials) < 2:
+            for trial in trials:
+                yield trial, trial.run() if self._in_time(trial) else None
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        context = multiprocessing.get_context("spawn")  # a fork would take over threads that hold locks
+        with ProcessPoolExecutor(self.jobs, context, set_threads, (max(1, cores // self.jobs),)) as pool:
+            queue, running = list(trials), dict[Future[TrialOutcome], Trial]()
+            while queue or running:
+                while queue and len(running) < self.jobs:
+                    trial = queue.pop(0)
+                    if self._in_time(trial):
+                        running[pool.submit(trial.run)] = trial
+                    else:
+                        yield trial, None
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    trial = running.pop(future)
+                    yield trial, _outcome(trial, future)
+
+    def _in_time(self, trial: Trial) -> bool:
+        """Whether a trial would probably end before the deadline."""
+        if self.deadline is None:
+            return True
+        key = (trial.task.name, trial.method.name)
+        same_task = (each for (task, _), each in self.seconds.items() if task == trial.task.name)
+        known = self.seconds.get(key) or [seconds for each in same_task for seconds in each]
+        return time.monotonic() + (median(known) if known else 0.0) <= self.deadline
+
+    def _note(self, outcome: TrialOutcome) -> TrialOutcome:
+        key = (outcome.trial.task.name, outcome.trial.method.name)
+        self.seconds.setdefault(key, []).append(outcome.seconds)
+        return outcome
+
+
+def identity(trial: Trial) -> str:
+    """Text that tells a trial from others of the same evaluation."""
+    return repr((trial.task.name, trial.method, trial.seed, trial.tuning))
+
+
+def _outcome(trial: Trial, future: Future[TrialOutcome]) -> TrialOutcome:
+    """What a process gave, or its end as an error."""
+    problem = future.exception()
+    if problem is None:
+        return future.result()
+    return TrialOutcome(trial, None, 0.0, f"its process ended: {type(problem).__name__}: {problem}")
+
+
+def _best(
+    task: Task[Any],
+    method: Method,
+    grid: Sequence[Mapping[str, Any]],
+    tuned: Mapping[str, TrialOutcome | None],
+) -> Method | None:
+    """The method at the setting with the best headline; None where a trial is still to come or all failed."""
+    outcomes = [tuned[identity(Trial(task, method.at(each), TUNING_SEED, tuning=True))] for each in grid]
+    if any(outcome is None for outcome in outcomes):
+        return None
+    scores = {}
+    for place, outcome in enumerate(outcomes):
+        figure = outcome.figures.get(task.headline) if outcome is not None and outcome.figures else None
+        if figure is not None:
+            scores[place] = float(figure) if task.higher_is_better else -float(figure)
+    return method.at(grid[max(scores, key=lambda place: scores[place])]) if scores else None
+
+
+def _result(
+    p: _Plan,
+    chosen: Mapping[tuple[str, str], Method | None],
+    tuned: Mapping[str, TrialOutcome | None],
+    outcomes: Mapping[str, TrialOutcome | None],
+) -> TaskResult:
+    """Rows of a plan."""
+    result = TaskResult(p.task, skipped=p.skipped)
+    if p.skipped:
+        return result
+    for method in p.methods:
+        best = chosen[p.task.name, method.name]
+        tries = [Trial(p.task, method.at(each), TUNING_SEED, True) for each in p.task.grid(method)]
+        own = [tuned[identity(trial)] for trial in tries if identity(trial) in tuned]
+        by_seed = {} if best is None else {s: outcomes[identity(Trial(p.task, best, s))] for s in p.seeds}
+        result.unfinished += [*own, *by_seed.values()].count(None)
+        if best is None and None in own:
+            result.unfinished += len(p.seeds)
+        ended = [outcome for outcome in [*own, *by_seed.values()] if outcome is not None]
+        result.failed += [outcome for outcome in ended if outcome.error is not None]
+        result.outcomes += ended
+        result.rows[method.name] = MethodRow(
+            method.name,
+            {} if best is None else best.settings,
+            {s: o.figures for s, o in by_seed.items() if o is not None and o.figures is not None},
+            {s: o.error for s, o in by_seed.items() if o is not None and o.error is not None},
+        )
+    for name, figures in p.task.constants().items():
+        result.rows[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, figures))
+    return result

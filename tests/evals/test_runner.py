@@ -1,0 +1,169 @@
+"""Runs of an evaluation: tuned, kept, resumed, failing, in several processes, and reported."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from nested_learning.cli.eval import options
+from nested_learning.cli.main import main
+from nested_learning.evals import Task, known_tasks, registry
+from nested_learning.evals.runner import EvalConfig, evaluate
+from tests.evals.guessing import GOOD, Coin
+
+
+@pytest.fixture(autouse=True)
+def _coin(monkeypatch):
+    """The coin as the only task and its methods, for one test."""
+    known_tasks()
+    monkeypatch.setattr(registry, "_TASKS", {"coin": Coin})
+    monkeypatch.setattr(registry, "_METHODS", {m.name: m for m in Coin(None).methods()})
+
+
+def run(folder, *arguments, budget="small"):
+    return main(["eval", "coin", "--budget", budget, "--quiet", "--output", str(folder), *arguments])
+
+
+def test_settings_are_chosen_on_a_seed_of_their_own(tmp_path):
+    (result,) = evaluate(EvalConfig(tasks=["coin"], output=str(tmp_path)))
+    assert result.rows["tuned"].settings == {"bias": 0.4}
+    assert list(result.rows) == ["good", "bad", "tuned", "always heads"]
+    assert [o.trial.seed for o in result.outcomes if o.trial.tuning] == [1000] * 3
+    assert sorted(result.rows["good"].figures) == [0, 1, 2]
+    again = Coin.at("small").run(GOOD, 1)
+    assert result.rows["good"].figures[1] == again
+
+
+def test_what_is_kept_is_not_run_again(tmp_path, monkeypatch):
+    config = EvalConfig(tasks=["coin"], output=str(tmp_path))
+    (first,) = evaluate(config)
+    monkeypatch.setattr(Coin, "run", lambda self, method, seed: pytest.fail("run again"))
+    (second,) = evaluate(config)
+    assert second.rows == first.rows
+    with pytest.raises(pytest.fail.Exception, match="run again"):
+        evaluate(dataclasses.replace(config, options={"coin": {"flips": 99}}))
+    (fewer,) = evaluate(dataclasses.replace(config, seeds=[1], options={"coin": {"seeds": 2}}))
+    assert fewer.rows["good"].figures == {1: first.rows["good"].figures[1]}
+
+
+def test_trials_of_other_versions_are_said_and_made_again(tmp_path):
+    config = EvalConfig(tasks=["coin"], methods=["good"], seeds=[0], output=str(tmp_path))
+    evaluate(config)
+    (path,) = (tmp_path / "trials").iterdir()
+    kept = json.loads(path.read_text())
+    kept["result"]["versions"]["torch"] = "1.0"
+    kept["result"]["figures"]["heads"] = 7
+    path.write_text(json.dumps(kept))
+    with pytest.warns(RuntimeWarning, match=r"torch 1\.0, here .*made again"):
+        (result,) = evaluate(config)
+    assert result.rows["good"].figures[0]["heads"] < 1
+
+
+def test_a_failed_trial_is_told_and_others_go_on(tmp_path, capsys):
+    assert run(tmp_path, "--option", "coin.fail=bad") == 1
+    report = json.loads((tmp_path / "results.json").read_text())
+    (task,) = report["tasks"]
+    assert [row["method"] for row in task["rows"] if row["seeds"]] == ["good", "tuned", "always heads"]
+    assert len(task["failed"]) == 3
+    assert "the coin | fell off <the> table" in capsys.readouterr().out
+    assert "fell off &lt;the&gt; table" in (tmp_path / "report.html").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 3 + 3
+    assert sum(line["error"] is not None for line in lines) == 3
+    assert run(tmp_path, "--option", "coin.fail=nobody") == 0
+
+
+def test_figures_that_are_no_numbers_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(Coin, "run", lambda self, method, seed: {"heads": float("nan")})
+    (result,) = evaluate(EvalConfig(tasks=["coin"], methods=["good"], output=str(tmp_path)))
+    assert len(result.failed) == 3
+    assert not list((tmp_path / "trials").iterdir())
+
+
+def test_several_processes_give_the_same(tmp_path):
+    (one,) = evaluate(EvalConfig(tasks=["coin"], methods=["good", "tuned"], seeds=[0]))
+    (two,) = evaluate(EvalConfig(tasks=["coin"], methods=["good", "tuned"], seeds=[0], jobs=2))
+    assert one.rows == two.rows
+
+
+def test_no_trial_is_begun_that_would_end_too_late(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("nested_learning.evals.runner.time.monotonic", lambda: next(clock))
+    (result,) = evaluate(EvalConfig(tasks=["coin"], methods=["good"], max_minutes=1, output=str(tmp_path)))
+    assert result.unfinished == 1
+    assert "1 runs are still to be made" in json_and_text(tmp_path, result)
+
+
+def json_and_text(folder, result):
+    from nested_learning.evals.report.write import write_report
+
+    write_report([result], "command", folder)
+    return (folder / "report.md").read_text()
+
+
+def test_the_report(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "**holds** | good − tuned" in text
+    assert "**does not** | bad − good" in text
+    assert "(paper 0.95)" in text
+    assert "fewer flips than in the paper" in text
+    assert "heads | tails &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    table = [line for line in text.splitlines() if line.startswith("| good |")]
+    assert [line.count("|") - line.count("\\|") for line in table] == [7]
+    assert "holds: good beats tuned beats bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "coins"], "unknown task 'coins'. Did you mean 'coin'?"),
+        (["eval"], "no task is named"),
+        (["eval", "coin", "--methods", "goood"], "unknown method 'goood'. Did you mean 'good'?"),
+        (["eval", "coin", "--budget", "huge"], "unknown budget 'huge'"),
+        (["eval", "coin", "--option", "coin.flip=3"], "unknown option of coin 'flip'. Did you mean 'flips'?"),
+        (["eval", "coin", "--option", "coin.flips=many"], "flips is 'many'; expected a whole number"),
+        (["eval", "coin", "--option", "flips=3"], "has not the form TASK.NAME=VALUE"),
+        (["eval", "coin", "--seeds", "1000"], "seed 1000 chooses settings"),
+        (["eval", "coin", "--seeds", "1", "1"], "all different"),
+        (["eval", "coin", "--jobs", "0"], "jobs is 0"),
+        (["eval", "coin", "--max_minutes", "0"], "max_minutes is 0"),
+    ],
+)
+def test_bad_input(arguments, words, capsys):
+    assert main([*arguments, "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_method_that_no_task_takes(monkeypatch):
+    monkeypatch.setattr(Coin, "accepts", lambda self, method: "it is no coin")
+    with pytest.raises(ValueError, match="no task takes the method: it is no coin"):
+        evaluate(EvalConfig(tasks=["coin"], methods=["good"]))
+
+
+def test_what_the_machine_lacks_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Coin, "missing", lambda self: "a coin; mint one")
+    assert run(tmp_path) == 0
+    assert "Not run: a coin; mint one" in (tmp_path / "report.md").read_text()
+
+
+def test_options_of_the_command_line():
+    given = ["a.x=1", "a.y=text", 'b.z={"k": [1]}', "b.w=true"]
+    assert options(given) == {"a": {"x": 1, "y": "text"}, "b": {"z": {"k": [1]}, "w": True}}
+
+
+def test_the_list(capsys):
+    assert main(["eval", "--list"]) == 0
+    assert "heads | tails" in capsys.readouterr().out
+
+
+def test_names_are_given_once():
+    class Other(Task):
+        name = "coin"
+
+    with pytest.raises(ValueError, match="registered already"):
+        registry.register_task(Other)
+    assert registry.register_task(Coin) is Coin
