@@ -34,8 +34,13 @@ class Verdict(NamedTuple):
 class Claim(Protocol):
     """A statement that rows decide: a predicate on rows, with its words and its source."""
 
-    text: str
-    source: str
+    @property
+    def text(self) -> str:
+        """The statement in words."""
+
+    @property
+    def source(self) -> str:
+        """Table, figure or equation that states it."""
 
     def judge(self, rows: MethodRows) -> Verdict:
         """The verdict; "cannot be told here" where a row is missing."""

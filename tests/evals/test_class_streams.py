@@ -34,7 +34,7 @@ from nested_learning.evals.methods.pretrained.tuning import (
     collate,
     own_copy,
 )
-from nested_learning.evals.rows import Row
+from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.tasks.streams.data import Stage, StreamProtocol, draw, merged
 from nested_learning.evals.tasks.streams.scores import backward_transfer, forgetting, learn_in_turn
 from nested_learning.evals.tasks.streams.sources import in_domains, read_clinc, read_csv
@@ -216,7 +216,7 @@ def test_the_tasks_of_clinc150():
 
 
 def test_labels_of_a_file_are_divided_by_chance(tmp_path):
-    """Without splits each label's texts go to one of three, always the same; labels go to parts by the seed."""
+    """Each label's texts go to one of three splits, always the same; labels go to parts by the seed."""
     file = tmp_path / "texts.csv"
     with file.open("w", newline="", encoding="utf-8") as opened:
         table = csv.writer(opened)
@@ -251,7 +251,7 @@ def test_a_file_with_splits_keeps_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("text,intent\na,b\n", "lacks label"),
+        ("text,intent\na,b\n", "lacks the columns label"),
         ("text,label\na,b\nc,b\n", "1 labels, expected two or more"),
         ("text,label\na,b\nc,d\n", "no texts of 'b' in"),
         ("text,label,split\na,b,dev\n", "row 2: split is 'dev'"),
@@ -507,11 +507,11 @@ def test_one_trial_and_its_claims():
     assert set(task.columns) <= set(figures)
     json.dumps(figures, allow_nan=False)
     rows = {
-        name: Row(name, {}, {seed: {"accuracy": value + 0.001 * seed} for seed in range(3)})
+        name: MethodRow(name, {}, {seed: {"accuracy": value + 0.001 * seed} for seed in range(3)})
         for name, value in (("three-levels-averaged", 0.9), ("two-levels-averaged", 0.8), ("one-level", 0.6))
     }
     assert task.claims()[0].judge(rows).verdict == "holds"
-    rows["one-level"] = Row("one-level", {}, {seed: {"accuracy": 0.85} for seed in range(3)})
+    rows["one-level"] = MethodRow("one-level", {}, {seed: {"accuracy": 0.85} for seed in range(3)})
     assert task.claims()[0].judge(rows).verdict == "does not"
 
 

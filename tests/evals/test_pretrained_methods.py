@@ -1,167 +1,65 @@
-"""The evidence for pretrained models: each part runs, goes on where it stopped, measures what it says."""
+"""What pretrained methods keep of what they read, how they are asked; the tasks `facts` and `languages`."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
-import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.pretrained import __main__ as command
-from benchmarks.pretrained import facts, language, methods, trials
-from benchmarks.pretrained.asking import Answered, View, ask, continuations
-from benchmarks.pretrained.chrf import chrf
-from benchmarks.pretrained.invented import BREAK, RELATIONS, make_facts, stream
-from benchmarks.pretrained.methods import InContext, Method, fine_tuned, lora
-from benchmarks.pretrained.sentences import Cipher, Pair, kalamang, lessons
+from nested_learning.evals import find_method, find_task
+from nested_learning.evals.data_files import data_folder
+from nested_learning.evals.methods.pretrained import Base, Passage, Reading, Teaching, new_base
+from nested_learning.evals.methods.pretrained.asking import Answered, View, ask, continuations
+from nested_learning.evals.methods.pretrained.base import random_llama
+from nested_learning.evals.methods.pretrained.method import averaging_levels, learning_levels
+from nested_learning.evals.methods.pretrained.students import LevelStudent, WindowStudent
+from nested_learning.evals.methods.pretrained.tuning import HAS_PEFT, Steps, TunedStudent, adapted, own_copy
+from nested_learning.evals.rows import MethodRow
+from nested_learning.evals.tasks.facts import task as facts
+from nested_learning.evals.tasks.facts.invented import BREAK, RELATIONS, made_up_filler, make_facts, stream
+from nested_learning.evals.tasks.languages import task as languages
+from nested_learning.evals.tasks.languages.chrf import chrf
+from nested_learning.evals.tasks.languages.sentences import (
+    Cipher,
+    LanguageLesson,
+    SentencePair,
+    kalamang,
+    lessons,
+)
 from nested_learning.training.data import byte_tokenizer
 
-DATA = Path(os.environ.get("NESTED_LEARNING_DATA", "../shared/data"))
-needs_peft = pytest.mark.skipif(not methods.HAS_PEFT, reason="needs peft")
+needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="needs peft")
 HEADER = ["ID", "Primary_Text", "Translated_Text", "alt_translation1"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random model that `--model` takes."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+BYTES = Base(None, byte_tokenizer(), None)  # for what needs the tokenizer alone
 
 
 @pytest.fixture
-def model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+def model():
+    return random_llama().eval()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Files with the names of the real ones."""
-    path = tmp_path_factory.mktemp("data")
-    speech = BREAK.join(f"Citizen {i}:\nSpeak, speak {i * i}." for i in range(400))
-    (path / facts.FILLER).write_text(speech)
-    (path / facts.OTHER).write_text(" = Lobster = \n " + "The lobster lives in the sea . " * 200)
-    with (path / language.DATA).open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(HEADER)
-        table.writerows([str(i), f"ma {i} toni", f"he sees the fish {i}.", ""] for i in range(40))
-    return path
-
-
-def line(part, folder, data, *more):
-    given = [part, "--quick", "--model", str(folder), *more]
-    if part != "speed":
-        given += ["--data", str(data), "--seeds", "0", "1"]
-        if not methods.HAS_PEFT:
-            given += ["--methods", "no adaptation", "in context", "fine-tuning", "one level", "three levels"]
-    return given + (["--reads", "2"] if part == "facts" else [])
-
-
-# -- the parts
-
-
-def check_rows(rows):
-    names = {row["method"]: row for row in rows}
-    assert len(names) == 5 + methods.HAS_PEFT
-    base = names["no adaptation"]
-    assert base["lr"] == ""
-    assert names["three levels"]["lr"].endswith("*")
-    for row in rows:
-        assert set(row["trials"]) == {"0", "1"}
-        values = [trial["cloze log p"] for trial in row["trials"].values()]
-        assert row["cloze log p"] == pytest.approx(sum(values) / 2)
-        if row is not base:
-            assert row["other perplexity"] != base["other perplexity"]
-
-
-@pytest.mark.parametrize("part", ["facts", "language", "speed"])
-def test_quick_run(part, folder, data, tmp_path, monkeypatch):
-    """Figures, plot and cache are written whole; a second run repeats the first from its cache alone."""
-    files = {name: tmp_path / f"{name}.{end}" for name, end in (("f", "json"), ("p", "png"), ("c", "json"))}
-    given = line(part, folder, data, "--json", str(files["f"]), "--plot", str(files["p"]))
-    given += ["--cache", str(files["c"])]
-    figures = command.main(given)
-    written = json.loads(files["f"].read_text())
-    assert written == json.loads(json.dumps(figures))
-    assert all(claim["because"] for claim in written["parts"][part]["claims"])
-    assert files["p"].read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files.values()}
-    if part == "facts":
-        check_rows(figures["parts"]["facts"]["reads"]["2"])
-    monkeypatch.setattr("benchmarks.pretrained.request.load", lambda *_: pytest.fail("loaded again"))
-    assert command.main(given)["parts"] == figures["parts"]
-
-
-def test_out_of_time_and_going_on(folder, data, tmp_path, capsys):
-    cache = ["--cache", str(tmp_path / "c.json"), "--methods", "no adaptation", "one level"]
-    given = line("facts", folder, data)  # of two --methods the second counts
-    with pytest.raises(SystemExit) as stopped:
-        command.main([*given, *cache, "--max_minutes", "1e-9"])
-    assert stopped.value.code == 3
-    assert "the same command goes on" in capsys.readouterr().out
-    figures = command.main([*given, *cache])
-    assert [row["method"] for row in figures["parts"]["facts"]["reads"]["2"]] == [
-        "no adaptation",
-        "one level",
-    ]
-    kept = json.loads((tmp_path / "c.json").read_text())["results"]
-    assert len(kept) == 2 + 1 + 2  # two seeds each, and the tuning of one level
-
-
-def test_bad_input(folder, data, tmp_path, capsys):
-    other = tmp_path / "other.json"
-    other.write_text("[1, 2]")
-    base = line("facts", folder, data)
-    for given, message in (
-        ([*base, "--cache", str(other)], "is no cache of these benchmarks"),
-        ([*base, "--max_minutes", "1"], "needs --cache"),
-        ([*base, "--methods", "prayer"], "unknown methods: prayer"),
-        ([*base, "--reads", "0"], "at least 1"),
-        ([*base, "--seeds", str(trials.TUNING_SEED)], "is for tuning"),
-        ([*base, "--data", str(tmp_path)], "name the folder of the data by --data"),
-        ([*base, "--model", str(tmp_path)], "holds no model"),
-        (["speed", "--seeds", "1"], "unrecognized arguments"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            command.main(given)
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
+def reading(ids):
+    """Ids as one running text."""
+    return Reading((Passage(tuple(ids.tolist())),))
 
 
 # -- facts
 
 
-def test_the_text_tells_every_fact(data):
-    made, tokenizer = make_facts(16, 3), byte_tokenizer()
-    filler = (data / facts.FILLER).read_text()
-    text = stream(made, 3, filler, 4000, tokenizer, 3)
+def test_the_text_tells_every_fact():
+    made, filler = make_facts(16, 3), made_up_filler()[0]
+    text = stream(made, 3, filler, 4000, BYTES, 3)
     assert text.shape == (4000,)
-    whole = tokenizer.decode(text)
+    whole = BYTES.tokenizer.decode(text)
     assert all(whole.count(fact.sentence) == 3 for fact in made)
     assert sum(len(fact.sentence + BREAK) for fact in made) * 3 < 3500  # the rest is filler
-    assert not torch.equal(text, stream(made, 3, filler, 4000, tokenizer, 4))
-    torch.testing.assert_close(text, stream(made, 3, filler, 4000, tokenizer, 3))
+    assert not torch.equal(text, stream(made, 3, filler, 4000, BYTES, 4))
+    torch.testing.assert_close(text, stream(made, 3, filler, 4000, BYTES, 3))
     for tokens, message in ((500, "fewer facts"), (10**5, "more filler")):
         with pytest.raises(ValueError, match=message):
-            stream(made, 3, filler, tokens, tokenizer, 3)
+            stream(made, 3, filler, tokens, BYTES, 3)
 
 
 def test_facts_differ_by_seed_and_have_names_of_their_own():
@@ -232,16 +130,15 @@ def changed(model, before):
     return [name for name, p in model.state_dict().items() if not torch.equal(p, before[name])]
 
 
-@pytest.mark.parametrize("name", ["fine-tuning", pytest.param("LoRA", marks=needs_peft), "three levels"])
+@pytest.mark.parametrize("name", ["fine-tuning", pytest.param("lora", marks=needs_peft), "three-levels"])
 def test_a_student_learns_and_leaves_the_model_alone(model, name):
     before = {key: p.clone() for key, p in model.state_dict().items()}
     text = torch.arange(97, 107).repeat(40)
-    plan = methods.Plan((20, 40, 80), 64, dict.fromkeys(("fine-tuning", "LoRA", "one level", name), (0.01,)))
-    plan.rates.setdefault("three levels", (0.01,))
-    [method] = [each for each in methods.standard(plan) if each.name == name]
+    teaching = Teaching((20, 40, 80), 64, rule="adam", alone=False, clip=1.0)
     [base] = ask(View(model), [text[:30]], 1)
-    with method.open(model, 0.01) as student:
-        student.learn(text)
+    method = find_method(name).at({"lr": 0.01})
+    with method.open(new_base(model, byte_tokenizer()), teaching, 0) as student:
+        student.learn(reading(text))
         with student.active() as view:
             [learned] = ask(view, [text[:30]], 1)
     assert learned.losses.mean() < base.losses.mean() - 0.1
@@ -253,102 +150,161 @@ def test_a_student_learns_and_leaves_the_model_alone(model, name):
 
 @needs_peft
 def test_lora_trains_its_factors_on_the_mlps_alone(model):
-    with lora(model, 0.01, 8) as student:
-        names = [name for name, p in student.model.named_parameters() if p.requires_grad]
-        assert len(student.parameters) == len(names) == 2 * 3 * 2  # two factors, three maps, two layers
+    with adapted(model) as (with_adapters, trained):
+        names = [name for name, p in with_adapters.named_parameters() if p.requires_grad]
+        assert len(trained) == len(names) == 2 * 3 * 2  # two factors, three maps, two layers
         assert all("lora_" in name and "mlp" in name for name in names)
+
+
+def test_lora_without_peft(model, monkeypatch):
+    monkeypatch.setattr("nested_learning.evals.methods.pretrained.tuning.HAS_PEFT", False)
+    monkeypatch.setattr("nested_learning.evals.methods.pretrained.method.HAS_PEFT", False)
+    with pytest.raises(ValueError, match="pip install peft"), adapted(model):
+        pass
+    task = find_task("facts").at("smoke")
+    assert "lora" not in [method.name for method in task.methods()]
+    assert "needs peft" in task.accepts(find_method("lora"))
+    assert "needs peft" in task.note()
 
 
 def test_fine_tuning_keeps_steps_that_bfloat16_would_lose(model):
     """Small steps add up in the float32 copies although each is below the precision of the weights."""
-    half = model.to(torch.bfloat16)
-    with fine_tuned(half, 1e-6, 8) as student:
-        start = [master.clone() for master in student.masters]
-        student.learn(torch.arange(97, 113).repeat(4))
-        moved = [(m - s).abs().max() for m, s in zip(student.masters, start, strict=True)]
-        assert min(moved) > 3e-6
-        assert max(moved) < 1e-5
+    student = TunedStudent(*own_copy(model.to(torch.bfloat16), "all"), Steps(1e-6, 8, clip=1.0))
+    start = [master.clone() for master in student.masters]
+    student.learn(reading(torch.arange(97, 113).repeat(4)))
+    moved = [(m - s).abs().max() for m, s in zip(student.masters, start, strict=True)]
+    assert min(moved) > 3e-6
+    assert max(moved) < 1e-5
 
 
 def test_the_context_is_the_end_of_what_was_read(model):
-    student = InContext(model, 8)
-    student.learn(torch.arange(5))
-    student.learn(torch.arange(5, 11))
+    student = WindowStudent(model, 8, 4)
+    student.learn(reading(torch.arange(5)))
+    student.learn(reading(torch.arange(5, 11)))
     with student.active() as view:
         assert view.context.tolist() == list(range(3, 11))
 
 
 @pytest.mark.parametrize(
-    "name", ["fine-tuning", pytest.param("LoRA", marks=needs_peft), "one level", methods.AVERAGED]
+    "name", ["fine-tuning", pytest.param("lora", marks=needs_peft), "one-level", "three-levels-averaged"]
 )
 def test_only_what_is_masked_in_is_learned(model, name):
     """With a mask other targets do not matter, and alone a chunk has but one token before it."""
-    plan = methods.Plan((8, 16, 32), 64, {**dict.fromkeys(language.PLAN.rates, (0.01,))}, alone=True)
-    [method] = [each for each in methods.standard(plan) if each.name == name]
+    teaching = Teaching((8, 16, 32), 64, rule="adam", clip=1.0)
+    more = {"consolidate": [0.2, 0.4]} if "averaged" in name else {}
+    method = find_method(name).at({"lr": 0.01, **more})
     text, probe = torch.arange(97, 129).repeat(2), torch.arange(97, 120)
-    mask = torch.zeros(64, dtype=torch.bool)
-    mask[1::8] = True  # the second of every chunk
+    base = new_base(model, byte_tokenizer())
     found = []
-    seen = mask | mask.roll(-1) | mask.roll(-2)
-    for ids in (text, text.where(seen, 50), text.where(mask, 50)):
-        with method.open(model, 0.01) as student:
-            student.learn(ids, mask)
+    # pieces of eight, of which the second id is learned: it sees the first, and the last of the piece before
+    for tail, head in ((None, None), (50, None), (None, 50)):
+        pieces = []
+        for piece in text.split(8):
+            ids = piece.clone()
+            if tail is not None:
+                ids[2:7] = tail
+            if head is not None:
+                ids[0] = head
+            pieces.append(Passage(tuple(ids.tolist()), (1, 2)))
+        with method.open(base, teaching, 0) as student:
+            student.learn(Reading(tuple(pieces), (0,)))
             with student.active() as view:
                 found.append(ask(view, [probe], 1)[0].losses)
-    [base] = ask(View(model), [probe], 1)
-    assert not torch.allclose(found[0], base.losses)
+    [plain] = ask(View(model), [probe], 1)
+    assert not torch.allclose(found[0], plain.losses)
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
 
 
 def test_averaged_levels_are_asked_by_the_slowest(model):
-    levels = methods.averaged_levels((8, 16, 32), 0.01)
-    student = methods.Levels(model, levels, True, [2])
+    levels = averaging_levels(Teaching((8, 16, 32), 64, rule="adam"), 0.01, [0.2, 0.4])
+    student = LevelStudent(model, levels, True, [2])
     text, [base] = torch.arange(97, 129), ask(View(model), [torch.arange(97, 120)], 1)
     for learned in (False, True):  # the slowest writes at its boundary, not before
-        student.learn(text[:16])
+        student.learn(reading(text[:16]))
         with student.active() as view:
             [now] = ask(view, [torch.arange(97, 120)], 1)
         assert torch.equal(now.losses, base.losses) is not learned
 
 
-def test_one_level_and_three_share_the_fastest(model):
-    found = {each.name: each for each in methods.standard(facts.PLAN)}
-    three, one = (found[name].settings["levels"] for name in ("three levels", "one level"))
+def test_one_level_and_three_share_the_fastest():
+    teaching = find_task("facts").at("small").teaching()
+    one, three = (learning_levels(teaching, count, 1.0) for count in (1, 3))
     assert one == three[:1]
-    assert [level["chunk_size"] for level in three] == list(facts.PLAN.chunks)
-    assert facts.Size().tokens > 8192
-    assert facts.Size().tokens % facts.PLAN.chunks[-1] == 0  # every fact is learned by every level
+    assert [level.chunk_size for level in three] == list(teaching.chunks)
+    assert [level.lr for level in learning_levels(teaching, 3, 1.0, 0.5)] == [1.0, 0.5, 0.25]
+    options = find_task("facts").budgets["small"]
+    assert options.tokens > 8192
+    assert options.tokens % options.chunks[-1] == 0  # every fact is learned by every level
 
 
-# -- trials
+def test_bad_settings_say_what_came(model):
+    base, teaching = new_base(model, byte_tokenizer()), Teaching((8, 16, 32), 64)
+    for method, message in (
+        (find_method("fine-tuning"), "settings of 'fine-tuning' are {}"),
+        (find_method("three-levels").at({"lr": 0.1, "rank": 2}), "settings of 'three-levels' are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.open(base, teaching, 0)
 
 
-def test_the_rate_is_found_on_the_tuning_seed():
-    calls = []
-
-    def run(method, rate, seed):
-        calls.append((rate, seed))
-        score = {0.1: 1.0, 0.2: None, 0.4: 3.0}[rate]
-        return {"good": score, "seed": float(seed)}
-
-    method = Method("m", {}, lambda model, rate: None, (0.1, 0.2, 0.4))
-    [row] = trials.compare([method], [0, 2], run, "good")
-    assert (row["rate"], row["lr"], row["seed"], row["± seed"]) == (0.4, "0.4*", 1.0, math.sqrt(2))
-    assert calls == [
-        (0.1, trials.TUNING_SEED),
-        (0.2, trials.TUNING_SEED),
-        (0.4, trials.TUNING_SEED),
-        (0.4, 0),
-        (0.4, 2),
-    ]
+# -- the tasks
 
 
-def test_claims_follow_the_figures():
-    rows = [{"method": "a", "x": 1.0, "± x": 0.0}, {"method": "b", "x": 2.0, "± x": 0.0}]
-    assert trials.claim(rows, "", "x", "a", "b")[0]["holds"]
-    assert not trials.claim(rows, "", "x", "b", "a")[0]["holds"]
-    assert trials.claim(rows, "", "x", "a", "c") == []
+@pytest.mark.parametrize(("name", "method"), [("facts", "one-level"), ("languages", "retrieval")])
+def test_one_trial_of_a_task(name, method):
+    task = find_task(name).at("smoke")
+    assert task.missing() is None
+    chosen = find_method(method).at(task.grid(find_method(method))[0])
+    figures, again = task.run(chosen, 0), task.run(chosen, 0)
+    timed = [key for key in figures if "seconds" in key]
+    assert {**figures, **dict.fromkeys(timed)} == {**again, **dict.fromkeys(timed)}
+    assert set(task.columns) <= set(figures)
+    json.dumps(figures, allow_nan=False)
+
+
+def test_rates_are_tuned_for_the_objective_in_the_headlines_place(monkeypatch):
+    figures = {"cloze": 0.1, "objective": -3.0}
+    monkeypatch.setattr(facts.FactsTask, "run", lambda self, method, seed: figures)
+    task = find_task("facts").at("small")
+    assert task.tune(find_method("one-level"), 1000) == {task.headline: -3.0}
+    scores = {languages.FIRST: 3.0, languages.KEPT: 1.0, languages.SECOND: 2.0}
+    monkeypatch.setattr(languages.LanguagesTask, "run", lambda self, method, seed: scores)
+    task = find_task("languages").at("small")
+    assert task.tune(find_method("one-level"), 1000) == {task.headline: 2.0}
+    assert [each["lr"] for each in task.grid(find_method("one-level"))] == [5e-5, 1e-4, 2e-4]
+
+
+def test_claims_on_damage_count_the_lower_perplexity():
+    task = find_task("facts").at("small")
+    [claim] = [each for each in task.claims() if each.text == "three levels damage less than fine-tuning"]
+    values = {"three-levels": 25.0, "fine-tuning": 32.0}
+    rows = {
+        name: MethodRow(name, {}, {seed: {"other perplexity": value + seed} for seed in range(3)})
+        for name, value in values.items()
+    }
+    assert claim.judge(rows).verdict == "holds"
+
+
+def test_what_a_task_lacks_is_said(tmp_path):
+    for name, file in (("facts", facts.FILLER), ("languages", languages.DATA)):
+        problem = find_task(name).at("small", model="random", data=str(tmp_path)).missing()
+        assert file in problem
+        assert "NESTED_LEARNING_DATA" in problem
+        assert find_task(name).at("smoke").missing() is None
+    assert "needs labels" in find_task("languages").at("smoke").accepts(find_method("replay"))
+    assert "needs examples" in find_task("facts").at("smoke").accepts(find_method("retrieval"))
+
+
+def test_a_look_up_takes_a_prompt(model):
+    looked = View(model, look_up=lambda prompt: torch.tensor([prompt[0], 7]))
+    prompts = [torch.arange(n, 2 * n) for n in (5, 9)]
+    found = continuations(looked, prompts, 4, -1, 2)
+    for prompt, written in zip(prompts, found, strict=True):
+        context = View(model, torch.tensor([int(prompt[0]), 7]))
+        assert continuations(context, [prompt], 4, -1, 1) == [written]
+    with pytest.raises(ValueError, match="looked up for prompts"):
+        ask(looked, prompts, 1)
 
 
 # -- languages
@@ -386,20 +342,22 @@ def test_the_english_column_is_found():
     ]
     found = kalamang("\n".join([",".join(HEADER), *rows]))
     assert found == [
-        Pair("Kalamang", "Ma toni", "He gives me the fish."),
-        Pair("Kalamang", "Mu bo", "They go to the sea."),
+        SentencePair("Kalamang", "Ma toni", "He gives me the fish."),
+        SentencePair("Kalamang", "Mu bo", "They go to the sea."),
     ]
     with pytest.raises(ValueError, match="lacks the columns alt_translation1"):
         kalamang("Primary_Text,Translated_Text\n")
 
 
-@pytest.mark.skipif(not (DATA / language.DATA).is_file(), reason=f"needs {language.DATA}")
 def test_the_real_table_has_enough_pairs():
-    pairs = kalamang((DATA / language.DATA).read_text(encoding="utf-8"))
+    file = data_folder("") / languages.DATA
+    if not file.is_file():
+        pytest.skip(f"needs {languages.DATA}")
+    pairs = kalamang(file.read_text(encoding="utf-8"))
     assert len(pairs) > 1000
     assert len({pair.english for pair in pairs}) == len(pairs)
-    size = language.Size()
-    lessons(pairs, size.train, size.test, 0)
+    options = find_task("languages").budgets["small"]
+    lessons(pairs, options.train, options.test, 0)
 
 
 def test_the_made_up_language():
@@ -415,11 +373,11 @@ def test_the_made_up_language():
 
 
 def test_lessons_do_not_overlap():
-    pairs = [Pair("Kalamang", f"s{i}", f"it is {i}") for i in range(30)]
+    pairs = [SentencePair("Kalamang", f"s{i}", f"it is {i}") for i in range(30)]
     a, b = lessons(pairs, 10, 5, 0)
     sides = [pair.english for part in (a.train, a.test, b.train, b.test) for pair in part]
     assert len(set(sides)) == 30
-    text = byte_tokenizer().decode(b.blocks(byte_tokenizer(), 64)[0])
+    text = byte_tokenizer().decode(torch.cat([ids for ids, _ in b.reading(BYTES).blocks(64)]))
     assert all(f"{pair.prompt} {pair.english}\n\n" in text for pair in b.train)
     assert not any(pair.english + "\n" in text for pair in (*b.test, *a.test))
     with pytest.raises(ValueError, match="need 32, there are 30"):
@@ -428,8 +386,9 @@ def test_lessons_do_not_overlap():
 
 def test_a_lesson_is_in_blocks_and_english_is_marked():
     tokenizer = byte_tokenizer()
-    pairs = [Pair("Velsan", f"s{i}", f"it is {i}") for i in range(4)]
-    ids, english = language.Lesson(pairs, []).blocks(tokenizer, 64)
+    pairs = [SentencePair("Velsan", f"s{i}", f"it is {i}") for i in range(4)]
+    blocks = LanguageLesson(pairs, []).reading(BYTES).blocks(64)
+    ids, english = (torch.cat(part) for part in zip(*blocks, strict=True))
     assert len(ids) == len(english) == 2 * 64  # two pairs of 30 bytes fit in a block
     for block, own in zip(ids.split(64), (pairs[:2], pairs[2:]), strict=True):
         written = "".join(f"{pair.prompt} {pair.english}\n\n" for pair in own)
@@ -439,15 +398,16 @@ def test_a_lesson_is_in_blocks_and_english_is_marked():
 
 def test_translations_are_scored_to_the_line_break(model, monkeypatch):
     tokenizer = byte_tokenizer()
-    lesson = language.Lesson([], [Pair("Velsan", "x", "it is so"), Pair("Velsan", "y", "no")])
+    lesson = LanguageLesson([], [SentencePair("Velsan", "x", "it is so"), SentencePair("Velsan", "y", "no")])
     answers = [
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" it is so\nEnglish", " no")
     ]
-    monkeypatch.setattr(language, "continuations", lambda *_: answers)
-    assert language.score(View(model), lesson, language.QUICK, tokenizer) == pytest.approx(100)
+    monkeypatch.setattr(languages, "continuations", lambda *_: answers)
+    options = find_task("languages").budgets["smoke"]
+    assert languages.score(View(model), lesson, options, BYTES) == pytest.approx(100)
 
 
 def test_the_floor_is_one_sentence_for_all():
-    train = [Pair("", "", "ab"), Pair("", "", "xy")]
-    lesson = language.Lesson(train, [Pair("", "", "ab"), Pair("", "", "ab")])
-    assert language.floors(lesson) == {"mean": pytest.approx(50), "best": pytest.approx(100)}
+    train = [SentencePair("", "", "ab"), SentencePair("", "", "xy")]
+    lesson = LanguageLesson(train, [SentencePair("", "", "ab"), SentencePair("", "", "ab")])
+    assert languages.floors(lesson) == {"mean": pytest.approx(50), "best": pytest.approx(100)}

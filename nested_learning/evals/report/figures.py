@@ -71,7 +71,7 @@ def lines(
     save(drawing, path)
 
 
-def grouped_bars(rows: Rows, plots: Sequence[Mapping[str, str]], path: Path) -> None:
+def grouped_bars(rows: MethodRows, plots: Sequence[Mapping[str, str]], path: Path) -> None:
     """Plots beside each other, each of one or several bars per method, with the deviation over seeds.
 
     Args:

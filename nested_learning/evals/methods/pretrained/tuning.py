@@ -190,7 +190,8 @@ def own_copy(model: Any, weights: str) -> tuple[Any, list[nn.Parameter]]:
     if weights == "all":
         return own, [p for p in own.parameters() if p.requires_grad]
     own.requires_grad_(False)
-    trained = [target.weight for target in find_targets(own)]
+    targets = {id(target.weight) for target in find_targets(own)}
+    trained = [p for p in own.parameters() if id(p) in targets]
     for weight in trained:
         weight.requires_grad_()
     return own, trained

@@ -42,7 +42,7 @@ from nested_learning.evals.methods.pretrained.method import (
 )
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import grouped_bars
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.facts.invented import BREAK, Fact, made_up_filler, make_facts, stream
 
@@ -276,7 +276,7 @@ class FactsTask(Task[FactsOptions]):
             words.append(f"Without LoRA: {LORA.lacking()}.")
         return " ".join(words)
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Recall and damage by method."""
         names = {"cloze": "recall: cloze", "paraphrased": "recall: paraphrased", "other perplexity": "damage"}
         grouped_bars(rows, [{name: title} for name, title in names.items()], path)

@@ -38,7 +38,7 @@ from nested_learning.evals.methods.pretrained.method import (
 )
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import grouped_bars
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.languages.chrf import chrf
 from nested_learning.evals.tasks.languages.sentences import (
@@ -250,6 +250,6 @@ class LanguagesTask(Task[LanguagesOptions]):
             words.append(f"Without LoRA: {LORA.lacking()}.")
         return " ".join(words)
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Bars of the three scores of each method, the floors among them."""
         grouped_bars(rows, [{name: f"chrF, {name}" for name in (FIRST, KEPT, SECOND)}], path)

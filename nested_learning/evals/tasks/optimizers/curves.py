@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Rows
+from nested_learning.evals.rows import MethodRows
 
 
-def training_curves(rows: Rows, label: str, path: Path, *, log: bool = False, smooth: int = 1) -> None:
+def training_curves(rows: MethodRows, label: str, path: Path, *, log: bool = False, smooth: int = 1) -> None:
     """The figure `curve` of each method, mean over the seeds that have one.
 
     Args:

@@ -19,7 +19,7 @@ from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.optimizers.curves import training_curves
 from nested_learning.evals.tasks.optimizers.networks import network_optimizer
@@ -213,6 +213,6 @@ class DigitsTask(Task[DigitsOptions]):
             f"{self.options.layers} layers of width {self.options.width} on 1,797 digits."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Training loss, mean over seeds."""
         training_curves(rows, "training loss (nats)", path, log=True)

@@ -24,7 +24,7 @@ from nested_learning.evals.claims import Ahead, Claim, Reaches
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.optimizers.curves import training_curves
 from nested_learning.evals.tasks.optimizers.networks import network_optimizer
@@ -187,7 +187,7 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
             "that is named above; Fig. 11 and 12 train models of 24 million parameters and more."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Training loss, mean over seeds and over ten steps."""
         training_curves(rows, "training loss (nats per byte)", path, smooth=BLOCK)
 

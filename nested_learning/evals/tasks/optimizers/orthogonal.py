@@ -22,7 +22,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.optimizers.tuning import mean_over_seeds
 
@@ -172,7 +172,7 @@ class OrthogonalTask(Task[OrthogonalOptions]):
             ahead("DMGD forgets less than momentum", "forgetting", "dmgd", "momentum"),
         ]
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """The first task's loss while the others are learned, and the mean loss of the tasks so far."""
         figure, (first, so_far) = new_figure(2)
         for row in rows.values():

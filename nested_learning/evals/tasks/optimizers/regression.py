@@ -31,7 +31,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import TUNING_SEED, Task
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -242,7 +242,7 @@ class RegressionTask(Task[RegressionOptions]):
             "is chosen for each figure and stream, on seeds of their own."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Error over the steps, on the first and on the last stream that changes."""
         figure, axes = new_figure(2)
         changing = [stream for stream in self.options.streams if stream.period is not None]

@@ -24,7 +24,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.optimizers import optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 
 START = (-3.5, 2.0)
@@ -116,9 +116,10 @@ def middle(values: Sequence[float], count: int) -> Sequence[float]:
 
 def constants_of(method: str, options: ToyOptions) -> list[tuple[float, float, float]]:
     """All (lr, momentum, β) of a rule; gradient descent is momentum 0, β 0."""
-    momenta, betas = (0.0,), (0.0,)
+    momenta: Sequence[float] = (0.0,)
+    betas: Sequence[float] = (0.0,)
     if method != "gradient-descent":
-        momenta = tuple(middle(MOMENTA, options.momenta))
+        momenta = middle(MOMENTA, options.momenta)
     if method == "delta-momentum":
         betas = BETAS
     return list(itertools.product(middle(RATES, options.rates), momenta, betas))
@@ -149,7 +150,7 @@ class FasterAtEqualConstants:
     source: str
     beta: float
 
-    def judge(self, rows: Rows) -> Verdict:
+    def judge(self, rows: MethodRows) -> Verdict:
         """The verdict, and how often each is faster."""
         ours, theirs = (rows[name].figures if name in rows else {} for name in ("delta-momentum", "momentum"))
         signs: list[float] = []
@@ -247,7 +248,7 @@ class ToyTask(Task[ToyOptions]):
             f"Converged: ψ stays below {TOLERANCE:g} within {self.options.steps:,} steps."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Trajectories at equal constants and at each one's best, and the fewest steps on every landscape."""
         figure, axes = new_figure(3, width=4.0)
         names = ("momentum", "delta-momentum")
@@ -271,11 +272,13 @@ class ToyTask(Task[ToyOptions]):
 def _best(runs: Sequence[Sequence[Any]]) -> tuple[float, float, float] | None:
     """(lr, momentum, β) of the fewest steps."""
     converged = [row for row in runs if row[3] is not None]
-    lr, momentum, beta, _ = min(converged, key=lambda row: row[3], default=(None,) * 4)
-    return None if lr is None else (lr, momentum, beta)
+    if not converged:
+        return None
+    lr, momentum, beta, _ = min(converged, key=lambda row: row[3])
+    return lr, momentum, beta
 
 
-def _contours(axes: Any, constants: dict[str, Sequence[float]], title: str, limit: int) -> None:
+def _contours(axes: Any, constants: Mapping[str, Sequence[float]], title: str, limit: int) -> None:
     """The paths of rules with constants (lr, momentum, β) on the landscape SHOWN."""
     shown = Landscape(*LANDSCAPES[SHOWN])
     r, theta = torch.meshgrid(torch.linspace(-4.2, 4.2, 160), torch.linspace(-4.5, 4.5, 160), indexing="ij")
@@ -293,4 +296,5 @@ def _contours(axes: Any, constants: dict[str, Sequence[float]], title: str, limi
     axes.plot(0, 0, "r*")
     axes.set(xlim=(-4.2, 4.2), ylim=(-4.5, 4.5), xlabel="r", ylabel="θ")
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=6, loc="lower right")
+    if constants:
+        axes.legend(fontsize=6, loc="lower right")

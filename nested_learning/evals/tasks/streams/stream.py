@@ -51,7 +51,7 @@ from nested_learning.evals.methods.pretrained.method import (
     TWO_LEVELS_AVERAGED,
 )
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import TUNING_SEED, Task
 from nested_learning.evals.tasks.streams.data import LabelledTexts, StreamProtocol, draw, merged
 from nested_learning.evals.tasks.streams.scores import final_accuracy, learn_in_turn
@@ -276,7 +276,7 @@ class StreamTask(Task[StreamOptions]):
             words.append("A small random model stands in for a pretrained one: the figures mean nothing.")
         return " ".join(words)
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Final accuracy of each method, and accuracy over the stages so far while they are learned."""
         figure, (final, so_far) = new_figure(2, width=5.0, height=4.0)
         chosen = [row for row in rows.values() if row.values("accuracy")]
