@@ -234,7 +234,7 @@ def test_labels_of_a_file_are_divided_by_chance(tmp_path):
     assert sorted(label for labels in first.domains.values() for label in labels) == sorted(found.domains)
     assert first.domains != second.domains
     assert first.domains == in_domains(found, 3, 0).domains
-    task = find_task("classes").at("smoke", source=str(file), tasks=3)
+    task = find_task("classes").at("smoke", data=str(file), tasks=3)
     assert task.missing() is None
     figures = task.run(find_method("class-means").at({"depth": 1.0, "pooling": "mean", "shrinkage": 0.5}), 0)
     assert 0 <= figures["accuracy"] <= 1
@@ -262,9 +262,7 @@ def test_files_that_are_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_csv(file)
-    assert (
-        message.split(":")[0] in find_task("classes").at("small", model="random", source=str(file)).missing()
-    )
+    assert message.split(":")[0] in find_task("classes").at("small", model="random", data=str(file)).missing()
 
 
 def test_what_a_stream_lacks_is_said(tmp_path):
@@ -272,12 +270,12 @@ def test_what_a_stream_lacks_is_said(tmp_path):
     (tmp_path / "clinc150_domains.json").write_text("{}")
     (tmp_path / "model").mkdir()
     for task, options, message in (
-        ("clinc150", {"model": "random", "source": str(tmp_path / "none")}, "is not there"),
-        ("clinc150", {"model": "random", "source": str(tmp_path)}, "are not CLINC150"),
+        ("clinc150", {"model": "random", "data": str(tmp_path / "none")}, "is not there"),
+        ("clinc150", {"model": "random", "data": str(tmp_path)}, "are not CLINC150"),
         ("clinc150", {"model": str(tmp_path / "model")}, "holds no model"),
         ("clinc150", {"model": "nobody/nothing"}, "hf download nobody/nothing"),
-        ("classes", {"model": "random", "source": "banking"}, "Did you mean 'banking77'"),
-        ("classes", {"model": "random", "source": str(tmp_path / "none.csv")}, "is not there"),
+        ("classes", {"model": "random", "data": "banking"}, "Did you mean 'banking77'"),
+        ("classes", {"model": "random", "data": str(tmp_path / "none.csv")}, "is not there"),
     ):
         assert message in find_task(task).at("small", **options).missing()
 

@@ -133,7 +133,7 @@ def read_hub(name: str) -> LabelledTexts:
         raise ValueError(
             f"{name} ({source.path} on the hub) is not here and could not be fetched "
             f"({type(error).__name__}): go where there is a network, or give a CSV file with the columns "
-            "text and label as `source`"
+            "text and label as `data`"
         ) from error
     pairs = {
         split: list(zip(part[source.text], part[source.label], strict=True)) for split, part in parts.items()

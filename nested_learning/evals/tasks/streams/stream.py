@@ -83,7 +83,7 @@ class StreamOptions:
 
     Args:
         model: "smollm2", "random", a folder, or a name on the hub that is downloaded.
-        source: where the texts come from; see the task.
+        data: where the texts come from; see the task.
         tasks: stages in sequence.
         train: examples of each class.
         queries: queries of each class, asked when all stages are learned.
@@ -97,7 +97,7 @@ class StreamOptions:
     """
 
     model: str = PACKAGED
-    source: str = ""
+    data: str = ""
     tasks: int = 5
     train: int = 20
     queries: int = 2
@@ -124,7 +124,7 @@ class StreamOptions:
 
 SMOKE = StreamOptions(
     model=RANDOM,
-    source=MADE_UP,
+    data=MADE_UP,
     tasks=2,
     train=3,
     queries=2,
@@ -236,15 +236,12 @@ class StreamTask(Task[StreamOptions]):
 
     def constants(self) -> Mapping[str, Figures]:
         stages = draw(self.texts(0), self.options.protocol, 0, tuning=False)
-        shares = {"right task": 1 / len(stages), "last task": 1 / len(stages)}
-        return {"chance": {"accuracy": self._chance(), **shares}}
-
-    def _chance(self) -> float:
-        stages = draw(self.texts(0), self.options.protocol, 0, tuning=False)
-        return 1 / sum(len(stage.labels) for stage in stages)
+        share = 1 / len(stages)
+        accuracy = 1 / sum(len(stage.labels) for stage in stages)
+        return {"chance": {"accuracy": accuracy, "right task": share, "last task": share}}
 
     def claims(self) -> Sequence[Claim]:
-        chance = self._chance()
+        chance = None if self.missing() else self.constants()["chance"]["accuracy"]
 
         def ahead(text: str, *order: str) -> Ahead:
             return Ahead(text, "Fig. 6", "accuracy", order, chance=chance)

@@ -39,7 +39,7 @@ def _printed(name: str) -> Mapping[str, Mapping[str, float]]:
 class ClincTask(StreamTask):
     """CLINC150's domains one after the other.
 
-    `source`: the folder of its two files, empty for that of NESTED_LEARNING_DATA; "made-up": none is needed.
+    `data`: the folder of its two files, empty for that of NESTED_LEARNING_DATA; "made-up": none is needed.
     """
 
     name = "clinc150"
@@ -51,8 +51,8 @@ class ClincTask(StreamTask):
     }
 
     def texts(self, seed: int) -> LabelledTexts:
-        source = self.options.source
-        return made_up_intents() if source == MADE_UP else _clinc(data_folder(source))
+        data = self.options.data
+        return made_up_intents() if data == MADE_UP else _clinc(data_folder(data))
 
     def printed(self) -> Mapping[str, Mapping[str, float]]:
         return _printed("clinc150")
@@ -62,7 +62,7 @@ class ClincTask(StreamTask):
 class ClassesTask(StreamTask):
     """Labels of any texts, in stages by chance.
 
-    `source`: "banking77", "dbpedia" (its 70 classes of the second level), the path of a CSV file with the
+    `data`: "banking77", "dbpedia" (its 70 classes of the second level), the path of a CSV file with the
     columns text and label, or "made-up".
     """
 
@@ -70,24 +70,24 @@ class ClassesTask(StreamTask):
     title = "labels of Banking77, DBpedia or a CSV file in stages, labelled among all seen"
     budgets: ClassVar[Mapping[str, StreamOptions]] = {
         "smoke": replace(SMOKE, tasks=3),
-        "small": StreamOptions(source="banking77", tasks=7, train=10),
-        "full": StreamOptions(source="banking77", tasks=7, train=25, queries=30, between=5),
+        "small": StreamOptions(data="banking77", tasks=7, train=10),
+        "full": StreamOptions(data="banking77", tasks=7, train=25, queries=30, between=5),
     }
 
     def texts(self, seed: int) -> LabelledTexts:
-        source = self.options.source
-        if source == MADE_UP:
+        data = self.options.data
+        if data == MADE_UP:
             return made_up_intents()
-        if source in HUB:
-            found = read_hub(source)
-        elif source.lower().endswith(".csv"):
-            found = _csv(Path(source))
+        if data in HUB:
+            found = read_hub(data)
+        elif data.lower().endswith(".csv"):
+            found = _csv(Path(data))
         else:
-            raise unknown("source of classes (or a .csv file)", source, [*HUB, MADE_UP])
+            raise unknown("data of classes (or a .csv file)", data, [*HUB, MADE_UP])
         return in_domains(found, self.options.tasks, seed)
 
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        return _printed(self.options.source)
+        return _printed(self.options.data)
 
 
 _clinc, _csv = cache(read_clinc), cache(read_csv)  # a file is read once a process
