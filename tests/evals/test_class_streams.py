@@ -244,7 +244,7 @@ def test_labels_of_a_file_are_divided_by_chance(tmp_path):
 def test_a_file_with_splits_keeps_them(tmp_path):
     file = tmp_path / "texts.csv"
     rows = [f"{split} {label},{label},{split}" for split in ("train", "val", "test") for label in "ab"]
-    file.write_text("\n".join(["text,label,split", *rows]))
+    file.write_text("\ufeff" + "\n".join(["text,label,split", *rows]), encoding="utf-8")
     assert read_csv(file).texts["val"] == {"a": ("val a",), "b": ("val b",)}
 
 
@@ -254,7 +254,10 @@ def test_a_file_with_splits_keeps_them(tmp_path):
         ("text,intent\na,b\n", "lacks the columns label"),
         ("text,label\na,b\nc,b\n", "1 labels, expected two or more"),
         ("text,label\na,b\nc,d\n", "no texts of 'b' in"),
-        ("text,label,split\na,b,dev\n", "row 2: split is 'dev'"),
+        ("text,label,split\na,b,dev\n", "row 1: split is 'dev'"),
+        ("text,label\na,b\nc\n", "row 2 has text 'c' and label None"),
+        ("text,label\n ,b\n", "row 1 has text ' '"),
+        ("", "lacks the columns label, text"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, message):

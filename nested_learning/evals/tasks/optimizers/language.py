@@ -120,6 +120,7 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
         return [{"lr": lr} for lr in rates[first : first + count]]
 
     def run(self, method: Method, seed: int) -> Figures:
+        assert isinstance(method, OptimizerMethod)
         return {**self.tune(method, seed), **self._costs(method)}
 
     def tune(self, method: Method, seed: int) -> Figures:

@@ -95,7 +95,7 @@ def read_csv(path: Path) -> LabelledTexts:
     if not path.is_file():
         raise ValueError(f"{path} is not there: expected a CSV file with the columns text and label")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
             names = set(table.fieldnames or ())
             rows = list(table)
@@ -105,16 +105,18 @@ def read_csv(path: Path) -> LabelledTexts:
         raise ValueError(
             f"{path} lacks the columns {', '.join(sorted(missing))}, has {', '.join(sorted(names))}"
         )
+    found: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(rows, 1):
+        text, label = (" ".join((row[name] or "").split()) for name in ("text", "label"))
+        split = row["split"] if "split" in names else ""
+        if not text or not label:
+            raise ValueError(f"{path}, row {number} has text {row['text']!r} and label {row['label']!r}")
+        if "split" in names and split not in SPLITS:
+            raise ValueError(f"{path}, row {number}: split is {split!r}, expected {', '.join(SPLITS)}")
+        found.setdefault(split, []).append((text, label))
     if "split" not in names:
-        return divided([(row["text"], row["label"]) for row in rows], str(path))
-    found: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
-    for number, row in enumerate(rows, 2):
-        if row["split"] not in SPLITS:
-            raise ValueError(
-                f"{path}, line {number}: split is {row['split']!r}, expected {', '.join(SPLITS)}"
-            )
-        found[row["split"]].append((row["text"], row["label"]))
-    return labelled(found, str(path))
+        return divided(found.get("", []), str(path))
+    return labelled({split: found.get(split, []) for split in SPLITS}, str(path))
 
 
 @cache
