@@ -194,7 +194,7 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
 
 
 class HopeLanguageTask(TransformerLanguageTask):
-    """The same with Hope."""
+    """A Hope language model is trained by each optimizer at equal steps."""
 
     name = "optimizers-hope"
     title = "a Hope language model by optimizer: loss, time of step(), state"

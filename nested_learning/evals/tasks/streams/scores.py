@@ -10,17 +10,17 @@ from nested_learning.evals.rows import Figures
 from nested_learning.evals.tasks.streams.data import Example, Stage
 from nested_learning.evals.tasks.streams.wording import Wording
 
-Matrix = Sequence[Sequence[float]]  # row i: accuracy on the tasks 0 … i after task i
+AccuracyMatrix = Sequence[Sequence[float]]  # row i: accuracy on the tasks 0 … i after task i
 
 
-def forgetting(matrix: Matrix) -> float | None:
+def forgetting(matrix: AccuracyMatrix) -> float | None:
     """Mean over all tasks but the last of the best accuracy before the end minus that at the end."""
     tasks = range(len(matrix) - 1)
     losses = [max(matrix[i][j] for i in range(j, len(matrix) - 1)) - matrix[-1][j] for j in tasks]
     return sum(losses) / len(losses) if losses else None
 
 
-def backward_transfer(matrix: Matrix) -> float | None:
+def backward_transfer(matrix: AccuracyMatrix) -> float | None:
     """Mean over all tasks but the last of the accuracy at the end minus that right after the task."""
     gains = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
     return sum(gains) / len(gains) if gains else None
