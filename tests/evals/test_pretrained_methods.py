@@ -76,7 +76,7 @@ def test_facts_differ_by_seed_and_have_names_of_their_own():
 
 def test_recall_and_perplexity_by_hand():
     """Two tokens of answer: a hit needs both; the log-probability is their mean."""
-    question = facts.Question(torch.arange(4), 2, False)
+    question = facts.FactQuestion(torch.arange(4), 2, False)
     losses = torch.tensor([9.0, 1.0, 3.0])
     for hits, expected in (([False, True, True], 1.0), ([True, True, False], 0.0)):
         assert facts._answer(question, Answered(losses, torch.tensor(hits))) == (expected, -2.0)

@@ -91,7 +91,7 @@ class FactsOptions:
 
 
 @dataclass(frozen=True)
-class Question:
+class FactQuestion:
     """Ids [n] of a sentence that ends with its answer, the last `answer` of them."""
 
     ids: Tensor
@@ -99,14 +99,14 @@ class Question:
     paraphrased: bool
 
 
-def questions(facts: Sequence[Fact], base: Base) -> list[Question]:
+def questions(facts: Sequence[Fact], base: Base) -> list[FactQuestion]:
     """The sentence of each fact that was read, and its paraphrases."""
     found = []
     for fact in facts:
         answer = base.ids(f" {fact.answer}")
         for sentence in (fact.told, *fact.paraphrases):
             ids = torch.tensor(base.ids(BREAK + sentence) + answer)
-            found.append(Question(ids, len(answer), sentence != fact.told))
+            found.append(FactQuestion(ids, len(answer), sentence != fact.told))
     return found
 
 
@@ -118,7 +118,9 @@ def other_text(text: str, size: FactsOptions, base: Base) -> list[Tensor]:
     return list(torch.tensor(ids).split(size.piece))
 
 
-def measure(view: View, asked: Sequence[Question], other: Sequence[Tensor], size: FactsOptions) -> Figures:
+def measure(
+    view: View, asked: Sequence[FactQuestion], other: Sequence[Tensor], size: FactsOptions
+) -> Figures:
     """The figures of a model: recall, log-probability (nats per token of the answer), perplexities."""
     start = time.perf_counter()
     answers = ask(view, [question.ids for question in asked], size.batch)
@@ -143,7 +145,7 @@ def measure(view: View, asked: Sequence[Question], other: Sequence[Tensor], size
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _answer(question: Question, answered: Answered) -> tuple[float, float]:
+def _answer(question: FactQuestion, answered: Answered) -> tuple[float, float]:
     """Whether the whole answer is what greedy decoding writes, and the mean log-probability of its tokens.
 
     Greedy decoding writes it if each of its tokens is the likeliest after the ones before.
