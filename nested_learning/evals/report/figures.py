@@ -79,7 +79,7 @@ def grouped_bars(rows: MethodRows, plots: Sequence[Mapping[str, str]], path: Pat
         plots: figures of each plot, by name, each with its label.
         path: where the PNG goes.
     """
-    drawing, axes = new_figure(len(plots), height=4.0)
+    drawing, axes = new_figure(len(plots), width=4.6 if len(plots) > 1 else 8.0, height=4.0)
     for axis, figures in zip(axes, plots, strict=True):
         chosen = [row for row in rows.values() if any(row.values(name) for name in figures)]
         width = 0.8 / len(figures)

@@ -227,10 +227,13 @@ class LanguagesTask(Task[LanguagesOptions]):
         return [
             ahead("more levels keep more of the first language", KEPT, levels, ONE_LEVEL.name),
             *(
-                ahead(f"averaged levels translate the first better than {o}", FIRST, levels, o)
+                ahead(f"averaged levels translate the first language better than {o}", FIRST, levels, o)
                 for o in others
             ),
-            *(ahead(f"… after the second still better than {o}", KEPT, levels, o) for o in others),
+            *(
+                ahead(f"after the second they still translate the first better than {o}", KEPT, levels, o)
+                for o in others
+            ),
             *(
                 ahead(f"averaged levels retain more than {o}", "retention", levels, o)
                 for o in others
