@@ -182,7 +182,7 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
     def note(self) -> str:
         return (
             f"{self.options.model} for {self.options.steps:,} steps of {self.options.batch_size} × "
-            f"{self.options.block_size} bytes of {Path(self.options.source).name}, on the CPU of the machine "
+            f"{self.options.block_size} bytes of {Path(self.options.source).name}, timed on the machine "
             "that is named above; Fig. 11 and 12 train models of 24 million parameters and more."
         )
 
@@ -206,10 +206,13 @@ register_task(HopeLanguageTask)
 def _interleaved(made: Sequence[Optimizer], repeats: int) -> list[float]:
     """Median seconds of a step of each; all step in turn, the first turn left out."""
     times: list[list[float]] = [[] for _ in made]
+    wait = torch.accelerator.synchronize if process_state().device.type != "cpu" else lambda: None
     for _ in range(1 + repeats):
         for optimizer, own in zip(made, times, strict=True):
+            wait()
             start = time.perf_counter()
             for _ in range(BLOCK):
                 optimizer.step()
+            wait()
             own.append((time.perf_counter() - start) / BLOCK)
     return [median(own[1:]) for own in times]
