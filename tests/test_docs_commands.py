@@ -106,7 +106,7 @@ def test_a_command_is_one_that_its_program_takes(command, stop_after_parsing):
     [
         "python -m benchmarks.layers --fast",
         "python -m benchmarks.layers precision",
-        "python -m benchmarks.pretrained everything",
+        "python -m benchmarks.pretrained_speed everything",
         "nested-learning train --presets hope-tiny",
         "nested-learning info --tokens many",
     ],

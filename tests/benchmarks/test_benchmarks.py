@@ -20,6 +20,7 @@ RUNS = [
     ("layers",),
     ("memory_step",),
     ("precision",),
+    ("pretrained_speed",),
     ("profile",),
     ("roofline",),
     ("scaling", "attention"),

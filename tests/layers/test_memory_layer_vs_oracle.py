@@ -294,10 +294,11 @@ def test_default_eta_max_follows_the_rule(rule, expected, projection):
 
 
 PACES = [
-    Case(projection_eta_max=pace, adaptive="kvq" if pace == 0.0 else "kv", mask=mask, pieces=pieces, tokens=13, seed=7)
-    for pace in (0.0, 0.2)
+    Case(projection_eta_max=pace, adaptive=adaptive, mask=mask, pieces=pieces, tokens=13, seed=7)
+    for pace, adaptive in ((0.0, "kvq"), (0.2, "kv"))
     for mask, pieces in (("none", None), ("holes", (1, 4, 5, 3)))
 ]
+PACES.append(Case(projection_eta_max=0.2, decay="none", tokens=13, seed=7))
 
 
 @pytest.mark.parametrize("eta_max", [0.5, 1.9, 2.0])

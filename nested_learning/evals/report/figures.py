@@ -108,3 +108,32 @@ def _draw_lines(axes: Any, rows: Rows, figures: Sequence[tuple[float, str]]) -> 
         if points:
             x, y, spread = zip(*points, strict=True)
             axes.errorbar(x, y, yerr=spread, marker=".", capsize=2, linewidth=1, label=row.method)
+
+
+def grouped_bars(rows: MethodRows, plots: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Plots beside each other, each of one or several bars per method, with the deviation over seeds.
+
+    Args:
+        rows: the rows.
+        plots: figures of each plot, by name, each with its label.
+        path: where the PNG goes.
+    """
+    drawing, axes = new_figure(len(plots), width=4.6 if len(plots) > 1 else 8.0, height=4.0)
+    for axis, figures in zip(axes, plots, strict=True):
+        chosen = [row for row in rows.values() if any(row.values(name) for name in figures)]
+        width = 0.8 / len(figures)
+        for index, (name, label) in enumerate(figures.items()):
+            drawn = [(place, row) for place, row in enumerate(chosen) if row.values(name)]
+            axis.bar(
+                [place + index * width for place, _ in drawn],
+                [row.mean(name) for _, row in drawn],
+                width,
+                yerr=[row.spread(name) or 0.0 for _, row in drawn],
+                label=label,
+            )
+        axis.set_xticks(range(len(chosen)), [row.method for row in chosen], rotation=40, ha="right")
+        if len(figures) > 1:
+            axis.legend(fontsize=7)
+        else:
+            axis.set_ylabel(next(iter(figures.values())))
+    save(drawing, path)

@@ -1,1 +1,0 @@
-"""Pretrained models that keep learning, measured: facts, class-incremental intents, new languages, speed."""

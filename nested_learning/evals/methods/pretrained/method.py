@@ -1,0 +1,235 @@
+"""Pretrained models that learn from what they read, as methods: one set for all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from nested_learning._errors import unknown
+from nested_learning.continual import Level
+from nested_learning.evals.method import Method
+from nested_learning.evals.methods.pretrained.base import Base
+from nested_learning.evals.methods.pretrained.students import (
+    ClassMeans,
+    ExampleStudent,
+    LevelStudent,
+    RetrievalStudent,
+    Student,
+    WindowStudent,
+)
+from nested_learning.evals.methods.pretrained.tuning import (
+    HAS_PEFT,
+    ElasticStudent,
+    ReplayStudent,
+    Steps,
+    TunedStudent,
+    adapted,
+    own_copy,
+)
+
+KEPT = 2  # examples of each label that replay keeps
+TAKEN_OVER = (0.2, 0.4)  # shares of the next faster level that slower ones take over at each write
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Circumstances that all methods of a task have in common.
+
+    Attributes:
+        chunks: tokens between two writes of the levels, fast to slow, which is also the length of a block.
+        window: tokens that a context holds.
+        rule: of levels that learn from text.
+        alone: levels see each of the fastest level's chunks by itself; else after earlier ones, as far as
+            their default window goes.
+        weights: what fine-tuning trains: "all", or the "mlp"s, as levels do.
+        examples: passages of one step of fine-tuning and its kind; None: a block.
+        clip: largest norm of their gradients; None: no bound.
+    """
+
+    chunks: tuple[int, int, int]
+    window: int
+    rule: str = "gd"
+    alone: bool = True
+    weights: Literal["all", "mlp"] = "all"
+    examples: int | None = None
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class PretrainedMethod(Method):
+    """A pretrained model with a way of keeping what it reads.
+
+    Attributes:
+        way: name of the way, a key of `WAYS`.
+        options: of the way, besides those that `settings` choose.
+        labelled: it needs labels.
+    """
+
+    kind: ClassVar[str] = "pretrained"
+    way: str
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    labelled: bool = field(default=False, kw_only=True)
+
+    def open(self, base: Base, teaching: Teaching, seed: int) -> AbstractContextManager[Student]:
+        """A student of its own, within a scope; the base model is as it was on leaving.
+
+        Raises:
+            ValueError: no such way or option, an option is missing, or a package is.
+        """
+        if self.way not in WAYS:
+            raise unknown("way of learning", self.way, WAYS)
+        given = {**self.options, **self.settings}
+        try:
+            return WAYS[self.way](base, teaching, seed, **given)
+        except TypeError as error:
+            raise ValueError(f"settings of {self.name!r} are {given}: {error}") from error
+
+    def lacking(self) -> str | None:
+        """The package that is missing, and how to get it; None: nothing."""
+        if self.way == "lora" and not HAS_PEFT:
+            return f"{self.name!r} needs peft: pip install peft"
+        return None
+
+
+Way = Callable[..., AbstractContextManager[Student]]
+
+
+def _nothing(base: Base, teaching: Teaching, seed: int) -> AbstractContextManager[Student]:
+    return nullcontext(Student(base.model))
+
+
+def _in_context(
+    base: Base, teaching: Teaching, seed: int, kept: int | None = None, order: str = "stream"
+) -> AbstractContextManager[Student]:
+    """The last `window` tokens, or `kept` examples of each label."""
+    if kept is None:
+        return nullcontext(WindowStudent(base.model, teaching.window, teaching.chunks[0]))
+    return nullcontext(ExampleStudent(base.model, teaching.window, kept, order, seed))
+
+
+def _retrieval(
+    base: Base, teaching: Teaching, seed: int, examples: int = 8, depth: float = 0.67
+) -> AbstractContextManager[Student]:
+    return nullcontext(RetrievalStudent(base.model, base.features, examples, depth))
+
+
+def _class_means(
+    base: Base, teaching: Teaching, seed: int, depth: float, pooling: str, shrinkage: float
+) -> AbstractContextManager[Student]:
+    return nullcontext(ClassMeans(base.model, base.features, depth, pooling, shrinkage))
+
+
+def _steps(teaching: Teaching, lr: float) -> Steps:
+    return Steps(lr, teaching.chunks[0], teaching.examples, teaching.clip)
+
+
+def _fine_tuning(
+    base: Base, teaching: Teaching, seed: int, lr: float, average: float | None = None
+) -> AbstractContextManager[Student]:
+    model, weights = own_copy(base.model, teaching.weights)
+    return nullcontext(TunedStudent(model, weights, _steps(teaching, lr), average))
+
+
+@contextmanager
+def _lora(base: Base, teaching: Teaching, seed: int, lr: float) -> Iterator[Student]:
+    with adapted(base.model) as (model, weights):
+        yield TunedStudent(model, weights, _steps(teaching, lr))
+
+
+def _elastic(
+    base: Base, teaching: Teaching, seed: int, lr: float, strength: float
+) -> AbstractContextManager[Student]:
+    model, weights = own_copy(base.model, teaching.weights)
+    return nullcontext(ElasticStudent(model, weights, _steps(teaching, lr), strength))
+
+
+def _replay(base: Base, teaching: Teaching, seed: int, lr: float) -> AbstractContextManager[Student]:
+    model, weights = own_copy(base.model, teaching.weights)
+    return nullcontext(ReplayStudent(model, weights, _steps(teaching, lr), KEPT, seed))
+
+
+def learning_levels(teaching: Teaching, count: int, lr: float, share: float = 1.0) -> list[Level]:
+    """Levels that all learn and answer; each has `share` of the rate of the next faster one."""
+    return [
+        Level(chunk, lr * share**index, rule=teaching.rule)
+        for index, chunk in enumerate(teaching.chunks[:count])
+    ]
+
+
+def averaging_levels(teaching: Teaching, lr: float, consolidate: list[float]) -> list[Level]:
+    """Levels of which the fastest learns; each slower one is a moving average of the one before."""
+    slow = zip(teaching.chunks[1:], consolidate, strict=False)
+    return [
+        Level(teaching.chunks[0], lr, rule=teaching.rule),
+        *(Level(chunk, 0.0, consolidate=share) for chunk, share in slow),
+    ]
+
+
+def _levels(
+    base: Base, teaching: Teaching, seed: int, levels: int, lr: float, share: float = 1.0
+) -> AbstractContextManager[Student]:
+    found = learning_levels(teaching, levels, lr, share)
+    return nullcontext(LevelStudent(base.model, found, teaching.alone))
+
+
+def _averaged_levels(
+    base: Base, teaching: Teaching, seed: int, lr: float, consolidate: list[float], kept: int = 0
+) -> AbstractContextManager[Student]:
+    """The slowest level answers, behind `kept` examples of each label."""
+    examples = ExampleStudent(base.model, teaching.window, kept) if kept else None
+    found = averaging_levels(teaching, lr, consolidate)
+    return nullcontext(LevelStudent(base.model, found, teaching.alone, [len(found) - 1], examples))
+
+
+WAYS: dict[str, Way] = {
+    "nothing": _nothing,
+    "context": _in_context,
+    "retrieval": _retrieval,
+    "class means": _class_means,
+    "fine-tuning": _fine_tuning,
+    "lora": _lora,
+    "ewc": _elastic,
+    "replay": _replay,
+    "levels": _levels,
+    "averaged levels": _averaged_levels,
+}
+
+NO_ADAPTATION = PretrainedMethod("no-adaptation", "nothing")
+IN_CONTEXT = PretrainedMethod("in-context", "context")
+RETRIEVAL = PretrainedMethod("retrieval", "retrieval")
+FINE_TUNING = PretrainedMethod("fine-tuning", "fine-tuning")
+FINE_TUNING_AVERAGED = PretrainedMethod("fine-tuning-averaged", "fine-tuning")
+LORA = PretrainedMethod("lora", "lora")
+EWC = PretrainedMethod("ewc", "ewc", labelled=True)
+REPLAY = PretrainedMethod("replay", "replay", labelled=True)
+CLASS_MEANS = PretrainedMethod("class-means", "class means", labelled=True)
+ONE_LEVEL = PretrainedMethod("one-level", "levels", options={"levels": 1})
+TWO_LEVELS = PretrainedMethod("two-levels", "levels", options={"levels": 2})
+THREE_LEVELS = PretrainedMethod("three-levels", "levels", options={"levels": 3})
+TWO_LEVELS_AVERAGED = PretrainedMethod("two-levels-averaged", "averaged levels")
+THREE_LEVELS_AVERAGED = PretrainedMethod("three-levels-averaged", "averaged levels")
+THREE_LEVELS_IN_CONTEXT = PretrainedMethod(
+    "three-levels-in-context", "averaged levels", options={"kept": 1}, labelled=True
+)
+JOINT = PretrainedMethod("joint", "fine-tuning", labelled=True)  # a task gives it all readings at once
+
+PRETRAINED = (
+    NO_ADAPTATION,
+    IN_CONTEXT,
+    RETRIEVAL,
+    FINE_TUNING,
+    FINE_TUNING_AVERAGED,
+    LORA,
+    EWC,
+    REPLAY,
+    CLASS_MEANS,
+    ONE_LEVEL,
+    TWO_LEVELS,
+    THREE_LEVELS,
+    TWO_LEVELS_AVERAGED,
+    THREE_LEVELS_AVERAGED,
+    THREE_LEVELS_IN_CONTEXT,
+    JOINT,
+)

@@ -1,0 +1,228 @@
+"""Ways of keeping what was read that train no weights in the usual sense: none, a context, means, levels.
+
+Each is a `Student`: it reads once and in order, and is then asked. What students learn stays apart from the
+model that they are given, which serves all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual import Level, stack_levels
+from nested_learning.evals.methods.pretrained.asking import View, most_probable
+from nested_learning.evals.methods.pretrained.features import Features
+from nested_learning.evals.methods.pretrained.reading import Passage, Reading
+
+
+class Student:
+    """A learner that keeps nothing; others keep what they can.
+
+    Args:
+        model: a causal language model in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def learn(self, reading: Reading) -> None:
+        """Read passages, once; the ids after the last whole chunk may be left."""
+
+    def active(self) -> AbstractContextManager[View]:
+        """The student to be asked, inside the scope."""
+        return nullcontext(View(self.model))
+
+    def choose(self, prompts: Sequence[Sequence[int]], labels: dict[str, Sequence[int]]) -> list[str]:
+        """The label that belongs to each prompt.
+
+        Args:
+            prompts: ids of each.
+            labels: ids of each label, as it would stand behind a prompt; all end with the same token.
+        """
+        names = list(labels)
+        with self.active() as view:
+            return [names[index] for index in most_probable(view, prompts, list(labels.values()))]
+
+
+class WindowStudent(Student):
+    """A student with what it read last before everything that it is asked.
+
+    Args:
+        model: nothing of it is trained.
+        window: ids that it keeps, of blocks one after the other.
+        block: ids of a block.
+    """
+
+    def __init__(self, model: Any, window: int, block: int) -> None:
+        super().__init__(model)
+        self.window, self.block = window, block
+        self.kept = torch.empty(0, dtype=torch.long)
+
+    def learn(self, reading: Reading) -> None:
+        blocks = [ids for ids, _ in reading.blocks(self.block)]
+        self.kept = torch.cat([self.kept, *blocks])[-self.window :]
+
+    def active(self) -> AbstractContextManager[View]:
+        return nullcontext(View(self.model, self.kept))
+
+
+class ExampleStudent(Student):
+    """A student with examples of each label before everything that it is asked.
+
+    Args:
+        model: nothing of it is trained.
+        window: ids of the examples at most; the oldest are dropped if there are more.
+        kept: examples of each label that it keeps; the first ones.
+        order: "stream" as they came, or "mixed" over all readings.
+        seed: decides the mixed order.
+    """
+
+    def __init__(self, model: Any, window: int, kept: int, order: str = "stream", seed: int = 0) -> None:
+        if order not in ("stream", "mixed"):
+            raise ValueError(f"order must be 'stream' or 'mixed', got {order!r}")
+        super().__init__(model)
+        self.window, self.kept, self.order, self.seed = window, kept, order, seed
+        self.examples: list[Passage] = []
+
+    def learn(self, reading: Reading) -> None:
+        self.examples += reading.first_of_each(self.kept)
+
+    def active(self) -> AbstractContextManager[View]:
+        return nullcontext(View(self.model, torch.tensor(self.context(), dtype=torch.long)))
+
+    def context(self) -> list[int]:
+        """The ids of the examples that fit in the window."""
+        pieces = [passage.ids for passage in self.examples]
+        while sum(map(len, pieces)) > self.window:
+            del pieces[0]
+        if self.order == "mixed":
+            random.Random(self.seed).shuffle(pieces)
+        return [i for piece in pieces for i in piece]
+
+
+class RetrievalStudent(Student):
+    """A student that looks up the nearest of all examples it has read, and has these before a prompt.
+
+    Near is what has a large cosine between the mean hidden states of the prompts in a layer of the base
+    model, the mean over all examples taken off; the nearest example stands last.
+
+    Args:
+        model: nothing of it is trained.
+        features: its hidden states.
+        examples: how many are looked up.
+        depth: relative depth of the layer whose states are compared.
+    """
+
+    def __init__(self, model: Any, features: Features, examples: int, depth: float) -> None:
+        super().__init__(model)
+        self.features = partial(features.of, depth=depth, pooling="mean")
+        self.count, self.passages = examples, list[Passage]()
+
+    def learn(self, reading: Reading) -> None:
+        self.passages += [passage for passage in reading.passages if passage.learned]
+
+    def active(self) -> AbstractContextManager[View]:
+        known = self.features([passage.prompt for passage in self.passages])
+        centre = known.mean(0)
+        keys = torch.nn.functional.normalize(known - centre, dim=-1)
+
+        def look_up(prompt: Sequence[int]) -> Tensor:
+            near = keys @ (self.features([prompt])[0] - centre)
+            best = near.topk(min(self.count, len(near))).indices.flip(0)
+            return torch.tensor([i for place in best.tolist() for i in self.passages[place].ids])
+
+        return nullcontext(View(self.model, look_up=look_up))
+
+
+class ClassMeans(Student):
+    """The nearest class mean in the base model's features, by a Mahalanobis distance.
+
+    The covariance is that of all classes around their means, shrunk towards a multiple of the identity. Sums
+    over examples are all that is kept, so nothing is forgotten, whatever the order.
+
+    Args:
+        model: nothing of it is trained.
+        features: its hidden states.
+        depth: which of the features' layers.
+        pooling: "mean" or "last"; see `Features.of`.
+        shrinkage: share of the identity, above 0 and up to 1.
+    """
+
+    def __init__(self, model: Any, features: Features, depth: float, pooling: str, shrinkage: float) -> None:
+        super().__init__(model)
+        self.features = partial(features.of, depth=depth, pooling=pooling)
+        self.shrinkage = shrinkage
+        self.means: dict[str, Tensor] = {}
+        self.scatter: Tensor | float = 0.0
+        self.count = 0
+
+    def learn(self, reading: Reading) -> None:
+        everything = self.features([passage.prompt for passage in reading.passages])
+        for label in reading.labels():
+            x = everything[[i for i, each in enumerate(reading.passages) if each.label == label]]
+            self.means[label] = x.mean(0)
+            self.scatter = self.scatter + (x - x.mean(0)).T @ (x - x.mean(0))
+            self.count += len(x)
+
+    def active(self) -> AbstractContextManager[View]:
+        raise ValueError("class means choose labels and write no text")
+
+    def choose(self, prompts: Sequence[Sequence[int]], labels: dict[str, Sequence[int]]) -> list[str]:
+        assert isinstance(self.scatter, Tensor)
+        names = list(labels)
+        covariance = self.scatter / self.count
+        scale = covariance.diagonal().mean()
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * scale * identity
+        root = torch.linalg.cholesky(shrunk)
+        means = torch.stack([self.means[label] for label in names])
+        whitened = [
+            torch.linalg.solve_triangular(root, x.T, upper=False).T for x in (self.features(prompts), means)
+        ]
+        return [names[index] for index in torch.cdist(*whitened).argmin(1).tolist()]
+
+
+class LevelStudent(Student):
+    """`nested_learning.continual`: deltas that are written at several frequencies.
+
+    Args:
+        model: the base model.
+        levels: fast to slow. Passages are packed into blocks of the fastest chunk's length.
+        alone: each chunk of the fastest level is read from an empty context but for one token; else after
+            what came before it, as far as the default window goes.
+        answers: indices of the levels that are in force when it is asked; None for all.
+        examples: what stands before a prompt; None: nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        levels: Sequence[Level],
+        alone: bool = False,
+        answers: Sequence[int] | None = None,
+        examples: ExampleStudent | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.block, self.answers, self.examples = levels[0].chunk_size, answers, examples
+        window = {"window": self.block + 1, "overlap": 1} if alone else {}
+        self.learner = stack_levels(model, levels=levels, **window)  # type: ignore[arg-type]
+
+    def learn(self, reading: Reading) -> None:
+        if self.examples is not None:
+            self.examples.learn(reading)
+        blocks = reading.blocks(self.block)
+        ids = torch.cat([block for block, _ in blocks])
+        masks = [mask for _, mask in blocks if mask is not None]
+        self.learner.observe(ids, learn_mask=torch.cat(masks) if masks else None)
+
+    @contextmanager
+    def active(self) -> Iterator[View]:
+        context = None if self.examples is None else torch.tensor(self.examples.context(), dtype=torch.long)
+        with self.learner.active(levels=self.answers) as model:
+            yield View(model, context)
