@@ -138,9 +138,15 @@ def _list(as_json: bool) -> None:
         }
         print_json({"tasks": described, "methods": {name: each.describe() for name, each in methods.items()}})
         return
-    print_table("tasks", ("task", "what it asks"), [(name, task.title) for name, task in tasks.items()])
-    print()
-    print_table("methods", ("method", "kind"), [(name, each.kind) for name, each in methods.items()])
+    width = 2 + max(map(len, [*tasks, *methods]))
+    print("tasks")
+    for name, task in tasks.items():
+        print(f"  {name:<{width}}{task.title}")
+    for kind in dict.fromkeys(each.kind for each in methods.values()):
+        print(f"methods: {kind}")
+        for name, each in methods.items():
+            if each.kind == kind:
+                print(f"  {name}")
 
 
 def _print(report: dict[str, Any], folder: Path | None) -> None:
