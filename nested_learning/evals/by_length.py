@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import Generator
 
 from nested_learning._checks import check_positive
-from nested_learning.evals.carried import Reader
+from nested_learning.evals.carried import CarriedReader
 from nested_learning.evals.fit import TaskBatch, Training, fit, parameters_of, summary
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
@@ -88,7 +88,7 @@ class ByLength(Task[LengthsT]):
         """A training batch [rows, length]."""
 
     @abstractmethod
-    def score(self, reader: Reader, length: int, generator: Generator) -> Figures:
+    def score(self, reader: CarriedReader, length: int, generator: Generator) -> Figures:
         """Figures at a length: of each kind, and what a plot needs besides. The reader has read nothing."""
 
     def methods(self) -> Sequence[Method]:
@@ -111,7 +111,7 @@ class ByLength(Task[LengthsT]):
         losses = fit(trained, model, self._batches(seed), Training(chosen.steps, chosen.lr, 0.01))
         last = losses[-max(1, len(losses) // 10) :]
         figures: Figures = {"loss": sum(last) / len(last), "losses": summary(losses)}
-        figures.update(self._tested(Reader(model, chosen.piece, chosen.bound), seed))
+        figures.update(self._tested(CarriedReader(model, chosen.piece, chosen.bound), seed))
         return {**figures, "parameters": parameters_of(model), "seconds": time.perf_counter() - started}
 
     def _batches(self, seed: int) -> Iterator[TaskBatch]:
@@ -121,7 +121,7 @@ class ByLength(Task[LengthsT]):
             length = chosen.train_lengths[step * len(chosen.train_lengths) // chosen.steps]
             yield self.lessons(max(len(self.kinds), chosen.batch_tokens // length), length, generator)
 
-    def _tested(self, reader: Reader, seed: int) -> Figures:
+    def _tested(self, reader: CarriedReader, seed: int) -> Figures:
         """Figures of every length, "…_at_LENGTH", and those of the table; what is no number by length."""
         lengths = self.options.lengths
         figures: Figures = {"lengths": list(lengths)}
