@@ -32,9 +32,18 @@ def text_of(ids: Tensor) -> str:
     return bytes(ids.tolist()).decode()
 
 
-@pytest.mark.parametrize("form", [NeedleForm(), NeedleForm(needles=3, letters=2, digits=4)])
-@pytest.mark.parametrize("length", [192, 256])
-def test_questions_are_answered_by_the_needles_before_them(form: NeedleForm, length: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "length", "questions"),
+    [
+        (NeedleForm(), 192, 6),
+        (NeedleForm(), 256, 8),
+        (NeedleForm(needles=3, letters=2, digits=4), 256, 8),
+        (NeedleForm(letters=4, digits=7), 256, 5),  # of 37 bytes each, beside four needles of 13
+    ],
+)
+def test_questions_are_answered_by_the_needles_before_them(
+    form: NeedleForm, length: int, questions: int
+) -> None:
     batch = lessons(12, length, form, False, seeded())
     needle, question = patterns(form)
     for row, (ids, targets) in enumerate(zip(*batch, strict=True)):
@@ -51,7 +60,7 @@ def test_questions_are_answered_by_the_needles_before_them(form: NeedleForm, len
                     asked[place - 1] = ord(text[place])
         assert targets.tolist() == asked
         assert text.endswith(";")
-        assert len(re.findall(question, text)) == length // 32
+        assert len(re.findall(question, text)) == questions
         keys, values = len(told), sum(map(len, told.values()))
         assert (keys, values) == [(1, 1), (form.needles, form.needles), (1, form.needles)][row % 3]
         assert re.sub(f"{needle}|{question}", "", text) in ENDLESS

@@ -112,8 +112,8 @@ def lessons(rows: int, length: int, form: NeedleForm, everything: bool, generato
     """Sequences for training: of each three rows one has one needle, one several keys, one several values.
 
     Questions stand in the haystack too, each somewhere behind the needles that it is about, one for each 32
-    bytes, and one is the end of the sequence. Where a key has several values, those that it has so far are
-    asked.
+    bytes where they have room, and one is the end of the sequence. Where a key has several values, those that
+    it has so far are asked.
 
     Args:
         rows: B.
@@ -122,7 +122,8 @@ def lessons(rows: int, length: int, form: NeedleForm, everything: bool, generato
         everything: every byte is to be predicted; False: the answers alone.
         generator: draws all of it.
     """
-    asked = max(1, length // 32)
+    longest = form.letters + 1 + form.needles * (form.digits + 1)  # of a question with all values of a key
+    asked = max(1, min(length // 32, (length - form.needles * form.width) // longest))
     kinds = torch.arange(rows) % 3
     count = form.needles
     keys = _keys(rows, count, form, generator)
