@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.fit import IGNORED
 from nested_learning.evals.tasks.needle import Needle
 from nested_learning.evals.tasks.needle.haystack import KINDS, SENTENCES, NeedleForm, hidden, lessons
+from nested_learning.evals.tasks.needle.heat import heat_maps
 from nested_learning.evals.tasks.needle.scoring import DEPTHS, score
 
 NEEDLE = re.compile(r"([A-Z])=(\d+);")  # of a key with one letter
@@ -188,6 +190,19 @@ def test_a_run_is_decided_by_its_seed_and_has_every_column() -> None:
     assert first["digits"] == first["digits_at_128"]
     assert first["digits_long"] == first["digits_at_300"]
     assert set(first["heat"]) == {"128", "300"}
+
+
+def test_heat_maps_leave_out_rows_without_one(tmp_path: Path) -> None:
+    heat = {"128": [0.5, None, 1.0, 0.0, 0.0], "512": [None] * DEPTHS}
+    rows = {
+        "one": MethodRow("one", {}, {0: {"heat": heat}, 1: {"heat": heat, "loss": 1.0}}),
+        "chance": MethodRow("chance", {}, {0: {"exact": 0.1}}),
+        "failed": MethodRow("failed", {}, {}, {0: "diverged"}),
+    }
+    for chosen in (rows, {"chance": rows["chance"]}):
+        path = tmp_path / f"{len(chosen)}.png"
+        heat_maps(chosen, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_claims_are_decided_by_the_figures() -> None:

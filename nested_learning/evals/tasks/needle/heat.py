@@ -19,7 +19,8 @@ def heat_maps(rows: MethodRows, path: Path) -> None:
     """
     import matplotlib
 
-    drawn = [(row, *_map(row)) for row in rows.values() if row.figures]
+    known = [row for row in rows.values() if any("heat" in each for each in row.figures.values())]
+    drawn = [(row, *_map(row)) for row in known]
     figure, axes = new_figure(max(1, len(drawn)), width=2.2, height=2.4)
     image = None
     for axis, (row, lengths, values) in zip(axes, drawn, strict=False):
