@@ -31,7 +31,8 @@ class LengthOptions:
         seeds: that are reported.
         width, layers, heads, chunk: of the models; see `Size`.
         train_lengths: tokens of training sequences; a training begins with the first length and goes on to
-            the next one when its share of the steps is done.
+            the next one when its share of the steps is done. One that stands twice has twice the share: a
+            model that has not learned to look up at the short length does not at a longer one.
         batch_tokens: tokens of a training batch: the shorter the sequences, the more of them.
         steps, lr: of the training.
         lengths: tokens of the sequences that are tested, questions included.
@@ -48,7 +49,7 @@ class LengthOptions:
     layers: int = 2
     heads: int = 2
     chunk: int = 32
-    train_lengths: list[int] = field(default_factory=lambda: [128, 192, 256])
+    train_lengths: list[int] = field(default_factory=lambda: [128, 128, 256])
     batch_tokens: int = 2048
     steps: int = 600
     lr: float = 5e-3
