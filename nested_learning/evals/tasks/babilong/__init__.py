@@ -93,7 +93,7 @@ class Babilong(ByLength[BabilongOptions]):
 
     def claims(self) -> Sequence[Claim]:
         """Claims on Figure 9."""
-        chance = max(self.constants()["the place named last"].values())
+        chance = self.constants()["the place named last"]["exact"]
         return (
             *(
                 Keeps(f"(10) BABILong is answered as well at the longest length: {row}",
