@@ -1,6 +1,6 @@
 """The paper's questions as tasks, what answers them as methods, and claims decided by computed verdicts."""
 
-from nested_learning.evals.claims import Ahead, Claim, Kept, Reaches, Verdict
+from nested_learning.evals.claims import Ahead, Claim, Keeps, Reaches, Verdict
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import (
     find_method,
@@ -19,7 +19,7 @@ __all__ = [
     "Ahead",
     "Claim",
     "Figures",
-    "Kept",
+    "Keeps",
     "Method",
     "MethodRow",
     "MethodRows",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import Generator
 
 from nested_learning._checks import check_positive
-from nested_learning.evals.carried import Reader
+from nested_learning.evals.carried import CarriedReader
 from nested_learning.evals.fit import TaskBatch, Training, fit, parameters_of, summary
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
@@ -31,7 +31,8 @@ class LengthOptions:
         seeds: that are reported.
         width, layers, heads, chunk: of the models; see `Size`.
         train_lengths: tokens of training sequences; a training begins with the first length and goes on to
-            the next one when its share of the steps is done.
+            the next one when its share of the steps is done. One that stands twice has twice the share: a
+            model that has not learned to look up at the short length does not at a longer one.
         batch_tokens: tokens of a training batch: the shorter the sequences, the more of them.
         steps, lr: of the training.
         lengths: tokens of the sequences that are tested, questions included.
@@ -48,7 +49,7 @@ class LengthOptions:
     layers: int = 2
     heads: int = 2
     chunk: int = 32
-    train_lengths: list[int] = field(default_factory=lambda: [128, 192, 256])
+    train_lengths: list[int] = field(default_factory=lambda: [128, 128, 256])
     batch_tokens: int = 2048
     steps: int = 600
     lr: float = 5e-3
@@ -88,7 +89,7 @@ class ByLength(Task[LengthsT]):
         """A training batch [rows, length]."""
 
     @abstractmethod
-    def score(self, reader: Reader, length: int, generator: Generator) -> Figures:
+    def score(self, reader: CarriedReader, length: int, generator: Generator) -> Figures:
         """Figures at a length: of each kind, and what a plot needs besides. The reader has read nothing."""
 
     def methods(self) -> Sequence[Method]:
@@ -111,7 +112,7 @@ class ByLength(Task[LengthsT]):
         losses = fit(trained, model, self._batches(seed), Training(chosen.steps, chosen.lr, 0.01))
         last = losses[-max(1, len(losses) // 10) :]
         figures: Figures = {"loss": sum(last) / len(last), "losses": summary(losses)}
-        figures.update(self._tested(Reader(model, chosen.piece, chosen.bound), seed))
+        figures.update(self._tested(CarriedReader(model, chosen.piece, chosen.bound), seed))
         return {**figures, "parameters": parameters_of(model), "seconds": time.perf_counter() - started}
 
     def _batches(self, seed: int) -> Iterator[TaskBatch]:
@@ -121,7 +122,7 @@ class ByLength(Task[LengthsT]):
             length = chosen.train_lengths[step * len(chosen.train_lengths) // chosen.steps]
             yield self.lessons(max(len(self.kinds), chosen.batch_tokens // length), length, generator)
 
-    def _tested(self, reader: Reader, seed: int) -> Figures:
+    def _tested(self, reader: CarriedReader, seed: int) -> Figures:
         """Figures of every length, "…_at_LENGTH", and those of the table; what is no number by length."""
         lengths = self.options.lengths
         figures: Figures = {"lengths": list(lengths)}

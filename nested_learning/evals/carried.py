@@ -11,7 +11,7 @@ from nested_learning.models import HopeForCausalLM
 from nested_learning.models.hope.cache_hope import HopeCache
 
 
-class Reader:
+class CarriedReader:
     """A model and its states after what it has read; they grow only where attention keeps tokens.
 
     Args:
@@ -33,15 +33,15 @@ class Reader:
             self.cache.states = {name: self._bounded(state) for name, state in self.cache.states.items()}
         return logits.argmax(-1).cpu()
 
-    def rows(self, index: Tensor) -> Reader:
+    def rows(self, index: Tensor) -> CarriedReader:
         """A reader that goes on from the states of the rows `index` [B'] on its own way."""
         other = self.anew()
         other.cache = self.cache.select_rows(index.to(self.model.device))
         return other
 
-    def anew(self) -> Reader:
+    def anew(self) -> CarriedReader:
         """A reader of the same model that has read nothing."""
-        return Reader(self.model, self.piece, self.bound)
+        return CarriedReader(self.model, self.piece, self.bound)
 
     def _bounded(self, state: State) -> State:
         if not isinstance(state, AttentionState) or state.positions.shape[1] <= self.bound:

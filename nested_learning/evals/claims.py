@@ -116,7 +116,7 @@ class Ahead:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Keeps:
     """The claim that a method is as good under a harder condition (a longer sequence) as under the plain one.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from torch import Generator, Tensor
 from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.fit import IGNORED
 from nested_learning.evals.tasks.needle import Needle
-from nested_learning.evals.tasks.needle.haystack import KINDS, SENTENCES, Form, hidden, lessons
+from nested_learning.evals.tasks.needle.haystack import KINDS, SENTENCES, NeedleForm, hidden, lessons
+from nested_learning.evals.tasks.needle.heat import heat_maps
 from nested_learning.evals.tasks.needle.scoring import DEPTHS, score
 
 NEEDLE = re.compile(r"([A-Z])=(\d+);")  # of a key with one letter
 ENDLESS = "".join(SENTENCES) * 100
 
 
-def patterns(form: Form) -> tuple[str, str]:
+def patterns(form: NeedleForm) -> tuple[str, str]:
     key = f"([A-Z]{{{form.letters}}})"
     return rf"{key}=(\d+);", rf"{key}\?([\d,]+);"
 
@@ -32,9 +34,18 @@ def text_of(ids: Tensor) -> str:
     return bytes(ids.tolist()).decode()
 
 
-@pytest.mark.parametrize("form", [Form(), Form(needles=3, letters=2, digits=4)])
-@pytest.mark.parametrize("length", [192, 256])
-def test_questions_are_answered_by_the_needles_before_them(form: Form, length: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "length", "questions"),
+    [
+        (NeedleForm(), 192, 6),
+        (NeedleForm(), 256, 8),
+        (NeedleForm(needles=3, letters=2, digits=4), 256, 8),
+        (NeedleForm(letters=4, digits=7), 256, 5),  # of 37 bytes each, beside four needles of 13
+    ],
+)
+def test_questions_are_answered_by_the_needles_before_them(
+    form: NeedleForm, length: int, questions: int
+) -> None:
     batch = lessons(12, length, form, False, seeded())
     needle, question = patterns(form)
     for row, (ids, targets) in enumerate(zip(*batch, strict=True)):
@@ -51,14 +62,14 @@ def test_questions_are_answered_by_the_needles_before_them(form: Form, length: i
                     asked[place - 1] = ord(text[place])
         assert targets.tolist() == asked
         assert text.endswith(";")
-        assert len(re.findall(question, text)) == length // 32
+        assert len(re.findall(question, text)) == questions
         keys, values = len(told), sum(map(len, told.values()))
         assert (keys, values) == [(1, 1), (form.needles, form.needles), (1, form.needles)][row % 3]
         assert re.sub(f"{needle}|{question}", "", text) in ENDLESS
 
 
 def test_everything_is_to_be_predicted_where_that_is_asked() -> None:
-    batch = lessons(3, 128, Form(), True, seeded())
+    batch = lessons(3, 128, NeedleForm(), True, seeded())
     assert torch.equal(batch.targets[:, :-1], batch.ids[:, 1:])
     assert bool((batch.targets[:, -1] == IGNORED).all())
 
@@ -66,7 +77,7 @@ def test_everything_is_to_be_predicted_where_that_is_asked() -> None:
 @pytest.mark.parametrize("kind", ["single", "multi_key", "multi_value"])
 def test_needles_stand_where_they_are_said_to(kind: str) -> None:
     count = 1 if kind == "single" else 4
-    form, depths = Form(), torch.rand(20, count, generator=seeded(1))
+    form, depths = NeedleForm(), torch.rand(20, count, generator=seeded(1))
     texts = hidden(kind, 1000, depths, form, seeded())
     longest = max(map(len, SENTENCES))
     for row, ids in enumerate(texts.ids):
@@ -85,7 +96,7 @@ def test_needles_stand_where_they_are_said_to(kind: str) -> None:
 
 
 def test_digits_and_letters_are_equally_likely() -> None:
-    texts = hidden("multi_key", 400, torch.rand(2000, 4, generator=seeded(1)), Form(), seeded())
+    texts = hidden("multi_key", 400, torch.rand(2000, 4, generator=seeded(1)), NeedleForm(), seeded())
     for drawn, count in ((texts.values, 10), (texts.keys, 26)):
         counts = torch.bincount(drawn.flatten() - drawn.min(), minlength=count).double()
         expected = counts.sum() / count
@@ -95,7 +106,7 @@ def test_digits_and_letters_are_equally_likely() -> None:
 
 def test_too_short_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="no room for needles"):
-        lessons(3, 32, Form(needles=8), False, seeded())
+        lessons(3, 32, NeedleForm(needles=8), False, seeded())
 
 
 class Scripted:
@@ -141,7 +152,7 @@ class Scripted:
     ],
 )
 def test_scores_of_readers_that_answer_by_a_rule(rule: str, exact: dict[str, float]) -> None:
-    found = score(Scripted(rule), 600, 10, Form(), seeded(3))  # type: ignore[arg-type]
+    found = score(Scripted(rule), 600, 10, NeedleForm(), seeded(3))  # type: ignore[arg-type]
     assert {kind: found[kind] for kind in KINDS} == exact
     if rule == "right":
         assert found["digits"] == 1
@@ -164,7 +175,7 @@ def test_lengths_of_what_is_read_are_those_of_the_option() -> None:
             lengths.update(len(text) for text in self.texts)
             return super().rows(index)
 
-    form = Form()
+    form = NeedleForm()
     score(Counting("right"), 600, 5, form, seeded())  # type: ignore[arg-type]
     one, several = form.width, 2 + 4 * (form.digits + 1)
     # The haystack of several keys is read once and asked twice.
@@ -179,6 +190,19 @@ def test_a_run_is_decided_by_its_seed_and_has_every_column() -> None:
     assert first["digits"] == first["digits_at_128"]
     assert first["digits_long"] == first["digits_at_300"]
     assert set(first["heat"]) == {"128", "300"}
+
+
+def test_heat_maps_leave_out_rows_without_one(tmp_path: Path) -> None:
+    heat = {"128": [0.5, None, 1.0, 0.0, 0.0], "512": [None] * DEPTHS}
+    rows = {
+        "one": MethodRow("one", {}, {0: {"heat": heat}, 1: {"heat": heat, "loss": 1.0}}),
+        "chance": MethodRow("chance", {}, {0: {"exact": 0.1}}),
+        "failed": MethodRow("failed", {}, {}, {0: "diverged"}),
+    }
+    for chosen in (rows, {"chance": rows["chance"]}):
+        path = tmp_path / f"{len(chosen)}.png"
+        heat_maps(chosen, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_claims_are_decided_by_the_figures() -> None:

@@ -11,12 +11,12 @@ from torch import Generator
 
 from nested_learning._checks import check_positive
 from nested_learning.evals.by_length import LONG, ByLength, LengthOptions, at_any_length, table_columns
-from nested_learning.evals.carried import Reader
-from nested_learning.evals.claims import Ahead, Claim, Kept
+from nested_learning.evals.carried import CarriedReader
+from nested_learning.evals.claims import Ahead, Claim, Keeps
 from nested_learning.evals.fit import TaskBatch
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
-from nested_learning.evals.tasks.needle.haystack import KINDS, VOCABULARY, Form, lessons
+from nested_learning.evals.tasks.needle.haystack import KINDS, VOCABULARY, NeedleForm, lessons
 from nested_learning.evals.tasks.needle.scoring import score
 
 # Table 1, in percent, at 4K and at 16K tokens: S-NIAH-1, MK-NIAH-1, MV-NIAH, MQ-NIAH, in the order of KINDS.
@@ -47,9 +47,9 @@ class NeedleOptions(LengthOptions):
         check_positive(needles=self.needles, letters=self.letters, digits=self.digits)
 
     @property
-    def form(self) -> Form:
+    def form(self) -> NeedleForm:
         """Sizes of the needles."""
-        return Form(self.needles, self.letters, self.digits)
+        return NeedleForm(self.needles, self.letters, self.digits)
 
 
 @register_task
@@ -64,7 +64,7 @@ class Needle(ByLength[NeedleOptions]):
         ),
         "small": NeedleOptions(),
         "full": NeedleOptions(
-            width=128, heads=4, letters=4, digits=7, train_lengths=[256, 512, 1024], batch_tokens=16_384,
+            width=128, heads=4, letters=4, digits=7, train_lengths=[256, 256, 512, 1024], batch_tokens=16_384,
             steps=10_000, lr=1e-3, lengths=[1024, 2048, 4096, 8192, 16_384, 32_768], rows=100, bound=16_384,
         ),
     }  # fmt: skip
@@ -84,7 +84,7 @@ class Needle(ByLength[NeedleOptions]):
         """Sequences with questions at several places."""
         return lessons(rows, length, self.options.form, self.options.everything, generator)
 
-    def score(self, reader: Reader, length: int, generator: Generator) -> Figures:
+    def score(self, reader: CarriedReader, length: int, generator: Generator) -> Figures:
         """Exact match of each kind, right digits, and exact match by depth."""
         return score(reader, length, self.options.rows, self.options.form, generator)
 
@@ -102,7 +102,7 @@ class Needle(ByLength[NeedleOptions]):
         guessed = 0.1**self.options.digits
         return (
             *(
-                Kept(
+                Keeps(
                     f"(10) a needle is found as well at the longest length: {row}",
                     "Table 1 (S-NIAH-1, Hope: 100 at 4K, 8K and 16K)",
                     row, "single", "single" + LONG, chance=0.1,

@@ -34,7 +34,7 @@ _IS, _ASK, _END, _NEXT = (ord(sign) for sign in "=?;,")
 
 
 @dataclass(frozen=True)
-class Form:
+class NeedleForm:
     """Sizes of needles.
 
     Args:
@@ -53,7 +53,7 @@ class Form:
         return self.letters + 1 + self.digits + 1
 
 
-class Hidden(NamedTuple):
+class Haystacks(NamedTuple):
     """Haystacks to be read before a question.
 
     Attributes:
@@ -78,7 +78,7 @@ def noise() -> tuple[Tensor, Tensor]:
     return torch.tensor(list(text)), torch.tensor(left)
 
 
-def hidden(kind: str, length: int, depths: Tensor, form: Form, generator: Generator) -> Hidden:
+def hidden(kind: str, length: int, depths: Tensor, form: NeedleForm, generator: Generator) -> Haystacks:
     """Haystacks of a kind that a question is to follow.
 
     Args:
@@ -95,7 +95,7 @@ def hidden(kind: str, length: int, depths: Tensor, form: Form, generator: Genera
         keys = keys[:, :1].expand(-1, count, -1)
     values = _draw(_ZERO, _DIGITS, (rows, count, form.digits), generator)
     ids, _ = _lay_out(_needles(keys, values), depths, length, generator)
-    return Hidden(ids, keys, values, depths)
+    return Haystacks(ids, keys, values, depths)
 
 
 def question(key: Tensor) -> Tensor:
@@ -108,12 +108,12 @@ def separator(rows: int, last: bool) -> Tensor:
     return torch.full((rows, 1), _END if last else _NEXT)
 
 
-def lessons(rows: int, length: int, form: Form, everything: bool, generator: Generator) -> TaskBatch:
+def lessons(rows: int, length: int, form: NeedleForm, everything: bool, generator: Generator) -> TaskBatch:
     """Sequences for training: of each three rows one has one needle, one several keys, one several values.
 
     Questions stand in the haystack too, each somewhere behind the needles that it is about, one for each 32
-    bytes, and one is the end of the sequence. Where a key has several values, those that it has so far are
-    asked.
+    bytes where they have room, and one is the end of the sequence. Where a key has several values, those that
+    it has so far are asked.
 
     Args:
         rows: B.
@@ -122,7 +122,8 @@ def lessons(rows: int, length: int, form: Form, everything: bool, generator: Gen
         everything: every byte is to be predicted; False: the answers alone.
         generator: draws all of it.
     """
-    asked = max(1, length // 32)
+    longest = form.letters + 1 + form.needles * (form.digits + 1)  # of a question with all values of a key
+    asked = max(1, min(length // 32, (length - form.needles * form.width) // longest))
     kinds = torch.arange(rows) % 3
     count = form.needles
     keys = _keys(rows, count, form, generator)
@@ -151,7 +152,7 @@ def lessons(rows: int, length: int, form: Form, everything: bool, generator: Gen
 
 
 def _asked(
-    keys: Tensor, values: Tensor, so_far: Tensor, chosen: Tensor, several: Tensor, form: Form
+    keys: Tensor, values: Tensor, so_far: Tensor, chosen: Tensor, several: Tensor, form: NeedleForm
 ) -> Tensor:
     """Questions with their answers, [B, Q, width]: the chosen needle's, or all values of the key so far."""
     rows, asked = chosen.shape
@@ -168,7 +169,7 @@ def _asked(
     return torch.cat([key, torch.full_like(key[..., :1], _ASK), answer], dim=-1)
 
 
-def _keys(rows: int, count: int, form: Form, generator: Generator) -> Tensor:
+def _keys(rows: int, count: int, form: NeedleForm, generator: Generator) -> Tensor:
     """Keys [B, N, letters], no two of a row with the same first letter."""
     first = torch.rand(rows, _LETTERS, generator=generator).argsort(dim=1)[:, :count, None] + _FIRST_LETTER
     rest = _draw(_FIRST_LETTER, _LETTERS, (rows, count, form.letters - 1), generator)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
-from nested_learning.evals.report.figures import new_figure, save
+from nested_learning.evals.report.figures import save
 from nested_learning.evals.rows import MethodRow, MethodRows
+
+_ACROSS = 5  # maps in a row
 
 
 def heat_maps(rows: MethodRows, path: Path) -> None:
@@ -17,18 +20,24 @@ def heat_maps(rows: MethodRows, path: Path) -> None:
         rows: of which those with figures "heat" are drawn: by length, exact match by depth.
         path: where the PNG goes.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    drawn = [(row, *_map(row)) for row in rows.values() if row.figures]
-    figure, axes = new_figure(max(1, len(drawn)), width=2.2, height=2.4)
+    known = [row for row in rows.values() if any("heat" in each for each in row.figures.values())]
+    drawn = [(row, *_map(row)) for row in known]
+    across = max(1, min(_ACROSS, len(drawn)))
+    down = max(1, math.ceil(len(drawn) / across))
+    figure = Figure(figsize=(1 + 2.2 * across, 2.4 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(drawn) :]:
+        axis.set_axis_off()
     image = None
     for axis, (row, lengths, values) in zip(axes, drawn, strict=False):
-        image = axis.imshow(values, vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")
+        image = axis.imshow(values, vmin=0, vmax=1, aspect="auto")
         axis.set_title(row.method, fontsize=8)
         axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], fontsize=6, rotation=60)
         parts = len(values)
         axis.set_yticks(range(parts), [f"{100 * part // parts} %" for part in range(parts)], fontsize=6)
-    axes[0].set_ylabel("depth", fontsize=7)
+    figure.supylabel("depth", fontsize=7)
     figure.supxlabel("bytes", fontsize=7)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="exact match", shrink=0.8)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from nested_learning.evals.carried import Reader
+from nested_learning.evals.carried import CarriedReader
 from nested_learning.evals.rows import Figures
-from nested_learning.evals.tasks.needle.haystack import KINDS, Form, Hidden, hidden, question, separator
+from nested_learning.evals.tasks.needle.haystack import (
+    KINDS,
+    Haystacks,
+    NeedleForm,
+    hidden,
+    question,
+    separator,
+)
 
 DEPTHS = 5  # parts of a haystack that the heat map tells apart
 _GRID = 40  # places that the depths of several needles are drawn from, each at most once
 
 
-def score(reader: Reader, length: int, rows: int, form: Form, generator: Generator) -> Figures:
+def score(reader: CarriedReader, length: int, rows: int, form: NeedleForm, generator: Generator) -> Figures:
     """Exact match of values and share of right digits at a length.
 
     Values are decoded greedily, digit by digit; what stands between them is given. The order of several
@@ -56,7 +63,7 @@ def score(reader: Reader, length: int, rows: int, form: Form, generator: Generat
     }
 
 
-def _depths(kind: str, rows: int, form: Form, generator: Generator) -> Tensor:
+def _depths(kind: str, rows: int, form: NeedleForm, generator: Generator) -> Tensor:
     """Depths [B, N]: one needle's in turn from 0 to 1, several from a grid, each place once."""
     if kind == "single":
         return torch.linspace(0, 1, DEPTHS)[torch.arange(rows) % DEPTHS, None]
@@ -65,7 +72,7 @@ def _depths(kind: str, rows: int, form: Form, generator: Generator) -> Tensor:
     return chosen / (places - 1)
 
 
-def _room(kind: str, form: Form) -> int:
+def _room(kind: str, form: NeedleForm) -> int:
     """Bytes of the longest question of a kind of haystack with its answers."""
     if kind == "single":
         return form.width
@@ -74,14 +81,14 @@ def _room(kind: str, form: Form) -> int:
     return form.letters + 1 + form.needles * (form.digits + 1)
 
 
-def _each(reader: Reader, texts: Hidden) -> Tensor:
+def _each(reader: CarriedReader, texts: Haystacks) -> Tensor:
     """Values [B, N, digits] that are said for each key, each asked alone right behind the haystack."""
     rows, count, digits = texts.values.shape
     asked = reader.rows(torch.arange(rows).repeat_interleave(count))
     return _value(asked, question(texts.keys.flatten(0, 1)), digits).unflatten(0, (rows, count))
 
 
-def _several(reader: Reader, texts: Hidden, same: bool) -> Tensor:
+def _several(reader: CarriedReader, texts: Haystacks, same: bool) -> Tensor:
     """Values [B, N, digits] that are said one after the other: of the same key, or of each key in turn."""
     rows, count, digits = texts.values.shape
     asked = reader.rows(torch.arange(rows))
@@ -96,7 +103,7 @@ def _several(reader: Reader, texts: Hidden, same: bool) -> Tensor:
     return torch.stack(said, dim=1)
 
 
-def _value(reader: Reader, given: Tensor, digits: int) -> Tensor:
+def _value(reader: CarriedReader, given: Tensor, digits: int) -> Tensor:
     """Digits [B, digits] that follow what is given; all but the last are read."""
     said = [reader.read(given)]
     for _ in range(digits - 1):
