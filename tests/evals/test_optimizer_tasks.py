@@ -61,6 +61,17 @@ def test_rates_are_chosen_over_seeds_and_divergence_has_no_figure():
     json.dumps(figures, allow_nan=False)
 
 
+def test_a_text_that_is_not_here(monkeypatch):
+    from nested_learning.training.data.download import DownloadError
+
+    def offline():
+        raise DownloadError("no network")
+
+    monkeypatch.setattr("nested_learning.evals.tasks.optimizers.language.shakespeare_file", offline)
+    assert "NESTED_LEARNING_DATA" in find_task("optimizers-hope").at("small").missing()
+    assert find_task("optimizers-hope").at("small", source="stdlib").missing() is None
+
+
 def test_an_optimizer_without_a_rate_is_refused():
     with pytest.raises(ValueError, match="'m3' has no learning rate"):
         find_method("m3").build(nn.Linear(2, 2))

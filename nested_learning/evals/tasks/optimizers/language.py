@@ -33,6 +33,7 @@ from nested_learning.optimizers.base import tensor_bytes
 from nested_learning.training.compare import Contender, batches
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data import DataBundle, DataConfig, build_data
+from nested_learning.training.data.download import SHAKESPEARE_NAME, DownloadError, shakespeare_file
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.process import process_state
 
@@ -118,6 +119,18 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
         count = min(self.options.rates, len(rates))
         first = (len(rates) - count) // 2
         return [{"lr": lr} for lr in rates[first : first + count]]
+
+    def missing(self) -> str | None:
+        if self.options.source != "tinyshakespeare":
+            return None
+        try:
+            shakespeare_file()
+        except DownloadError:
+            return (
+                f"{SHAKESPEARE_NAME} is not here and could not be downloaded: put it into a folder that "
+                "NESTED_LEARNING_DATA names, or give another text as `source`"
+            )
+        return None
 
     def run(self, method: Method, seed: int) -> Figures:
         assert isinstance(method, OptimizerMethod)
