@@ -1,4 +1,4 @@
-"""What Hope's figures come from: one part left out at a time, in language, parity and recall."""
+"""Origin of Hope's figures: one part left out at a time, in language, parity and recall."""
 
 from __future__ import annotations
 

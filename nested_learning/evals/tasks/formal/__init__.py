@@ -25,7 +25,7 @@ from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.formal.languages import (
     LANGUAGES,
     VOCABULARY,
-    Language,
+    FormalLanguage,
     Window,
     encode,
     strings,
@@ -165,7 +165,7 @@ class Formal(Task[FormalOptions]):
             "loss": losses,
         }
 
-    def _window(self, language: Language, window: Window) -> Window:
+    def _window(self, language: FormalLanguage, window: Window) -> Window:
         blocks = language.blocks if self.options.by_count else 1
         return window[0] * blocks, window[1] * blocks
 
@@ -251,7 +251,7 @@ class Strings:
         seed: of all randomness.
     """
 
-    language: Language
+    language: FormalLanguage
     windows: Sequence[Window]
     count: int
     seed: int
@@ -283,7 +283,7 @@ class Strings:
         return random.Random(f"{self.seed} {self.language.name} {part} {number}")
 
 
-def all_right(model: nn.Module, language: Language, texts: Sequence[str]) -> tuple[float, float]:
+def all_right(model: nn.Module, language: FormalLanguage, texts: Sequence[str]) -> tuple[float, float]:
     """Share of the strings with every position right, and share of the positions right."""
     whole = single = places = 0
     for start in range(0, len(texts), ROWS):

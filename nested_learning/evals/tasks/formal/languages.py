@@ -20,7 +20,7 @@ VOCABULARY = 1 + SYMBOLS + CLASSES
 Window = tuple[int, int]  # smallest and largest
 
 
-class Language(ABC):
+class FormalLanguage(ABC):
     """Strings and what is asked after each of their symbols.
 
     Attributes:
@@ -44,7 +44,7 @@ class Language(ABC):
         """The class after each symbol, from 0."""
 
 
-class Parity(Language):
+class Parity(FormalLanguage):
     """Strings of 0 and 1 with an even number of 1; class 1 where so far it is even."""
 
     name, symbols = "parity", "01"
@@ -73,7 +73,7 @@ class Parity(Language):
 
 
 @dataclass
-class Repeated(Language):
+class Repeated(FormalLanguage):
     """(w)*: a word any number of times; class 1 where what was read is in the language."""
 
     name: str
@@ -98,7 +98,7 @@ class Repeated(Language):
 
 
 @dataclass
-class Counted(Language):
+class Counted(FormalLanguage):
     """aⁿbⁿ or aⁿbⁿcⁿ: the class is the set of symbols that may follow: a or b, b, (c,) the end."""
 
     name: str
@@ -122,7 +122,7 @@ class Counted(Language):
         return [0] * n + [(place + 1) // n for place in range(n, len(text))]
 
 
-class Shuffle(Language):
+class Shuffle(FormalLanguage):
     """Shuffle-2: two kinds of brackets, each balanced; the class says which kinds are open, as two bits.
 
     Strings follow the original's grammar, S → (ᵢ S )ᵢ with 0.5, S S with 0.25, nothing with 0.25, given that
@@ -168,7 +168,7 @@ class Shuffle(Language):
         return found
 
 
-LANGUAGES: dict[str, Language] = {
+LANGUAGES: dict[str, FormalLanguage] = {
     language.name: language
     for language in (
         Parity(),
@@ -182,7 +182,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 def strings(
-    language: Language, window: Window, count: int, rng: random.Random, without: Collection[str] = ()
+    language: FormalLanguage, window: Window, count: int, rng: random.Random, without: Collection[str] = ()
 ) -> list[str]:
     """Distinct strings, as many as there are up to `count`, none of `without`."""
     found: dict[str, None] = {}
@@ -195,7 +195,7 @@ def strings(
     return list(found)
 
 
-def encode(language: Language, texts: Sequence[str]) -> TaskBatch:
+def encode(language: FormalLanguage, texts: Sequence[str]) -> TaskBatch:
     """Strings as ids, padded on the right, and the classes asked: both [B, T]."""
     longest = max(map(len, texts))
     ids = torch.full((len(texts), longest), PAD)

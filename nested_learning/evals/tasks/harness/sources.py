@@ -1,4 +1,4 @@
-"""What lm-eval is given: a model and its tokenizer from this machine, and tasks by name or file."""
+"""Sources of lm-eval: a model and its tokenizer from this machine, and tasks by name or file."""
 
 from __future__ import annotations
 
