@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nested_learning.evals import Row, find_method
+from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.claims import HOLDS
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 from nested_learning.evals.methods.models import Size
 from nested_learning.evals.tasks.mad import BASELINES, PRINTED, Mad, _guess, _solved
 from nested_learning.evals.tasks.mad.data import (
@@ -181,7 +181,7 @@ def test_accuracy_by_class_is_that_of_sklearn():
 class _Fixed(torch.nn.Module):
     """A model that answers each id with the next."""
 
-    def forward(self, ids: torch.Tensor) -> Batch:
+    def forward(self, ids: torch.Tensor) -> TaskBatch:
         logits = torch.nn.functional.one_hot((ids + 1) % 10, 10).float()
         return type("Output", (), {"logits": logits})()
 
@@ -190,14 +190,14 @@ def test_score_is_the_mean_over_batches_of_128():
     ids = torch.zeros(192, 1, dtype=torch.long)
     targets = torch.ones_like(ids)
     ids[0] = 4  # answered with 5, though 1 is asked: a class of its own in the first batch alone
-    by_class, micro = score(_Fixed(), Batch(ids, targets))
+    by_class, micro = score(_Fixed(), TaskBatch(ids, targets))
     assert by_class == pytest.approx((128 * (127 / 128 + 0) / 2 + 64 * 1.0) / 192)
     assert micro == pytest.approx(191 / 192)
 
 
 def test_training_ends_at_an_epoch_that_answers_the_validation_data():
-    asked = Batch(torch.arange(8)[None], torch.arange(1, 9)[None])
-    wrong = Batch(asked.ids, asked.ids)
+    asked = TaskBatch(torch.arange(8)[None], torch.arange(1, 9)[None])
+    wrong = TaskBatch(asked.ids, asked.ids)
     stop = _solved(_Fixed(), Data(asked, asked, asked), 3)
     assert [stop(step, 0.0) for step in (1, 2, 3, 4, 6)] == [False, False, True, False, True]
     assert not _solved(_Fixed(), Data(asked, wrong, asked), 3)(3, 0.0)
@@ -281,7 +281,7 @@ def test_claims_hold_on_the_paper_s_own_table():
     printed = task.printed()
     wobble = {0: 0.0, 1: 2e-4, 2: -1e-4}
     rows = {
-        name: Row(
+        name: MethodRow(
             name, {}, {s: {k: v + wobble[s] * (v < 1) for k, v in printed[name].items()} for s in wobble}
         )
         for name in ("hope", "titans", "transformer")

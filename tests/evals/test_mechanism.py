@@ -9,7 +9,7 @@ from math import prod
 import pytest
 import torch
 
-from nested_learning.evals import Row, find_method
+from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD
 from nested_learning.evals.methods.mechanism import GRID, MORE
 from nested_learning.evals.methods.models import Size, TrainedModel
@@ -122,11 +122,11 @@ def test_a_trial_follows_from_its_seed_and_has_language_on_the_first_seeds():
 
 
 def test_claims_are_judged_by_the_seeds_that_both_rows_have():
-    def row(name: str, nats: float, parity: float) -> Row:
+    def row(name: str, nats: float, parity: float) -> MethodRow:
         figures = {seed: {"parity bin 1": parity + seed / 100, "recall": 0.2} for seed in range(5)}
         for seed in range(3):
             figures[seed]["nats"] = nats + seed / 10
-        return Row(name, {}, figures)
+        return MethodRow(name, {}, figures)
 
     names = {method.name for method in GRID}
     rows = {name: row(name, 2.0 + 0.1 * (name != "mechanism-whole"), 0.5) for name in names}

@@ -35,7 +35,7 @@ def bars(rows: MethodRows, figure: str, label: str, path: Path) -> None:
     bar_panels(rows, {figure: label}, path)
 
 
-def bar_panels(rows: Rows, figures: Mapping[str, str], path: Path) -> None:
+def bar_panels(rows: MethodRows, figures: Mapping[str, str], path: Path) -> None:
     """A plot per figure, side by side, with a bar per method and the standard deviation over seeds.
 
     Args:
@@ -78,7 +78,7 @@ def lines(
 
 
 def line_panels(
-    rows: Rows,
+    rows: MethodRows,
     panels: Mapping[str, Sequence[tuple[float, str]]],
     xlabel: str,
     path: Path,
@@ -101,7 +101,7 @@ def line_panels(
     save(drawing, path)
 
 
-def _draw_lines(axes: Any, rows: Rows, figures: Sequence[tuple[float, str]]) -> None:
+def _draw_lines(axes: Any, rows: MethodRows, figures: Sequence[tuple[float, str]]) -> None:
     for row in rows.values():
         points = [(x, row.mean(name), row.spread(name) or 0.0) for x, name in figures]
         points = [point for point in points if point[1] is not None]

@@ -1,4 +1,4 @@
-"""What Hope's figures come from: one part left out at a time, in language, parity and recall."""
+"""Origin of Hope's figures: one part of it left out at a time, in language, parity and recall."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.mechanism import GRID, MORE
 from nested_learning.evals.methods.models import Size, TrainedModel
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import TUNING_SEED, Task
 from nested_learning.evals.tasks.formal import Strings, all_right
 from nested_learning.evals.tasks.formal.languages import LANGUAGES, VOCABULARY
@@ -88,7 +88,7 @@ class Mechanism(Task[MechanismOptions]):
 
     name = "mechanism"
     title = "what Hope's figures come from: one part left out at a time, in language, parity, recall"
-    budgets: Mapping[str, MechanismOptions] = {
+    budgets: ClassVar[Mapping[str, MechanismOptions]] = {
         "smoke": MechanismOptions(
             seeds=1, language_seeds=1, max_bytes=1 << 16, widths=[16], block=32, language_steps=2,
             language_batch=2, validation_blocks=2, windows=[(2, 8), (9, 16)], pairs=2, vocab_size=16, steps=2,
@@ -101,7 +101,7 @@ class Mechanism(Task[MechanismOptions]):
             test_size=1000, width=64, rates=[1e-3, 3e-3],
         ),
     }  # fmt: skip
-    columns: Mapping[str, str] = {
+    columns: ClassVar[Mapping[str, str]] = {
         "nats": "nats per byte of held-out text, mean over the widths",
         **{f"nats@{width}": f"at width {width}" for width in (16, 32, 48, 64, 128, 256)},
         "parity": "share of strings all right, mean over the bins",
@@ -256,7 +256,7 @@ class Mechanism(Task[MechanismOptions]):
             )
         return text
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Nats per byte at each width, parity and recall, a plot each."""
         from nested_learning.evals.report.figures import bar_panels
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from nested_learning._errors import unknown
 from nested_learning.evals.claims import Ahead, Claim, Reaches
-from nested_learning.evals.fit import Batch, Training, fit, parameters_of
+from nested_learning.evals.fit import TaskBatch, Training, fit, parameters_of
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
-from nested_learning.evals.tasks.mad.data import NOISE_IDS, TASKS, Cell, make_data
+from nested_learning.evals.tasks.mad.data import NOISE_IDS, TASKS, Cell, Data, make_data
 from nested_learning.evals.tasks.mad.scoring import AutoEncoder, score
+from nested_learning.models import HopeForCausalLM
 
 SOURCE = "Table 4"
 VALIDATION = 256  # sequences at most
@@ -100,7 +101,7 @@ class Mad(Task[MadOptions]):
 
     name = "mad"
     title = "six skills (MAD): recall, noisy and fuzzy recall, copying, compression, memorisation"
-    budgets: Mapping[str, MadOptions] = {
+    budgets: ClassVar[Mapping[str, MadOptions]] = {
         "smoke": MadOptions(
             seeds=1, train=16, length=34, test_size=16, epochs=1, memorisation_epochs=1, batch_size=16,
             width=16, layers=1, heads=2,
@@ -111,7 +112,7 @@ class Mad(Task[MadOptions]):
             width=128, heads=16, rates=[1e-4, 5e-4, 1e-3], weight_decays=[0.0, 0.1],
         ),
     }  # fmt: skip
-    columns: Mapping[str, str] = {
+    columns: ClassVar[Mapping[str, str]] = {
         "accuracy": "mean over the tasks of the accuracy by class",
         **{task: f"accuracy by class, {task.replace('-', ' ')}" for task in TASKS},
         **{f"{task} micro": f"share of places right, {task.replace('-', ' ')}" for task in TASKS},
@@ -172,22 +173,23 @@ class Mad(Task[MadOptions]):
         size = Size(cell.vocab_size, longest, options.width, options.layers, options.heads)
         model = method.new_model(size, seed)
         if task == "compression":
-            model = AutoEncoder(model, cell.length)
+            model = AutoEncoder(cast(HopeForCausalLM, model), cell.length)
         epochs = options.memorisation_epochs if task == "memorisation" else options.epochs
         per_epoch = -(-len(data.train.ids) // options.batch_size)
         decay = float(method.settings.get("weight_decay", options.weight_decays[0]))
         training = Training(epochs * per_epoch, options.rates[0], decay)
-        steps = fit(method, model, self._batches(data.train, seed), training, _solved(model, data, per_epoch))
+        ends = _solved(model, data, per_epoch)
+        losses = fit(method, model, self._batches(data.train, seed), training, ends)
         by_class, micro = score(model, data.test)
-        return by_class, micro, len(steps) // per_epoch, parameters_of(model)
+        return by_class, micro, len(losses) // per_epoch, parameters_of(model)
 
-    def _batches(self, train: Batch, seed: int) -> Iterator[Batch]:
+    def _batches(self, train: TaskBatch, seed: int) -> Iterator[TaskBatch]:
         """The training set in a new order again and again."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(train.ids), generator=generator)
             for rows in order.split(self.options.batch_size):
-                yield Batch(train.ids[rows], train.targets[rows])
+                yield TaskBatch(train.ids[rows], train.targets[rows])
 
     def constants(self) -> Mapping[str, Figures]:
         """A guess of any symbol that can be the answer; in compression the last id is known by its place."""
@@ -242,14 +244,14 @@ class Mad(Task[MadOptions]):
             " the mean over batches of 128 test sequences, as mad-lab logs it."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Accuracy of each method, a plot for each task."""
         from nested_learning.evals.report.figures import bar_panels
 
         bar_panels(rows, {task: task.replace("-", " ") for task in self.options.tasks}, path)
 
 
-def _solved(model: nn.Module, data: Any, per_epoch: int) -> Any:
+def _solved(model: nn.Module, data: Data, per_epoch: int) -> Callable[[int, float], bool]:
     """Whether an epoch ends here and the validation data are answered."""
 
     def on_step(step: int, loss: float) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 
 NOISE_IDS = 16  # of the vocabulary, where there is noise
 MOTIF = 3  # symbols of a key or a value of fuzzy recall, at most
@@ -43,9 +43,9 @@ class Cell:
 class Data(NamedTuple):
     """Sets of sequences of one cell; a training set may ask for more than the others do."""
 
-    train: Batch
-    validation: Batch
-    test: Batch
+    train: TaskBatch
+    validation: TaskBatch
+    test: TaskBatch
 
 
 def make_data(task: str, cell: Cell, seed: int, sizes: tuple[int, int]) -> Data:
@@ -84,7 +84,7 @@ def check_cell(task: str, cell: Cell) -> None:
         )
 
 
-def recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -> Batch:
+def recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -> TaskBatch:
     """Pairs of a key and a value, keys again and again; some pairs are noise in the noisy variant.
 
     Keys are drawn with equal chance, their values anew for each sequence; two keys may have one value. The
@@ -106,7 +106,7 @@ def recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -
         noise = torch.randint(symbols, cell.vocab_size, (count, pairs - 1, 2), generator=generator)
         told_pairs[:, :-1] = torch.where(is_noise[..., None], noise, told_pairs[:, :-1])
     ids = told_pairs.flatten(1)
-    return Batch(ids[:, :-1], ids[:, 1:] if training else recall_targets(ids, keys))
+    return TaskBatch(ids[:, :-1], ids[:, 1:] if training else recall_targets(ids, keys))
 
 
 def recall_targets(ids: Tensor, keys: int) -> Tensor:
@@ -118,7 +118,7 @@ def recall_targets(ids: Tensor, keys: int) -> Tensor:
     return targets
 
 
-def fuzzy_recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -> Batch:
+def fuzzy_recall(cell: Cell, count: int, generator: torch.Generator, training: bool) -> TaskBatch:
     """Recall of keys and values of one to three different symbols each; keys of a test have three.
 
     Sequences are filled up on the left. What is asked is as in `recall`.
@@ -127,7 +127,7 @@ def fuzzy_recall(cell: Cell, count: int, generator: torch.Generator, training: b
     rows = [_fuzzy_row(cell, rng, 1 if training else MOTIF) for _ in range(count)]
     ids = torch.tensor(rows)
     targets = ids[:, 1:] if training else fuzzy_targets(rows, cell.vocab_size)
-    return Batch(ids[:, :-1], targets)
+    return TaskBatch(ids[:, :-1], targets)
 
 
 def _fuzzy_row(cell: Cell, rng: random.Random, least: int) -> list[int]:
@@ -144,7 +144,8 @@ def _fuzzy_row(cell: Cell, rng: random.Random, least: int) -> list[int]:
     asked, answer = new_key(), new_value()
     size = len(asked) + len(answer)
     place = rng.randrange(cell.length - 2 * size)  # from here on the asked pair is told, if it was not
-    value_of, told, row = {asked: answer}, False, []
+    value_of, told = {asked: answer}, False
+    row: list[int] = []
     while len(row) < cell.length - size - 2 * MOTIF:
         key = asked if len(row) >= place and not told else new_key()
         row += [*key, *value_of.setdefault(key, new_value())]
@@ -172,7 +173,7 @@ def fuzzy_targets(rows: list[list[int]], vocab_size: int) -> Tensor:
     return targets
 
 
-def copying(cell: Cell, count: int, generator: torch.Generator, training: bool) -> Batch:
+def copying(cell: Cell, count: int, generator: torch.Generator, training: bool) -> TaskBatch:
     """Tokens among blanks, then a sign, then as many blanks at which the tokens are asked in their order.
 
     Each blank stands before one of the tokens, any with equal chance. The last two ids are the blank and the
@@ -188,7 +189,7 @@ def copying(cell: Cell, count: int, generator: torch.Generator, training: bool) 
     ids = torch.full((count, cell.length), blank)
     ids.scatter_(1, blanks.cumsum(1) + torch.arange(copies), tokens)
     ids[:, before] = cell.vocab_size - 1
-    return Batch(ids, copying_targets(ids, copies, blank))
+    return TaskBatch(ids, copying_targets(ids, copies, blank))
 
 
 def copying_targets(ids: Tensor, copies: int, blank: int) -> Tensor:
@@ -198,11 +199,11 @@ def copying_targets(ids: Tensor, copies: int, blank: int) -> Tensor:
     return targets
 
 
-def compression(cell: Cell, count: int, generator: torch.Generator, training: bool) -> Batch:
+def compression(cell: Cell, count: int, generator: torch.Generator, training: bool) -> TaskBatch:
     """Random symbols and a last id that gathers them; every token is asked of what stands there."""
     ids = torch.randint(cell.vocab_size - 1, (count, cell.length), generator=generator)
     ids[:, -1] = cell.vocab_size - 1
-    return Batch(ids, ids)
+    return TaskBatch(ids, ids)
 
 
 def memory_map(cell: Cell, generator: torch.Generator) -> Tensor:
@@ -218,17 +219,17 @@ def memorisation(
     generator: torch.Generator,
     training: bool,
     value_of: Tensor | None = None,
-) -> Batch:
+) -> TaskBatch:
     """Keys, each followed by the last id, at which the key's value is asked; no value is ever told."""
     value_of = memory_map(cell, generator) if value_of is None else value_of
     key = torch.randint(len(value_of), (count, cell.length // 2), generator=generator)
     ids = torch.stack((key, torch.full_like(key, cell.vocab_size - 1)), dim=-1).flatten(1)
     targets = torch.full_like(ids, IGNORED)
     targets[:, 1::2] = value_of[key]
-    return Batch(ids, targets)
+    return TaskBatch(ids, targets)
 
 
-TASKS: dict[str, Callable[[Cell, int, torch.Generator, bool], Batch]] = {
+TASKS: dict[str, Callable[[Cell, int, torch.Generator, bool], TaskBatch]] = {
     "recall": recall,
     "noisy-recall": recall,
     "fuzzy-recall": fuzzy_recall,

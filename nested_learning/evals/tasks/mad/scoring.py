@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nested_learning.evals.fit import IGNORED, Batch, answers
+from nested_learning.evals.fit import IGNORED, TaskBatch, answers
 from nested_learning.models import HopeForCausalLM
 
 BATCH = 128  # test sequences whose accuracy by class is averaged, as in mad-lab
 
 
-def score(model: nn.Module, batch: Batch) -> tuple[float, float]:
+def score(model: nn.Module, batch: TaskBatch) -> tuple[float, float]:
     """Accuracy by class and by place.
 
     The accuracy by class is the mean over batches of 128 sequences, not that of all of them: an id that is
