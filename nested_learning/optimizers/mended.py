@@ -27,7 +27,7 @@ class _WholeStep(Optimizer):
     rule: ClassVar[type[Optimizer]]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:

@@ -13,7 +13,7 @@ from nested_learning.evals.fit import IGNORED
 from nested_learning.evals.methods.lstm import LSTM, _count
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import find_method
-from nested_learning.evals.rows import Row
+from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.tasks.formal import Formal, Strings, all_right
 from nested_learning.evals.tasks.formal.languages import LANGUAGES, SYMBOLS, encode, strings
 
@@ -172,10 +172,10 @@ def test_table_5_is_decided_by_every_seed() -> None:
     whole = {f"{name} bin {n}": 1.0 for name in ("parity", "(aa)*") for n in (0, 1, 2)}
     failed = {**whole, "parity bin 1": 0.0, "(aa)* bin 1": 0.0}
     rows = {
-        "lstm": Row("lstm", figures={0: whole, 1: whole}),
-        "hope": Row("hope", figures={0: failed, 1: failed}),
-        "transformer": Row("transformer", figures={0: failed, 1: failed}),
-        "linear-attention": Row("linear-attention", figures={0: whole, 1: whole}),
+        "lstm": MethodRow("lstm", figures={0: whole, 1: whole}),
+        "hope": MethodRow("hope", figures={0: failed, 1: failed}),
+        "transformer": MethodRow("transformer", figures={0: failed, 1: failed}),
+        "linear-attention": MethodRow("linear-attention", figures={0: whole, 1: whole}),
     }
     verdicts = {claim.method: claim.judge(rows).verdict for claim in task.claims()}  # type: ignore[attr-defined]
     assert verdicts["lstm"] == verdicts["transformer"] == HOLDS

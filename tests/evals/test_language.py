@@ -12,7 +12,7 @@ import torch
 from nested_learning.evals import find_method, find_task
 from nested_learning.evals.fit import Diverged
 from nested_learning.evals.methods.models import MODELS, Size
-from nested_learning.evals.rows import Row
+from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.task import TUNING_SEED
 from nested_learning.evals.tasks.language import text as texts_of
 from nested_learning.evals.tasks.language.ablations import HOPE, ROWS, VARIANTS
@@ -151,7 +151,7 @@ def test_wikitext_is_measured_where_it_is(files, monkeypatch, tmp_path):
 def test_claims_are_decided_by_loss():
     def rows(**bits):
         return {
-            name.replace("_", "-"): Row(
+            name.replace("_", "-"): MethodRow(
                 name.replace("_", "-"),
                 figures={
                     seed: {"bits_per_byte": value + 0.1 * seed + 0.001 * seed * value} for seed in range(3)

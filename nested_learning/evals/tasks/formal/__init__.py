@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
 from nested_learning._errors import unknown
 from nested_learning.evals.claims import Claim, Reaches
-from nested_learning.evals.fit import IGNORED, Batch, Training, answers, fit, parameters_of, summary
+from nested_learning.evals.fit import IGNORED, TaskBatch, Training, answers, fit, parameters_of, summary
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.chunks import CHUNKS
 from nested_learning.evals.methods.lstm import LSTM
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.formal.languages import (
     LANGUAGES,
@@ -38,7 +38,7 @@ SELF_MODIFYING = "self_modifying_titans"
 ERASING = ("deltanet", "gated_deltanet", SELF_MODIFYING)  # mixers whose rate may exceed 1
 TABLE = "Table 5"
 # Bin 0 and Bin 1 by row and language, in per cent.
-PRINTED = {
+PRINTED: dict[str, dict[str, tuple[float, float]]] = {
     "transformer": {"parity": (46.4, 0), "(aa)*": (0, 0), "(abab)*": (0, 0)},
     "linear-attention": {"parity": (78.1, 0), "(aa)*": (0, 0), "(abab)*": (0, 0)},
     "deltanet": {"parity": (98.2, 10.1), "(aa)*": (0, 0), "(abab)*": (0, 0)},
@@ -87,7 +87,7 @@ class Formal(Task[FormalOptions]):
 
     name = "formal"
     title = "formal languages: strings of which every symbol is answered right, at trained and longer lengths"
-    budgets: Mapping[str, FormalOptions] = {
+    budgets: ClassVar[Mapping[str, FormalOptions]] = {
         "smoke": FormalOptions(
             seeds=1, languages=["parity"], windows=[(2, 8), (9, 16)], steps=3, batch_size=8, test_size=16,
             width=16, rate_bounds=[1.0],
@@ -98,7 +98,7 @@ class Formal(Task[FormalOptions]):
             test_size=2000, rates=[1e-3, 3e-3], tuned_on=["parity", "(aa)*"],
         ),
     }  # fmt: skip
-    columns: Mapping[str, str] = {
+    columns: ClassVar[Mapping[str, str]] = {
         "right": "share of strings with every position right, mean over languages and bins",
         **{
             f"{language} bin {number}": f"share of strings of {language} all right, {place}"
@@ -229,7 +229,7 @@ class Formal(Task[FormalOptions]):
             "Within a string that is no longer than a chunk nothing is re-anchored."
         )
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Shares against the longest string of a bin, a plot per language."""
         from nested_learning.evals.report.figures import line_panels
 
@@ -265,7 +265,7 @@ class Strings:
         others = strings(self.language, window, self.count, self._rng(part, number), without=set(test))
         return others or test
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int) -> Iterator[TaskBatch]:
         """Training batches without end, of strings that no bin holds, where there are enough."""
         rng = self._rng("train", 0)
         held = set() if self.language.unary else {*self.bin(0, "test"), *self.bin(0, "validation")}

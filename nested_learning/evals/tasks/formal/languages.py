@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 
 PAD, SYMBOLS, CLASSES = 0, 4, 4  # ids: padding, then symbols, then classes
 VOCABULARY = 1 + SYMBOLS + CLASSES
@@ -150,7 +150,7 @@ class Shuffle(Language):
                 continue
             chance = rng.random()
             if chance < 0.5:
-                opened, closed = rng.choice(["()", "[]"])
+                opened, closed = rng.choice([("(", ")"), ("[", "]")])
                 text, owed = text + opened, owed + 1
                 pending += [closed, "S"]
             elif chance < 0.75:
@@ -195,7 +195,7 @@ def strings(
     return list(found)
 
 
-def encode(language: Language, texts: Sequence[str]) -> Batch:
+def encode(language: Language, texts: Sequence[str]) -> TaskBatch:
     """Strings as ids, padded on the right, and the classes asked: both [B, T]."""
     longest = max(map(len, texts))
     ids = torch.full((len(texts), longest), PAD)
@@ -203,7 +203,7 @@ def encode(language: Language, texts: Sequence[str]) -> Batch:
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor([1 + language.symbols.index(symbol) for symbol in text])
         targets[row, : len(text)] = 1 + SYMBOLS + torch.tensor(language.classes(text))
-    return Batch(ids, targets)
+    return TaskBatch(ids, targets)
 
 
 def _check(possible: bool, name: str, window: Window) -> None:

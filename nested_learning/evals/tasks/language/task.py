@@ -16,7 +16,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.language.text import (
     SplitText,
@@ -198,7 +198,7 @@ class Language(Task[LanguageOptions]):
             notes.append("WikiText-2 is left out: NESTED_LEARNING_DATA has no wikitext2_valid.txt.")
         return " ".join(notes)
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Bits per byte of each model, and loss by position with and without a carried state."""
         figure, (left, right) = new_figure(2, width=6.0, height=4.5)
         scored = [row for row in rows.values() if row.values(self.headline)]

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from nested_learning.evals.claims import Ahead, Claim
-from nested_learning.evals.fit import IGNORED, Batch, Training, answers, fit, parameters_of, summary
+from nested_learning.evals.fit import IGNORED, TaskBatch, Training, answers, fit, parameters_of, summary
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
-from nested_learning.evals.rows import Figures, Rows
+from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.recall.data import check_room, reassigned, recall_batch
 from nested_learning.training.process import process_state
@@ -81,7 +81,7 @@ class Recall(Task[RecallOptions]):
 
     name = "recall"
     title = "values of keys told before (MQAR), against the number of pairs; and of keys that are told again"
-    budgets: Mapping[str, RecallOptions] = {
+    budgets: ClassVar[Mapping[str, RecallOptions]] = {
         "smoke": RecallOptions(
             seeds=1, steps=3, batch_size=8, vocab_size=64, train=[(32, 4)], test=[(32, 2), (32, 4)],
             test_size=16, width=16, rates=[1e-2],
@@ -89,7 +89,7 @@ class Recall(Task[RecallOptions]):
         "small": RecallOptions(),
         "full": FULL,
     }  # fmt: skip
-    columns: Mapping[str, str] = {
+    columns: ClassVar[Mapping[str, str]] = {
         "accuracy": "share of questions right, mean over the numbers of pairs",
         **{f"accuracy@{pairs}": f"share right with {pairs} pairs" for pairs in (4, 8, 16, 24, 32, 64, 256)},
         "forgetting": "share right for keys told again, mean over the numbers of pairs",
@@ -134,7 +134,7 @@ class Recall(Task[RecallOptions]):
             "loss": summary(losses),
         }
 
-    def _batches(self, seed: int) -> Iterator[Batch]:
+    def _batches(self, seed: int) -> Iterator[TaskBatch]:
         options, generator = self.options, torch.Generator().manual_seed(seed)
         while True:
             which, coin = torch.rand(2, generator=generator).tolist()
@@ -234,7 +234,7 @@ class Recall(Task[RecallOptions]):
             )
         return text + "."
 
-    def plot(self, rows: Rows, path: Path) -> None:
+    def plot(self, rows: MethodRows, path: Path) -> None:
         """Accuracy against the number of pairs."""
         from nested_learning.evals.report.figures import line_panels
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nested_learning.evals.fit import IGNORED, Batch
+from nested_learning.evals.fit import IGNORED, TaskBatch
 
 POWER = 0.01  # p(slot g) ∝ g^(POWER − 1), g = 1, 2, …: most questions come soon, some late
 
@@ -28,7 +28,7 @@ def check_room(length: int, pairs: int, updates: int) -> None:
 
 def recall_batch(
     size: tuple[int, int], pairs: int, vocab_size: int, generator: torch.Generator, updates: int = 0
-) -> Batch:
+) -> TaskBatch:
     """Sequences of MQAR.
 
     Keys are distinct ids of 1 … vocab_size / 2 − 1, values distinct ones of the upper half; noise is any id.
@@ -68,10 +68,10 @@ def recall_batch(
     ids = torch.randint(vocab_size, (rows, length), generator=generator)
     ids[:, : told.shape[1]] = told
     ids.scatter_(1, places, keys)
-    return Batch(ids, torch.full_like(ids, IGNORED).scatter(1, places, values))
+    return TaskBatch(ids, torch.full_like(ids, IGNORED).scatter(1, places, values))
 
 
-def reassigned(batch: Batch, pairs: int, updates: int) -> tuple[Tensor, Tensor]:
+def reassigned(batch: TaskBatch, pairs: int, updates: int) -> tuple[Tensor, Tensor]:
     """Questions for keys that were told again.
 
     Returns:
