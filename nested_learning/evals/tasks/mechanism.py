@@ -1,4 +1,4 @@
-"""Origin of Hope's figures: one part left out at a time, in language, parity and recall."""
+"""Origin of Hope's figures: one part of it left out at a time, in language, parity and recall."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
-from nested_learning.evals.tasks.mad.data import NOISE_IDS, TASKS, Cell, make_data
+from nested_learning.evals.tasks.mad.data import NOISE_IDS, TASKS, Cell, Data, make_data
 from nested_learning.evals.tasks.mad.scoring import AutoEncoder, score
 from nested_learning.models import HopeForCausalLM
 
@@ -178,9 +178,10 @@ class Mad(Task[MadOptions]):
         per_epoch = -(-len(data.train.ids) // options.batch_size)
         decay = float(method.settings.get("weight_decay", options.weight_decays[0]))
         training = Training(epochs * per_epoch, options.rates[0], decay)
-        steps = fit(method, model, self._batches(data.train, seed), training, _solved(model, data, per_epoch))
+        ends = _solved(model, data, per_epoch)
+        losses = fit(method, model, self._batches(data.train, seed), training, ends)
         by_class, micro = score(model, data.test)
-        return by_class, micro, len(steps) // per_epoch, parameters_of(model)
+        return by_class, micro, len(losses) // per_epoch, parameters_of(model)
 
     def _batches(self, train: TaskBatch, seed: int) -> Iterator[TaskBatch]:
         """The training set in a new order again and again."""
@@ -250,7 +251,7 @@ class Mad(Task[MadOptions]):
         bar_panels(rows, {task: task.replace("-", " ") for task in self.options.tasks}, path)
 
 
-def _solved(model: nn.Module, data: Any, per_epoch: int) -> Any:
+def _solved(model: nn.Module, data: Data, per_epoch: int) -> Callable[[int, float], bool]:
     """Whether an epoch ends here and the validation data are answered."""
 
     def on_step(step: int, loss: float) -> bool:
