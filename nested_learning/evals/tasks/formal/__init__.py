@@ -234,7 +234,9 @@ class Formal(Task[FormalOptions]):
         from nested_learning.evals.report.figures import line_panels
 
         panels = {
-            name: [(w[1], f"{name} bin {n}") for n, w in enumerate(self.options.windows)]
+            f"{name}: share of strings right": [
+                (float(most), f"{name} bin {number}") for number, (_, most) in enumerate(self.options.windows)
+            ]
             for name in self.options.languages
         }
         line_panels(rows, panels, "longest strings of the bin", path)
