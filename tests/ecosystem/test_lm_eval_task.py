@@ -16,7 +16,7 @@ from nested_learning.training.data import byte_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 evaluator = pytest.importorskip("lm_eval.evaluator")
-huggingface = pytest.importorskip("lm_eval.models.huggingface")
+tasks_of_lm_eval = pytest.importorskip("lm_eval.tasks")
 pytestmark = pytest.mark.slow
 
 TEXT = "the cat saw a dog and then it went home to eat some more fish on a mat"
@@ -74,9 +74,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _here(folder, monkeypatch):
     monkeypatch.setenv("NESTED_LEARNING_DATA", str(folder))
-    # What it looks up about the machine and on the hub takes a minute.
-    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
-    monkeypatch.setattr(huggingface.HFLM, "get_model_info", lambda self: {})
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # takes seconds
 
 
 def figures(folder, method="as-it-is", lr=None, names=tuple(KINDS), **options):
@@ -95,6 +93,7 @@ def own(folder, names, **options):
         batch_size=1,
         device="cpu",
         bootstrap_iters=0,
+        task_manager=tasks_of_lm_eval.TaskManager(include_defaults=False),  # all take a minute to read
         **options,
     )
     return {

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from nested_learning.continual import Learner
 
 
-class ReadingLM(HFLM):  # type: ignore[misc]  # untyped where lm-eval is not installed
+class ReadingLM(HFLM):
     """lm-eval's own model of transformers, which learns between documents where it is given a learner.
 
     Documents come one by one in the harness' order. All requests of a document are answered before any of it
