@@ -1,4 +1,4 @@
-"""What each part of Hope is worth in language modelling: the ablations of the paper's Table 6."""
+"""Language modelling by Hope without one of its parts: the ablations of the paper's Table 6."""
 
 from __future__ import annotations
 
