@@ -87,7 +87,7 @@ def _documents(requests: Sequence[Any]) -> list[list[Any]]:
 
 
 def common_text(requests: Sequence[tuple[str, str]]) -> str:
-    """Words that all requests (context, continuation) of one document have in common.
+    """Text that requests (context, continuation) of one document have in common, in whole words.
 
     Those without a context, which ask for the probability of a choice by itself, count where all are so.
     """

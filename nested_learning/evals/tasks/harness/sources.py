@@ -1,4 +1,4 @@
-"""Sources of lm-eval: a model and its tokenizer from this machine, and tasks by name or file."""
+"""A model and its tokenizer from this machine, and tasks by name or file, as lm-eval takes them."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class LmEval(Task[HarnessOptions]):
         by_name = [name for name in self.options.tasks if name != LAMBADA and not is_file(name)]
         manager = TaskManager(include_defaults=bool(by_name))  # which reads thousands of files
         tasks: dict[str, Any] = dict(manager.load(task_specs(self.options.tasks, manager))["tasks"])
-        # As `simple_evaluate` does, which is not called itself: it looks over the machine for ten seconds.
+        # As `simple_evaluate` does, which is not called itself: it looks over the machine for seconds.
         for task in tasks.values():
             fixed = task.get_config("num_fewshot")
             if fixed is None or (self.options.fewshot is not None and fixed != 0):

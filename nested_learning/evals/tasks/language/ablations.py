@@ -1,4 +1,4 @@
-"""Worth of each part of Hope in language modelling: the ablations of the paper's Table 6."""
+"""Language modelling by Hope without one of its parts: the ablations of the paper's Table 6."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.models import TrainedModel
 from nested_learning.evals.registry import register_method, register_task
-from nested_learning.evals.tasks.language.task import Language
+from nested_learning.evals.tasks.language.task import LanguageModelling
 
 MIXER = "self_modifying_titans"
 WHOLE: dict[str, Any] = {"momentum": True, "adaptive_q": True}  # beside DGD, retention, adaptive k and v
@@ -35,14 +35,14 @@ VARIANTS = tuple(
 
 
 @register_task
-class Ablations(Language):
+class Ablations(LanguageModelling):
     """Language modelling by Hope with all its parts, and without each of them, at equal parameters."""
 
     name = "ablations"
     title = "language modelling without DGD, momentum, retention, CMS, adaptive k, v, q: Table 6"
     budgets: ClassVar[Mapping[str, Any]] = {
         budget: dataclasses.replace(options, seeds=min(options.seeds, 3))
-        for budget, options in Language.budgets.items()
+        for budget, options in LanguageModelling.budgets.items()
     }
 
     def methods(self) -> Sequence[Method]:

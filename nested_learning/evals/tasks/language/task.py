@@ -75,7 +75,7 @@ class LanguageOptions:
 
 
 @register_task
-class Language(Task[LanguageOptions]):
+class LanguageModelling(Task[LanguageOptions]):
     """Bits per byte of models trained from random weights, and what a carried state is worth to them."""
 
     name = "language"
