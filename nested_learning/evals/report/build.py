@@ -39,6 +39,9 @@ def contents(results: Sequence[TaskResult], command: str, folder: Path | None = 
 def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
     task, rows = result.task, result.rows
     ran = any(row.figures for row in rows.values())
+    columns = {
+        name: what for name, what in task.columns.items() if any(r.values(name) for r in rows.values())
+    }
     section: dict[str, Any] = {
         "name": task.name,
         "title": task.title,
@@ -48,9 +51,9 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "unfinished": result.unfinished,
         "seconds": round(result.seconds, 1),
         "failed": [{"trial": str(each.trial), "error": each.error} for each in result.failed],
-        "columns": [{"name": name, "what": what} for name, what in task.columns.items()],
+        "columns": [{"name": name, "what": what} for name, what in columns.items()],
         "printed": {name: dict(values) for name, values in task.printed().items()},
-        "rows": [_row(row, list(task.columns)) for row in rows.values()],
+        "rows": [_row(row, list(columns)) for row in rows.values()],
         "claims": [_claim(claim, rows) for claim in task.claims()] if ran else [],
         "figure": None,
     }

@@ -82,7 +82,16 @@ class LanguageModelling(Task[LanguageOptions]):
     title = "language modelling: bits per byte at equal parameters and tokens, loss by position"
     budgets: ClassVar[Mapping[str, Any]] = {
         "smoke": LanguageOptions(
-            1, 2, width=32, block=64, batch=2, max_bytes=1 << 20, blocks=2, length=128, documents=1
+            1,
+            2,
+            texts=["stdlib"],
+            width=32,
+            block=64,
+            batch=2,
+            max_bytes=1 << 20,
+            blocks=2,
+            length=128,
+            documents=1,
         ),
         "small": LanguageOptions(5, 400),
         "full": LanguageOptions(
