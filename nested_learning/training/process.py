@@ -47,6 +47,17 @@ def settle_shards(accelerator: Accelerator) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
+def shard_as_one(accelerator: Accelerator) -> None:
+    """Where FSDP is asked for: one group of shards for the whole model in place of one for each block.
+
+    A model that learns from the next-token loss passes through its blocks as often as its rows have chunks
+    and documents. Blocks that are whole for a pass each would be gathered as often, in one process more often
+    than in another, which would wait for ever.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.auto_wrap_policy = None
+
+
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model in one piece: itself, or a copy on the CPU of one that lies in shards.
 

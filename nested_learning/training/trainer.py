@@ -33,7 +33,7 @@ from nested_learning.training.config import TrainConfig
 from nested_learning.training.data.streams import DocumentBlocks
 from nested_learning.training.optim import build_optimizer, build_schedule
 from nested_learning.training.positions import loss_by_position
-from nested_learning.training.process import process_state, settle_shards
+from nested_learning.training.process import process_state, settle_shards, shard_as_one
 from nested_learning.training.run_folder import RunFolder
 from nested_learning.training.timing import ClockSchedule, RunClock
 
@@ -140,6 +140,8 @@ class HopeTrainer(Trainer):
         # The tokenizer is not given to the Trainer as its processing class: that would copy its special
         # tokens, the end of text among them, into the model's configuration.
         super().__init__(model, args, default_data_collator, train_dataset, eval_dataset)
+        if getattr(model.config, "cms_update", "none") == "lm":
+            shard_as_one(self.accelerator)
         self.lm = model
         self.config = config
         self.tokenizer = tokenizer

@@ -26,7 +26,7 @@ from nested_learning.layers.cms.segments import Segment, Segments
 from nested_learning.layers.cms.writer import Rows
 from nested_learning.memory.state import State, Weights
 from nested_learning.models.hope.block_hope import Blocks, HopeBlock, Piece, States, Tokens, join
-from nested_learning.models.hope.sharded_hope import gathered, inside
+from nested_learning.models.hope.sharded_hope import check_passes, gathered, inside
 from nested_learning.ops.context import transformed
 from nested_learning.ops.rows import padded
 
@@ -93,6 +93,7 @@ class LMUpdate:
         Waits for the device once per segment where rows may stand at different places, to see whether any
         of them has come to a boundary.
         """
+        check_passes(self.blocks.blocks, tokens.real, tokens.documents)
         if tokens.documents is None:
             return self._read_rows(tokens, states)
 
