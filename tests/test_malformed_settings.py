@@ -188,6 +188,7 @@ LAST = {
     "levels": ["/no/such/model"],
     "chat": ["--model", "/no/such/model"],
     "adapt": ["--model", "/no/such/model"],
+    "eval": ["no-such-task"],
 }
 
 

@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(files):
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("NESTED_LEARNING_DATA", str(tmp_path))
     monkeypatch.setenv("NESTED_LEARNING_CACHE", str(tmp_path))
-    task = find_task("language").at("smoke")
+    task = find_task("language").at("small")
     assert "NESTED_LEARNING_DATA" in task.missing()
     assert "wikitext2_valid.txt" in task.note()
     assert task.constants() == {"uniform": {"tinyshakespeare": 8.0, "stdlib": 8.0, "bits_per_byte": 8.0}}

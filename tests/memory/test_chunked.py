@@ -134,7 +134,7 @@ def test_equals_the_generic_step(rows, tokens, options, chunked_runs, generic):
     assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive_q": True, "expansion": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"adaptive": "kvq", "expansion": 2.0}], ids=str)
 def test_equals_the_oracle(options, chunked_runs):
     oracle.compare(oracle.Case(tokens=11, **options))
     assert chunked_runs == [8]
