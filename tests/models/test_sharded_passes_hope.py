@@ -13,20 +13,15 @@ class ShardedBlock(FSDPModule, HopeBlock):
     """A block as `fully_shard` makes its class, without its hooks."""
 
 
-@pytest.mark.parametrize("given", ["mask", "documents"])
-def test_padded_rows_and_documents(given):
+def test_documents():
     config = HopeConfig(
         hidden_size=8, num_hidden_layers=2, num_heads=2, vocab_size=11, mixer="deltanet",
         cms_levels=[{"chunk_size": 4}], cms_update="lm",
     )  # fmt: skip
     model = HopeForCausalLM(config)
-    ids = torch.arange(8).reshape(1, 8)
-    extra = {
-        "mask": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])},
-        "documents": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
-    }[given]
-    assert torch.isfinite(model(ids, **extra).logits).all()
+    ids, positions = torch.arange(8)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    assert torch.isfinite(model(ids, position_ids=positions).logits).all()
     model.model.layers[1].__class__ = ShardedBlock
     with pytest.raises(ValueError, match="do not shard blocks"):
-        model(ids, **extra)
-    check_passes(model.model.layers, None, None)  # full rows pass as often in every process
+        model(ids, position_ids=positions)
+    check_passes(model.model.layers, None)  # rows of one document pass as often in every process

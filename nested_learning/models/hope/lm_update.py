@@ -93,7 +93,7 @@ class LMUpdate:
         Waits for the device once per segment where rows may stand at different places, to see whether any
         of them has come to a boundary.
         """
-        check_passes(self.blocks.blocks, tokens.real, tokens.documents)
+        check_passes(self.blocks.blocks, tokens.documents)
         if tokens.documents is None:
             return self._read_rows(tokens, states)
 

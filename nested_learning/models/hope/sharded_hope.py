@@ -32,23 +32,23 @@ def inside(block: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> An
     return nn.Module.__call__(block, x, within=copied)
 
 
-def check_passes(blocks: Sequence[nn.Module], real: Tensor | None, documents: object | None) -> None:
-    """Refuse sharded blocks where the number of passes through them follows from the rows.
+def check_passes(blocks: Sequence[nn.Module], documents: object | None) -> None:
+    """Refuse sharded blocks where the number of passes through them follows from documents in the rows.
 
     Processes would gather weights in different numbers, and wait for each other for ever.
 
     Raises:
-        ValueError: blocks wrapped by FSDP are to read padded rows or documents, chunk by chunk.
+        ValueError: blocks wrapped by FSDP are to read documents in a row, chunk by chunk.
     """
-    if (real is None and documents is None) or all(type(block) is HopeBlock for block in blocks):
+    if documents is None or all(type(block) is HopeBlock for block in blocks):
         return
     from torch.distributed.fsdp import FSDPModule
 
     if any(isinstance(block, FSDPModule) for block in blocks):
         raise ValueError(
-            "cms_update='lm' passes through its blocks as often as padded rows and documents have chunks, so "
+            "cms_update='lm' passes through its blocks as often as the documents of its rows have chunks, so "
             "that processes would gather the weights of sharded blocks in different numbers: do not shard "
-            "blocks (fully_shard the model alone), or give full rows of one document"
+            "blocks (fully_shard the model alone), or give rows of one document"
         )
 
 
