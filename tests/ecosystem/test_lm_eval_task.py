@@ -59,7 +59,7 @@ COLUMNS = ("seconds", "observed")
 def folder(tmp_path_factory):
     """A saved model, a file of each kind of task, and LAMBADA."""
     path = tmp_path_factory.mktemp("harness")
-    model, tokenizer = sources.load_model(sources.RANDOM, "auto")
+    model, tokenizer = sources.load_model("random", "auto")
     model.save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
     lines = "".join(json.dumps(document) + "\n" for document in DOCUMENTS)

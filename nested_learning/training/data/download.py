@@ -42,12 +42,17 @@ def shakespeare_file() -> Path:
     return path
 
 
+def given_file(name: str) -> Path | None:
+    """Path of a file in the folder that NESTED_LEARNING_DATA names; None where it is not there."""
+    folder = os.environ.get("NESTED_LEARNING_DATA")
+    path = Path(folder) / name if folder else None
+    return path if path is not None and path.is_file() else None
+
+
 def find_shakespeare() -> Path | None:
     """Path of Tiny Shakespeare in NESTED_LEARNING_DATA or in the cache; None where it is in neither."""
-    given = os.environ.get("NESTED_LEARNING_DATA")
-    folders = [Path(given)] if given else []
-    paths = [folder / SHAKESPEARE_NAME for folder in (*folders, cache_folder())]
-    return next((path for path in paths if path.is_file()), None)
+    cached = cache_folder() / SHAKESPEARE_NAME
+    return given_file(SHAKESPEARE_NAME) or (cached if cached.is_file() else None)
 
 
 def _fetch(url: str) -> bytes:

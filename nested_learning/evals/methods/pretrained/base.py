@@ -64,9 +64,14 @@ def lacking(name: str) -> str | None:
         if (Path(name) / "config.json").is_file():
             return None
         return f"{name} holds no model: it has no config.json; expected a folder that save_pretrained wrote"
-    if name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if is_downloaded(name):
         return None
     return f"the model {name!r} is not on this machine: `hf download {name}`; {WAYS_OUT}"
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether the name is that of a model on the hub, and the local cache has it."""
+    return name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 @lru_cache(maxsize=1)
@@ -104,7 +109,7 @@ def new_base(model: Any, tokenizer: Any) -> Base:
     return Base(model, tokenizer, Features(model))
 
 
-def random_llama() -> Any:
+def random_llama(positions: int = 1024) -> Any:
     """A Llama with two layers of width 16 and random weights, always the same, over bytes."""
     config = LlamaConfig(
         vocab_size=len(byte_tokenizer()),
@@ -113,7 +118,7 @@ def random_llama() -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
+        max_position_embeddings=positions,
         initializer_range=0.2,  # far from uniform
         bos_token_id=None,
         eos_token_id=None,

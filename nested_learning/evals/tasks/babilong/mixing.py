@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Generator, Tensor
 from nested_learning.evals.fit import IGNORED, TaskBatch
 from nested_learning.evals.tasks.babilong.world import TASKS, Chance, Question, Story, story, words
 from nested_learning.training.data import load_corpus
+from nested_learning.training.data.download import SHAKESPEARE_NAME, given_file
 
 SHORTEST = 10  # words of a sentence that is taken
 WORDS_PER_FACT = 8  # a sequence holds a fact for so many words at most
@@ -38,9 +37,7 @@ class Texts(NamedTuple):
 
 def text_here() -> str:
     """Source of the noise: "tinyshakespeare" where NESTED_LEARNING_DATA holds it, otherwise "stdlib"."""
-    folder = os.environ.get("NESTED_LEARNING_DATA")
-    found = folder is not None and (Path(folder) / "tinyshakespeare.txt").is_file()
-    return "tinyshakespeare" if found else "stdlib"
+    return "stdlib" if given_file(SHAKESPEARE_NAME) is None else "tinyshakespeare"
 
 
 @cache

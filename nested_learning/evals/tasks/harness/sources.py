@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._errors import unknown
+from nested_learning.evals.methods.pretrained.base import RANDOM, is_downloaded, random_llama
 from nested_learning.training.data import byte_tokenizer
+from nested_learning.training.data.download import given_file
 from nested_learning.training.models import saved_folder
 
-RANDOM = "random"  # a small Llama that knows nothing, for trials of the task
 LAMBADA, LAMBADA_FILE = "lambada", "lambada_openai.jsonl"  # in NESTED_LEARNING_DATA
 
 
@@ -37,7 +36,7 @@ def missing_model(name: str) -> str | None:
         except ValueError as error:
             return str(error)
         return None
-    if name.count("/") == 1 and isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if is_downloaded(name):
         return None
     return (
         f"the model {name!r} is neither a folder nor in the hub's local cache: set the option `model` to a "
@@ -59,35 +58,10 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
     if problem is not None:
         raise ValueError(problem)
     if name == RANDOM:
-        return _random_llama(), byte_tokenizer()
+        return random_llama(positions=512).eval(), byte_tokenizer()
     source = str(saved_folder(name)) if Path(name).is_dir() else name
     model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(source, local_files_only=True)
-
-
-def _random_llama() -> Any:
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # far from uniform
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
-
-
-def lambada_file() -> Path | None:
-    """LAMBADA as JSON Lines in NESTED_LEARNING_DATA, or None where it is not there."""
-    folder = os.environ.get("NESTED_LEARNING_DATA")
-    path = Path(folder) / LAMBADA_FILE if folder else None
-    return path if path is not None and path.is_file() else None
 
 
 def task_specs(names: Sequence[str], manager: Any) -> list[Any]:
@@ -123,7 +97,7 @@ def is_file(name: str) -> bool:
 
 def _lambada() -> dict[str, Any]:
     """LAMBADA, the last word given the rest, scored as lm-eval's `lambada_openai` is."""
-    path = lambada_file()
+    path = given_file(LAMBADA_FILE)
     if path is None:
         raise ValueError(f"NESTED_LEARNING_DATA has no {LAMBADA_FILE}")
     rows = _questions(path)

@@ -15,19 +15,19 @@ from accelerate.utils import set_seed
 
 from nested_learning.continual import Level, stack_levels
 from nested_learning.evals.method import Method
+from nested_learning.evals.methods.pretrained.base import RANDOM
 from nested_learning.evals.registry import register_method, register_task
 from nested_learning.evals.rows import Figures
 from nested_learning.evals.task import TUNING_SEED, Task
 from nested_learning.evals.tasks.harness.sources import (
     LAMBADA,
     LAMBADA_FILE,
-    RANDOM,
     is_file,
-    lambada_file,
     load_model,
     missing_model,
     task_specs,
 )
+from nested_learning.training.data.download import given_file
 from nested_learning.training.process import process_state
 
 SEED = 1234  # lm-eval's default, by which examples in the context are drawn, and texts sampled
@@ -120,7 +120,7 @@ class LmEval(Task[HarnessOptions]):
     def missing(self) -> str | None:
         if importlib.util.find_spec("lm_eval") is None:
             return "lm-eval is not installed: pip install 'nested-learning-torch[eval]'"
-        if LAMBADA in self.options.tasks and lambada_file() is None:
+        if LAMBADA in self.options.tasks and given_file(LAMBADA_FILE) is None:
             return (
                 f"NESTED_LEARNING_DATA has no {LAMBADA_FILE} (JSON Lines of context and continuation); put "
                 "it there, or choose other tasks"

@@ -19,6 +19,7 @@ from nested_learning.evals.report.figures import new_figure, save
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.language.text import (
+    WIKITEXT,
     SplitText,
     held_out_blocks,
     long_documents,
@@ -27,12 +28,11 @@ from nested_learning.evals.tasks.language.text import (
     training_samples,
     unigram_bits,
     whole_file,
-    wikitext_file,
 )
 from nested_learning.training.compare import Contender, batches
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data import bits_per_byte
-from nested_learning.training.data.download import find_shakespeare
+from nested_learning.training.data.download import find_shakespeare, given_file
 from nested_learning.training.data.packing import TokenizedText
 from nested_learning.training.data.tokenizers import byte_tokenizer
 from nested_learning.training.positions import MODES, score_both_ways
@@ -143,7 +143,7 @@ class LanguageModelling(Task[LanguageOptions]):
         options, texts = self.options, self._texts()
         contender = self._trained(method, seed, texts)
         figures = self._scores(contender, {name: text.test for name, text in texts.items()})
-        if (path := wikitext_file()) is not None:
+        if (path := given_file(WIKITEXT)) is not None:
             figures["wikitext2"] = self._bits(contender, whole_file(path))
         documents = long_documents(texts, options.length, options.documents)
         if documents:
@@ -203,7 +203,7 @@ class LanguageModelling(Task[LanguageOptions]):
             f"library of Python {platform.python_version()}) in blocks of {o.block}; the paper's read 30 to "
             f"100 billion tokens. {chosen[0].upper()}{chosen[1:]} (of {', '.join(map(str, o.lrs))})."
         ]
-        if wikitext_file() is None:
+        if given_file(WIKITEXT) is None:
             notes.append("WikiText-2 is left out: NESTED_LEARNING_DATA has no wikitext2_valid.txt.")
         return " ".join(notes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -102,13 +101,6 @@ def unigram_bits(texts: Mapping[str, SplitText]) -> dict[str, float]:
     return {
         name: float(code[text.test.ids].mean() / text.test.bytes_per_token) for name, text in texts.items()
     }
-
-
-def wikitext_file() -> Path | None:
-    """WikiText-2's validation text, or None where NESTED_LEARNING_DATA does not have it."""
-    folder = os.environ.get("NESTED_LEARNING_DATA")
-    path = Path(folder) / WIKITEXT if folder else None
-    return path if path is not None and path.is_file() else None
 
 
 @lru_cache(maxsize=1)
