@@ -46,12 +46,17 @@ def bar_panels(rows: MethodRows, figures: Mapping[str, str], path: Path) -> None
     most = max((1, *(sum(bool(row.values(name)) for row in rows.values()) for name in figures)))
     drawing, all_axes = new_figure(len(figures), height=0.6 + 0.3 * most)
     for axes, (name, label) in zip(all_axes, figures.items(), strict=True):
-        chosen = [row for row in rows.values() if row.values(name)]
-        means = [row.mean(name) or 0.0 for row in chosen]
-        axes.barh([row.method for row in chosen], means, xerr=[row.spread(name) or 0.0 for row in chosen])
-        axes.invert_yaxis()
+        draw_bars(axes, rows, name)
         axes.set(xlabel=label)
     save(drawing, path)
+
+
+def draw_bars(axes: Any, rows: MethodRows, name: str) -> None:
+    """A bar per method that has the figure, the first on top, with the standard deviation over seeds."""
+    chosen = [row for row in rows.values() if row.values(name)]
+    means = [row.mean(name) or 0.0 for row in chosen]
+    axes.barh([row.method for row in chosen], means, xerr=[row.spread(name) or 0.0 for row in chosen])
+    axes.invert_yaxis()
 
 
 def lines(

@@ -27,7 +27,6 @@ from nested_learning.evals.methods.pretrained import (
     PretrainedMethod,
     Reading,
     Teaching,
-    lacking,
     load_base,
 )
 from nested_learning.evals.methods.pretrained.asking import Answered, View, ask
@@ -40,10 +39,10 @@ from nested_learning.evals.methods.pretrained.method import (
     ONE_LEVEL,
     THREE_LEVELS,
 )
+from nested_learning.evals.of_pretrained import OfPretrained
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
-from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.facts.invented import BREAK, Fact, made_up_filler, make_facts, stream
 
 FILLER, OTHER = "tinyshakespeare.txt", "wikitext2_valid.txt"
@@ -164,7 +163,7 @@ def _exp(loss: float) -> float:
 
 
 @register_task
-class FactsTask(Task[FactsOptions]):
+class FactsTask(OfPretrained[FactsOptions]):
     """Facts that are read once in a long text are asked in a new window."""
 
     name = "facts"
@@ -197,30 +196,23 @@ class FactsTask(Task[FactsOptions]):
         "seconds of asking": "seconds of asking",
     }
     headline = "cloze"
+    chosen = (NO_ADAPTATION, IN_CONTEXT, FINE_TUNING, LORA, ONE_LEVEL, THREE_LEVELS)
 
-    def methods(self) -> Sequence[PretrainedMethod]:
-        chosen = (NO_ADAPTATION, IN_CONTEXT, FINE_TUNING, LORA, ONE_LEVEL, THREE_LEVELS)
-        return [method for method in chosen if method.lacking() is None]
-
-    def accepts(self, method: Method) -> str | None:
-        if not isinstance(method, PretrainedMethod):
-            return super().accepts(method)
+    def unfit(self, method: PretrainedMethod) -> str | None:
         known = {*RATES, NO_ADAPTATION.name, IN_CONTEXT.name}
-        if method.name not in known:
-            return f"{method.name!r} needs examples; {self.name} reads a running text with {sorted(known)}"
-        return method.lacking()
+        if method.name in known:
+            return None
+        return f"{method.name!r} needs examples; {self.name} reads a running text with {sorted(known)}"
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         return [{"lr": rate} for rate in RATES.get(method.name, ())[: self.options.rates]] or [{}]
 
     def missing(self) -> str | None:
-        return lacking(self.options.model) or missing_files(self.options.data, (FILLER, OTHER))
+        return super().missing() or missing_files(self.options.data, (FILLER, OTHER))
 
     def teaching(self) -> Teaching:
         """Circumstances of all methods; fine-tuning and LoRA see each chunk by itself, as training does."""
-        options = self.options
-        chunks = tuple(options.chunks)
-        return Teaching(chunks, options.window, rule="adam", alone=False, clip=1.0)  # type: ignore[arg-type]
+        return Teaching(self.chunks, self.options.window, rule="adam", alone=False, clip=1.0)
 
     def run(self, method: Method, seed: int) -> Figures:
         assert isinstance(method, PretrainedMethod)
@@ -267,16 +259,12 @@ class FactsTask(Task[FactsOptions]):
         ]
 
     def note(self) -> str:
-        words = [
+        text = (
             f"{self.options.facts} facts told {self.options.reads} times among {self.options.tokens:,} "
             "tokens, in one pass; rates are chosen for the log-probability of the answers less the loss on "
             "other text."
-        ]
-        if self.options.model == RANDOM:
-            words.append("A small random model stands in for a pretrained one: the figures mean nothing.")
-        if LORA.lacking():
-            words.append(f"Without LoRA: {LORA.lacking()}.")
-        return " ".join(words)
+        )
+        return " ".join([text, *self.remarks()])
 
     def plot(self, rows: MethodRows, path: Path) -> None:
         """Recall and damage by method."""

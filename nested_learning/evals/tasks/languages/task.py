@@ -21,7 +21,7 @@ import torch
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.data_files import MADE_UP, missing_files, read_text
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.pretrained import Base, PretrainedMethod, Teaching, lacking, load_base
+from nested_learning.evals.methods.pretrained import Base, PretrainedMethod, Teaching, load_base
 from nested_learning.evals.methods.pretrained.asking import View, continuations
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
 from nested_learning.evals.methods.pretrained.features import DEPTHS
@@ -36,10 +36,10 @@ from nested_learning.evals.methods.pretrained.method import (
     THREE_LEVELS,
     THREE_LEVELS_AVERAGED,
 )
+from nested_learning.evals.of_pretrained import OfPretrained
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
-from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.languages.chrf import chrf
 from nested_learning.evals.tasks.languages.sentences import (
     LanguageLesson,
@@ -116,7 +116,7 @@ def pairs_of(options: LanguagesOptions) -> list[SentencePair]:
 
 
 @register_task
-class LanguagesTask(Task[LanguagesOptions]):
+class LanguagesTask(OfPretrained[LanguagesOptions]):
     """Kalamang, then a made-up language, read as sentence pairs; sentences are translated into English."""
 
     name = "languages"
@@ -145,27 +145,22 @@ class LanguagesTask(Task[LanguagesOptions]):
         "seconds": "of reading",
     }
     headline = KEPT
+    chosen = (
+        NO_ADAPTATION,
+        IN_CONTEXT,
+        RETRIEVAL,
+        FINE_TUNING,
+        LORA,
+        ONE_LEVEL,
+        THREE_LEVELS,
+        THREE_LEVELS_AVERAGED,
+    )
 
-    def methods(self) -> Sequence[PretrainedMethod]:
-        chosen = (
-            NO_ADAPTATION,
-            IN_CONTEXT,
-            RETRIEVAL,
-            FINE_TUNING,
-            LORA,
-            ONE_LEVEL,
-            THREE_LEVELS,
-            THREE_LEVELS_AVERAGED,
-        )
-        return [method for method in chosen if method.lacking() is None]
-
-    def accepts(self, method: Method) -> str | None:
-        if not isinstance(method, PretrainedMethod):
-            return super().accepts(method)
+    def unfit(self, method: PretrainedMethod) -> str | None:
         known = {*RATES, NO_ADAPTATION.name, IN_CONTEXT.name, RETRIEVAL.name}
-        if method.name not in known:
-            return f"{method.name!r} needs labels; {self.name} reads sentence pairs with {sorted(known)}"
-        return method.lacking()
+        if method.name in known:
+            return None
+        return f"{method.name!r} needs labels; {self.name} reads sentence pairs with {sorted(known)}"
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         found: list[dict[str, Any]] = [{"lr": rate} for rate in RATES.get(method.name, ())] or [{}]
@@ -176,12 +171,11 @@ class LanguagesTask(Task[LanguagesOptions]):
         return found[: self.options.rates]
 
     def missing(self) -> str | None:
-        return lacking(self.options.model) or missing_files(self.options.data, (DATA,))
+        return super().missing() or missing_files(self.options.data, (DATA,))
 
     def teaching(self) -> Teaching:
         """Circumstances of all methods: each sees a chunk by itself."""
-        chunks = tuple(self.options.chunks)
-        return Teaching(chunks, self.options.window, rule="adam", clip=1.0)  # type: ignore[arg-type]
+        return Teaching(self.chunks, self.options.window, rule="adam", clip=1.0)
 
     def run(self, method: Method, seed: int) -> Figures:
         assert isinstance(method, PretrainedMethod)
@@ -242,16 +236,12 @@ class LanguagesTask(Task[LanguagesOptions]):
         ]
 
     def note(self) -> str:
-        words = [
+        text = (
             f"{self.options.train} sentence pairs of each language in one pass, {self.options.test} "
             "sentences translated; the rows of constant sentences are the floor. Fig. 8 has Kalamang and "
             "Manchu, without numbers in the text."
-        ]
-        if self.options.model == RANDOM:
-            words.append("A small random model stands in for a pretrained one: the figures mean nothing.")
-        if LORA.lacking():
-            words.append(f"Without LoRA: {LORA.lacking()}.")
-        return " ".join(words)
+        )
+        return " ".join([text, *self.remarks()])
 
     def plot(self, rows: MethodRows, path: Path) -> None:
         """Bars of the three scores of each method, the floors among them."""

@@ -29,7 +29,6 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import (
     PretrainedMethod,
     Teaching,
-    lacking,
     load_base,
 )
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
@@ -50,9 +49,10 @@ from nested_learning.evals.methods.pretrained.method import (
     THREE_LEVELS_IN_CONTEXT,
     TWO_LEVELS_AVERAGED,
 )
-from nested_learning.evals.report.figures import new_figure, save
+from nested_learning.evals.of_pretrained import OfPretrained
+from nested_learning.evals.report.figures import draw_bars, new_figure, save
 from nested_learning.evals.rows import Figures, MethodRows
-from nested_learning.evals.task import TUNING_SEED, Task
+from nested_learning.evals.task import TUNING_SEED
 from nested_learning.evals.tasks.streams.data import LabelledTexts, StreamProtocol, draw, merged
 from nested_learning.evals.tasks.streams.scores import final_accuracy, learn_in_turn
 from nested_learning.evals.tasks.streams.wording import Wording
@@ -173,7 +173,7 @@ def settings_of(name: str) -> list[dict[str, Any]]:
     return grids.get(name, [{}])
 
 
-class StreamTask(Task[StreamOptions]):
+class StreamTask(OfPretrained[StreamOptions]):
     """Labelled texts are learned in stages; queries are labelled among all labels seen."""
 
     columns: ClassVar[Mapping[str, str]] = {
@@ -185,24 +185,18 @@ class StreamTask(Task[StreamOptions]):
         "seconds": "of learning",
     }
     headline = "accuracy"
+    chosen = METHODS
 
     @abstractmethod
     def texts(self, seed: int) -> LabelledTexts:
         """The labelled texts, and which labels make a stage."""
-
-    def methods(self) -> Sequence[PretrainedMethod]:
-        return METHODS
-
-    def accepts(self, method: Method) -> str | None:
-        return method.lacking() if isinstance(method, PretrainedMethod) else super().accepts(method)
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         found = settings_of(method.name)
         return found[: self.options.settings] if self.options.settings else found
 
     def missing(self) -> str | None:
-        problem = lacking(self.options.model)
-        if problem is not None:
+        if problem := super().missing():
             return problem
         try:
             self.texts(0)
@@ -212,8 +206,7 @@ class StreamTask(Task[StreamOptions]):
 
     def teaching(self) -> Teaching:
         """Circumstances of all methods: what is trained are the MLPs' weights, which levels learn too."""
-        chunks = tuple(self.options.chunks)
-        return Teaching(chunks, self.options.window, weights="mlp", examples=BATCH)  # type: ignore[arg-type]
+        return Teaching(self.chunks, self.options.window, weights="mlp", examples=BATCH)
 
     def run(self, method: Method, seed: int) -> Figures:
         return self._learn(method, seed, tuning=False)
@@ -262,29 +255,21 @@ class StreamTask(Task[StreamOptions]):
 
     def note(self) -> str:
         options = self.options
-        words = [
+        text = (
             f"{options.tasks} tasks, {options.train} examples and {options.queries} queries of each class, "
             f"one pass, no task identity; settings are chosen on seed {TUNING_SEED} over "
             f"{options.tuning_tasks} tasks. Numbers beside are those of Llama 3B after continued training, "
             "read off Fig. 6 by others and not verified, with class means beside InCA and three averaged "
             "levels beside Hope."
-        ]
-        if options.model == RANDOM:
-            words.append("A small random model stands in for a pretrained one: the figures mean nothing.")
-        return " ".join(words)
+        )
+        return " ".join([text, *self.remarks()])
 
     def plot(self, rows: MethodRows, path: Path) -> None:
         """Final accuracy of each method, and accuracy over the stages so far while they are learned."""
         figure, (final, so_far) = new_figure(2, width=5.0, height=4.0)
-        chosen = [row for row in rows.values() if row.values("accuracy")]
-        final.barh(
-            [row.method for row in chosen],
-            [row.mean("accuracy") or 0.0 for row in chosen],
-            xerr=[row.spread("accuracy") or 0.0 for row in chosen],
-        )
-        final.invert_yaxis()
+        draw_bars(final, rows, "accuracy")
         final.set(xlabel="final accuracy, all labels", xlim=(0, 1))
-        for row in chosen:
+        for row in rows.values():
             matrices = [figures["matrix"] for figures in row.figures.values() if "matrix" in figures]
             if matrices and len(matrices[0]) > 1:
                 curves = [[sum(after) / len(after) for after in matrix] for matrix in matrices]
