@@ -15,7 +15,7 @@ from typing import Any
 from nested_learning._checks import require
 from nested_learning._errors import unknown
 from nested_learning.evals.method import Method
-from nested_learning.evals.registry import find_method, find_task, known_methods, known_tasks
+from nested_learning.evals.registry import find_method, find_task, known_tasks
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
 from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, set_threads
@@ -92,11 +92,28 @@ class TaskResult:
 
 
 @dataclass
+class _Entrant:
+    """A method on a task.
+
+    Attributes:
+        tuning: a trial for each of its settings, on the tuning seed.
+        best: the method at the setting that is chosen; None where it is not known.
+    """
+
+    tuning: list[Trial]
+    best: Method | None = None
+
+    def reported(self, seeds: Sequence[int]) -> dict[int, Trial]:
+        """The trial of each seed; none where no setting is chosen."""
+        return {} if self.best is None else {s: Trial(self.tuning[0].task, self.best, s) for s in seeds}
+
+
+@dataclass
 class _Plan:
-    """A task and the methods and seeds that it is run with."""
+    """A task and the methods, by name, and seeds that it is run with."""
 
     task: Task[Any]
-    methods: list[Method]
+    entrants: dict[str, _Entrant]
     seeds: list[int]
     skipped: str | None = None
 
@@ -122,24 +139,14 @@ def evaluate(config: EvalConfig, on_trial: OnTrial = lambda outcome, left: None)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the first trial
     crew = _Crew(config, TrialCache(folder), on_trial)
-    grids = [(p, m, list(p.task.grid(m))) for p in plans for m in p.methods]
-    tuning = [
-        Trial(p.task, m.at(setting), TUNING_SEED, tuning=True)
-        for p, m, grid in grids
-        if len(grid) > 1
-        for setting in grid
-    ]
-    reported = sum(len(p.seeds) for p, _, _ in grids)
-    tuned = crew.run(tuning, reported)
-    trials: list[Trial] = []
-    chosen: dict[tuple[str, str], Method | None] = {}
-    for p, method, grid in grids:
-        best = method.at(grid[0]) if len(grid) == 1 else _best(p.task, method, grid, tuned)
-        chosen[p.task.name, method.name] = best
-        if best is not None:
-            trials += [Trial(p.task, best, seed) for seed in p.seeds]
-    outcomes = crew.run(trials, 0)
-    return [_result(p, chosen, tuned, outcomes) for p in plans]
+    entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
+    tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
+    tuned = crew.run(tried, sum(len(p.seeds) for p, _ in entrants))
+    for _, entrant in entrants:
+        entrant.best = entrant.tuning[0].method if len(entrant.tuning) == 1 else _best(entrant.tuning, tuned)
+    reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
+    outcomes = crew.run(reported, 0)
+    return [_result(p, {**tuned, **outcomes}) for p in plans]
 
 
 def plan(config: EvalConfig) -> list[_Plan]:
@@ -166,16 +173,17 @@ def plan(config: EvalConfig) -> list[_Plan]:
             list(range(getattr(task.options, "seeds", SEEDS))) if config.seeds is None else list(config.seeds)
         )
         skipped = task.missing() or (None if chosen else "none of the methods that were asked for is for it")
-        plans.append(_Plan(task, [] if skipped else chosen, seeds, skipped))
+        entrants = {
+            method.name: _Entrant(
+                [Trial(task, method.at(each), TUNING_SEED, True) for each in task.grid(method)]
+            )
+            for method in ([] if skipped else chosen)
+        }
+        plans.append(_Plan(task, entrants, seeds, skipped))
     for reasons in refusals.values():
         if len(reasons) == len(plans):
             raise ValueError(f"no task takes the method: {reasons[0]}")
     return plans
-
-
-def every_method() -> Mapping[str, Method]:
-    """Methods by name: for `--help`."""
-    return known_methods()
 
 
 class _Crew:
@@ -252,48 +260,37 @@ def _outcome(trial: Trial, future: Future[TrialOutcome]) -> TrialOutcome:
     return TrialOutcome(trial, None, 0.0, f"its process ended: {type(problem).__name__}: {problem}")
 
 
-def _best(
-    task: Task[Any],
-    method: Method,
-    grid: Sequence[Mapping[str, Any]],
-    tuned: Mapping[str, TrialOutcome | None],
-) -> Method | None:
+def _best(tuning: Sequence[Trial], outcomes: Mapping[str, TrialOutcome | None]) -> Method | None:
     """The method at the setting with the best headline; None where a trial is still to come or all failed."""
-    outcomes = [tuned[identity(Trial(task, method.at(each), TUNING_SEED, tuning=True))] for each in grid]
-    if any(outcome is None for outcome in outcomes):
-        return None
-    scores = {}
-    for place, outcome in enumerate(outcomes):
-        figure = outcome.figures.get(task.headline) if outcome is not None and outcome.figures else None
+    task = tuning[0].task
+    scores: list[tuple[float, Method]] = []
+    for trial in tuning:
+        outcome = outcomes[identity(trial)]
+        if outcome is None:
+            return None
+        figure = outcome.figures.get(task.headline) if outcome.figures else None
         if figure is not None:
-            scores[place] = float(figure) if task.higher_is_better else -float(figure)
-    return method.at(grid[max(scores, key=lambda place: scores[place])]) if scores else None
+            scores.append((float(figure) if task.higher_is_better else -float(figure), trial.method))
+    return max(scores, key=lambda scored: scored[0])[1] if scores else None
 
 
-def _result(
-    p: _Plan,
-    chosen: Mapping[tuple[str, str], Method | None],
-    tuned: Mapping[str, TrialOutcome | None],
-    outcomes: Mapping[str, TrialOutcome | None],
-) -> TaskResult:
+def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult:
     """Rows of a plan."""
     result = TaskResult(p.task, skipped=p.skipped)
     if p.skipped:
         return result
-    for method in p.methods:
-        best = chosen[p.task.name, method.name]
-        tries = [Trial(p.task, method.at(each), TUNING_SEED, True) for each in p.task.grid(method)]
-        own = [tuned[identity(trial)] for trial in tries if identity(trial) in tuned]
-        by_seed = {} if best is None else {s: outcomes[identity(Trial(p.task, best, s))] for s in p.seeds}
+    for name, entrant in p.entrants.items():
+        own = [outcomes[identity(trial)] for trial in entrant.tuning if identity(trial) in outcomes]
+        by_seed = {seed: outcomes[identity(trial)] for seed, trial in entrant.reported(p.seeds).items()}
         result.unfinished += [*own, *by_seed.values()].count(None)
-        if best is None and None in own:
+        if entrant.best is None and None in own:
             result.unfinished += len(p.seeds)
         ended = [outcome for outcome in [*own, *by_seed.values()] if outcome is not None]
         result.failed += [outcome for outcome in ended if outcome.error is not None]
         result.outcomes += ended
-        result.rows[method.name] = MethodRow(
-            method.name,
-            {} if best is None else best.settings,
+        result.rows[name] = MethodRow(
+            name,
+            {} if entrant.best is None else entrant.best.settings,
             {s: o.figures for s, o in by_seed.items() if o is not None and o.figures is not None},
             {s: o.error for s, o in by_seed.items() if o is not None and o.error is not None},
         )
