@@ -150,7 +150,7 @@ def _list(as_json: bool) -> None:
 
 
 def _print(report: dict[str, Any], folder: Path | None) -> None:
-    from nested_learning.evals.report.build import cell
+    from nested_learning.evals.report.build import cell, count
 
     for task in report["tasks"]:
         if task["skipped"]:
@@ -158,10 +158,15 @@ def _print(report: dict[str, Any], folder: Path | None) -> None:
             continue
         columns = [column["name"] for column in task["columns"]]
         rows = [
-            (row["method"], len(row["seeds"]), *(cell(row["figures"][name]) for name in columns))
+            (
+                row["method"],
+                len(row["seeds"]),
+                count(row["parameters"]),
+                *(cell(row["figures"][name]) for name in columns),
+            )
             for row in task["rows"]
         ]
-        print_table(f"{task['name']}: {task['title']}", ("method", "seeds", *columns), rows)
+        print_table(f"{task['name']}: {task['title']}", ("method", "seeds", "parameters", *columns), rows)
         if task["unfinished"]:
             print(f"{task['unfinished']} runs are still to be made")
         for each in task["failed"]:

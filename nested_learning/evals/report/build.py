@@ -39,9 +39,9 @@ def contents(results: Sequence[TaskResult], command: str, folder: Path | None = 
 def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
     task, rows = result.task, result.rows
     ran = any(row.figures for row in rows.values())
-    columns = {
-        name: what for name, what in task.columns.items() if any(r.values(name) for r in rows.values())
-    }
+    # The number of parameters has a column of its own in every table.
+    shown = {name for row in rows.values() for name in task.columns if row.values(name)} - {"parameters"}
+    columns = {name: what for name, what in task.columns.items() if name in shown}
     section: dict[str, Any] = {
         "name": task.name,
         "title": task.title,
@@ -106,6 +106,11 @@ def number(value: float, like: float | None = None) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+
+
+def count(parameters: float | None) -> str:
+    """A number of parameters as a table has it."""
+    return NONE if parameters is None else number(parameters)
 
 
 def settings(values: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def render(template: str, found: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "cell": build.cell,
-        "number": build.number,
+        "count": build.count,
         "settings": build.settings,
         "cells": _markdown_cells,
     }
