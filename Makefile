@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.installed-extras
+SITE := $(VENV)/.installed-site
 # A worker per core, four at most: each loads PyTorch.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow gpu conformance lint setup clean
+.PHONY: demo test test-slow gpu conformance docs lint setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -24,11 +25,19 @@ $(EXTRAS): $(STAMP) requirements-extras.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.lock
 	@touch $@
 
+$(SITE): $(STAMP) requirements-docs.lock
+	@echo "Installing what builds the site into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	@touch $@
+
 setup: $(STAMP)  ## create .venv with the pinned packages
 
 demo: $(STAMP)  ## train Hope on real text for about three minutes and generate from it
 	@$(BIN)/nested-learning train --preset hope-tiny --data stdlib --lr 1e-2 --batch_size 8 --max_minutes 3 \
 		--data.max_validation_blocks 64 --sample_tokens 400 --output runs/demo --overwrite
+
+docs: $(SITE)  ## build the documentation site into site/, links checked; open site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
@@ -51,4 +60,4 @@ conformance: $(STAMP)  ## transformers' own common tests on Hope; TRANSFORMERS=F
 	@$(BIN)/python -m tests.conformance $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))
 
 clean:  ## remove caches and runs, keep the virtual environment
-	rm -rf runs .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
