@@ -58,7 +58,7 @@ def budget(reader: Reader, rows: int) -> Budget:
     base = sum(p.numel() * p.element_size() for p in parameters)
     effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
     levels = [level_bytes(writer) for writer in writers]
-    factors = sum(own.deltas for w, own in zip(writers, levels, strict=True) if w.level.rank is not None)
+    factors = sum(_slot_bytes(w) for w in writers if w.level.rank is not None and w.averaged is None)
     per_row = {
         "deltas": sum(own.deltas for own in levels),
         "sums": sum(own.sums for own in levels),
@@ -91,11 +91,28 @@ class LevelBytes(NamedTuple):
 
 def level_bytes(writer: DeltaWriter) -> LevelBytes:
     """Bytes of a level in one row, once it has written."""
-    deltas, level = 0, writer.level
+    learned = _slot_bytes(writer)
+    drawn = 0
+    if writer.fixed_down and writer.averaged is None:  # an average has those of the level that it averages
+        drawn = sum(
+            memory_dtype(target.weight).itemsize * (writer.level.rank or 0) * target.features[0]
+            for target in writer.targets
+        )
+    return LevelBytes(
+        learned + drawn, learned if writer.index and writer.learns else 0, writer.rule.kept * learned
+    )
+
+
+def _slot_bytes(writer: DeltaWriter) -> int:
+    """Bytes of all slots of a level: of its deltas, or of the factors of them that change."""
+    size, level = 0, writer.level
     for target in writer.targets:
-        size = memory_dtype(target.weight).itemsize
-        deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
-    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
+        inputs, outputs = target.features
+        own = target.weight.numel()
+        if level.rank is not None:
+            own = level.rank * (outputs if writer.fixed_down else inputs + outputs)
+        size += memory_dtype(target.weight).itemsize * own
+    return size
 
 
 def _context_bytes(model: Any, window: int) -> int:

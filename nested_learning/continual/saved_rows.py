@@ -88,6 +88,8 @@ class SavedRows:
             raise ValueError(f"levels is {_short(levels)}, expected a list of {len(self._writers)}")
         for writer, state, saved in zip(self._writers, row.levels, levels, strict=True):
             done = (position - (length - start)) % writer.level.chunk_size
+            if writer.fixed_down:
+                state.drawn = self._drawn(prefix, writer, row)
             self._fill(f"{prefix}{writer.index}/", writer, state, saved, done)
         return row
 
@@ -161,7 +163,8 @@ class SavedRows:
         state.history = _history(saved["history"], writer.level.gate_quantile is not None)
         state.deltas = self._slots(f"{prefix}delta/", writer)
         for target in writer.low_rank_targets:
-            if (target.name + DOWN in state.deltas) != (target.name + UP in state.deltas):
+            down, up = target.name + DOWN in {**state.deltas, **state.drawn}, target.name + UP in state.deltas
+            if up > down or (down > up and not writer.fixed_down):  # drawn factors outlive a reset
                 raise ValueError(f"{prefix}delta has one of the two factors of {target.name}, expected both")
         state.sums = self._slots(f"{prefix}sum/", writer)
         if state.sums and not (done and writer.learns):
@@ -173,6 +176,19 @@ class SavedRows:
         for slot in writer.keys:
             if (stored := self._left.pop(prefix + slot, None)) is not None:
                 _check(prefix + slot, stored, PRECISIONS, writer.shape(slot))
+                found[slot] = self._placed(stored, writer)
+        return found
+
+    def _drawn(self, prefix: str, writer: DeltaWriter, row: Row) -> dict[str, Tensor]:
+        """The `down` factors that stay as drawn; an average has those of the level that it averages."""
+        if writer.averaged is not None:
+            return dict(row.levels[writer.averaged.index].drawn)
+        found = {}
+        for target in writer.low_rank_targets:
+            slot = target.name + DOWN
+            name = f"{prefix}{writer.index}/drawn/{slot}"
+            if (stored := self._left.pop(name, None)) is not None:
+                _check(name, stored, PRECISIONS, writer.shape(slot))
                 found[slot] = self._placed(stored, writer)
         return found
 

@@ -29,10 +29,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nested_learning.continual.deltas import DOWN, UP, Row
+from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import Target
 from nested_learning.continual.writing import DeltaWriter
 from nested_learning.memory.state import Weights
+
+
+def acting(writers: Sequence[DeltaWriter], row: Row) -> Iterator[tuple[DeltaWriter, DeltaState, Target]]:
+    """Each delta that is in force: its writer, its state and its weight; some have never been written.
+
+    While text is read averages are not. In answers an average stands in the place of the level that it
+    averages, on the weights that it has.
+    """
+    chosen = [w.index for w in writers if w.averaged is None] if row.in_force is None else row.in_force
+    replaced = {
+        (writer.averaged.index, target.name)
+        for writer in writers
+        if writer.averaged is not None and writer.index in chosen
+        for target in writer.targets
+    }
+    for writer, state in zip(writers, row.levels, strict=True):
+        for target in writer.targets if writer.index in chosen else ():
+            if (writer.index, target.name) not in replaced:
+                yield writer, state, target
 
 
 @dataclass
@@ -46,8 +65,8 @@ class _Buffers:
     def effective(self, writers: Sequence[DeltaWriter], row: Row) -> dict[Target, Tensor]:
         """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ."""
         deltas: dict[Target, list[Tensor]] = {}
-        for writer, state in zip(writers, row.levels, strict=True):
-            for target in writer.full_targets:
+        for writer, state, target in acting(writers, row):
+            if writer.level.rank is None:
                 found = deltas.setdefault(target, [])
                 if target.name in state.deltas:
                     found.append(state.deltas[target.name])
@@ -106,7 +125,8 @@ class _Installation:
         learned = {key for writer in writers if writer.learns for key in writer.keys.values()}
         leaves = {target.name: weight for target, weight in self.weights.items()}
         for writer, target, down, up in self.factors:
-            leaves[writer.keys[target.name + DOWN]] = down
+            if not writer.fixed_down:
+                leaves[writer.keys[target.name + DOWN]] = down
             leaves[writer.keys[target.name + UP]] = up
         return {key: leaf.requires_grad_() for key, leaf in leaves.items() if key in learned}
 
@@ -177,8 +197,9 @@ class Workspace:
             buffers = self._free.pop() if self._free else _Buffers({})  # a scope in a scope has its own
             factors = [
                 (writer, target, down.detach(), up.detach())
-                for writer, state in zip(writers, row.levels, strict=True)
-                for target in writer.low_rank_targets
+                for writer, state, target in acting(writers, row)
+                if writer.level.rank is not None
+                if writer.averaged is None or target.name + UP in state.deltas
                 for down, up in [writer.factors(state, target)]
             ]
             installation = _Installation(buffers.effective(writers, row), factors)
