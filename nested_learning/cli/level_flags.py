@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nested_learning.continual.level import Level
 
 
-_LEARNING = ("level_lr", "rule", "learn_down")
+_LEARNING = ("level_lr", "rule", "learn_down", "sparse")
 _ALL = ("layers", "rank", "average_of", "rate")
 
 
@@ -43,12 +43,19 @@ def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr
         help="with a rank: learn both factors; false for `up` alone",
     )
     group.add_argument(
+        "--sparse",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="share of the hidden units of each MLP that one write changes; 0 for all weights",
+    )
+    group.add_argument(
         "--average_of",
         type=int,
         nargs="+",
         default=[-1],
         help="index of the faster level, 0 is the fastest, that a level averages and answers for; -1: none. "
-        "A single --level_lr, --rule or --learn_down is for the other levels",
+        "A single --level_lr, --rule, --sparse or --learn_down is for the other levels",
     )
     group.add_argument(
         "--rate", type=float, nargs="+", default=[0.0], help="rate of an average; 0 for levels that are none"
@@ -68,6 +75,7 @@ def levels_of(values: Namespace) -> tuple[Level, ...]:
     levels = []
     for index, size in enumerate(values.chunk_sizes):
         own = {name: each[index] for name, each in given.items()}
+        own["sparse"] = own["sparse"] or None
         average_of = own["average_of"]
         # one value for all is one for all that learn: an average has no such settings
         for name in _LEARNING if average_of >= 0 else ():

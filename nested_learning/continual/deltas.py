@@ -41,6 +41,10 @@ class DeltaState:
         history: mean losses of the chunks before, for `gate_quantile`.
         drawn: `down` factors that do not learn. They are never written, so that snapshots and averages of the
             level have the same tensors.
+        units: of a sparse level, indices of the hidden units that were ever written, int64 [m], ascending, by
+            the names of their MLPs. Its deltas and the states of its rule are rows [m, weights of a unit].
+        background: running mean of the squared norm of each unit's gradient, by the names of the MLPs.
+        chunks: number of chunks that `background` is the mean of.
         shared: whether another object may have the same tensors, which must not be written then.
     """
 
@@ -52,6 +56,9 @@ class DeltaState:
     history: list[float] = field(default_factory=list)
     shared: bool = False
     drawn: Weights = field(default_factory=dict)
+    units: Weights = field(default_factory=dict)
+    background: Weights = field(default_factory=dict)
+    chunks: int = 0
 
     def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""
@@ -63,6 +70,8 @@ class DeltaState:
             rule=dict(self.rule),
             history=list(self.history),
             drawn=dict(self.drawn),
+            units=dict(self.units),
+            background=dict(self.background),
         )
 
     def own(self) -> None:
@@ -77,6 +86,8 @@ class DeltaState:
         yield from self.deltas.values()
         yield from self.sums.values()
         yield from self.drawn.values()
+        yield from self.units.values()
+        yield from self.background.values()
         for stored in self.rule.values():
             yield from stored.values()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from nested_learning.continual.rules import resolve_rule, rule_name
+from nested_learning.continual.rules import acts_by_row, resolve_rule, rule_name
 from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE, POSITIVE, Bound
 from nested_learning.optimizers.memory_forms import GradientMemory
 
@@ -58,6 +58,11 @@ class Level:
         rate: share of the way that an average moves, above 0, at most 1.
         learn_down: whether both factors of a low-rank delta learn. False: `down` stays as drawn and `up`
             alone learns, which an average of the level follows exactly.
+        sparse: share of the hidden units of each MLP that one write changes, above 0, at most 1: those whose
+            gradient stands out against what it usually is (`units.SparseWrites`). A unit is its row of the
+            matrices into the hidden layer and its column of the one out of it. Clip and decay act on what is
+            written, deltas and the rule's state are kept for units that were ever written, and a unit's state
+            counts its own writes alone. None: all weights.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
@@ -76,6 +81,7 @@ class Level:
     average_of: int | None = None
     rate: float | None = None
     learn_down: bool = True
+    sparse: float | None = None
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
@@ -114,10 +120,27 @@ class Level:
             object.__setattr__(self, "rule", rule_name(self.rule))
         resolve_rule(self.rule)
         self._check_average()
+        self._check_sparse()
         if not self.learn_down and self.rank is None:
             raise ValueError(
                 "learn_down=False is for the two factors of a low-rank delta: give the level a rank, "
                 "or leave it out"
+            )
+
+    def _check_sparse(self) -> None:
+        if self.sparse is None:
+            return
+        PART.check("sparse", self.sparse)
+        for name, unused in (("rank", None), ("consolidate", 0.0), ("average_of", None)):
+            if (value := getattr(self, name)) != unused:
+                raise ValueError(
+                    f"sparse is {self.sparse} and {name} is {value}; expected one of them: a sparse level keeps "
+                    "rows of full matrices, of those units that its own gradients choose"
+                )
+        if not acts_by_row(resolve_rule(self.rule)):
+            raise ValueError(
+                f"rule is {self.rule!r}, which writes a matrix as a whole; a sparse level needs a rule that acts "
+                "on each hidden unit alone, such as 'gd', 'momentum' or 'adam'"
             )
 
     def _check_average(self) -> None:

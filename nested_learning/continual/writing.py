@@ -16,6 +16,7 @@ from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.lesson import Lesson
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
+from nested_learning.continual.units import SparseDelta, SparseWrites
 from nested_learning.memory.state import Weights
 from nested_learning.ops.norm import magnitude
 
@@ -60,6 +61,7 @@ class DeltaWriter:
 
     Attributes:
         number: number of faster levels that are no averages.
+        sparse: writes to a few hidden units; None where all weights are written.
         fixed_down: whether `down` stays as drawn, in this level or in the one that it averages.
         learns: whether the level learns from text.
         full_targets, low_rank_targets: one of them is `targets`, the other is empty.
@@ -103,6 +105,8 @@ class DeltaWriter:
         self.fixed_down = level.rank is not None and not level.learn_down
         if averaged is not None and averaged.fixed_down:
             self.fixed_down = level.rank == averaged.level.rank
+        fraction = level.sparse if averaged is None else averaged.level.sparse
+        self.sparse = None if fraction is None else SparseWrites(fraction, self.targets, self.rule)
         self.keys = {target.name: target.name for target in self.full_targets}
         for target in self.low_rank_targets:
             self._check_rank(target)
@@ -123,7 +127,7 @@ class DeltaWriter:
             )
 
     def shape(self, slot: str) -> tuple[int | None, ...]:
-        """Shape of a slot's matrix."""
+        """Shape of a slot's matrix: of a full one that of the weight, also where rows of it are kept."""
         name = slot.removesuffix(DOWN).removesuffix(UP)
         target = next(target for target in self.targets if target.name == name)
         inputs, outputs = target.features
@@ -184,8 +188,15 @@ class DeltaWriter:
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
                 delta.mul_(1 - self.level.decay)
         if sums:
-            scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(norm, 1e-30))
-            directions, state.rule, factor = self.rule.step(state.rule, sums, scale)
+            chosen = None if self.sparse is None else self.sparse.choose(state, sums)
+            grads, size = (sums, norm) if chosen is None else (chosen.grads, _norm(chosen.grads))
+            scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(size, 1e-30))
+            before = state.rule if chosen is None else chosen.rule
+            directions, rule, factor = self.rule.step(before, grads, scale)
+            if self.sparse is not None and chosen is not None:
+                self.sparse.put(state, chosen, directions, -self.level.lr * factor, rule)
+                return "written", loss, norm
+            state.rule = rule
             for slot, direction in directions.items():
                 _step(state.deltas, slot, direction, -self.level.lr * factor)  # eq 71
         return "written", loss, norm
@@ -218,6 +229,9 @@ class DeltaWriter:
         rate = self.level.rate
         assert rate is not None
         state.own()
+        if self.sparse is not None:
+            self.sparse.approach(state, averaged_state, rate)
+            return 0.0
         if self.full_targets or self.fixed_down:
             state.drawn = dict(averaged_state.drawn)
             for slot in self.keys:
@@ -235,8 +249,15 @@ class DeltaWriter:
         lost, whole = torch.stack(errors).sum(0).tolist() if errors else (0.0, 0.0)
         return math.sqrt(lost / whole) if whole else 0.0
 
+    def delta(self, state: DeltaState, target: Target) -> Tensor | SparseDelta | None:
+        """Δ of one weight that is no product, as it is kept; None if it was never written."""
+        return state.deltas.get(target.name) if self.sparse is None else self.sparse.delta(state, target.name)
+
     def full_delta(self, state: DeltaState, target: Target) -> Tensor | None:
         """Δ of one weight in the weight's own layout; None if it was never written. Not a copy."""
+        if self.sparse is not None:
+            sparse = self.sparse.delta(state, target.name)
+            return None if sparse is None else sparse.full(target.weight)
         if self.level.rank is None:
             return state.deltas.get(target.name)
         if target.name + UP not in state.deltas:

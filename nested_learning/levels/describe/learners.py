@@ -88,6 +88,8 @@ def _rule(level: Level) -> str:
         parts = written(f"{level.describe()['rule']}, lr {level.lr:g} (eq 71)", level.lr, level.clip)
     if level.rank is not None:
         parts.append(f"rank {level.rank}" + ("" if level.learn_down else ", down fixed"))
+    if level.sparse is not None:
+        parts.append(f"to the {level.sparse:.3g} of the hidden units whose gradient stands out")
     if level.gate is not None:
         parts.append(f"where the loss exceeds {level.gate:g}")
     if level.gate_quantile is not None:
