@@ -134,13 +134,13 @@ class Level:
         for name, unused in (("rank", None), ("consolidate", 0.0), ("average_of", None)):
             if (value := getattr(self, name)) != unused:
                 raise ValueError(
-                    f"sparse is {self.sparse} and {name} is {value}; expected one of them: a sparse level keeps "
-                    "rows of full matrices, of those units that its own gradients choose"
+                    f"sparse is {self.sparse} and {name} is {value}; expected one of them: a sparse level "
+                    "keeps rows of full matrices, of those units that its own gradients choose"
                 )
         if not acts_by_row(resolve_rule(self.rule)):
             raise ValueError(
-                f"rule is {self.rule!r}, which writes a matrix as a whole; a sparse level needs a rule that acts "
-                "on each hidden unit alone, such as 'gd', 'momentum' or 'adam'"
+                f"rule is {self.rule!r}, which writes a matrix as a whole; a sparse level needs a rule that "
+                "acts on each hidden unit alone, such as 'gd', 'momentum' or 'adam'"
             )
 
     def _check_average(self) -> None:

@@ -270,7 +270,7 @@ class TestRefused:
     def test_settings(self, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             Level(8, 0.1, **options)
-        with pytest.raises(ValueError, match="sparse is 0.1 and average_of is 0"):
+        with pytest.raises(ValueError, match=r"sparse is 0\.1 and average_of is 0"):
             Level(8, average_of=0, rate=0.1, sparse=0.1)
 
     @pytest.mark.parametrize("modules", [["mlp.up_proj"], ["self_attn.q_proj", "self_attn.k_proj"]])
