@@ -25,8 +25,8 @@ CHUNKS = 64  # chunks that the running background remembers, about
 
 
 @dataclass(frozen=True)
-class Place:
-    """Place of the units in one weight.
+class UnitPlace:
+    """UnitPlace of the units in one weight.
 
     Args:
         axis: dimension of the stored weight along which the units lie.
@@ -73,7 +73,7 @@ class HiddenLayer:
 
     name: str
     count: int
-    places: dict[str, Place]
+    places: dict[str, UnitPlace]
     width: dict[str, int]
 
 
@@ -86,7 +86,7 @@ class SparseDelta(NamedTuple):
         rows: [m, weights of a unit].
     """
 
-    place: Place
+    place: UnitPlace
     units: Tensor
     rows: Tensor
 
@@ -153,8 +153,8 @@ def _hidden_layer(name: str, group: Sequence[Target]) -> HiddenLayer:
             f"{names}: not the matrices of one MLP, which lead into a hidden layer and out of it; a sparse "
             "level chooses hidden units of whole MLPs: leave `sparse` out, or leave `modules` out"
         )
-    places = {t.name: Place(int(t.transposed), t.features[1] // count, count) for t in into}
-    places[last.name] = Place(1 - int(last.transposed), 1, count)
+    places = {t.name: UnitPlace(int(t.transposed), t.features[1] // count, count) for t in into}
+    places[last.name] = UnitPlace(1 - int(last.transposed), 1, count)
     return HiddenLayer(name, count, places, {t.name: t.weight.numel() // count for t in group})
 
 

@@ -242,8 +242,12 @@ class DeltaWriter:
             if target.name + UP not in averaged_state.deltas:
                 approach(state.deltas, target.name + UP, None, rate)
                 continue
-            mine = LowRank(*self.factors(state, target))
-            product, *error = mix(mine, LowRank(*averaged.factors(averaged_state, target)), rate)
+            theirs = LowRank(*averaged.factors(averaged_state, target))
+            down, up = (
+                state.deltas[slot] if slot in state.deltas else theirs.up.new_zeros(self.shape(slot))  # type: ignore[arg-type]
+                for slot in (target.name + DOWN, target.name + UP)
+            )
+            product, *error = mix(LowRank(down, up), theirs, rate)
             state.deltas[target.name + DOWN], state.deltas[target.name + UP] = product
             errors.append(torch.stack(error))
         lost, whole = torch.stack(errors).sum(0).tolist() if errors else (0.0, 0.0)
