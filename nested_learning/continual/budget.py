@@ -10,6 +10,7 @@ import torch
 from nested_learning.continual.context import Context
 from nested_learning.continual.find import memory_dtype
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.units import SparseWrites
 from nested_learning.continual.writing import DeltaWriter
 
 
@@ -22,7 +23,7 @@ class Budget:
         learned_parameters: number of those that some level has a delta on.
         base: parameters of the base model; shared by all learners and rows.
         effective_weights: W_base + Σ Δ, one set per base model; shared by all learners and rows.
-        deltas: deltas of all levels, once written.
+        deltas: deltas of all levels, once written; of a sparse level what one write makes.
         sums: gradients of the unfinished chunks of all levels but the fastest.
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
@@ -30,6 +31,7 @@ class Budget:
         activations: tensors kept for the backward pass of one segment, and its logits; an estimate, shared.
         rows: number of rows.
         total: sum of all parts, for all rows.
+        largest: the total once sparse levels have written every unit; the same without such levels.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class Budget:
     activations: int
     rows: int
     total: int
+    largest: int
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -58,7 +61,7 @@ def budget(reader: Reader, rows: int) -> Budget:
     base = sum(p.numel() * p.element_size() for p in parameters)
     effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
     levels = [level_bytes(writer) for writer in writers]
-    factors = sum(own.deltas for w, own in zip(writers, levels, strict=True) if w.level.rank is not None)
+    factors = sum(_slot_bytes(w) for w in writers if w.level.rank is not None and w.averaged is None)
     per_row = {
         "deltas": sum(own.deltas for own in levels),
         "sums": sum(own.sums for own in levels),
@@ -71,11 +74,14 @@ def budget(reader: Reader, rows: int) -> Budget:
         "gradients": effective + factors,
         "activations": _activation_bytes(reader),
     }
+    total = sum(shared.values()) + rows * sum(per_row.values())
+    grown = sum(sum(level_bytes(writer, grown=True)) - sum(level_bytes(writer)) for writer in writers)
     return Budget(
         parameters=sum(p.numel() for p in parameters),
         learned_parameters=sum(t.weight.numel() for t in learned.values()),
         rows=rows,
-        total=sum(shared.values()) + rows * sum(per_row.values()),
+        total=total,
+        largest=total + rows * grown,
         **shared,
         **per_row,
     )
@@ -89,13 +95,44 @@ class LevelBytes(NamedTuple):
     rules: int
 
 
-def level_bytes(writer: DeltaWriter) -> LevelBytes:
-    """Bytes of a level in one row, once it has written."""
-    deltas, level = 0, writer.level
+def level_bytes(writer: DeltaWriter, *, grown: bool = False) -> LevelBytes:
+    """Bytes of a level in one row, once it has written; of a sparse one with `grown`, once it has written
+    every unit."""
+    learned = _slot_bytes(writer)
+    if writer.sparse is not None:
+        return _sparse_bytes(writer, writer.sparse, grown)
+    drawn = 0
+    if writer.fixed_down and writer.averaged is None:  # an average has those of the level that it averages
+        drawn = sum(
+            memory_dtype(target.weight).itemsize * (writer.level.rank or 0) * target.features[0]
+            for target in writer.targets
+        )
+    return LevelBytes(
+        learned + drawn, learned if writer.index and writer.learns else 0, writer.rule.kept * learned
+    )
+
+
+def _sparse_bytes(writer: DeltaWriter, sparse: SparseWrites, grown: bool) -> LevelBytes:
+    size = memory_dtype(writer.targets[0].weight).itemsize
+    deltas = rules = 0
+    for layer in sparse.layers:
+        units = layer.count if grown else sparse.number(layer)
+        rows = size * units * sum(layer.width.values())
+        rules += writer.rule.kept * rows
+        deltas += rows + torch.int64.itemsize * units + (size * layer.count if writer.learns else 0)
+    return LevelBytes(deltas, _slot_bytes(writer) if writer.index and writer.learns else 0, rules)
+
+
+def _slot_bytes(writer: DeltaWriter) -> int:
+    """Bytes of all slots of a level: of its deltas, or of the factors of them that change."""
+    size, level = 0, writer.level
     for target in writer.targets:
-        size = memory_dtype(target.weight).itemsize
-        deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
-    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
+        inputs, outputs = target.features
+        own = target.weight.numel()
+        if level.rank is not None:
+            own = level.rank * (outputs if writer.fixed_down else inputs + outputs)
+        size += memory_dtype(target.weight).itemsize * own
+    return size
 
 
 def _context_bytes(model: Any, window: int) -> int:

@@ -3,7 +3,8 @@
 A slot is one learned matrix: the name of a weight for a full delta, and `NAME:down`, `NAME:up` for the two
 factors of a low-rank one (Δ = up · down, [out, in] = [out, r] [r, in]; `down` starts with orthonormal rows,
 so that a step on `up` is the full step projected on r directions; `up` starts at zero). A slot without an
-entry in `deltas` has never been written: its delta is zero and takes no memory.
+entry in `deltas` has never been written: its delta is zero and takes no memory. A `down` that does not learn
+is no slot; it lies in `drawn`.
 
 Tensors are written in place only while this object alone has them; `share` hands out a copy of the object
 that has the same tensors, and whoever writes next copies them first. So a snapshot costs nothing until
@@ -38,6 +39,12 @@ class DeltaState:
         rule: state of the inner rule.
         loss, pairs: sum of the next-token losses of the chunk so far, and number of its pairs.
         history: mean losses of the chunks before, for `gate_quantile`.
+        drawn: `down` factors that do not learn. They are never written, so that snapshots and averages of the
+            level have the same tensors.
+        units: of a sparse level, indices of the hidden units that were ever written, int64 [m], ascending, by
+            the names of their MLPs. Its deltas and the states of its rule are rows [m, weights of a unit].
+        background: running mean of the squared norm of each unit's gradient, by the names of the MLPs.
+        chunks: number of chunks that `background` is the mean of.
         shared: whether another object may have the same tensors, which must not be written then.
     """
 
@@ -48,6 +55,10 @@ class DeltaState:
     pairs: int = 0
     history: list[float] = field(default_factory=list)
     shared: bool = False
+    drawn: Weights = field(default_factory=dict)
+    units: Weights = field(default_factory=dict)
+    background: Weights = field(default_factory=dict)
+    chunks: int = 0
 
     def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""
@@ -58,6 +69,9 @@ class DeltaState:
             sums=dict(self.sums),
             rule=dict(self.rule),
             history=list(self.history),
+            drawn=dict(self.drawn),
+            units=dict(self.units),
+            background=dict(self.background),
         )
 
     def own(self) -> None:
@@ -71,6 +85,9 @@ class DeltaState:
         """All tensors of the state."""
         yield from self.deltas.values()
         yield from self.sums.values()
+        yield from self.drawn.values()
+        yield from self.units.values()
+        yield from self.background.values()
         for stored in self.rule.values():
             yield from stored.values()
 
@@ -87,6 +104,7 @@ class Row:
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
         version: changes whenever a delta does, and never stands for two contents.
+        in_force: indices of the levels whose deltas act; None while text is read: all that are no average.
     """
 
     levels: list[DeltaState]
@@ -96,6 +114,7 @@ class Row:
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
+    in_force: tuple[int, ...] | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -117,11 +136,11 @@ class Row:
         return fresh
 
     def only(self, levels: tuple[int, ...] | None) -> Row:
-        """The row with the deltas of these levels alone; None for all. For reading, not for learning."""
+        """The row with the deltas of these levels alone in force; None for those with which text is read.
+        For reading, not for learning."""
         if levels is None:
             return self
-        kept = [state if index in levels else DeltaState() for index, state in enumerate(self.levels)]
-        return dataclasses.replace(self, levels=kept, version=(self.version, levels))
+        return dataclasses.replace(self, in_force=levels, version=(self.version, levels))
 
     def mark_changed(self) -> None:
         """Give the row a version of its own, after a delta has changed."""

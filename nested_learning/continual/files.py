@@ -143,6 +143,13 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
     for index, state in enumerate(row.levels):
         tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
         tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
+        tensors.update({f"{index}/units/{layer}": t for layer, t in state.units.items()})
+        tensors.update({f"{index}/background/{layer}": t for layer, t in state.background.items()})
+        if state.chunks:
+            tensors[f"{index}/chunks"] = torch.tensor(state.chunks)
+        for slot, t in state.drawn.items():
+            if not any(t is faster.drawn.get(slot) for faster in row.levels[:index]):  # an average shares it
+                tensors[f"{index}/drawn/{slot}"] = t
         for slot, stored in state.rule.items():
             tensors.update({f"{index}/rule/{field}/{slot}": t for field, t in stored.items()})
     return tensors

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nested_learning.continual.averages import answering, check_chosen
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
@@ -147,7 +148,8 @@ class Learner:
 
         Args:
             row: index of the row whose deltas are in force.
-            levels: indices of the levels in force, 0 is the fastest; None for all. A slow level that takes
+            levels: indices of the levels in force, 0 is the fastest; None for all, where a level that has
+                averages (`Level.average_of`) is replaced by the slowest of them. A slow level that takes
                 over from a fast one (`Level.consolidate`) holds an average of what that one was; alone, it
                 answers from the average.
 
@@ -155,7 +157,7 @@ class Learner:
             the model.
 
         Raises:
-            ValueError: there is no such row or level.
+            ValueError: there is no such row or level, or a level is asked for together with its average.
         """
         chosen = self.memory.row(row).only(self._chosen(levels))
         with self.reader.workspace.installed(self.reader.writers, chosen):
@@ -259,15 +261,17 @@ class Learner:
         return budget(self.reader, len(self.memory.rows))
 
     def _chosen(self, levels: Sequence[int] | None) -> tuple[int, ...] | None:
-        """Indices of levels, ascending. ValueError for others."""
+        """Indices of the levels that answer, ascending; None for all. ValueError for others."""
         if levels is None:
-            return None
+            return answering(self.levels)
         known = range(len(self.levels))
         if isinstance(levels, int) or any(index not in known for index in levels):
             raise ValueError(
                 f"levels must be a list of indices from 0 (the fastest) to {known[-1]}, got {levels!r}"
             )
-        return tuple(sorted(set(levels)))
+        chosen = tuple(sorted(set(levels)))
+        check_chosen(self.levels, chosen)
+        return chosen
 
     # Rows ------------------------------------------------------------------------------------------------
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from nested_learning.continual.rules import resolve_rule, rule_name
+from nested_learning.continual.rules import acts_by_row, resolve_rule, rule_name
 from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE, POSITIVE, Bound
 from nested_learning.optimizers.memory_forms import GradientMemory
 
 SHARE = Bound(high=1.0)
+PART = Bound(high=1.0, open_low=True)
 CHUNK = Bound(low=2, integer=True)
+INDEX = Bound(integer=True)
+# Settings that describe every level in a memory file, also one from before there were others.
+DESCRIBED_ALWAYS = frozenset(
+    ("chunk_size", "lr", "layers", "rule", "clip", "rank", "gate", "gate_quantile", "consolidate", "decay")
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,13 @@ class Level:
         Δ ← (1 − decay) Δ − lr · rule(clip(G)),   G = Σ ∇_W of the next-token loss,
 
     the sum (not the mean) over the chunk_size − 1 pairs of neighbouring tokens wholly inside the chunk, or
-    over those of them whose second token `observe` was told to learn.
+    over those of them whose second token `observe` was told to learn. A level with `average_of` is the moving
+    average of a faster level instead, and answers in its place.
 
     Args:
         chunk_size: tokens between two writes, at least 2.
-        lr: η. With 0 the level never learns from text (it may still take over from a faster one).
+        lr: η. With 0 the level never learns from text (it may still take over from a faster one). Left out
+            for an average.
         layers: "all", "last third" (rounded up), or indices of the model's layers; negative ones count
             from the end.
         rule: "gd", "momentum", "adam", "m3", or a memory form of `nested_learning.optimizers` (an object
@@ -42,13 +50,26 @@ class Level:
             the weights both have: Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast. What the model computes does not
             change by it. Needs `rank=None`.
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
+        average_of: index of a faster level, 0 is the fastest. At its boundary the level moves towards that
+            one, A ← A + rate · (Δ − A), on the weights both have. It is not in force while text is read, so
+            the other levels learn as they would without it; answers have it in the place of the level that
+            it averages. Its chunks must end where that level has just written. It has the form of that
+            level: full, sparse or of its rank, or, with `rank`, of another rank.
+        rate: share of the way that an average moves, above 0, at most 1.
+        learn_down: whether both factors of a low-rank delta learn. False: `down` stays as drawn and `up`
+            alone learns, which an average of the level follows exactly.
+        sparse: share of the hidden units of each MLP that one write changes, above 0, at most 1: those whose
+            gradient stands out against what it usually is (`units.SparseWrites`). A unit is its row of the
+            matrices into the hidden layer and its column of the one out of it. Clip and decay act on what is
+            written, deltas and the rule's state are kept for units that were ever written, and a unit's state
+            counts its own writes alone. None: all weights.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
     """
 
     chunk_size: int
-    lr: float
+    lr: float = None  # type: ignore[assignment]  # becomes 0 for an average; every other level has to say it
     layers: str | Sequence[int] = "all"
     rule: str | GradientMemory = "gd"
     clip: float | None = 1.0
@@ -57,9 +78,20 @@ class Level:
     gate_quantile: float | None = None
     consolidate: float = 0.0
     decay: float = 0.0
+    average_of: int | None = None
+    rate: float | None = None
+    learn_down: bool = True
+    sparse: float | None = None
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
+        if self.lr is None:
+            if self.average_of is None:
+                raise ValueError(
+                    "lr is missing: give a learning rate, such as lr=0.1, or, for the average of a faster "
+                    "level, average_of and rate"
+                )
+            object.__setattr__(self, "lr", 0.0)
         NON_NEGATIVE.check("lr", self.lr)
         SHARE.check("consolidate", self.consolidate)
         SHARE.check("decay", self.decay)
@@ -87,6 +119,49 @@ class Level:
         if isinstance(self.rule, str):
             object.__setattr__(self, "rule", rule_name(self.rule))
         resolve_rule(self.rule)
+        self._check_average()
+        self._check_sparse()
+        if not self.learn_down and self.rank is None:
+            raise ValueError(
+                "learn_down=False is for the two factors of a low-rank delta: give the level a rank, "
+                "or leave it out"
+            )
+
+    def _check_sparse(self) -> None:
+        if self.sparse is None:
+            return
+        PART.check("sparse", self.sparse)
+        for name, unused in (("rank", None), ("consolidate", 0.0), ("average_of", None)):
+            if (value := getattr(self, name)) != unused:
+                raise ValueError(
+                    f"sparse is {self.sparse} and {name} is {value}; expected one of them: a sparse level "
+                    "keeps rows of full matrices, of those units that its own gradients choose"
+                )
+        if not acts_by_row(resolve_rule(self.rule)):
+            raise ValueError(
+                f"rule is {self.rule!r}, which writes a matrix as a whole; a sparse level needs a rule that "
+                "acts on each hidden unit alone, such as 'gd', 'momentum' or 'adam'"
+            )
+
+    def _check_average(self) -> None:
+        if self.average_of is None:
+            if self.rate is not None:
+                raise ValueError(
+                    f"rate is {self.rate}, but there is nothing to average: name a faster level by "
+                    "average_of, or give the learning rate as lr"
+                )
+            return
+        INDEX.check("average_of", self.average_of)
+        if self.rate is None:
+            raise ValueError(f"average_of is {self.average_of}: expected a rate too, such as rate=0.1")
+        PART.check("rate", self.rate)
+        unused = {"lr": 0.0, "rule": "gd", "clip": 1.0, "consolidate": 0.0, "decay": 0.0, "learn_down": True}
+        for name, default in unused.items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{name} is {value!r}, but a level with average_of learns from no text and takes over "
+                    f"nothing else: leave {name} out"
+                )
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The chosen layers of a model with `num_layers`, ascending.
@@ -109,19 +184,23 @@ class Level:
         return tuple(chosen)
 
     def describe(self) -> dict[str, Any]:
-        """All settings as JSON values; equal for levels that learn alike."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Settings as JSON values; equal for levels that learn alike."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in DESCRIBED_ALWAYS or getattr(self, field.name) != field.default
+        }
         rule = self.rule if isinstance(self.rule, str) else repr(self.rule)
         layers = self.layers if isinstance(self.layers, str) else list(self.layers)
         return {**values, "rule": rule, "layers": layers}
 
 
 def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
-    """The levels, fast to slow.
+    """The levels, fast to slow; an average has the rank of the level that it averages, unless it has its own.
 
     Raises:
-        ValueError: none, not Levels, chunk sizes that do not increase, or a fastest level that
-            consolidates.
+        ValueError: none, not Levels, chunk sizes that do not increase, a fastest level that consolidates,
+            or an average of what cannot be averaged.
     """
     levels = tuple(levels)
     wrong = [level for level in levels if not isinstance(level, Level)]
@@ -135,4 +214,35 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
         )
     if levels[0].consolidate:
         raise ValueError("the fastest level has no faster one to take over from: leave out its `consolidate`")
-    return levels
+    return tuple(
+        level if level.average_of is None else _averaging(levels, index, level)
+        for index, level in enumerate(levels)
+    )
+
+
+def _averaging(levels: Sequence[Level], index: int, level: Level) -> Level:
+    """Level `index`, an average, with the form of the level that it averages."""
+    assert level.average_of is not None
+    if level.average_of >= index:
+        raise ValueError(
+            f"level {index} has average_of={level.average_of}; expected the index of a faster level, "
+            f"from 0 to {index - 1}"
+        )
+    averaged = levels[level.average_of]
+    if averaged.average_of is not None:
+        raise ValueError(
+            f"level {index} has average_of={level.average_of}, which is an average itself; expected a level "
+            f"that learns. Did you mean average_of={averaged.average_of}?"
+        )
+    if level.chunk_size % averaged.chunk_size:
+        raise ValueError(
+            f"level {index} averages level {level.average_of} every {level.chunk_size} tokens, expected a "
+            f"multiple of that one's chunk of {averaged.chunk_size}: an average is taken where the level has "
+            "just written"
+        )
+    if level.rank is not None and averaged.rank is None:
+        raise ValueError(
+            f"level {index} has rank {level.rank}, but level {level.average_of}, which it averages, has "
+            "none: leave the rank out, or give both levels one"
+        )
+    return level if level.rank is not None else replace(level, rank=averaged.rank)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import DeltaState, Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
 from nested_learning.continual.plan import ReadingPlan
-from nested_learning.continual.weights import Workspace
+from nested_learning.continual.weights import Workspace, acting
 from nested_learning.continual.writing import DeltaWriter, relay
 from nested_learning.memory.state import Weights
 
@@ -48,9 +49,8 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of deltas, sums of unfinished chunks and states of the rules, of all rows."""
-        return sum(
-            t.numel() * t.element_size() for row in self.rows for state in row.levels for t in state.tensors()
-        )
+        tensors = (t for row in self.rows for state in row.levels for t in state.tensors())
+        return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
     @property
     def is_empty(self) -> bool:
@@ -95,6 +95,8 @@ class Memory:
     def reset(self, level: int | None = None) -> None:
         """Forget everything, or the delta, the unfinished chunk's sums and the rule's state of one level.
 
+        What an average took from a level stays with the average.
+
         Args:
             level: index of the level, 0 is the fastest; None for all, the place in the text included.
 
@@ -108,22 +110,24 @@ class Memory:
             raise ValueError(f"level must be from 0 (the fastest) to {len(self._writers) - 1}, got {level}")
         for row in self.rows:
             relay(self._writers, row, level)  # sums that the slower level has yet to add
-            row.levels[level] = DeltaState()
+            # averages of the level are products with its drawn factors
+            row.levels[level] = DeltaState(drawn=row.levels[level].drawn)
             row.mark_changed()
 
     def diff(self, level: int | None = None, row: int = 0) -> Weights:
         """W − W_base of each weight that has changed: copies in the weight's layout, float32 or float64.
 
         Args:
-            level: index of the only level to count; None for the sum over all.
+            level: index of the only level to count; None for the sum over all that answer, where averages
+                stand in the place of what they average.
             row: index of the row.
         """
         total: Weights = {}
-        for writer, state in zip(self._writers, self.row(row).levels, strict=True):
-            for target in writer.targets if level in (None, writer.index) else ():
-                delta = writer.full_delta(state, target)
-                if delta is not None:
-                    total[target.name] = total[target.name] + delta if target.name in total else delta.clone()
+        chosen = answering([writer.level for writer in self._writers]) if level is None else (level,)
+        for writer, state, target in acting(self._writers, self.row(row).only(chosen)):
+            delta = writer.full_delta(state, target)
+            if delta is not None:
+                total[target.name] = total[target.name] + delta if target.name in total else delta.clone()
         return total
 
     # File ----------------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ class Rule(Protocol):
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         """One write with the gradients `scale` · `grads`; nothing that is given changes."""
 
+    def empty(self, like: Tensor) -> dict[str, Tensor]:
+        """State of a slot before its first write."""
+
 
 class PlainGradient:
     """Gradient descent: the direction is the gradient. No state."""
@@ -48,6 +51,9 @@ class PlainGradient:
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         return Step(grads, {}, scale)
+
+    def empty(self, like: Tensor) -> dict[str, Tensor]:
+        return {}
 
 
 def _scaled(g: Tensor, scale: float) -> Tensor:
@@ -68,6 +74,9 @@ class FormRule:
             slot: memory_direction(self.memory, new[slot], _scaled(g, scale)) for slot, g in grads.items()
         }
         return Step(directions, new, 1.0)
+
+    def empty(self, like: Tensor) -> dict[str, Tensor]:
+        return dict(self.memory.init(like)._asdict())
 
 
 class M3Rule:
@@ -95,6 +104,9 @@ class M3Rule:
         }
         return Step(weights, new, -1.0)
 
+    def empty(self, like: Tensor) -> dict[str, Tensor]:
+        return {}  # the optimizer makes it
+
 
 _NAMED: dict[str, Rule] = {
     "gd": PlainGradient(),
@@ -102,6 +114,21 @@ _NAMED: dict[str, Rule] = {
     "adam": FormRule(AdamMemory(), kept=2),
     "m3": M3Rule(),
 }
+
+
+def acts_by_row(rule: Rule) -> bool:
+    """Whether each row of a matrix is written as if it were alone: tried on a small one, twice."""
+    whole: RuleState = {}
+    alone: list[RuleState] = [{}, {}]
+    probe = torch.tensor([[1.0, 2.0, -1.0], [0.5, -3.0, 2.0]])
+    for g in (probe, probe.flip(1)):
+        step = rule.step(whole, {"probe": g}, 1.0)
+        steps = [rule.step(state, {"probe": row}, 1.0) for state, row in zip(alone, g.split(1), strict=True)]
+        whole, alone = step.state, [each.state for each in steps]
+        rows = torch.cat([each.directions["probe"] for each in steps])
+        if not torch.allclose(step.directions["probe"], rows, rtol=1e-4, atol=1e-5):
+            return False
+    return True
 
 
 def rule_name(name: str) -> str:

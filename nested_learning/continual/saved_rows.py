@@ -88,6 +88,8 @@ class SavedRows:
             raise ValueError(f"levels is {_short(levels)}, expected a list of {len(self._writers)}")
         for writer, state, saved in zip(self._writers, row.levels, levels, strict=True):
             done = (position - (length - start)) % writer.level.chunk_size
+            if writer.fixed_down:
+                state.drawn = self._drawn(prefix, writer, row)
             self._fill(f"{prefix}{writer.index}/", writer, state, saved, done)
         return row
 
@@ -159,20 +161,68 @@ class SavedRows:
         state.pairs = _count("pairs", saved["pairs"], max(done - 1, 0))
         state.loss = _loss(saved["loss"])
         state.history = _history(saved["history"], writer.level.gate_quantile is not None)
-        state.deltas = self._slots(f"{prefix}delta/", writer)
+        self._fill_units(prefix, writer, state)
+        state.deltas = self._slots(f"{prefix}delta/", writer, state)
         for target in writer.low_rank_targets:
-            if (target.name + DOWN in state.deltas) != (target.name + UP in state.deltas):
+            down, up = target.name + DOWN in {**state.deltas, **state.drawn}, target.name + UP in state.deltas
+            if up > down or (down > up and not writer.fixed_down):  # drawn factors outlive a reset
                 raise ValueError(f"{prefix}delta has one of the two factors of {target.name}, expected both")
         state.sums = self._slots(f"{prefix}sum/", writer)
         if state.sums and not (done and writer.learns):
             raise ValueError(f"{prefix}sum has gradients, but the level has none to keep here")
         self._fill_rule(prefix, writer, state, saved["rule"])
 
-    def _slots(self, prefix: str, writer: DeltaWriter) -> dict[str, Tensor]:
+    def _slots(self, prefix: str, writer: DeltaWriter, state: DeltaState | None = None) -> dict[str, Tensor]:
+        """Matrices of the slots that there are; with the state of a sparse level those of its units."""
         found = {}
         for slot in writer.keys:
             if (stored := self._left.pop(prefix + slot, None)) is not None:
-                _check(prefix + slot, stored, PRECISIONS, writer.shape(slot))
+                _check(prefix + slot, stored, PRECISIONS, _kept_shape(writer, slot, state))
+                found[slot] = self._placed(stored, writer)
+        missing = (
+            state
+            and writer.sparse
+            and [s for s, e in writer.sparse.layer_of.items() if e.name in state.units]
+        )
+        if missing and (names := set(missing) - found.keys()):
+            raise ValueError(f"{prefix}{min(names)} is missing")
+        return found
+
+    def _fill_units(self, prefix: str, writer: DeltaWriter, state: DeltaState) -> None:
+        """Which hidden units a sparse level has written, and what their gradients usually are."""
+        for layer in () if writer.sparse is None else writer.sparse.layers:
+            name = f"{prefix}units/{layer.name}"
+            if (units := self._left.pop(name, None)) is not None:
+                _check(name, units, (torch.int64,), (len(units) if units.ndim else -1,))
+                if (
+                    not len(units)
+                    or units[0] < 0
+                    or units[-1] >= layer.count
+                    or not bool((units.diff() > 0).all())
+                ):
+                    raise ValueError(f"{name}: expected indices from 0 to {layer.count - 1}, ascending")
+                state.units[layer.name] = units.to(self._model.device)
+            name = f"{prefix}background/{layer.name}"
+            if (usual := self._left.pop(name, None)) is not None:
+                _check(name, usual, PRECISIONS, (layer.count,))
+                if not bool(((usual >= 0) & usual.isfinite()).all()):
+                    raise ValueError(f"{name}: expected finite numbers from 0")
+                state.background[layer.name] = self._placed(usual, writer)
+        if state.background:
+            chunks = self._pop(f"{prefix}chunks")
+            _check(f"{prefix}chunks", chunks, (torch.int64,), ())
+            state.chunks = _count(f"{prefix}chunks", int(chunks), MOST_TOKENS)
+
+    def _drawn(self, prefix: str, writer: DeltaWriter, row: Row) -> dict[str, Tensor]:
+        """The `down` factors that stay as drawn; an average has those of the level that it averages."""
+        if writer.averaged is not None:
+            return dict(row.levels[writer.averaged.index].drawn)
+        found = {}
+        for target in writer.low_rank_targets:
+            slot = target.name + DOWN
+            name = f"{prefix}{writer.index}/drawn/{slot}"
+            if (stored := self._left.pop(name, None)) is not None:
+                _check(name, stored, PRECISIONS, writer.shape(slot))
                 found[slot] = self._placed(stored, writer)
         return found
 
@@ -185,13 +235,15 @@ class SavedRows:
             names = {field: f"{prefix}rule/{field}/{slot}" for field in like}
             if not any(name in self._left for name in names.values()):
                 continue
-            sizes = dict(zip(PROBE, writer.shape(slot), strict=True))
+            sizes = dict(zip(PROBE, _kept_shape(writer, slot, state), strict=True))
             for field, name in names.items():
                 stored = self._pop(name)
                 shape = tuple(sizes.get(n, n) for n in like[field].shape)
+                if writer.sparse is not None and not shape:  # of each unit
+                    shape = (sizes[PROBE[0]], 1)
                 _check(name, stored, PRECISIONS if like[field].is_floating_point() else (torch.int64,), shape)
-                if not stored.ndim and not stored >= 0:
-                    raise ValueError(f"{name} is {stored.item()}, expected a count")
+                if not like[field].ndim and not bool((stored >= 0).all()):
+                    raise ValueError(f"{name} is {float(stored.min())}, expected a count")
                 stored = self._placed(stored, writer) if stored.is_floating_point() else stored
                 state.rule.setdefault(slot, {})[field] = stored.to(self._model.device)
 
@@ -203,6 +255,14 @@ class SavedRows:
         if name not in self._left:
             raise ValueError(f"{name} is missing")
         return self._left.pop(name)
+
+
+def _kept_shape(writer: DeltaWriter, slot: str, state: DeltaState | None) -> tuple[int | None, ...]:
+    """Shape of what is kept of a slot: of a sparse level's `state` the rows of its units."""
+    if writer.sparse is None or state is None:
+        return writer.shape(slot)
+    layer = writer.sparse.layer_of[slot]
+    return len(state.units.get(layer.name, ())), layer.width[slot]
 
 
 def _rule_state(writer: DeltaWriter) -> dict[str, Tensor]:

@@ -66,7 +66,9 @@ def stack_levels(
     for index, level in enumerate(levels):
         chosen = set(level.layer_indices(num_layers))
         own = [target for target in targets if target.layer in chosen]
-        writers.append(DeltaWriter(index, level, own, seed, faster=writers[-1] if writers else None))
+        faster = [writer for writer in writers if writer.averaged is None]
+        averaged = None if level.average_of is None else writers[level.average_of]
+        writers.append(DeltaWriter(index, level, own, seed, faster[-1] if faster else None, averaged))
     full = {target.name for writer in writers for target in writer.full_targets}
     check_weights([target for writer in writers for target in writer.targets], full)
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)

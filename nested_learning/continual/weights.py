@@ -29,28 +29,54 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nested_learning.continual.deltas import DOWN, UP, Row
+from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import Target
+from nested_learning.continual.units import SparseDelta
 from nested_learning.continual.writing import DeltaWriter
 from nested_learning.memory.state import Weights
 
 
+def acting(writers: Sequence[DeltaWriter], row: Row) -> Iterator[tuple[DeltaWriter, DeltaState, Target]]:
+    """Each delta that is in force: its writer, its state and its weight; some have never been written.
+
+    While text is read averages are not. In answers an average stands in the place of the level that it
+    averages, on the weights that it has.
+    """
+    chosen = [w.index for w in writers if w.averaged is None] if row.in_force is None else row.in_force
+    replaced = {
+        (writer.averaged.index, target.name)
+        for writer in writers
+        if writer.averaged is not None and writer.index in chosen
+        for target in writer.targets
+    }
+    for writer, state in zip(writers, row.levels, strict=True):
+        for target in writer.targets if writer.index in chosen else ():
+            if (writer.index, target.name) not in replaced:
+                yield writer, state, target
+
+
 @dataclass
 class _Buffers:
-    """Effective weights by name, and the version of the row that they were made for."""
+    """Effective weights by name, and the version of the row that they were made for.
+
+    Attributes:
+        written: by name, the slices of a weight in which it differs from W_base, if only those of hidden
+            units do: the next sum need not touch others.
+    """
 
     weights: Weights
     version: Hashable | None = None
+    written: Weights = field(default_factory=dict)
 
     @torch.no_grad()
     def effective(self, writers: Sequence[DeltaWriter], row: Row) -> dict[Target, Tensor]:
         """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ."""
-        deltas: dict[Target, list[Tensor]] = {}
-        for writer, state in zip(writers, row.levels, strict=True):
-            for target in writer.full_targets:
+        deltas: dict[Target, list[Tensor | SparseDelta]] = {}
+        for writer, state, target in acting(writers, row):
+            if writer.level.rank is None:
                 found = deltas.setdefault(target, [])
-                if target.name in state.deltas:
-                    found.append(state.deltas[target.name])
+                if (delta := writer.delta(state, target)) is not None:
+                    found.append(delta)
         # Without a version until all sums are made: an exception in between must not leave stale ones valid.
         stale, self.version = self.version != row.version, None
         effective = {}
@@ -59,12 +85,31 @@ class _Buffers:
             if found:
                 buffer = self.weights.get(target.name)
                 if buffer is None or stale:
-                    buffer = _sum_into(buffer, weight, found)
+                    buffer = self._sum(target, found)
                 self.weights[target.name] = weight = buffer
             # A view of its own: `requires_grad_` for one scope stays off the buffer and the parameter.
             effective[target] = weight.detach()
         self.version = row.version
         return effective
+
+    def _sum(self, target: Target, deltas: Sequence[Tensor | SparseDelta]) -> Tensor:
+        buffer, weight = self.weights.get(target.name), target.weight
+        written = self.written.pop(target.name, None)
+        sparse = [delta for delta in deltas if isinstance(delta, SparseDelta)]
+        if len(sparse) < len(deltas):
+            full = [each.full(weight) if isinstance(each, SparseDelta) else each for each in deltas]
+            return _sum_into(buffer, weight, full)
+        delta = SparseDelta.sum(sparse)
+        axis, where = delta.place.axis, delta.place.slices(delta.units)
+        if buffer is None or not _alike(buffer, weight):
+            buffer = weight.detach().clone()
+        elif written is None:
+            buffer.copy_(weight)
+        else:
+            buffer.index_copy_(axis, written, weight.index_select(axis, written))
+        slices = delta.place.laid_out(delta.rows) + weight.index_select(axis, where)
+        self.written[target.name] = where
+        return buffer.index_copy_(axis, where, slices.to(buffer.dtype))
 
 
 def _sum_into(buffer: Tensor | None, weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
@@ -72,9 +117,13 @@ def _sum_into(buffer: Tensor | None, weight: Tensor, deltas: Sequence[Tensor]) -
     total = deltas[0] if len(deltas) == 1 else torch.add(deltas[0], deltas[1])
     for delta in deltas[2:]:
         total = total.add_(delta)
-    if buffer is None or buffer.shape != weight.shape or buffer.dtype != weight.dtype:
+    if buffer is None or not _alike(buffer, weight):
         buffer = torch.empty_like(weight)
     return torch.add(total, weight, out=buffer)
+
+
+def _alike(buffer: Tensor, weight: Tensor) -> bool:
+    return buffer.shape == weight.shape and buffer.dtype == weight.dtype
 
 
 @dataclass
@@ -106,7 +155,8 @@ class _Installation:
         learned = {key for writer in writers if writer.learns for key in writer.keys.values()}
         leaves = {target.name: weight for target, weight in self.weights.items()}
         for writer, target, down, up in self.factors:
-            leaves[writer.keys[target.name + DOWN]] = down
+            if not writer.fixed_down:
+                leaves[writer.keys[target.name + DOWN]] = down
             leaves[writer.keys[target.name + UP]] = up
         return {key: leaf.requires_grad_() for key, leaf in leaves.items() if key in learned}
 
@@ -177,8 +227,9 @@ class Workspace:
             buffers = self._free.pop() if self._free else _Buffers({})  # a scope in a scope has its own
             factors = [
                 (writer, target, down.detach(), up.detach())
-                for writer, state in zip(writers, row.levels, strict=True)
-                for target in writer.low_rank_targets
+                for writer, state, target in acting(writers, row)
+                if writer.level.rank is not None
+                if writer.averaged is None or target.name + UP in state.deltas
                 for down, up in [writer.factors(state, target)]
             ]
             installation = _Installation(buffers.effective(writers, row), factors)

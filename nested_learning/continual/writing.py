@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nested_learning.continual.averages import LowRank, approach, mix
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.lesson import Lesson
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
+from nested_learning.continual.units import SparseDelta, SparseWrites
 from nested_learning.memory.state import Weights
 from nested_learning.ops.norm import magnitude
 
@@ -33,6 +35,8 @@ class Write:
             or "dropped", its loss or gradient was NaN or infinite. Only the first changes anything.
         loss: mean next-token loss over the pairs of the chunk that are learned, in nats; 0 if there are none.
         gradient_norm: Frobenius norm of the summed gradient, before clipping.
+        truncation: of an average at a rank, the Frobenius norm of what the rank could not hold, relative to
+            that of the whole; 0 where the average is exact.
     """
 
     level: int
@@ -41,6 +45,7 @@ class Write:
     outcome: str
     loss: float
     gradient_norm: float
+    truncation: float = 0.0
 
 
 class DeltaWriter:
@@ -51,9 +56,13 @@ class DeltaWriter:
         level: settings.
         targets: weights of the level's layers.
         seed: seed of the initial `down` factors.
-        faster: writer of the next faster level; None for the fastest.
+        faster: writer of the next faster level that is no average; None for the fastest.
+        averaged: writer of the level that this one averages; None if it is no average.
 
     Attributes:
+        number: number of faster levels that are no averages.
+        sparse: writes to a few hidden units; None where all weights are written.
+        fixed_down: whether `down` stays as drawn, in this level or in the one that it averages.
         learns: whether the level learns from text.
         full_targets, low_rank_targets: one of them is `targets`, the other is empty.
         keys: by slot, the name of the matrix that a gradient is taken for: the full deltas of all levels on
@@ -72,20 +81,36 @@ class DeltaWriter:
         targets: Sequence[Target],
         seed: int,
         faster: DeltaWriter | None = None,
+        averaged: DeltaWriter | None = None,
     ) -> None:
         self.index = index
+        self.number: int = 0 if faster is None else faster.number + 1
         self.level = level
         self.targets = list(targets)
+        self.averaged = averaged
+        if averaged is not None:
+            known = {target.name for target in averaged.targets}
+            self.targets = [target for target in targets if target.name in known]
+            if not self.targets:
+                raise ValueError(
+                    f"level {index} averages level {averaged.index}, but their layers have no weight in "
+                    f"common: {level.layers!r} and {averaged.level.layers!r}"
+                )
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.faster = faster
         self.learns = level.lr > 0
         self.full_targets = self.targets if level.rank is None else []
         self.low_rank_targets = [] if level.rank is None else self.targets
+        self.fixed_down = level.rank is not None and not level.learn_down
+        if averaged is not None and averaged.fixed_down:
+            self.fixed_down = level.rank == averaged.level.rank
+        fraction = level.sparse if averaged is None else averaged.level.sparse
+        self.sparse = None if fraction is None else SparseWrites(fraction, self.targets, self.rule)
         self.keys = {target.name: target.name for target in self.full_targets}
         for target in self.low_rank_targets:
             self._check_rank(target)
-            for slot in (target.name + DOWN, target.name + UP):
+            for slot in (target.name + DOWN, target.name + UP)[self.fixed_down :]:
                 self.keys[slot] = f"{index}/{slot}"
         self.relayed: frozenset[str] = frozenset()
         both_sum = faster is not None and faster.index > 0 and faster.learns and self.learns
@@ -102,7 +127,7 @@ class DeltaWriter:
             )
 
     def shape(self, slot: str) -> tuple[int | None, ...]:
-        """Shape of a slot's matrix."""
+        """Shape of a slot's matrix: of a full one that of the weight, also where rows of it are kept."""
         name = slot.removesuffix(DOWN).removesuffix(UP)
         target = next(target for target in self.targets if target.name == name)
         inputs, outputs = target.features
@@ -111,16 +136,18 @@ class DeltaWriter:
 
     def factors(self, state: DeltaState, target: Target) -> tuple[Tensor, Tensor]:
         """(down [r, in], up [out, r]) of a low-rank delta, made on first use."""
-        down, up = state.deltas.get(target.name + DOWN), state.deltas.get(target.name + UP)
+        kept = state.drawn if self.fixed_down else state.deltas
+        down, up = kept.get(target.name + DOWN), state.deltas.get(target.name + UP)
         if down is None or up is None:
-            down, up = self._initial_factors(target)
-            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = down, up
+            drawn, up = self._initial_factors(target)
+            down = kept.setdefault(target.name + DOWN, drawn)
+            state.deltas[target.name + UP] = up
         return down, up
 
     def _initial_factors(self, target: Target) -> tuple[Tensor, Tensor]:
         rank, (inputs, outputs) = self.level.rank, target.features
         assert rank is not None
-        digest = hashlib.sha256(f"{self.seed}/{self.index}/{target.name}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{self.number}/{target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         weight = target.weight
         random = torch.randn(inputs, rank, generator=generator, dtype=torch.float64)
@@ -161,8 +188,15 @@ class DeltaWriter:
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
                 delta.mul_(1 - self.level.decay)
         if sums:
-            scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(norm, 1e-30))
-            directions, state.rule, factor = self.rule.step(state.rule, sums, scale)
+            chosen = None if self.sparse is None else self.sparse.choose(state, sums)
+            grads, size = (sums, norm) if chosen is None else (chosen.grads, _norm(chosen.grads))
+            scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(size, 1e-30))
+            before = state.rule if chosen is None else chosen.rule
+            directions, rule, factor = self.rule.step(before, grads, scale)
+            if self.sparse is not None and chosen is not None:
+                self.sparse.put(state, chosen, directions, -self.level.lr * factor, rule)
+                return "written", loss, norm
+            state.rule = rule
             for slot, direction in directions.items():
                 _step(state.deltas, slot, direction, -self.level.lr * factor)  # eq 71
         return "written", loss, norm
@@ -190,8 +224,44 @@ class DeltaWriter:
                 kept = target.name if fast.level.rank is None else target.name + UP
                 fast_state.deltas[kept].mul_(1 - share)
 
+    def average(self, state: DeltaState, averaged: DeltaWriter, averaged_state: DeltaState) -> float:
+        """A ← A + rate · (Δ − A). Returns the relative error of bringing A back to its rank; see `Write`."""
+        rate = self.level.rate
+        assert rate is not None
+        state.own()
+        if self.sparse is not None:
+            self.sparse.approach(state, averaged_state, rate)
+            return 0.0
+        if self.full_targets or self.fixed_down:
+            state.drawn = dict(averaged_state.drawn)
+            for slot in self.keys:
+                approach(state.deltas, slot, averaged_state.deltas.get(slot), rate)
+            return 0.0
+        errors = []
+        for target in self.low_rank_targets:
+            if target.name + UP not in averaged_state.deltas:
+                approach(state.deltas, target.name + UP, None, rate)
+                continue
+            theirs = LowRank(*averaged.factors(averaged_state, target))
+            down, up = (
+                state.deltas[slot] if slot in state.deltas else theirs.up.new_zeros(self.shape(slot))  # type: ignore[arg-type]
+                for slot in (target.name + DOWN, target.name + UP)
+            )
+            product, *error = mix(LowRank(down, up), theirs, rate)
+            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = product
+            errors.append(torch.stack(error))
+        lost, whole = torch.stack(errors).sum(0).tolist() if errors else (0.0, 0.0)
+        return math.sqrt(lost / whole) if whole else 0.0
+
+    def delta(self, state: DeltaState, target: Target) -> Tensor | SparseDelta | None:
+        """Δ of one weight that is no product, as it is kept; None if it was never written."""
+        return state.deltas.get(target.name) if self.sparse is None else self.sparse.delta(state, target.name)
+
     def full_delta(self, state: DeltaState, target: Target) -> Tensor | None:
         """Δ of one weight in the weight's own layout; None if it was never written. Not a copy."""
+        if self.sparse is not None:
+            sparse = self.sparse.delta(state, target.name)
+            return None if sparse is None else sparse.full(target.weight)
         if self.level.rank is None:
             return state.deltas.get(target.name)
         if target.name + UP not in state.deltas:
@@ -225,8 +295,9 @@ def _norm(grads: Weights) -> float:
 
 def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:
     """Hand the sums of a level on to the next slower one, if that one counts on it."""
-    for slower in writers[index + 1 : index + 2]:
-        slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
+    for slower in writers[index + 1 :]:
+        if slower.faster is not None and slower.faster.index == index:
+            slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
 
 
 def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_index: int) -> list[Write]:
@@ -262,9 +333,12 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
         if is_last:
             relay(writers, row, writer.index)
             write = Write(writer.index, row_index, end, *writer.write(state))
-            writes.append(write)
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])
+            if (averaged := writer.averaged) and write.outcome == "written":
+                error = writer.average(state, averaged, row.levels[averaged.index])
+                write = replace(write, truncation=error)
+            writes.append(write)
     if any(write.outcome == "written" for write in writes):
         row.mark_changed()
     return writes

@@ -29,7 +29,8 @@ def contents(learner, row=0):
     row = learner.memory.rows[row]
     tensors = [row.tokens, row.learn, *(t for pair in row.context.layers for t in pair)]
     for state in row.levels:
-        tensors += [t for _, t in sorted(state.deltas.items())] + [t for _, t in sorted(state.sums.items())]
+        for kept in (state.deltas, state.sums, state.drawn, state.units, state.background):
+            tensors += [t for _, t in sorted(kept.items())]
         tensors += [t for _, stored in sorted(state.rule.items()) for _, t in sorted(stored.items())]
         tensors.append(torch.tensor([state.loss, state.pairs, *state.history], dtype=torch.float64))
     return [torch.tensor([row.position, row.start]), *tensors]

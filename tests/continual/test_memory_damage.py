@@ -212,6 +212,12 @@ def test_each_field(saved, change, message, old):
 CHOICES = {
     "some": LEVELS,
     "gd": (Level(4, 0.3), Level(8, 0.1, gate=0.5), Level(16, 0.0, consolidate=0.2)),
+    "averages": (
+        Level(4, 0.3, rule="adam", sparse=0.1),
+        Level(8, average_of=0, rate=0.5),
+        Level(9, 0.1, rank=2, learn_down=False, rule="momentum"),
+        Level(18, average_of=2, rate=0.5),
+    ),
     "m3": (Level(2, 0.3, rule="m3"), Level(6, 0.1, rule=AdaGradMemory(), rank=1), Level(9, 0.1, rule="m3")),
 }
 

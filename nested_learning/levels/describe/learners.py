@@ -30,7 +30,7 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
             frequency=every_tokens(writer.level.chunk_size),
             state_bytes=sum(level_bytes(writer)),
             context=f"chunks of {writer.level.chunk_size} tokens",
-            objective="the next-token loss",
+            objective=_objective(writer.level),
             rule=_rule(writer.level),
             output="",
         )
@@ -40,7 +40,7 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
         yield DescribedWeights(base, parameters)
         yield Transfer(sources=(base,), targets=tuple(own), kind="initial state", what="W_base, where Δ is 0")
     for writer, name in zip(writers, names, strict=True):
-        others = tuple(other for other in names if other != name)
+        others = tuple(names[w.index] for w in writers if w is not writer and w.averaged is None)
         if others and writer.learns:
             what = "its gradient is taken at W_base + Σ Δ"
             yield Transfer(sources=others, targets=(name,), kind="conditioning on weights", what=what)
@@ -51,6 +51,18 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
                 kind="generation of weights",
                 what=f"consolidation: {share:g} of Δ moves every {writer.level.chunk_size} tokens",
             )
+        if writer.averaged is not None:
+            yield Transfer(
+                sources=(names[writer.averaged.index],),
+                targets=(name,),
+                kind="generation of weights",
+                what=f"average, taken every {writer.level.chunk_size} tokens; it answers in its place",
+            )
+
+
+def _objective(level: Level) -> str:
+    of = level.average_of
+    return "the next-token loss" if of is None else f"½‖A − Δ{of + 1}‖²"
 
 
 def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
@@ -69,9 +81,15 @@ def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
 
 def _rule(level: Level) -> str:
     """How a level writes, in a line."""
-    parts = written(f"{level.describe()['rule']}, lr {level.lr:g} (eq 71)", level.lr, level.clip)
+    if level.average_of is not None:
+        of = level.average_of + 1
+        parts = [f"A ← A + {level.rate:g} (Δ{of} − A); not in force while text is read, answers for Δ{of}"]
+    else:
+        parts = written(f"{level.describe()['rule']}, lr {level.lr:g} (eq 71)", level.lr, level.clip)
     if level.rank is not None:
-        parts.append(f"rank {level.rank}")
+        parts.append(f"rank {level.rank}" + ("" if level.learn_down else ", down fixed"))
+    if level.sparse is not None:
+        parts.append(f"to the {level.sparse:.3g} of the hidden units whose gradient stands out")
     if level.gate is not None:
         parts.append(f"where the loss exceeds {level.gate:g}")
     if level.gate_quantile is not None:

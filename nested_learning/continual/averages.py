@@ -1,0 +1,96 @@
+"""Averages that answer: levels that follow a faster one, and stand in its place when the learner is asked.
+
+A ← A + r (Δ − A) at the average's boundary. Full deltas, and products with one fixed factor, are averaged as
+they are. With two learned factors the average of products has the sum of both ranks; it is brought back to
+the average's own rank by the best approximation of that rank, from QR decompositions of the stacked factors
+and the singular values of the small matrix between them: no matrix of the weight's size is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual.level import Level
+from nested_learning.memory.state import Weights
+
+
+def answering(levels: Sequence[Level]) -> tuple[int, ...] | None:
+    """Indices of the levels that are in force when a learner is asked; None where that is all of them.
+
+    Where a level has several averages, the slowest one answers. The level itself is among the indices: it
+    answers on those weights that its average does not have.
+    """
+    slowest = {level.average_of: index for index, level in enumerate(levels) if level.average_of is not None}
+    if not slowest:
+        return None
+    return tuple(i for i, level in enumerate(levels) if level.average_of is None or i in slowest.values())
+
+
+def check_chosen(levels: Sequence[Level], chosen: Collection[int]) -> None:
+    """Raise ValueError where one of these levels is to stand in the place of another one of them."""
+    first: dict[int, int] = {}
+    for index in chosen:
+        of = levels[index].average_of
+        of = index if of is None else of
+        if first.setdefault(of, index) != index:
+            raise ValueError(
+                f"levels {first[of]} and {index} are a level and its average, or two averages of one level; "
+                "expected one of them: an average stands in the place of what it averages"
+            )
+
+
+class LowRank(NamedTuple):
+    """A product up · down of rank r, [out, in].
+
+    Attributes:
+        down: [r, in].
+        up: [out, r].
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+class Mixed(NamedTuple):
+    """A mixture of two products at a rank, and what it cost.
+
+    Attributes:
+        product: the best approximation of the mixture.
+        lost: squared Frobenius norm of what the rank could not hold, 0-D.
+        whole: squared Frobenius norm of the mixture, 0-D.
+    """
+
+    product: LowRank
+    lost: Tensor
+    whole: Tensor
+
+
+def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
+    """(1 − rate) · mine + rate · theirs at the rank of `mine`: its best approximation (Eckart and Young).
+
+    `down` of the result has orthonormal rows.
+    """
+    rank = len(mine.down)
+    left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=1)
+    right = torch.cat([mine.down, theirs.down])
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    squares = values.square()
+    product = LowRank((q_right @ v[:rank].T).T.contiguous(), q_left @ (u[:, :rank] * values[:rank]))
+    return Mixed(product, squares[rank:].sum(), squares.sum())
+
+
+def approach(mine: Weights, slot: str, theirs: Tensor | None, rate: float) -> None:
+    """A ← A + rate · (Δ − A) for one slot, where a slot without an entry is zero."""
+    if slot not in mine:
+        if theirs is not None:
+            mine[slot] = theirs * rate
+    elif theirs is None:
+        mine[slot].mul_(1 - rate)
+    else:
+        mine[slot].lerp_(theirs, rate)
