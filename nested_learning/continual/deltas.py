@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nested_learning.continual.context import Context
 from nested_learning.continual.rules import RuleState
+from nested_learning.continual.store import Store
 from nested_learning.memory.state import Weights
 
 DOWN, UP = ":down", ":up"
@@ -87,6 +88,7 @@ class Row:
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
         version: changes whenever a delta does, and never stands for two contents.
+        store: examples of what was read; None where nothing is kept.
     """
 
     levels: list[DeltaState]
@@ -96,6 +98,7 @@ class Row:
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
+    store: Store | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nested_learning._errors import unknown
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.inputs import Batch, LearnMask, TextOrIds, read_batch
+from nested_learning.continual.inputs import Batch, LearnMask, Names, TextOrIds, read_batch, read_names
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.replay import Replay
+from nested_learning.continual.replayer import Replayer
+from nested_learning.continual.sources import (
+    Forgotten,
+    Source,
+    known_sources,
+    report,
+    strike_out,
+    texts_read,
+)
+from nested_learning.continual.store import Count
 from nested_learning.continual.writing import Write, learn_from
 
 
@@ -39,15 +52,17 @@ class Learner:
         memory: everything that was learned: save, load, reset, diff, snapshot.
         reader: the reader with the deltas; `reader.plan` says how it reads.
         writes: reports of the boundaries that the last `observe` passed.
+        replayer: the replay of what was read; None where nothing is kept.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, reader: Reader) -> None:
+    def __init__(self, model: Any, tokenizer: Any, reader: Reader, replay: Replay | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
-        self.memory = Memory(model, reader.writers, reader.plan)
+        self.memory = Memory(model, reader.writers, reader.plan, replay)
         self.writes: list[Write] = []
         self.reader = reader
+        self.replayer = None if replay is None else Replayer(reader, replay)
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {self.memory!r})"
@@ -68,7 +83,13 @@ class Learner:
     # Learning ------------------------------------------------------------------------------------------
 
     def observe(
-        self, text_or_ids: TextOrIds, *, row: int | None = None, learn_mask: LearnMask | None = None
+        self,
+        text_or_ids: TextOrIds,
+        *,
+        row: int | None = None,
+        learn_mask: LearnMask | None = None,
+        source: Names = None,
+        label: Names = None,
     ) -> Any:
         """Read, score, and learn at every boundary that is passed.
 
@@ -80,6 +101,11 @@ class Learner:
                 which no chunk learns). The others are read and scored alone, such as a user's turns when
                 only the answers are to be learned. None for all tokens. Not for text, whose tokens are not
                 known.
+            source: name of where it comes from, for `sources`, `forget` and retrieval; one for all
+                sequences or a list with one for each. Text of one source may come in any pieces. Needs
+                replay.
+            label: label of the text, for replay that is balanced by label; one, or a list. A labelled
+                sequence is a text of its own, whose examples have nothing of others. Needs replay.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32
@@ -87,18 +113,19 @@ class Learner:
             The first token of a text has NaN: nothing predicts it.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, another number of rows than before, or a mask
-                of another shape or kind.
+            ValueError: no tokens, ids outside the vocabulary, another number of rows than before, a mask of
+                another shape or kind, or a name where nothing is kept by it.
 
         Warns:
             RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
         """
         batch = read_batch(text_or_ids, self.tokenizer, self.model, learn_mask)
+        names = self._names(source, label, len(batch.rows))
         if batch.kind != "one":
             self.memory.set_rows(len(batch.rows))
         self.writes = []
-        pairs = zip(self._assign(batch, row), batch.learn, strict=True)
-        losses = [self._observe_row(index, ids, learn) for (index, ids), learn in pairs]
+        parts = zip(self._assign(batch, row), batch.learn, names, strict=True)
+        losses = [self.read(index, ids, learn, *named) for (index, ids), learn, named in parts]
         for write in self.writes:
             if write.outcome == "dropped":
                 warnings.warn(
@@ -109,20 +136,101 @@ class Learner:
                 )
         return batch.restore(losses)
 
-    def _observe_row(self, index: int, ids: Tensor, learn: Tensor) -> Tensor:
-        """Next-token losses [T] of ids [T], where the row learns at every boundary that is passed."""
-        row = self.memory.rows[index]
+    def _names(self, source: Names, label: Names, count: int) -> list[tuple[str | None, str | None]]:
+        """(source, label) of each of `count` sequences."""
+        if self.replayer is None and not (source is None and label is None):
+            raise ValueError(
+                "source and label are names under which text is kept, but this learner keeps none; "
+                "give stack_levels a replay=Replay(…), or leave them out"
+            )
+        names = read_names("source", source, count), read_names("label", label, count)
+        return list(zip(*names, strict=True))
+
+    def read(
+        self, index: int, ids: Tensor, learn: Tensor, source: str | None = None, label: str | None = None
+    ) -> Tensor:
+        """Next-token losses [T] of ids [T], where row `index` learns at every boundary that is passed.
+
+        Args:
+            index: index of the row.
+            ids: [T] on the model's device.
+            learn: bool [T] on the CPU, whether the levels learn to predict each of them.
+            source, label: names of the text, for the store of a row that has one.
+        """
+        row, replayer = self.memory.rows[index], self.replayer
         losses = []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
+            named = (piece.stop - piece.start, source, label, piece.start == 0)
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
                 losses.append(self.reader.score(row, ids[piece], learn[piece]))
+                if replayer:
+                    replayer.name(row, *named)
                 continue
+            before = dataclasses.replace(row)
             found, lesson = self.reader.read_segment(row, ids[piece], learn[piece])
             losses.append(found)
-            self.writes += learn_from(self.reader.writers, row, lesson, index)
+            try:
+                replayed = replayer.read(row, lesson) if replayer else {}
+            except BaseException:  # the row must not have read what its levels have not learned
+                self.memory.rows[index] = before
+                raise
+            writes = learn_from(self.reader.writers, row, lesson, index, replayed)
+            self.writes += writes
+            if replayer:
+                replayer.name(row, *named)
+                replayer.keep(row, lesson, writes, replayed)
             if not lesson.is_finite:
                 row.clear_context()  # its keys and values may be NaN as well
         return torch.cat(losses)
+
+    def sources(self, *, row: int | None = None) -> list[Source]:
+        """The sources that were read, in order, by one row or by all; empty where nothing is kept."""
+        return known_sources(self.memory.rows if row is None else [self.memory.row(row)])
+
+    def forget(self, source: str | None, *, row: int | None = None) -> Forgotten:
+        """Take a source out of what is kept and, where all that was read is kept, out of the weights.
+
+        Where the store of a row still holds everything that the row has read, the row learns again from the
+        base model and from what remains, in its order: afterwards it is, bit for bit, what it would be if it
+        had never read the source. That takes as long as reading did. Otherwise the source's examples and
+        its text in the window go, and the report says that the weights still carry it.
+
+        Args:
+            source: name of the source; None for all text that was read without one.
+            row: the only row that forgets; None for all.
+
+        Raises:
+            ValueError: no row knows such a source.
+        """
+        rows = list(range(len(self.memory.rows))) if row is None else [row]
+        known = [name for each in rows for name in self._counts(each)]
+        if source not in known:
+            raise unknown("source", str(source), {name for name in known if name is not None})
+        had = [index for index in rows if source in self._counts(index)]
+        before, writes, tokens, reasons = self.memory.snapshot(), self.writes, 0, {}
+        try:
+            for index in had:
+                own = self.memory.rows[index]
+                assert own.store is not None
+                if own.store.reason:
+                    reasons[index] = own.store.reason
+                    tokens += strike_out(own, own.store, source)
+                    continue
+                tokens += own.store.counts[source].tokens
+                self.memory.rows[index] = self.memory.new_row()
+                for text in texts_read(own, own.store):
+                    if text.source != source:
+                        self.read(index, *text)
+        except BaseException:
+            self.memory.restore(before)
+            raise
+        finally:
+            self.writes = writes
+        return report(source, tokens, had, list(reasons), list(reasons.values()))
+
+    def _counts(self, row: int) -> Mapping[str | None, Count]:
+        store = self.memory.row(row).store
+        return {} if store is None else store.counts
 
     @contextmanager
     def adaptation_scope(self) -> Iterator[Learner]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import Target, memory_dtype
-from nested_learning.continual.lesson import Lesson
+from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
 from nested_learning.memory.state import Weights
@@ -33,6 +33,7 @@ class Write:
             or "dropped", its loss or gradient was NaN or infinite. Only the first changes anything.
         loss: mean next-token loss over the pairs of the chunk that are learned, in nats; 0 if there are none.
         gradient_norm: Frobenius norm of the summed gradient, before clipping.
+        replayed: number of learned tokens of kept examples in the summed gradient.
     """
 
     level: int
@@ -41,6 +42,7 @@ class Write:
     outcome: str
     loss: float
     gradient_norm: float
+    replayed: int = 0
 
 
 class DeltaWriter:
@@ -145,6 +147,13 @@ class DeltaWriter:
             else:
                 state.sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
 
+    def replay(self, state: DeltaState, grads: Weights) -> None:
+        """Add gradients (by key) of kept examples. The sums may be tensors that other levels have as well."""
+        for slot, key in self.keys.items():
+            if key in grads:
+                g = grads[key].to(torch.promote_types(grads[key].dtype, torch.float32))
+                state.sums[slot] = g + state.sums[slot] if slot in state.sums else g
+
     def write(self, state: DeltaState) -> tuple[str, float, float]:
         """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
         sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
@@ -229,7 +238,13 @@ def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:
         slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
 
 
-def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_index: int) -> list[Write]:
+def learn_from(
+    writers: Sequence[DeltaWriter],
+    row: Row,
+    lesson: Lesson,
+    row_index: int,
+    replayed: Mapping[int, Replayed] | None = None,
+) -> list[Write]:
     """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
 
     A level counts the pairs inside the segment, and the crossing one unless its own chunk begins with the
@@ -241,6 +256,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
         row: the row, which has moved past the segment.
         lesson: what the segment taught.
         row_index: index of the row, for the reports.
+        replayed: examples that levels read again at this boundary, by the level's index.
 
     Returns:
         the boundaries passed, faster levels first.
@@ -250,7 +266,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
     for writer, state in zip(writers, row.levels, strict=True):
         size, faster = writer.level.chunk_size, writer.faster
         is_last = end % size == 0
-        for pairs in (lesson.crossing, lesson.inside) if lesson.start % size else (lesson.inside,):
+        for pairs in lesson.within(size):
             state.loss += pairs.loss
             state.pairs += pairs.count
             if writer.learns:
@@ -261,7 +277,11 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
                 writer.add(state, pairs.grads, slots, last=is_last and pairs is lesson.inside)
         if is_last:
             relay(writers, row, writer.index)
-            write = Write(writer.index, row_index, end, *writer.write(state))
+            again = (replayed or {}).get(writer.index)
+            if again is not None:  # after the sums were relayed: the slower level replays by itself
+                writer.replay(state, again.grads)
+            count = again.count if again else 0
+            write = Write(writer.index, row_index, end, *writer.write(state), count)
             writes.append(write)
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])
