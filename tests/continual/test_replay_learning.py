@@ -1,4 +1,4 @@
-"""Replay: which examples a write reads again, against plain autograd; what enters the store and what leaves."""
+"""Replay: what a write reads again, against plain autograd; what enters the store and what leaves it."""
 
 from __future__ import annotations
 
