@@ -101,7 +101,7 @@ def read_names(what: str, given: Names, count: int) -> list[str | None]:
     Raises:
         ValueError: a name is no text or an empty one, or there are more or fewer of them than sequences.
     """
-    names = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    names: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * count
     wrong = [name for name in names if name is not None and not (isinstance(name, str) and name)]
     if wrong:
         raise ValueError(f"{what} must be a text of at least one character, got {wrong[0]!r}")

@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nested_learning._errors import unknown
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
@@ -23,15 +22,13 @@ from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.replay import Replay
 from nested_learning.continual.replayer import Replayer
+from nested_learning.continual.retrieval import Insertion, Retrieved, Retriever
 from nested_learning.continual.sources import (
     Forgotten,
     Source,
+    forget_source,
     known_sources,
-    report,
-    strike_out,
-    texts_read,
 )
-from nested_learning.continual.store import Count
 from nested_learning.continual.writing import Write, learn_from
 
 
@@ -63,6 +60,7 @@ class Learner:
         self.writes: list[Write] = []
         self.reader = reader
         self.replayer = None if replay is None else Replayer(reader, replay)
+        self._retriever: Retriever | None = None
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {self.memory!r})"
@@ -202,35 +200,11 @@ class Learner:
         Raises:
             ValueError: no row knows such a source.
         """
-        rows = list(range(len(self.memory.rows))) if row is None else [row]
-        known = [name for each in rows for name in self._counts(each)]
-        if source not in known:
-            raise unknown("source", str(source), {name for name in known if name is not None})
-        had = [index for index in rows if source in self._counts(index)]
-        before, writes, tokens, reasons = self.memory.snapshot(), self.writes, 0, {}
+        writes = self.writes
         try:
-            for index in had:
-                own = self.memory.rows[index]
-                assert own.store is not None
-                if own.store.reason:
-                    reasons[index] = own.store.reason
-                    tokens += strike_out(own, own.store, source)
-                    continue
-                tokens += own.store.counts[source].tokens
-                self.memory.rows[index] = self.memory.new_row()
-                for text in texts_read(own, own.store):
-                    if text.source != source:
-                        self.read(index, *text)
-        except BaseException:
-            self.memory.restore(before)
-            raise
+            return forget_source(self.memory, source, row, self.read)
         finally:
             self.writes = writes
-        return report(source, tokens, had, list(reasons), list(reasons.values()))
-
-    def _counts(self, row: int) -> Mapping[str | None, Count]:
-        store = self.memory.row(row).store
-        return {} if store is None else store.counts
 
     @contextmanager
     def adaptation_scope(self) -> Iterator[Learner]:
@@ -269,16 +243,52 @@ class Learner:
         with self.reader.workspace.installed(self.reader.writers, chosen):
             yield self.model
 
+    def retrieve(self, query: str | Tensor, tokens: int, *, row: int = 0) -> Retrieved:
+        """The passages of what a row keeps that fit a question best, by BM25.
+
+        What replay keeps is searched, complete segments alone: what came after them lies in the window. The
+        `ids` of the result are what `score` takes as its context; `generate` does that by itself.
+
+        Args:
+            query: text or ids [T] of the question.
+            tokens: most tokens of all passages together.
+            row: index of the row.
+
+        Raises:
+            ValueError: the row keeps nothing, or no number of tokens above 0.
+            ImportError: bm25s is not installed.
+        """
+        store = self.memory.row(row).store
+        if store is None:
+            raise ValueError(
+                f"row {row} keeps nothing of what it read, so there is nothing to retrieve; give "
+                "stack_levels a replay=Replay(…) before it reads"
+            )
+        (ids,) = read_batch(query, self.tokenizer, self.model).rows
+        self._retriever = self._retriever or Retriever(self.tokenizer)
+        return self._retriever.best(store, ids, tokens)
+
     def score(
-        self, text_or_ids: TextOrIds, *, row: int | None = None, levels: Sequence[int] | None = None
+        self,
+        text_or_ids: TextOrIds,
+        *,
+        row: int | None = None,
+        levels: Sequence[int] | None = None,
+        context: str | Tensor | None = None,
     ) -> Any:
         """Next-token losses as `observe` returns them, of a text of its own; nothing is learned.
 
         With one row of memory, any number of sequences is scored by it; with several rows each sequence
-        belongs to a row, as in `observe`. `levels` as in `active`.
+        belongs to a row, as in `observe`. `levels` as in `active`. `context` is a text or ids [n], such as
+        those of `retrieve`, that stands before each sequence and is not scored.
         """
         batch = read_batch(text_or_ids, self.tokenizer, self.model)
-        return batch.restore(self._score_batch(batch, row, levels))
+        if context is None or not len(context):
+            return batch.restore(self._score_batch(batch, row, levels))
+        (before,) = read_batch(context, self.tokenizer, self.model).rows
+        joined = dataclasses.replace(batch, rows=[torch.cat([before, ids]) for ids in batch.rows])
+        losses = self._score_batch(joined, row, levels)
+        return batch.restore([each[len(before) :] for each in losses])
 
     def _score_batch(self, batch: Batch, row: int | None, levels: Sequence[int] | None) -> list[Tensor]:
         chosen = self._chosen(levels)
@@ -326,6 +336,7 @@ class Learner:
         learn: bool = False,
         row: int = 0,
         levels: Sequence[int] | None = None,
+        retrieve: int | None = None,
         **options: Any,
     ) -> Any:
         """Continue a prompt with what a row has learned; transformers' `generate`.
@@ -336,6 +347,9 @@ class Learner:
             learn: observe prompt and continuation afterwards (one sequence only).
             row: index of the row whose deltas are in force.
             levels: indices of the levels in force, as in `active`.
+            retrieve: most tokens of passages that fit the prompt best, as `Learner.retrieve` finds them; one
+                sequence only. They stand before it as plain text, behind the token that begins a document
+                where the prompt has it, and are neither returned nor learned again.
             options: keyword arguments of transformers' `generate`, such as max_new_tokens.
 
         Returns:
@@ -352,15 +366,30 @@ class Learner:
                 f"learn=True takes one sequence, got {len(batch.rows)}: which one should row {row} learn?"
             )
         ids = torch.stack(batch.rows)
-        options.setdefault("attention_mask", torch.ones_like(ids))
+        inserted = Insertion(0, ids[:, :0]) if retrieve is None else self._insertion(batch, retrieve, row)
+        inputs = inserted.put_into(ids)
+        options.setdefault("attention_mask", torch.ones_like(inputs))
         with self.active(row, levels=levels) as model, evaluating(model):
-            output = model.generate(ids, **options)
-        sequences = output if isinstance(output, Tensor) else output.sequences
+            output = model.generate(inputs, **options)
+        if isinstance(output, Tensor):
+            output = sequences = inserted.taken_out_of(output)
+        else:
+            output.sequences = sequences = inserted.taken_out_of(output.sequences)
         if learn:
             self.observe(sequences[0], row=row)
         if isinstance(prompt, str):
             return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return output if batch.kind == "matrix" or output is not sequences else sequences[0]
+
+    def _insertion(self, batch: Batch, tokens: int, row: int) -> Insertion:
+        """What fits the only prompt of a batch best. ValueError for several prompts."""
+        if len(batch.rows) > 1:
+            raise ValueError(
+                f"retrieve takes one sequence, got {len(batch.rows)}; generate from each by itself"
+            )
+        (ids,) = batch.rows
+        begins = int(ids[0]) == getattr(self.tokenizer, "bos_token_id", None)
+        return Insertion(int(begins), self.retrieve(ids, tokens, row=row).ids.to(ids.device)[None])
 
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nested_learning._errors import unknown
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.memory import Memory
 from nested_learning.continual.store import REASONS, Count, Span, Store
 
 
@@ -74,6 +76,46 @@ def known_sources(rows: Sequence[Row]) -> list[Source]:
         for example in store.examples:
             kept[example.source] = kept.get(example.source, 0) + len(example)
     return [Source(name, *count, kept.get(name, 0)) for name, count in counts.items()]
+
+
+def forget_source(
+    memory: Memory, source: str | None, row: int | None, read: Callable[..., object]
+) -> Forgotten:
+    """Do what `Learner.forget` says; `read` is `Learner.read`. After an exception the memory is as before.
+
+    Raises:
+        ValueError: no row knows such a source.
+    """
+    counts = {
+        index: _counts(memory.row(index)) for index in (range(len(memory.rows)) if row is None else [row])
+    }
+    had = [index for index, known in counts.items() if source in known]
+    if not had:
+        raise unknown(
+            "source", str(source), {str(name) for known in counts.values() for name in known if name}
+        )
+    before, tokens, reasons = memory.snapshot(), 0, dict[int, str]()
+    try:
+        for index in had:
+            own, store = memory.rows[index], memory.rows[index].store
+            assert store is not None
+            if store.reason:
+                reasons[index] = store.reason
+                tokens += strike_out(own, store, source)
+                continue
+            tokens += store.counts[source].tokens
+            memory.rows[index] = memory.new_row()
+            for text in texts_read(own, store):
+                if text.source != source:
+                    read(index, *text)
+    except BaseException:
+        memory.restore(before)
+        raise
+    return report(source, tokens, had, list(reasons), list(reasons.values()))
+
+
+def _counts(row: Row) -> Mapping[str | None, Count]:
+    return {} if row.store is None else row.store.counts
 
 
 def texts_read(row: Row, store: Store) -> list[Text]:
