@@ -25,7 +25,7 @@ from nested_learning.continual.replayer import Replayer
 from nested_learning.continual.retrieval import Insertion, Retrieved, Retriever
 from nested_learning.continual.sources import (
     Forgotten,
-    Source,
+    KnownSource,
     forget_source,
     known_sources,
 )
@@ -181,7 +181,7 @@ class Learner:
                 row.clear_context()  # its keys and values may be NaN as well
         return torch.cat(losses)
 
-    def sources(self, *, row: int | None = None) -> list[Source]:
+    def sources(self, *, row: int | None = None) -> list[KnownSource]:
         """The sources that were read, in order, by one row or by all; empty where nothing is kept."""
         return known_sources(self.memory.rows if row is None else [self.memory.row(row)])
 
@@ -255,8 +255,7 @@ class Learner:
             row: index of the row.
 
         Raises:
-            ValueError: the row keeps nothing, or no number of tokens above 0.
-            ImportError: bm25s is not installed.
+            ValueError: the row keeps nothing, no number of tokens above 0, or bm25s is not installed.
         """
         store = self.memory.row(row).store
         if store is None:

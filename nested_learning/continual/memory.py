@@ -201,8 +201,8 @@ class Memory:
         if self._replay is None and any(row.store is not None for row in rows):
             raise ValueError(
                 f"{os.fspath(path)} keeps what was read for replay, which this learner does not: give "
-                "stack_levels a replay=Replay(…). To have it deleted, load it so, then call "
-                "memory.drop_stores() and save"
+                "stack_levels a replay=Replay(…), or chat a --replay. To have it deleted, load it so, call "
+                "memory.drop_stores() and save it"
             )
         if self._replay is not None:
             for row in rows:

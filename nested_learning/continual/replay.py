@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nested_learning.continual.store import Example, Store
+from nested_learning.continual.store import KeptExample, Store
 from nested_learning.optimizers.checks import Bound, Choice
 
 CHOICES = ("random", "surprise", "label")
@@ -77,7 +77,7 @@ class Replay:
             return store
         return dataclasses.replace(store, examples=tuple(examples)).incomplete("dropped")
 
-    def _least_wanted(self, examples: Sequence[Example]) -> Example:
+    def _least_wanted(self, examples: Sequence[KeptExample]) -> KeptExample:
         if self.choose == "surprise":
             return min(examples, key=lambda example: (example.surprise, example.start))
         if self.choose == "label":
@@ -88,7 +88,7 @@ class Replay:
             examples = [example for example in examples if sizes[example.label] == largest]
         return min(examples, key=lambda example: _priority(self.seed, example.start))
 
-    def drawn(self, store: Store, learned: int, chunk_start: int, place: str) -> list[Example]:
+    def drawn(self, store: Store, learned: int, chunk_start: int, place: str) -> list[KeptExample]:
         """The examples that a write replays.
 
         Args:
@@ -107,7 +107,7 @@ class Replay:
             left -= example.learned
         return chosen
 
-    def _ordered(self, examples: Sequence[Example], rng: random.Random) -> Iterator[Example]:
+    def _ordered(self, examples: Sequence[KeptExample], rng: random.Random) -> Iterator[KeptExample]:
         """The examples in the order in which they are replayed."""
         if self.choose == "surprise":
             # The smallest of exponential times with rates w_i is that of i with probability w_i / Σ w.
@@ -116,7 +116,7 @@ class Replay:
         shuffled = rng.sample(list(examples), len(examples))
         if self.choose == "random":
             return iter(shuffled)
-        by_label: dict[str | None, list[Example]] = {}
+        by_label: dict[str | None, list[KeptExample]] = {}
         for example in shuffled:
             by_label.setdefault(example.label, []).append(example)
         turns = max(map(len, by_label.values()), default=0)
@@ -130,7 +130,7 @@ def _priority(seed: int, start: int) -> float:
     return random.Random(f"{seed}/{start}").random()
 
 
-def _cut(example: Example, learned: int) -> Example:
+def _cut(example: KeptExample, learned: int) -> KeptExample:
     """The beginning of an example that has so many learned tokens."""
     length = int(example.learn[1:].cumsum(0).eq(learned).nonzero()[0]) + 2
     return dataclasses.replace(example, tokens=example.tokens[:length], learn=example.learn[:length])

@@ -15,7 +15,7 @@ from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.reader import Reader, learned_sum
 from nested_learning.continual.replay import Replay
-from nested_learning.continual.store import Example, compact_dtype
+from nested_learning.continual.store import KeptExample, compact_dtype
 from nested_learning.continual.writing import Write
 from nested_learning.memory.state import Weights
 
@@ -47,7 +47,7 @@ class Replayer:
     # Reading again -------------------------------------------------------------------------------------
 
     def read(self, row: Row, lesson: Lesson) -> dict[int, Replayed]:
-        """What each level that learns replays, if its chunk ends with the segment that the row has just read.
+        """Replayed examples of each level that learns and whose chunk ends with the segment just read.
 
         The levels have not written yet. An example whose loss is not finite takes all those that the level
         replays with it out.
@@ -67,9 +67,9 @@ class Replayer:
                     found[index] = Replayed(count, grads, frozenset(e.source for e in examples))
         return found
 
-    def _drawn(self, row: Row, lesson: Lesson) -> dict[int, list[Example]]:
+    def _drawn(self, row: Row, lesson: Lesson) -> dict[int, list[KeptExample]]:
         """The examples that each level replays, by its index; no entry where it replays none."""
-        drawn: dict[int, list[Example]] = {}
+        drawn: dict[int, list[KeptExample]] = {}
         if row.store is None or not lesson.is_finite:
             return drawn
         for writer, state in zip(self.reader.writers, row.levels, strict=True):
@@ -82,7 +82,7 @@ class Replayer:
                     drawn[writer.index] = chosen
         return drawn
 
-    def _gradients(self, examples: Sequence[Example], leaves: Weights) -> tuple[float, Weights]:
+    def _gradients(self, examples: Sequence[KeptExample], leaves: Weights) -> tuple[float, Weights]:
         """Sum of the losses of the learned tokens, and its gradient by key, in passes of about a segment."""
         device = self.reader.model.device
         at_once = max(self.reader.plan.segment // self.settings.piece, 1)

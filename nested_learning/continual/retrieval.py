@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual.store import Example, Store
+from nested_learning.continual.store import KeptExample, Store
 from nested_learning.optimizers.checks import COUNT
 
 PASSAGE = 128  # most tokens of a passage, where examples are not longer
@@ -18,7 +18,7 @@ WORD = r"(?u)\b\w+\b"
 
 
 @dataclass(frozen=True, eq=False)
-class Passage:
+class KeptPassage:
     """Neighbouring tokens of one text that was read.
 
     Args:
@@ -38,14 +38,14 @@ class Passage:
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """What was found for a question.
+    """Passages that were found for a question.
 
     Args:
         passages: the best passages, in the order in which they were read, so that later text comes later.
         ids: [n] on the CPU, all passages with a line break after each (none without a tokenizer).
     """
 
-    passages: tuple[Passage, ...]
+    passages: tuple[KeptPassage, ...]
     ids: Tensor
 
     @property
@@ -88,13 +88,13 @@ class Retriever:
         tokenizer: tokenizer of the model; None where only ids are read.
 
     Raises:
-        ImportError: bm25s is not installed.
+        ValueError: bm25s is not installed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._bm25s = _bm25s()
-        self._indexed: tuple[Store, list[Passage], Any] | None = None
+        self._bm25s = check_installed()
+        self._indexed: tuple[Store, list[KeptPassage], Any] | None = None
         self._break = [] if tokenizer is None else tokenizer("\n", add_special_tokens=False)["input_ids"]
 
     def __reduce__(self) -> Any:
@@ -114,7 +114,8 @@ class Retriever:
         Raises:
             ValueError: `tokens` is no whole number above 0.
         """
-        room, chosen = COUNT.check("tokens", tokens), []
+        room = COUNT.check("tokens", tokens)
+        chosen: list[KeptPassage] = []
         passages, scores = self._scores(store, query)
         for index in sorted(range(len(passages)), key=lambda i: (-scores[i], i)):
             ids = passages[index].ids
@@ -129,7 +130,7 @@ class Retriever:
         parts = [part for passage in chosen for part in (passage.ids, torch.tensor(self._break).long())]
         return Retrieved(tuple(chosen), torch.cat(parts) if parts else torch.empty(0, dtype=torch.long))
 
-    def _scores(self, store: Store, query: Tensor) -> tuple[list[Passage], list[float]]:
+    def _scores(self, store: Store, query: Tensor) -> tuple[list[KeptPassage], list[float]]:
         if self._indexed is None or self._indexed[0] is not store:
             passages = [self._passage(example, example.tokens.long(), 0.0) for example in _joined(store)]
             terms = self._terms([passage.ids for passage in passages])
@@ -155,13 +156,13 @@ class Retriever:
             return None
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
-    def _passage(self, found: Example | Passage, ids: Tensor, score: float) -> Passage:
-        return Passage(ids, self._text(ids), found.source, found.start, score)
+    def _passage(self, found: KeptExample | KeptPassage, ids: Tensor, score: float) -> KeptPassage:
+        return KeptPassage(ids, self._text(ids), found.source, found.start, score)
 
 
-def _joined(store: Store) -> list[Example]:
+def _joined(store: Store) -> list[KeptExample]:
     """Examples of a store, those of one text that follow each other joined up to the size of a passage."""
-    joined: list[Example] = []
+    joined: list[KeptExample] = []
     for example in store.examples:
         last = joined[-1] if joined else None
         if last and last.end == example.start and not example.begins and len(last) + len(example) <= PASSAGE:
@@ -171,9 +172,10 @@ def _joined(store: Store) -> list[Example]:
     return joined
 
 
-def _bm25s() -> Any:
+def check_installed() -> Any:
+    """The package bm25s. ValueError where it is not installed."""
     try:
         import bm25s
     except ImportError:
-        raise ImportError(INSTALL) from None
+        raise ValueError(INSTALL) from None
     return bm25s

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual.store import REASONS, Count, Example, Run, Store, compact_dtype
+from nested_learning.continual.store import REASONS, Count, KeptExample, NamedRun, Store, compact_dtype
 
 FIELDS = {"reason", "sources", "labels", "runs"}
 MOST_TOKENS = 2**53
@@ -126,7 +126,7 @@ class SavedStore:
         labels: Sequence[str | None],
         position: int,
         complete: int,
-    ) -> list[Run]:
+    ) -> list[NamedRun]:
         if not isinstance(given, list) or not all(isinstance(run, list) and len(run) == 3 for run in given):
             raise ValueError(f"runs is {given!r:.80}, expected a list of [start, source, label]")
         for start, source, label in given:
@@ -138,11 +138,11 @@ class SavedStore:
             raise ValueError(f"runs is {given!r:.80}, expected ascending starts, the first by {complete}")
         if bool(position) != bool(given):
             raise ValueError(f"runs is {given!r:.80}, expected those of {position} tokens")
-        return [Run(start, sources[source], labels[label]) for start, source, label in given]
+        return [NamedRun(start, sources[source], labels[label]) for start, source, label in given]
 
     def _examples(
         self, sources: Sequence[str | None], labels: Sequence[str | None], complete: int
-    ) -> list[Example]:
+    ) -> list[KeptExample]:
         if f"{self._prefix}length" not in self._left:
             return []
         found = {name: self._column(name, dtype) for name, dtype in COLUMNS.items()}
@@ -170,7 +170,7 @@ class SavedStore:
         names = zip(columns["start"], columns["source"], columns["label"], strict=True)
         rest = zip(columns["begins"], columns["loss"], strict=True)
         return [
-            Example(ids.clone(), mask.clone(), start, sources[source], labels[label], begins, loss)
+            KeptExample(ids.clone(), mask.clone(), start, sources[source], labels[label], begins, loss)
             for (ids, mask), (start, source, label), (begins, loss) in zip(parts, names, rest, strict=True)
         ]
 

@@ -17,8 +17,8 @@ from nested_learning.continual.store import REASONS, Count, Span, Store
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a learner knows of a source.
+class KnownSource:
+    """Name and numbers of a source that was read.
 
     Args:
         name: name that `observe` was given; None for all text without one.
@@ -65,7 +65,7 @@ class Text(NamedTuple):
     label: str | None
 
 
-def known_sources(rows: Sequence[Row]) -> list[Source]:
+def known_sources(rows: Sequence[Row]) -> list[KnownSource]:
     """The sources of rows, in the order in which they were first read."""
     counts: dict[str | None, Count] = {}
     kept: dict[str | None, int] = {}
@@ -75,7 +75,7 @@ def known_sources(rows: Sequence[Row]) -> list[Source]:
             counts[name] = Count(before.tokens + count.tokens, before.writes + count.writes)
         for example in store.examples:
             kept[example.source] = kept.get(example.source, 0) + len(example)
-    return [Source(name, *count, kept.get(name, 0)) for name, count in counts.items()]
+    return [KnownSource(name, *count, kept.get(name, 0)) for name, count in counts.items()]
 
 
 def forget_source(

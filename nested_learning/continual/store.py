@@ -25,7 +25,7 @@ REASONS = {
 }
 
 
-class Run(NamedTuple):
+class NamedRun(NamedTuple):
     """Text of one name, from token `start` of the row to the start of the next run."""
 
     start: int
@@ -45,12 +45,12 @@ class Span(NamedTuple):
 
     start: int
     end: int
-    run: Run
+    run: NamedRun
     begins: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class KeptExample:
     """Neighbouring tokens of one run.
 
     Args:
@@ -89,7 +89,7 @@ class Example:
         """Mean loss of the learned tokens in nats; 0 without any."""
         return self.loss / max(int(self.learn.sum()), 1) if math.isfinite(self.loss) else 0.0
 
-    def joined(self, other: Example) -> Example:
+    def joined(self, other: KeptExample) -> KeptExample:
         """Example of these tokens and those of `other`, which follow."""
         return dataclasses.replace(
             self,
@@ -101,7 +101,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """What one row keeps of what it read. Nothing that is given to it or got from it is changed later.
+    """Examples that one row keeps, and their names. Nothing that is given to it or got from it is changed later.
 
     Args:
         examples: examples in the order of the text.
@@ -110,8 +110,8 @@ class Store:
         reason: why the store does not hold all that was read, a key of `REASONS`; empty where it does.
     """
 
-    examples: tuple[Example, ...] = ()
-    runs: tuple[Run, ...] = ()
+    examples: tuple[KeptExample, ...] = ()
+    runs: tuple[NamedRun, ...] = ()
     counts: Mapping[str | None, Count] = field(default_factory=dict)
     reason: str = ""
 
@@ -120,7 +120,7 @@ class Store:
         """The store of a row that has read `position` tokens without one."""
         if not position:
             return cls()
-        return cls(runs=(Run(0, None, None),), counts={None: Count(position)}, reason="late")
+        return cls(runs=(NamedRun(0, None, None),), counts={None: Count(position)}, reason="late")
 
     @property
     def tokens(self) -> int:
@@ -135,7 +135,7 @@ class Store:
         """
         runs, last = self.runs, self.runs[-1] if self.runs else None
         if last is None or last[1:] != (source, label) or (begins and label is not None):
-            runs = (*runs, Run(start, source, label))
+            runs = (*runs, NamedRun(start, source, label))
         before = self.counts.get(source, Count())
         counts = {**self.counts, source: before._replace(tokens=before.tokens + count)}
         return dataclasses.replace(self, runs=runs, counts=counts)
@@ -170,7 +170,7 @@ class Store:
                 own = slice(at - start, end - start)
                 _, source, label = span.run
                 parts = (tokens[own].clone(), learn[own].clone())
-                new = Example(*parts, at, source, label, begins, float(losses[own].sum()))
+                new = KeptExample(*parts, at, source, label, begins, float(losses[own].sum()))
                 if last and room > 0:
                     examples[-1] = last.joined(new)
                 else:

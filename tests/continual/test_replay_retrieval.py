@@ -205,5 +205,5 @@ class TestRefused:
 
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "bm25s", None)
-        with pytest.raises(ImportError, match=r"pip install 'nested-learning-torch\[retrieval\]'"):
+        with pytest.raises(ValueError, match=r"pip install 'nested-learning-torch\[retrieval\]'"):
             Retriever(None)
