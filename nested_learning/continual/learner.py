@@ -391,8 +391,8 @@ class Learner:
         return Insertion(int(begins), self.retrieve(ids, tokens, row=row).ids.to(ids.device)[None])
 
     def info(self) -> Budget:
-        """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
-        return budget(self.reader, len(self.memory.rows))
+        """The memory budget in bytes: base model, deltas, sums, rules, store, activations; see `Budget`."""
+        return budget(self.reader, len(self.memory.rows), self.replayer)
 
     def _chosen(self, levels: Sequence[int] | None) -> tuple[int, ...] | None:
         """Indices of levels, ascending. ValueError for others."""

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,12 +80,12 @@ class KeptExample:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    @property
+    @cached_property
     def learned(self) -> int:
         """Number of tokens that are learned when the example is read alone: its first has no prediction."""
         return int(self.learn[1:].sum()) if math.isfinite(self.loss) else 0
 
-    @property
+    @cached_property
     def surprise(self) -> float:
         """Mean loss of the learned tokens in nats; 0 without any."""
         return self.loss / max(int(self.learn.sum()), 1) if math.isfinite(self.loss) else 0.0
@@ -101,7 +102,7 @@ class KeptExample:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Examples that one row keeps, and their names. Nothing that is given to it or got from it is changed later.
+    """Examples that one row keeps, and their names. A value: none of its parts is changed later.
 
     Args:
         examples: examples in the order of the text.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nested_learning.continual import Level, Replay, stack_levels
 from tests.continual.test_invariances import MODEL, assert_equal_contents, contents
@@ -59,6 +60,32 @@ def test_whatever_was_saved_loads(tmp_path_factory, lengths, replay, data):
         learner.memory.save(path)
         loaded.memory.load(path)
         assert listed(store_of(loaded)) == listed(store_of(learner))
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, torch.uint16), (70_000, torch.int32)])
+def test_ids_of_a_larger_vocabulary(tmp_path, vocab_size, dtype):
+    """The highest ids survive replay and file, in the smallest dtype that holds them."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=64,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    learner, loaded = (
+        stack_levels(model, levels=[Level(8, 0.1)], replay=Replay(tokens=64, piece=12)) for _ in range(2)
+    )
+    ids = vocab_size - 1 - torch.arange(32)
+    learner.observe(ids, source="a")
+    assert learner.writes[-1].replayed
+    learner.memory.save(tmp_path / "m")
+    tensors, _ = read_file(tmp_path / "m")
+    assert tensors["0/store/tokens"].dtype == dtype
+    loaded.memory.load(tmp_path / "m")
+    assert listed(store_of(loaded)) == listed(store_of(learner))
+    assert torch.equal(torch.cat([e.tokens.long() for e in store_of(loaded).examples]), ids)
 
 
 def test_settings_may_change_between_files(saved):

@@ -352,6 +352,16 @@ def test_settings_that_make_no_sense(options, message):
         Replay(**options)
 
 
+def test_the_budget_counts_the_store_and_longer_examples():
+    learner, plain = replaying(replay=Replay(tokens=600, piece=16)), replaying(replay=None)
+    learner.memory.set_rows(2)
+    plain.memory.set_rows(2)
+    found, without = learner.info(), plain.info()
+    assert (found.store, without.store) == (600 * 2, 0)  # ids of one byte, and a mask
+    assert found.activations == 2 * without.activations  # segments have 8 tokens
+    assert found.total == without.total + 2 * found.store + without.activations
+
+
 def test_refused():
     with pytest.raises(ValueError, match="does not fit into the window of 40"):
         replaying(replay=Replay(piece=41))
