@@ -16,6 +16,7 @@ from nested_learning.cli.parsing import new_parser, parse
 if TYPE_CHECKING:
     from nested_learning.cli.dialogue import Dialogue
     from nested_learning.continual import Learner
+    from nested_learning.continual.sources import KnownSource
 
 DESCRIPTION = """\
 Talk with a pretrained model that learns from the conversation.
@@ -29,6 +30,9 @@ in the chat:
   /undo       take back your last message, the answer, and what was learned from them
   /reset      forget everything: the memory and the conversation
   /save       write the memory file now; `/save FILE` writes another one
+  /sources    what is kept under which name, with --replay
+  /source     `/source NAME` names what is said from now on
+  /forget     `/forget NAME` takes what was said under a name out of the memory; the conversation begins anew
   /quit       save and leave; so does the end of the input
 
 examples:
@@ -49,11 +53,20 @@ def run(argv: list[str]) -> int:
     from accelerate.utils import set_seed
 
     from nested_learning.cli.dialogue import Dialogue, load_pretrained
-    from nested_learning.continual import stack_levels
+    from nested_learning.continual import Replay, stack_levels
+    from nested_learning.continual.retrieval import check_installed
 
+    replay = None
+    if config.replay:
+        piece = min(64, config.replay)
+        replay = Replay(config.replay, config.replay_share, config.replay_choose, piece, config.seed)
+    if config.retrieve:
+        check_installed()
     set_seed(config.seed)
-    learner = stack_levels(*load_pretrained(config.model), levels=levels)
-    dialogue = Dialogue(learner, config.generation(), config.learn_from_replies)
+    learner = stack_levels(*load_pretrained(config.model), levels=levels, replay=replay)
+    dialogue = Dialogue(
+        learner, config.generation(), config.learn_from_replies, config.source, config.retrieve
+    )
     with _memory_file(learner, config.memory):
         talk(dialogue, config.memory)
     return 0
@@ -109,7 +122,22 @@ def _command(dialogue: Dialogue, command: str, rest: str, memory: str | None) ->
             raise ValueError("there is no memory file: give one, `/save FILE`, or start with --memory FILE")
         dialogue.learner.memory.save(path)
         return f"memory saved in {path}"
-    raise ValueError(f"unknown command {command!r}. Known: /surprise, /undo, /reset, /save, /quit.")
+    if command == "/sources":
+        return _source_table(dialogue.sources())
+    if command == "/source" and rest:
+        dialogue.source = rest
+        return f"what is said from now on is kept as {rest}"
+    if command == "/forget" and rest:
+        return dialogue.forget(rest)
+    raise ValueError(
+        f"unknown command {command!r}. Known: /surprise, /undo, /reset, /save, /sources, /source NAME, "
+        "/forget NAME, /quit."
+    )
+
+
+def _source_table(sources: list[KnownSource]) -> str:
+    lines = [f"{s.tokens:8,}  {s.kept:8,}  {s.writes:6,}  {s.name or '(without a name)'}" for s in sources]
+    return "\n".join(["  tokens      kept  writes  source", *lines])
 
 
 def _surprise_table(surprises: list[tuple[str, float]]) -> str:

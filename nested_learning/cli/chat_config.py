@@ -20,6 +20,12 @@ class ChatConfig:
         temperature: divides the logits; 0 always takes the likeliest token
         top_p: sample among the likeliest tokens that together have this probability
         seed: of the sampling
+        replay: tokens of what was said that are kept in the memory, to be learned again; 0 to keep none
+        replay_share: share of kept tokens among those that are learned
+        replay_choose: which are learned again: random, or those that were surprising (surprise)
+        source: name under which is kept what is said; `/source NAME` changes it
+        retrieve: tokens of what was said before that are looked up for a message and shown to the model; 0
+            for none
     """
 
     model: str
@@ -29,12 +35,30 @@ class ChatConfig:
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int = 0
+    replay: int = 0
+    replay_share: float = 0.25
+    replay_choose: str = "random"
+    source: str = "chat"
+    retrieve: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
+        require(self.replay >= 0, "replay", self.replay, "0 or a number of tokens")
+        require(
+            self.replay_choose in ("random", "surprise"),
+            "replay_choose",
+            self.replay_choose,
+            "'random' or 'surprise'",
+        )
+        require(self.source != "", "source", self.source, "a name")
+        require(self.retrieve >= 0, "retrieve", self.retrieve, "0 or a number of tokens")
+        if self.retrieve and not self.replay:
+            raise ValueError(
+                f"--retrieve {self.retrieve} looks up what is kept, but nothing is: give --replay TOKENS too"
+            )
 
     def generation(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""

@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
+from nested_learning.continual.sources import KnownSource
+
+NOTES = "What was said before:"
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:
@@ -47,11 +50,16 @@ class Dialogue:
         learner: learner of one row.
         generation: keyword arguments of transformers' `generate`.
         learn_from_replies: learn from the answers as well.
+        source: name under which a learner with replay keeps what is said.
+        retrieve: most tokens of what was said before that a message is answered with; 0 for none. They
+            stand in the message, within the model's own chat template.
     """
 
     learner: Learner
     generation: dict[str, Any]
     learn_from_replies: bool = False
+    source: str = "chat"
+    retrieve: int = 0
     _turns: list[_Turn] = field(default_factory=list)
 
     def reply(self, message: str) -> str:
@@ -69,9 +77,10 @@ class Dialogue:
         ids = self.learner.generate(prompt, pad_token_id=self._padding(), **self.generation)
         reply = self.learner.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
         tokens = torch.tensor(self._encode(f"{message}\n"))
-        losses = self.learner.observe(tokens).tolist()
+        source = self.source if self.learner.replayer else None
+        losses = self.learner.observe(tokens, source=source).tolist()
         if self.learn_from_replies and reply:
-            self.learner.observe(f"{reply}\n")
+            self.learner.observe(f"{reply}\n", source=source)
         words = [self.learner.tokenizer.decode([token]) for token in tokens.tolist()]
         return _Turn(before, message, reply, list(zip(words, losses, strict=True)))
 
@@ -91,6 +100,23 @@ class Dialogue:
         self.learner.memory.reset()
         self._turns.clear()
 
+    def sources(self) -> list[KnownSource]:
+        """The sources of what is kept. ValueError where nothing is."""
+        if self.learner.replayer is None:
+            raise ValueError("nothing is kept of what is said: start with --replay TOKENS")
+        return self.learner.sources()
+
+    def forget(self, source: str) -> str:
+        """Forget a source and begin the conversation anew: its turns may show it. Returns a report.
+
+        Raises:
+            ValueError: there is no such source, or nothing is kept.
+        """
+        self.sources()
+        report = self.learner.forget(source)
+        self._turns.clear()
+        return str(report)
+
     def _last(self) -> _Turn:
         if not self._turns:
             raise ValueError("nothing has been said yet in this conversation")
@@ -107,10 +133,13 @@ class Dialogue:
         """Ids [T] of the conversation with the message, its oldest turns left out until it fits."""
         positions = getattr(self.learner.model.config, "max_position_embeddings", None) or 2**31
         room = positions - self.generation.get("max_new_tokens", 0)
-        for first in range(len(self._turns) + 1):
-            ids = self._formatted(self._turns[first:], message)
-            if len(ids) <= room:
-                return torch.tensor(ids)
+        notes = self.learner.retrieve(message, self.retrieve).text if self.retrieve else ""
+        shown = [f"{NOTES}\n{notes}\n{message}"] if notes else []
+        for text in (*shown, message):
+            for first in range(len(self._turns) + 1):
+                ids = self._formatted(self._turns[first:], text)
+                if len(ids) <= room:
+                    return torch.tensor(ids)
         raise ValueError(
             f"the message has {len(ids)} tokens with its frame, but the model reads {positions} positions "
             f"and {positions - room} are for the answer; write a shorter one"

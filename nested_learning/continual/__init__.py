@@ -4,7 +4,8 @@ from nested_learning.continual.budget import Budget
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory, Snapshot
+from nested_learning.continual.replay import Replay
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
-__all__ = ["Budget", "Learner", "Level", "Memory", "Snapshot", "Write", "stack_levels"]
+__all__ = ["Budget", "Learner", "Level", "Memory", "Replay", "Snapshot", "Write", "stack_levels"]

@@ -10,6 +10,7 @@ import torch
 from nested_learning.continual.context import Context
 from nested_learning.continual.find import memory_dtype
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.replayer import Replayer
 from nested_learning.continual.units import SparseWrites
 from nested_learning.continual.writing import DeltaWriter
 
@@ -28,10 +29,12 @@ class Budget:
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
         context: keys and values of a full window; 0 where the configuration does not say the head's size.
-        activations: tensors kept for the backward pass of one segment, and its logits; an estimate, shared.
+        activations: tensors kept for the backward pass of one segment (of an example of replay, where that is
+            longer), and its logits; an estimate, shared.
         rows: number of rows.
         total: sum of all parts, for all rows.
         largest: the total once sparse levels have written every unit; the same without such levels.
+        store: tokens and masks of a full store, in the memory of the CPU; 0 without replay.
     """
 
     parameters: int
@@ -47,12 +50,13 @@ class Budget:
     rows: int
     total: int
     largest: int
+    store: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
-def budget(reader: Reader, rows: int) -> Budget:
+def budget(reader: Reader, rows: int, replayer: Replayer | None = None) -> Budget:
     """The budget of a learner with that many rows."""
     model, writers = reader.model, reader.writers
     parameters = list(model.parameters())
@@ -67,12 +71,14 @@ def budget(reader: Reader, rows: int) -> Budget:
         "sums": sum(own.sums for own in levels),
         "rules": sum(own.rules for own in levels),
         "context": _context_bytes(model, reader.plan.window),
+        "store": 0 if replayer is None else replayer.settings.tokens * (replayer.dtype.itemsize + 1),
     }
+    at_once = max(reader.plan.segment, 0 if replayer is None else replayer.settings.piece)
     shared = {
         "base": base,
         "effective_weights": effective,
         "gradients": effective + factors,
-        "activations": _activation_bytes(reader),
+        "activations": _activation_bytes(reader, at_once),
     }
     total = sum(shared.values()) + rows * sum(per_row.values())
     grown = sum(sum(level_bytes(writer, grown=True)) - sum(level_bytes(writer)) for writer in writers)
@@ -146,9 +152,9 @@ def _context_bytes(model: Any, window: int) -> int:
     return 2 * config.num_hidden_layers * kept_heads * head_dim * window * model.dtype.itemsize
 
 
-def _activation_bytes(reader: Reader) -> int:
-    """Bytes that autograd keeps for a segment, counted by running the model once on a short one."""
-    tokens, short = reader.plan.segment, min(8, reader.plan.window)
+def _activation_bytes(reader: Reader, tokens: int) -> int:
+    """Bytes that autograd keeps for so many tokens, counted by running the model once on fewer."""
+    short = min(8, reader.plan.window)
     device = reader.model.device
     ids = torch.zeros(short + 1, dtype=torch.long, device=device)
     kept: dict[tuple[int, torch.Size], int] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nested_learning.continual.context import Context
 from nested_learning.continual.rules import RuleState
+from nested_learning.continual.store import Store
 from nested_learning.memory.state import Weights
 
 DOWN, UP = ":down", ":up"
@@ -105,6 +106,7 @@ class Row:
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
         version: changes whenever a delta does, and never stands for two contents.
         in_force: indices of the levels whose deltas act; None while text is read: all that are no average.
+        store: examples of what was read; None where nothing is kept.
     """
 
     levels: list[DeltaState]
@@ -115,6 +117,7 @@ class Row:
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
     in_force: tuple[int, ...] | None = None
+    store: Store | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:

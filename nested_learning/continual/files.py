@@ -21,6 +21,7 @@ from nested_learning._tensor_files import check_whole, parse_json, read_tensors,
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.saved_rows import SavedRows
+from nested_learning.continual.saved_store import store_fields, store_tensors
 from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
@@ -152,12 +153,14 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
                 tensors[f"{index}/drawn/{slot}"] = t
         for slot, stored in state.rule.items():
             tensors.update({f"{index}/rule/{field}/{slot}": t for field, t in stored.items()})
-    return tensors
+    return tensors if row.store is None else {**tensors, **store_tensors(row.store)}
 
 
 def _row_numbers(row: Row) -> dict[str, Any]:
     """Everything of a row that is no tensor, as JSON values."""
+    kept = {} if row.store is None else {"store": store_fields(row.store)}
     return {
+        **kept,
         "position": row.position,
         "start": row.start,
         "context_layers": len(row.context.layers),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LearnMask = Tensor | Sequence[Any]
+Names = str | Sequence[str | None] | None
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
@@ -87,6 +88,28 @@ def _read_mask(learn_mask: LearnMask, rows: list[Tensor], kind: str) -> list[Ten
             f"learn_mask must be True or 1 for tokens that are learned, False or 0 for others, got {wrong[0]}"
         )
     return [mask.to("cpu", torch.bool) for mask in learn]
+
+
+def read_names(what: str, given: Names, count: int) -> list[str | None]:
+    """One name for each of `count` sequences.
+
+    Args:
+        what: word for the names, for messages: "source", "label".
+        given: one name for all, one for each, or None for no name.
+        count: number of sequences.
+
+    Raises:
+        ValueError: a name is no text or an empty one, or there are more or fewer of them than sequences.
+    """
+    names: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    wrong = [name for name in names if name is not None and not (isinstance(name, str) and name)]
+    if wrong:
+        raise ValueError(f"{what} must be a text of at least one character, got {wrong[0]!r}")
+    if len(names) != count:
+        raise ValueError(
+            f"got {len(names)} names in {what} for {count} sequence(s); give one, or one for each"
+        )
+    return names
 
 
 def _encode(text: str, tokenizer: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,19 @@ from nested_learning.continual.averages import answering, check_chosen
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.inputs import Batch, LearnMask, TextOrIds, read_batch
+from nested_learning.continual.inputs import Batch, LearnMask, Names, TextOrIds, read_batch, read_names
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.replay import Replay
+from nested_learning.continual.replayer import Replayer
+from nested_learning.continual.retrieval import Insertion, Retrieved, Retriever
+from nested_learning.continual.sources import (
+    Forgotten,
+    KnownSource,
+    forget_source,
+    known_sources,
+)
 from nested_learning.continual.writing import Write, learn_from
 
 
@@ -40,15 +50,18 @@ class Learner:
         memory: everything that was learned: save, load, reset, diff, snapshot.
         reader: the reader with the deltas; `reader.plan` says how it reads.
         writes: reports of the boundaries that the last `observe` passed.
+        replayer: the replay of what was read; None where nothing is kept.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, reader: Reader) -> None:
+    def __init__(self, model: Any, tokenizer: Any, reader: Reader, replay: Replay | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
-        self.memory = Memory(model, reader.writers, reader.plan)
+        self.memory = Memory(model, reader.writers, reader.plan, replay)
         self.writes: list[Write] = []
         self.reader = reader
+        self.replayer = None if replay is None else Replayer(reader, replay)
+        self._retriever: Retriever | None = None
 
     def __repr__(self) -> str:
         return f"Learner({type(self.model).__name__}, {self.memory!r})"
@@ -69,7 +82,13 @@ class Learner:
     # Learning ------------------------------------------------------------------------------------------
 
     def observe(
-        self, text_or_ids: TextOrIds, *, row: int | None = None, learn_mask: LearnMask | None = None
+        self,
+        text_or_ids: TextOrIds,
+        *,
+        row: int | None = None,
+        learn_mask: LearnMask | None = None,
+        source: Names = None,
+        label: Names = None,
     ) -> Any:
         """Read, score, and learn at every boundary that is passed.
 
@@ -81,6 +100,11 @@ class Learner:
                 which no chunk learns). The others are read and scored alone, such as a user's turns when
                 only the answers are to be learned. None for all tokens. Not for text, whose tokens are not
                 known.
+            source: name of where it comes from, for `sources`, `forget` and retrieval; one for all
+                sequences or a list with one for each. Text of one source may come in any pieces. Needs
+                replay.
+            label: label of the text, for replay that is balanced by label; one, or a list. A labelled
+                sequence is a text of its own, whose examples have nothing of others. Needs replay.
 
         Returns:
             surprise, the next-token loss of each token in nats, given all before it in the window: float32
@@ -88,18 +112,19 @@ class Learner:
             The first token of a text has NaN: nothing predicts it.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, another number of rows than before, or a mask
-                of another shape or kind.
+            ValueError: no tokens, ids outside the vocabulary, another number of rows than before, a mask of
+                another shape or kind, or a name where nothing is kept by it.
 
         Warns:
             RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
         """
         batch = read_batch(text_or_ids, self.tokenizer, self.model, learn_mask)
+        names = self._names(source, label, len(batch.rows))
         if batch.kind != "one":
             self.memory.set_rows(len(batch.rows))
         self.writes = []
-        pairs = zip(self._assign(batch, row), batch.learn, strict=True)
-        losses = [self._observe_row(index, ids, learn) for (index, ids), learn in pairs]
+        parts = zip(self._assign(batch, row), batch.learn, names, strict=True)
+        losses = [self.read(index, ids, learn, *named) for (index, ids), learn, named in parts]
         for write in self.writes:
             if write.outcome == "dropped":
                 warnings.warn(
@@ -110,20 +135,77 @@ class Learner:
                 )
         return batch.restore(losses)
 
-    def _observe_row(self, index: int, ids: Tensor, learn: Tensor) -> Tensor:
-        """Next-token losses [T] of ids [T], where the row learns at every boundary that is passed."""
-        row = self.memory.rows[index]
+    def _names(self, source: Names, label: Names, count: int) -> list[tuple[str | None, str | None]]:
+        """(source, label) of each of `count` sequences."""
+        if self.replayer is None and not (source is None and label is None):
+            raise ValueError(
+                "source and label are names under which text is kept, but this learner keeps none; "
+                "give stack_levels a replay=Replay(…), or leave them out"
+            )
+        names = read_names("source", source, count), read_names("label", label, count)
+        return list(zip(*names, strict=True))
+
+    def read(
+        self, index: int, ids: Tensor, learn: Tensor, source: str | None = None, label: str | None = None
+    ) -> Tensor:
+        """Next-token losses [T] of ids [T], where row `index` learns at every boundary that is passed.
+
+        Args:
+            index: index of the row.
+            ids: [T] on the model's device.
+            learn: bool [T] on the CPU, whether the levels learn to predict each of them.
+            source, label: names of the text, for the store of a row that has one.
+        """
+        row, replayer = self.memory.rows[index], self.replayer
         losses = []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
+            named = (piece.stop - piece.start, source, label, piece.start == 0)
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
                 losses.append(self.reader.score(row, ids[piece], learn[piece]))
+                if replayer:
+                    replayer.name(row, *named)
                 continue
+            before = dataclasses.replace(row)
             found, lesson = self.reader.read_segment(row, ids[piece], learn[piece])
             losses.append(found)
-            self.writes += learn_from(self.reader.writers, row, lesson, index)
+            try:
+                replayed = replayer.read(row, lesson) if replayer else {}
+            except BaseException:  # the row must not have read what its levels have not learned
+                self.memory.rows[index] = before
+                raise
+            writes = learn_from(self.reader.writers, row, lesson, index, replayed)
+            self.writes += writes
+            if replayer:
+                replayer.name(row, *named)
+                replayer.keep(row, lesson, writes, replayed)
             if not lesson.is_finite:
                 row.clear_context()  # its keys and values may be NaN as well
         return torch.cat(losses)
+
+    def sources(self, *, row: int | None = None) -> list[KnownSource]:
+        """The sources that were read, in order, by one row or by all; empty where nothing is kept."""
+        return known_sources(self.memory.rows if row is None else [self.memory.row(row)])
+
+    def forget(self, source: str | None, *, row: int | None = None) -> Forgotten:
+        """Take a source out of what is kept and, where all that was read is kept, out of the weights.
+
+        Where the store of a row still holds everything that the row has read, the row learns again from the
+        base model and from what remains, in its order: afterwards it is, bit for bit, what it would be if it
+        had never read the source. That takes as long as reading did. Otherwise the source's examples and
+        its text in the window go, and the report says that the weights still carry it.
+
+        Args:
+            source: name of the source; None for all text that was read without one.
+            row: the only row that forgets; None for all.
+
+        Raises:
+            ValueError: no row knows such a source.
+        """
+        writes = self.writes
+        try:
+            return forget_source(self.memory, source, row, self.read)
+        finally:
+            self.writes = writes
 
     @contextmanager
     def adaptation_scope(self) -> Iterator[Learner]:
@@ -163,16 +245,51 @@ class Learner:
         with self.reader.workspace.installed(self.reader.writers, chosen):
             yield self.model
 
+    def retrieve(self, query: str | Tensor, tokens: int, *, row: int = 0) -> Retrieved:
+        """The passages of what a row keeps that fit a question best, by BM25.
+
+        What replay keeps is searched, complete segments alone: what came after them lies in the window. The
+        `ids` of the result are what `score` takes as its context; `generate` does that by itself.
+
+        Args:
+            query: text or ids [T] of the question.
+            tokens: most tokens of all passages together.
+            row: index of the row.
+
+        Raises:
+            ValueError: the row keeps nothing, no number of tokens above 0, or bm25s is not installed.
+        """
+        store = self.memory.row(row).store
+        if store is None:
+            raise ValueError(
+                f"row {row} keeps nothing of what it read, so there is nothing to retrieve; give "
+                "stack_levels a replay=Replay(…) before it reads"
+            )
+        (ids,) = read_batch(query, self.tokenizer, self.model).rows
+        self._retriever = self._retriever or Retriever(self.tokenizer)
+        return self._retriever.best(store, ids, tokens)
+
     def score(
-        self, text_or_ids: TextOrIds, *, row: int | None = None, levels: Sequence[int] | None = None
+        self,
+        text_or_ids: TextOrIds,
+        *,
+        row: int | None = None,
+        levels: Sequence[int] | None = None,
+        context: str | Tensor | None = None,
     ) -> Any:
         """Next-token losses as `observe` returns them, of a text of its own; nothing is learned.
 
         With one row of memory, any number of sequences is scored by it; with several rows each sequence
-        belongs to a row, as in `observe`. `levels` as in `active`.
+        belongs to a row, as in `observe`. `levels` as in `active`. `context` is a text or ids [n], such as
+        those of `retrieve`, that stands before each sequence and is not scored.
         """
         batch = read_batch(text_or_ids, self.tokenizer, self.model)
-        return batch.restore(self._score_batch(batch, row, levels))
+        if context is None or not len(context):
+            return batch.restore(self._score_batch(batch, row, levels))
+        (before,) = read_batch(context, self.tokenizer, self.model).rows
+        joined = dataclasses.replace(batch, rows=[torch.cat([before, ids]) for ids in batch.rows])
+        losses = self._score_batch(joined, row, levels)
+        return batch.restore([each[len(before) :] for each in losses])
 
     def _score_batch(self, batch: Batch, row: int | None, levels: Sequence[int] | None) -> list[Tensor]:
         chosen = self._chosen(levels)
@@ -220,6 +337,7 @@ class Learner:
         learn: bool = False,
         row: int = 0,
         levels: Sequence[int] | None = None,
+        retrieve: int | None = None,
         **options: Any,
     ) -> Any:
         """Continue a prompt with what a row has learned; transformers' `generate`.
@@ -230,6 +348,9 @@ class Learner:
             learn: observe prompt and continuation afterwards (one sequence only).
             row: index of the row whose deltas are in force.
             levels: indices of the levels in force, as in `active`.
+            retrieve: most tokens of passages that fit the prompt best, as `Learner.retrieve` finds them; one
+                sequence only. They stand before it as plain text, behind the token that begins a document
+                where the prompt has it, and are neither returned nor learned again.
             options: keyword arguments of transformers' `generate`, such as max_new_tokens.
 
         Returns:
@@ -246,19 +367,34 @@ class Learner:
                 f"learn=True takes one sequence, got {len(batch.rows)}: which one should row {row} learn?"
             )
         ids = torch.stack(batch.rows)
-        options.setdefault("attention_mask", torch.ones_like(ids))
+        inserted = Insertion(0, ids[:, :0]) if retrieve is None else self._insertion(batch, retrieve, row)
+        inputs = inserted.put_into(ids)
+        options.setdefault("attention_mask", torch.ones_like(inputs))
         with self.active(row, levels=levels) as model, evaluating(model):
-            output = model.generate(ids, **options)
-        sequences = output if isinstance(output, Tensor) else output.sequences
+            output = model.generate(inputs, **options)
+        if isinstance(output, Tensor):
+            output = sequences = inserted.taken_out_of(output)
+        else:
+            output.sequences = sequences = inserted.taken_out_of(output.sequences)
         if learn:
             self.observe(sequences[0], row=row)
         if isinstance(prompt, str):
             return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return output if batch.kind == "matrix" or output is not sequences else sequences[0]
 
+    def _insertion(self, batch: Batch, tokens: int, row: int) -> Insertion:
+        """What fits the only prompt of a batch best. ValueError for several prompts."""
+        if len(batch.rows) > 1:
+            raise ValueError(
+                f"retrieve takes one sequence, got {len(batch.rows)}; generate from each by itself"
+            )
+        (ids,) = batch.rows
+        begins = int(ids[0]) == getattr(self.tokenizer, "bos_token_id", None)
+        return Insertion(int(begins), self.retrieve(ids, tokens, row=row).ids.to(ids.device)[None])
+
     def info(self) -> Budget:
-        """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
-        return budget(self.reader, len(self.memory.rows))
+        """The memory budget in bytes: base model, deltas, sums, rules, store, activations; see `Budget`."""
+        return budget(self.reader, len(self.memory.rows), self.replayer)
 
     def _chosen(self, levels: Sequence[int] | None) -> tuple[int, ...] | None:
         """Indices of the levels that answer, ascending; None for all. ValueError for others."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from nested_learning.memory.state import Weights
 
 
@@ -33,9 +35,31 @@ class Lesson:
             with the segment.
         inside: the pairs inside the segment.
         is_finite: whether the losses of all pairs are finite, learned or not.
+        losses: next-token losses (nats) of the segment's tokens, on the model's device; one fewer where
+            nothing comes before the segment.
     """
 
     start: int
     crossing: Pairs
     inside: Pairs
     is_finite: bool
+    losses: Tensor
+
+    def within(self, chunk_size: int) -> tuple[Pairs, ...]:
+        """The pairs that a level of this chunk size counts: not the crossing one where its chunk begins."""
+        return (self.crossing, self.inside) if self.start % chunk_size else (self.inside,)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Kept examples that one level read again at its boundary.
+
+    Attributes:
+        count: number of their tokens that were learned.
+        grads: gradient of the sum of these tokens' losses, by key.
+        sources: names of the sources that they are from.
+    """
+
+    count: int
+    grads: Weights
+    sources: frozenset[str | None]

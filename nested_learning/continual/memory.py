@@ -14,6 +14,8 @@ from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import DeltaState, Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
 from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.replay import Replay
+from nested_learning.continual.store import Store
 from nested_learning.continual.weights import Workspace, acting
 from nested_learning.continual.writing import DeltaWriter, relay
 from nested_learning.memory.state import Weights
@@ -33,12 +35,20 @@ class Memory:
         model: the base model; its parameters are never changed.
         writers: one per level.
         plan: how text is read.
+        replay: how what was read is kept; None to keep nothing of it.
     """
 
-    def __init__(self, model: PreTrainedModel, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        writers: Sequence[DeltaWriter],
+        plan: ReadingPlan,
+        replay: Replay | None = None,
+    ) -> None:
         self._model = model
         self._writers = writers
         self._plan = plan
+        self._replay = replay
         self._held: Path | None = None
         self.rows = self._new_rows(1)
 
@@ -74,7 +84,13 @@ class Memory:
         self.rows = self._new_rows(count)
 
     def _new_rows(self, count: int) -> list[Row]:
-        return [Row.new(len(self._writers), self._model.device) for _ in range(count)]
+        return [self.new_row() for _ in range(count)]
+
+    def new_row(self) -> Row:
+        """A row that has read nothing."""
+        row = Row.new(len(self._writers), self._model.device)
+        row.store = None if self._replay is None else Store()
+        return row
 
     def row(self, index: int) -> Row:
         """The row `index`. ValueError if there is no such row."""
@@ -112,7 +128,17 @@ class Memory:
             relay(self._writers, row, level)  # sums that the slower level has yet to add
             # averages of the level are products with its drawn factors
             row.levels[level] = DeltaState(drawn=row.levels[level].drawn)
+            row.store = row.store and row.store.incomplete("reset")
             row.mark_changed()
+
+    def drop_stores(self) -> None:
+        """Delete all that replay has kept of what was read, and keep nothing from now on, in no row.
+
+        What was learned stays, and so do the tokens of the present window. A file that is saved then can be
+        loaded by a learner without replay.
+        """
+        for row in self.rows:
+            row.store = None
 
     def diff(self, level: int | None = None, row: int = 0) -> Weights:
         """W − W_base of each weight that has changed: copies in the weight's layout, float32 or float64.
@@ -175,7 +201,17 @@ class Memory:
         if not Path(path).is_file():  # before there is a lock beside it
             raise FileNotFoundError(f"no memory file at {os.fspath(path)}")
         with self._locked(path):
-            self.rows = read_memory(Path(path), self._writers, self._model, self._plan, self._identity())
+            rows = read_memory(Path(path), self._writers, self._model, self._plan, self._identity())
+        if self._replay is None and any(row.store is not None for row in rows):
+            raise ValueError(
+                f"{os.fspath(path)} keeps what was read for replay, which this learner does not: give "
+                "stack_levels a replay=Replay(…), or chat a --replay. To have it deleted, load it so, call "
+                "memory.drop_stores() and save it"
+            )
+        if self._replay is not None:
+            for row in rows:
+                row.store = Store.late(row.position) if row.store is None else row.store
+        self.rows = rows
 
     def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         return nullcontext() if self._held == Path(os.path.realpath(path)) else locked(path)

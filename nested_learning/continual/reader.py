@@ -107,6 +107,7 @@ class Reader:
             crossing=Pairs(counts[0], learned[0], crossing_grads),
             inside=Pairs(counts[1], learned[1], inside_grads),
             is_finite=math.isfinite(everything),
+            losses=losses,
         )
         return _padded(losses, len(ids)), lesson
 

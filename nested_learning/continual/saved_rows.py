@@ -20,6 +20,7 @@ from nested_learning.continual.context import Context, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
 from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.saved_store import SavedStore
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import HISTORY, DeltaWriter
 
@@ -71,7 +72,8 @@ class SavedRows:
         return rows
 
     def _row(self, prefix: str, numbers: Any) -> Row:
-        _check_fields(f"row {prefix[:-1]}", numbers, ROW_FIELDS)
+        kept = numbers.get("store") if isinstance(numbers, dict) else None
+        _check_fields(f"row {prefix[:-1]}", numbers, ROW_FIELDS | ({"store"} if kept is not None else set()))
         position = _count("position", numbers["position"], MOST_TOKENS)
         tokens = self._tokens(prefix, position)
         length = len(tokens)
@@ -91,6 +93,9 @@ class SavedRows:
             if writer.fixed_down:
                 state.drawn = self._drawn(prefix, writer, row)
             self._fill(f"{prefix}{writer.index}/", writer, state, saved, done)
+        if kept is not None:
+            saved_store = SavedStore(self._left, f"{prefix}store/", self._vocab_size, self._plan.window)
+            row.store = saved_store.read(kept, position, position - (length - start))
         return row
 
     def _tokens(self, prefix: str, position: int) -> Tensor:
@@ -100,13 +105,16 @@ class SavedRows:
             raise ValueError(
                 f"{prefix}tokens is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
             )
-        vocab_size = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(
                 f"{prefix}tokens has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "
-                f"goes from 0 to {vocab_size - 1}"
+                f"goes from 0 to {self._vocab_size - 1}"
             )
         return tokens
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     def _check_place(self, position: int, begins_at: int) -> None:
         """A segment begins at a pause of the plan and has not reached the next one."""

@@ -12,6 +12,7 @@ from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
+from nested_learning.continual.replay import Replay
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
@@ -29,6 +30,7 @@ def stack_levels(
     overlap: int | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    replay: Replay | None = None,
 ) -> Learner:
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
@@ -52,6 +54,8 @@ def stack_levels(
             of the window.
         gradient_checkpointing: keep only the inputs of the layers, and run them twice.
         seed: seed of the initial factors of low-rank deltas.
+        replay: keep examples of what is read, and mix them into what is learned; None to keep nothing of it
+            but the tokens of the present window.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
@@ -72,7 +76,7 @@ def stack_levels(
     full = {target.name for writer in writers for target in writer.full_targets}
     check_weights([target for writer in writers for target in writer.targets], full)
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
-    return Learner(model, tokenizer, Reader(model, writers, plan))
+    return Learner(model, tokenizer, Reader(model, writers, plan), replay)
 
 
 def _check_model(model: Any) -> None:

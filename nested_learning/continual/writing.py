@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from nested_learning.continual.averages import LowRank, approach, mix
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import Target, memory_dtype
-from nested_learning.continual.lesson import Lesson
+from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
 from nested_learning.continual.units import SparseDelta, SparseWrites
@@ -37,6 +37,7 @@ class Write:
         gradient_norm: Frobenius norm of the summed gradient, before clipping.
         truncation: of an average at a rank, the Frobenius norm of what the rank could not hold, relative to
             that of the whole; 0 where the average is exact.
+        replayed: number of learned tokens of kept examples in the summed gradient.
     """
 
     level: int
@@ -46,6 +47,7 @@ class Write:
     loss: float
     gradient_norm: float
     truncation: float = 0.0
+    replayed: int = 0
 
 
 class DeltaWriter:
@@ -171,6 +173,13 @@ class DeltaWriter:
                 state.sums[slot].add_(g)
             else:
                 state.sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+
+    def replay(self, state: DeltaState, grads: Weights) -> None:
+        """Add gradients (by key) of kept examples. The sums may be tensors that other levels have as well."""
+        for slot, key in self.keys.items():
+            if key in grads:
+                g = grads[key].to(torch.promote_types(grads[key].dtype, torch.float32))
+                state.sums[slot] = g + state.sums[slot] if slot in state.sums else g
 
     def write(self, state: DeltaState) -> tuple[str, float, float]:
         """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
@@ -300,7 +309,13 @@ def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:
             slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
 
 
-def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_index: int) -> list[Write]:
+def learn_from(
+    writers: Sequence[DeltaWriter],
+    row: Row,
+    lesson: Lesson,
+    row_index: int,
+    replayed: Mapping[int, Replayed] | None = None,
+) -> list[Write]:
     """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
 
     A level counts the pairs inside the segment, and the crossing one unless its own chunk begins with the
@@ -312,6 +327,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
         row: the row, which has moved past the segment.
         lesson: what the segment taught.
         row_index: index of the row, for the reports.
+        replayed: examples that levels read again at this boundary, by the level's index.
 
     Returns:
         the boundaries passed, faster levels first.
@@ -321,7 +337,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
     for writer, state in zip(writers, row.levels, strict=True):
         size, faster = writer.level.chunk_size, writer.faster
         is_last = end % size == 0
-        for pairs in (lesson.crossing, lesson.inside) if lesson.start % size else (lesson.inside,):
+        for pairs in lesson.within(size):
             state.loss += pairs.loss
             state.pairs += pairs.count
             if writer.learns:
@@ -332,7 +348,11 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
                 writer.add(state, pairs.grads, slots, last=is_last and pairs is lesson.inside)
         if is_last:
             relay(writers, row, writer.index)
-            write = Write(writer.index, row_index, end, *writer.write(state))
+            again = (replayed or {}).get(writer.index)
+            if again is not None:  # after the sums were relayed: the slower level replays by itself
+                writer.replay(state, again.grads)
+            count = again.count if again else 0
+            write = Write(writer.index, row_index, end, *writer.write(state), replayed=count)
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])
             if (averaged := writer.averaged) and write.outcome == "written":
