@@ -224,7 +224,8 @@ class SavedRows:
     def _drawn(self, prefix: str, writer: DeltaWriter, row: Row) -> dict[str, Tensor]:
         """The `down` factors that stay as drawn; an average has those of the level that it averages."""
         if writer.averaged is not None:
-            return dict(row.levels[writer.averaged.index].drawn)
+            has_any = any(name.startswith(f"{prefix}{writer.index}/delta/") for name in self._left)
+            return dict(row.levels[writer.averaged.index].drawn) if has_any else {}
         found = {}
         for target in writer.low_rank_targets:
             slot = target.name + DOWN
