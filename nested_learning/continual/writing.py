@@ -281,7 +281,7 @@ def learn_from(
             if again is not None:  # after the sums were relayed: the slower level replays by itself
                 writer.replay(state, again.grads)
             count = again.count if again else 0
-            write = Write(writer.index, row_index, end, *writer.write(state), count)
+            write = Write(writer.index, row_index, end, *writer.write(state), replayed=count)
             writes.append(write)
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])
