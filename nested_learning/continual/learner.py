@@ -124,7 +124,7 @@ class Learner:
             self.memory.set_rows(len(batch.rows))
         self.writes = []
         parts = zip(self._assign(batch, row), batch.learn, names, strict=True)
-        losses = [self.read(index, ids, learn, *named) for (index, ids), learn, named in parts]
+        losses = [self._observe_row(index, ids, learn, *named) for (index, ids), learn, named in parts]
         for write in self.writes:
             if write.outcome == "dropped":
                 warnings.warn(
@@ -145,7 +145,7 @@ class Learner:
         names = read_names("source", source, count), read_names("label", label, count)
         return list(zip(*names, strict=True))
 
-    def read(
+    def _observe_row(
         self, index: int, ids: Tensor, learn: Tensor, source: str | None = None, label: str | None = None
     ) -> Tensor:
         """Next-token losses [T] of ids [T], where row `index` learns at every boundary that is passed.
@@ -203,7 +203,7 @@ class Learner:
         """
         writes = self.writes
         try:
-            return forget_source(self.memory, source, row, self.read)
+            return forget_source(self.memory, source, row, self._observe_row)
         finally:
             self.writes = writes
 

@@ -57,7 +57,7 @@ class Forgotten:
 
 
 class Text(NamedTuple):
-    """One text of a row as it was read: tokens and masks [n], both as `Learner.read` takes them."""
+    """One text of a row as it was read: tokens and masks [n], on the devices of the row."""
 
     tokens: Tensor
     learn: Tensor
@@ -81,7 +81,13 @@ def known_sources(rows: Sequence[Row]) -> list[KnownSource]:
 def forget_source(
     memory: Memory, source: str | None, row: int | None, read: Callable[..., object]
 ) -> Forgotten:
-    """Do what `Learner.forget` says; `read` is `Learner.read`. After an exception the memory is as before.
+    """Report of what `Learner.forget` does; after an exception the memory is as it was.
+
+    Args:
+        memory: memory that forgets.
+        source: name of the source.
+        row: index of the only row that forgets; None for all.
+        read: function that lets a row read and learn: (its index, ids, mask, source, label).
 
     Raises:
         ValueError: no row knows such a source.
