@@ -19,7 +19,8 @@ from nested_learning.continual.deltas import Row
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.writing import DeltaWriter, learn_from
+from nested_learning.continual.study import study
+from nested_learning.continual.writing import DeltaWriter
 from nested_learning.memory.state import Weights
 
 
@@ -81,8 +82,9 @@ class Adapter:
         row, learn = Row.new(len(reader.writers), ids.device), torch.ones(len(ids), dtype=torch.bool)
         losses = []
         for piece, ends in reader.plan.pieces(0, len(ids)):
-            found, lesson = reader.read_segment(row, ids[piece], learn[piece])
+            if ends:
+                found, _ = study(reader, row, ids[piece], learn[piece], 0)
+            else:  # the text ends before the segment does
+                found, _ = reader.read_segment(row, ids[piece], learn[piece])
             losses.append(found)
-            if ends:  # the text may end before the segment does
-                learn_from(reader.writers, row, lesson, 0)
         return torch.cat(losses)[1:].mean()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.continual.context import Context
+from nested_learning.continual.passage import Passage
 from nested_learning.continual.rules import RuleState
 from nested_learning.memory.state import Weights
 
@@ -38,6 +39,8 @@ class DeltaState:
         rule: state of the inner rule.
         loss, pairs: sum of the next-token losses of the chunk so far, and number of its pairs.
         history: mean losses of the chunks before, for `gate_quantile`.
+        read: the tokens of the running chunk so far, and those before it that its re-reading begins with;
+            None where the level re-reads nothing.
         shared: whether another object may have the same tensors, which must not be written then.
     """
 
@@ -48,6 +51,7 @@ class DeltaState:
     pairs: int = 0
     history: list[float] = field(default_factory=list)
     shared: bool = False
+    read: Passage | None = None
 
     def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""

@@ -143,6 +143,8 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
     for index, state in enumerate(row.levels):
         tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
         tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
+        if state.read is not None:
+            tensors[f"{index}/read"], tensors[f"{index}/read_mask"] = state.read.tokens, state.read.learn
         for slot, stored in state.rule.items():
             tensors.update({f"{index}/rule/{field}/{slot}": t for field, t in stored.items()})
     return tensors

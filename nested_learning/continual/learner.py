@@ -19,7 +19,8 @@ from nested_learning.continual.inputs import Batch, LearnMask, TextOrIds, read_b
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.writing import Write, learn_from
+from nested_learning.continual.study import score_ahead, study
+from nested_learning.continual.writing import Write
 
 
 class Learner:
@@ -115,13 +116,11 @@ class Learner:
         losses = []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
-                losses.append(self.reader.score(row, ids[piece], learn[piece]))
+                losses.append(score_ahead(self.reader, row, ids[piece], learn[piece]))
                 continue
-            found, lesson = self.reader.read_segment(row, ids[piece], learn[piece])
+            found, writes = study(self.reader, row, ids[piece], learn[piece], index)
             losses.append(found)
-            self.writes += learn_from(self.reader.writers, row, lesson, index)
-            if not lesson.is_finite:
-                row.clear_context()  # its keys and values may be NaN as well
+            self.writes += writes
         return torch.cat(losses)
 
     @contextmanager

@@ -13,6 +13,8 @@ from nested_learning.optimizers.memory_forms import GradientMemory
 
 SHARE = Bound(high=1.0)
 CHUNK = Bound(low=2, integer=True)
+TIMES = Bound(integer=True)
+LATER = frozenset({"reread"})  # options that memory files did not always know
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Level:
             the weights both have: Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast. What the model computes does not
             change by it. Needs `rank=None`.
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
+        reread: how often the level goes over its chunk again after it was written, each time at the weights
+            then in force, and writes again; see `continual.again`.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
@@ -57,12 +61,15 @@ class Level:
     gate_quantile: float | None = None
     consolidate: float = 0.0
     decay: float = 0.0
+    reread: int = 0
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
         NON_NEGATIVE.check("lr", self.lr)
         SHARE.check("consolidate", self.consolidate)
         SHARE.check("decay", self.decay)
+        TIMES.check("reread", self.reread)
+        self._check_that_it_learns("reread")
         for name, bound in (
             ("clip", POSITIVE),
             ("rank", COUNT),
@@ -88,6 +95,14 @@ class Level:
             object.__setattr__(self, "rule", rule_name(self.rule))
         resolve_rule(self.rule)
 
+    def _check_that_it_learns(self, *options: str) -> None:
+        for name in options:
+            if getattr(self, name) and not self.lr:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but with lr=0 the level learns nothing: give it a rate, "
+                    f"or leave {name} out"
+                )
+
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The chosen layers of a model with `num_layers`, ascending.
 
@@ -109,8 +124,15 @@ class Level:
         return tuple(chosen)
 
     def describe(self) -> dict[str, Any]:
-        """All settings as JSON values; equal for levels that learn alike."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """All settings as JSON values; equal for levels that learn alike.
+
+        Options that memory files did not always know are left out where they are off.
+        """
+        values = {
+            name: getattr(self, name)
+            for name, option in self.__dataclass_fields__.items()
+            if name not in LATER or getattr(self, name) != option.default
+        }
         rule = self.rule if isinstance(self.rule, str) else repr(self.rule)
         layers = self.layers if isinstance(self.layers, str) else list(self.layers)
         return {**values, "rule": rule, "layers": layers}

@@ -10,8 +10,8 @@ comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,24 +76,22 @@ class Reader:
         """
         begins_at = row.position - (len(row.tokens) - row.start)
         crossing_learns = any(w.learns and begins_at % w.level.chunk_size for w in self.writers)
-        checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
-        with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
+        with self.learning(row) as leaves:
             self._begin_segment(row)
             tokens, learn = torch.cat([row.tokens, ids]), torch.cat([row.learn, learn])
             start = row.start
             # The last token before the segment is read in a pass of its own, also if it was read before: it
             # predicts the segment's first token, and the gradient of that pair is wanted by itself.
             first = max(start - 1, 0)
-            with checkpointing:
-                crossing, context, crossing_grads = self.read_pairs(
-                    tokens[first : start + 1] if start else tokens[:0],
-                    learn[start : start + 1] if start else learn[:0],
-                    row.context.crop(first),
-                    leaves if crossing_learns else {},
-                )
-                inside, context, inside_grads = self.read_pairs(
-                    tokens[start:], learn[start + 1 :], context, leaves
-                )
+            crossing, context, crossing_grads = self.read_pairs(
+                tokens[first : start + 1] if start else tokens[:0],
+                learn[start : start + 1] if start else learn[:0],
+                row.context.crop(first),
+                leaves if crossing_learns else {},
+            )
+            inside, context, inside_grads = self.read_pairs(
+                tokens[start:], learn[start + 1 :], context, leaves
+            )
         row.tokens, row.learn, row.start = tokens, learn, len(tokens)
         row.context, row.position = context, row.position + len(ids)
         losses = torch.cat([crossing, inside])
@@ -119,13 +117,30 @@ class Reader:
             # Keys carry the positions that their tokens had in the old window, so they cannot be taken along:
             # the kept tokens are read again from position 0 on. The last of them is read with the segment.
             kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            cache = Context().open()
-            if len(kept) > 1:
-                with torch.no_grad():  # by the model without its head: nobody asks for these logits
-                    self.model.base_model(input_ids=kept[None, :-1], past_key_values=cache, use_cache=True)
-            row.context = Context.closed(cache) if len(kept) > 1 else Context()
+            row.context = self.context_of(kept[:-1])
             row.tokens, row.learn = kept, row.learn[len(row.learn) - len(kept) :]
         row.start = len(row.tokens)
+
+    def context_of(self, tokens: Tensor) -> Context:
+        """Context of tokens [n] read from position 0 on with the weights in force, without gradient."""
+        if not len(tokens):
+            return Context()
+        cache = Context().open()
+        with torch.no_grad():  # by the model without its head: nobody asks for these logits
+            self.model.base_model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
+        return Context.closed(cache)
+
+    @contextmanager
+    def learning(self, row: Row) -> Iterator[Weights]:
+        """The model learns with the row's deltas in force inside the scope, without dropout.
+
+        Yields:
+            the leaf of each matrix that wants a gradient, by `DeltaWriter.keys`.
+        """
+        checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
+        with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
+            with checkpointing:
+                yield leaves
 
     def read_pairs(
         self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
@@ -147,9 +162,7 @@ class Reader:
             losses, context = self.losses(tokens, context)
             if not learns:
                 return losses, context, {}
-            total = learned_sum(losses, learn)
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        grads = {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
+            grads = gradients(learned_sum(losses, learn), leaves)
         return losses.detach(), context, grads
 
     def losses(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
@@ -161,6 +174,12 @@ class Reader:
         logits = output.logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, tokens[1:], reduction="none"), Context.closed(cache)
+
+
+def gradients(total: Tensor, leaves: Weights) -> Weights:
+    """Gradients of a scalar by the leaves' keys, without those that it does not depend on."""
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
 
 
 def learned_sum(losses: Tensor, learn: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from nested_learning.continual.context import Context, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.passage import Passage
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import HISTORY, DeltaWriter
@@ -89,19 +90,34 @@ class SavedRows:
         for writer, state, saved in zip(self._writers, row.levels, levels, strict=True):
             done = (position - (length - start)) % writer.level.chunk_size
             self._fill(f"{prefix}{writer.index}/", writer, state, saved, done)
+            if writer.level.reread:
+                most = self._plan.overlap + position % writer.level.chunk_size
+                state.read = self._passage(f"{prefix}{writer.index}/read", min(most, position))
         return row
 
+    def _passage(self, name: str, most: int) -> Passage | None:
+        """At most so many tokens with their mask; None where the file has none."""
+        if name not in self._left:
+            return None
+        tokens = self._ids(name, most)
+        learn = self._pop(f"{name}_mask")
+        _check(f"{name}_mask", learn, (torch.bool,), (len(tokens),))
+        return Passage(tokens.to(self._model.device), learn)
+
     def _tokens(self, prefix: str, position: int) -> Tensor:
-        tokens = self._pop(f"{prefix}tokens")
-        most = min(self._plan.window, position)
+        return self._ids(f"{prefix}tokens", min(self._plan.window, position))
+
+    def _ids(self, name: str, most: int) -> Tensor:
+        """At most so many ids of the vocabulary."""
+        tokens = self._pop(name)
         if tokens.dtype != torch.int64 or tokens.ndim != 1 or len(tokens) > most:
             raise ValueError(
-                f"{prefix}tokens is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
+                f"{name} is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
             )
         vocab_size = int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             raise ValueError(
-                f"{prefix}tokens has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "
+                f"{name} has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "
                 f"goes from 0 to {vocab_size - 1}"
             )
         return tokens

@@ -33,6 +33,7 @@ class Write:
             or "dropped", its loss or gradient was NaN or infinite. Only the first changes anything.
         loss: mean next-token loss over the pairs of the chunk that are learned, in nats; 0 if there are none.
         gradient_norm: Frobenius norm of the summed gradient, before clipping.
+        reread: how often the chunk had been read again for this write; 0 for the write that every chunk has.
     """
 
     level: int
@@ -41,6 +42,7 @@ class Write:
     outcome: str
     loss: float
     gradient_norm: float
+    reread: int = 0
 
 
 class DeltaWriter:
@@ -139,14 +141,14 @@ class DeltaWriter:
             state.sums = new
             return
         state.own()
-        for slot, g in new.items():
-            if slot in state.sums:
-                state.sums[slot].add_(g)
-            else:
-                state.sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+        accumulate(state.sums, new)
 
-    def write(self, state: DeltaState) -> tuple[str, float, float]:
-        """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
+    def write(self, state: DeltaState, *, again: bool = False) -> tuple[str, float, float]:
+        """End the chunk, or its re-reading (`again`), which is not gated and forgets nothing.
+
+        Returns:
+            (outcome, mean loss, gradient norm); see `Write`.
+        """
         sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
         state.sums, state.loss, state.pairs = {}, 0.0, 0
         norm = _norm(sums)
@@ -154,10 +156,10 @@ class DeltaWriter:
             return "dropped", loss, norm
         if not pairs:
             return "masked", loss, norm
-        if self._is_gated(state, loss):
+        if not again and self._is_gated(state, loss):
             return "gated", loss, norm
         state.own()
-        for slot, delta in state.deltas.items() if self.level.decay else ():
+        for slot, delta in state.deltas.items() if self.level.decay and not again else ():
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
                 delta.mul_(1 - self.level.decay)
         if sums:
@@ -198,6 +200,17 @@ class DeltaWriter:
             return None
         down, up = self.factors(state, target)
         return (up @ down).T if target.transposed else up @ down
+
+
+def accumulate(sums: Weights, grads: Weights, weight: float = 1.0) -> None:
+    """Add `weight` times gradients to sums in place, which are float32 at least."""
+    for slot, g in grads.items():
+        if slot not in sums:
+            sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+            if weight != 1.0:
+                sums[slot].mul_(weight)
+        else:
+            sums[slot].add_(g, alpha=weight)
 
 
 def _step(deltas: Weights, slot: str, direction: Tensor, step: float) -> None:
