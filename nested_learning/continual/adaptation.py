@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nested_learning.continual.answers import Answers
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.learner import Learner
@@ -34,13 +35,18 @@ class OuterReader(Reader):
         self.scale = 1.0
 
     def read_pairs(
-        self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
+        self,
+        tokens: Tensor,
+        learn: Tensor,
+        context: Context,
+        leaves: Weights,
+        answers: list[Answers] | None = None,
     ) -> tuple[Tensor, Context, Weights]:
         # While deltas are installed, W_base + Σ Δ goes by the name of W_base: a full delta's leaf is that
         # very tensor, so that both gradients are one.
         installed = dict(self.model.named_parameters())
         outer = {name: installed[name].requires_grad_() for name in self.base}
-        losses, context, grads = super().read_pairs(tokens, learn, context, {**outer, **leaves})
+        losses, context, grads = super().read_pairs(tokens, learn, context, {**outer, **leaves}, answers)
         for name in outer.keys() & grads.keys():
             self._accumulate(self.base[name], grads[name])
         return losses, context, {key: grads[key] for key in leaves if key in grads}

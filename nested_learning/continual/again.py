@@ -9,7 +9,7 @@ whose second token is learned), and the level writes
 
 alone; then once more at the weights that this makes, r times in all. Faster levels re-read first. The gate,
 the decay and the taking over act once for a chunk, at its first write; the rule's state moves on with each
-write. A re-reading whose loss or gradient is NaN or infinite is dropped, and those that were to follow it too.
+write. A re-reading whose loss or gradient is NaN or infinite is dropped, and those after it are left out.
 
 The chunk is read as at the start of a new window: with the `overlap` tokens before it as context, which are
 read with the weights of now and without gradient. It is read in passes of at most `segment` tokens, each with
@@ -77,9 +77,7 @@ def reread(reader: Reader, writer: DeltaWriter, row: Row, row_index: int) -> lis
     return writes
 
 
-def _chunk_gradient(
-    reader: Reader, writer: DeltaWriter, row: Row, passage: Passage
-) -> tuple[Weights, float]:
+def _chunk_gradient(reader: Reader, writer: DeltaWriter, row: Row, passage: Passage) -> tuple[Weights, float]:
     """Gradient by slot, and sum of the losses, of the level's pairs in the chunk that ends the passage."""
     grads: Weights = {}
     parts: list[Tensor] = []

@@ -23,7 +23,8 @@ class Budget:
         base: parameters of the base model; shared by all learners and rows.
         effective_weights: W_base + Σ Δ, one set per base model; shared by all learners and rows.
         deltas: deltas of all levels, once written.
-        sums: gradients of the unfinished chunks of all levels but the fastest.
+        sums: gradients of the unfinished chunks of all levels but the fastest, and of closed windows that
+            are yet to be written (`Level.distill`).
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
         context: keys and values of a full window; 0 where the configuration does not say the head's size.
@@ -95,7 +96,8 @@ def level_bytes(writer: DeltaWriter) -> LevelBytes:
     for target in writer.targets:
         size = memory_dtype(target.weight).itemsize
         deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
-    return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
+    sums = (1 if writer.index and writer.learns else 0) + (1 if level.distill else 0)
+    return LevelBytes(deltas, sums * deltas, writer.rule.kept * deltas)
 
 
 def _context_bytes(model: Any, window: int) -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nested_learning.continual.answers import Answers
 from nested_learning.continual.context import Context
 from nested_learning.continual.passage import Passage
 from nested_learning.continual.rules import RuleState
@@ -41,6 +42,7 @@ class DeltaState:
         history: mean losses of the chunks before, for `gate_quantile`.
         read: the tokens of the running chunk so far, and those before it that its re-reading begins with;
             None where the level re-reads nothing.
+        distilled: gradients of what windows taught as they closed, by slot, weighted, since the last write.
         shared: whether another object may have the same tensors, which must not be written then.
     """
 
@@ -52,6 +54,7 @@ class DeltaState:
     history: list[float] = field(default_factory=list)
     shared: bool = False
     read: Passage | None = None
+    distilled: Weights = field(default_factory=dict)
 
     def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""
@@ -60,6 +63,7 @@ class DeltaState:
             self,
             deltas=dict(self.deltas),
             sums=dict(self.sums),
+            distilled=dict(self.distilled),
             rule=dict(self.rule),
             history=list(self.history),
         )
@@ -69,12 +73,14 @@ class DeltaState:
         if self.shared:
             self.deltas = {slot: t.clone() for slot, t in self.deltas.items()}
             self.sums = {slot: t.clone() for slot, t in self.sums.items()}
+            self.distilled = {slot: t.clone() for slot, t in self.distilled.items()}
             self.shared = False
 
     def tensors(self) -> Iterable[Tensor]:
         """All tensors of the state."""
         yield from self.deltas.values()
         yield from self.sums.values()
+        yield from self.distilled.values()
         for stored in self.rule.values():
             yield from stored.values()
 
@@ -90,6 +96,8 @@ class Row:
         learn: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
+        answers: predictions of the tokens in the second half of the window, all but those of the present
+            segment; None where there are none, or no level distils.
         version: changes whenever a delta does, and never stands for two contents.
     """
 
@@ -100,6 +108,7 @@ class Row:
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
+    answers: Answers | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -134,3 +143,4 @@ class Row:
     def clear_context(self) -> None:
         """Forget the attention context; what was learned and the place within the chunks stay."""
         self.tokens, self.learn, self.start, self.context = self.tokens[:0], self.learn[:0], 0, Context()
+        self.answers = None

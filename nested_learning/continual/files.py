@@ -140,9 +140,12 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
     tensors = {"tokens": row.tokens, "mask": row.learn}
     for i, (keys, values) in enumerate(row.context.layers):
         tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
+    if row.answers is not None:
+        tensors.update({f"answers/{name}": t for name, t in vars(row.answers).items()})
     for index, state in enumerate(row.levels):
         tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
         tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
+        tensors.update({f"{index}/distilled/{slot}": t for slot, t in state.distilled.items()})
         if state.read is not None:
             tensors[f"{index}/read"], tensors[f"{index}/read_mask"] = state.read.tokens, state.read.learn
         for slot, stored in state.rule.items():

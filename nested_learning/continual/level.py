@@ -14,7 +14,7 @@ from nested_learning.optimizers.memory_forms import GradientMemory
 SHARE = Bound(high=1.0)
 CHUNK = Bound(low=2, integer=True)
 TIMES = Bound(integer=True)
-LATER = frozenset({"reread"})  # options that memory files did not always know
+LATER = frozenset({"reread", "distill"})  # options that memory files did not always know
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Level:
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
         reread: how often the level goes over its chunk again after it was written, each time at the weights
             then in force, and writes again; see `continual.again`.
+        distill: λ. When a window closes, G gets λ times the gradient of the divergence from what the model
+            predicted with that window before it to what it predicts without; see `continual.distil`.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
@@ -62,6 +64,7 @@ class Level:
     consolidate: float = 0.0
     decay: float = 0.0
     reread: int = 0
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
@@ -69,7 +72,8 @@ class Level:
         SHARE.check("consolidate", self.consolidate)
         SHARE.check("decay", self.decay)
         TIMES.check("reread", self.reread)
-        self._check_that_it_learns("reread")
+        NON_NEGATIVE.check("distill", self.distill)
+        self._check_that_it_learns("reread", "distill")
         for name, bound in (
             ("clip", POSITIVE),
             ("rank", COUNT),
@@ -99,8 +103,8 @@ class Level:
         for name in options:
             if getattr(self, name) and not self.lr:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but with lr=0 the level learns nothing: give it a rate, "
-                    f"or leave {name} out"
+                    f"{name} is {getattr(self, name)}, but with lr=0 the level learns nothing: give it a "
+                    f"rate, or leave {name} out"
                 )
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nested_learning.continual.answers import Answers
 from nested_learning.continual.context import Context, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
@@ -84,6 +85,7 @@ class SavedRows:
         row = Row.new(len(self._writers), self._model.device)
         row.position, row.start, row.tokens, row.learn = position, start, tokens.to(self._model.device), learn
         row.context = self._context(prefix, numbers["context_layers"], length, start)
+        row.answers = self._answers(f"{prefix}answers/", self._answered(position, length, start))
         levels = numbers["levels"]
         if not isinstance(levels, list) or len(levels) != len(self._writers):
             raise ValueError(f"levels is {_short(levels)}, expected a list of {len(self._writers)}")
@@ -94,6 +96,33 @@ class SavedRows:
                 most = self._plan.overlap + position % writer.level.chunk_size
                 state.read = self._passage(f"{prefix}{writer.index}/read", min(most, position))
         return row
+
+    def _answered(self, position: int, length: int, start: int) -> int:
+        """Number of tokens whose predictions a row at this place keeps for distillation."""
+        closed = start == length and self._plan.window_ends(length, position)
+        if not self._plan.distill_top_k or closed:
+            return 0
+        begins_at = position - length  # of the window
+        for index in range(self._plan.half, start):
+            if self._plan.segment_end(begins_at + index - 1) == begins_at + index:
+                return start - index
+        return 0
+
+    def _answers(self, prefix: str, count: int) -> Answers | None:
+        if not count:
+            return None
+        vocab_size = int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+        shape = (count, min(self._plan.distill_top_k, vocab_size - 1))
+        ids, log_probs, rest = (self._pop(f"{prefix}{name}") for name in ("ids", "log_probs", "rest"))
+        _check(f"{prefix}ids", ids, (torch.int32,), shape)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"{prefix}ids has ids that are not in the vocabulary, 0 to {vocab_size - 1}")
+        for name, found, expected in (("log_probs", log_probs, shape), ("rest", rest, shape[:1])):
+            _check(f"{prefix}{name}", found, PRECISIONS, expected)
+            if not bool((found <= 1e-3).all()):
+                raise ValueError(f"{prefix}{name} has {found.max()}, expected logarithms of probabilities")
+        device, dtype = self._model.device, torch.promote_types(self._model.dtype, torch.float32)
+        return Answers(ids.to(device), log_probs.to(device, dtype), rest.to(device, dtype))
 
     def _passage(self, name: str, most: int) -> Passage | None:
         """At most so many tokens with their mask; None where the file has none."""
@@ -182,6 +211,10 @@ class SavedRows:
         state.sums = self._slots(f"{prefix}sum/", writer)
         if state.sums and not (done and writer.learns):
             raise ValueError(f"{prefix}sum has gradients, but the level has none to keep here")
+        if writer.level.distill:
+            state.distilled = self._slots(f"{prefix}distilled/", writer)
+        if state.distilled and not done:
+            raise ValueError(f"{prefix}distilled has gradients, but the level has none to keep here")
         self._fill_rule(prefix, writer, state, saved["rule"])
 
     def _slots(self, prefix: str, writer: DeltaWriter) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from nested_learning.continual.distil import plan_distillation
 from nested_learning.continual.find import check_weights, find_targets
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
@@ -29,6 +30,7 @@ def stack_levels(
     overlap: int | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    distill_top_k: int | None = None,
 ) -> Learner:
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
@@ -52,6 +54,8 @@ def stack_levels(
             of the window.
         gradient_checkpointing: keep only the inputs of the layers, and run them twice.
         seed: seed of the initial factors of low-rank deltas.
+        distill_top_k: how many of the likeliest values of each token are kept as what a level with `distill`
+            is taught, the others together as one more. Default: 64.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
@@ -70,6 +74,7 @@ def stack_levels(
     full = {target.name for writer in writers for target in writer.full_targets}
     check_weights([target for writer in writers for target in writer.targets], full)
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
+    plan = plan_distillation(plan, levels, distill_top_k)
     return Learner(model, tokenizer, Reader(model, writers, plan))
 
 

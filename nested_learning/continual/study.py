@@ -1,4 +1,4 @@
-"""One segment studied: read, learned from at the boundaries it ends at, and whatever levels do beyond that."""
+"""One segment studied: read, learned from at boundaries, and whatever else levels do there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nested_learning.continual.again import reread
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.distil import distil
 from nested_learning.continual.passage import Passage
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.writing import Write, learn_from
@@ -18,9 +19,7 @@ def score_ahead(reader: Reader, row: Row, ids: Tensor, learn: Tensor) -> Tensor:
     return losses
 
 
-def study(
-    reader: Reader, row: Row, ids: Tensor, learn: Tensor, row_index: int
-) -> tuple[Tensor, list[Write]]:
+def study(reader: Reader, row: Row, ids: Tensor, learn: Tensor, row_index: int) -> tuple[Tensor, list[Write]]:
     """Read the segment that ends with `ids`, and let every level learn what it has to learn there.
 
     Args:
@@ -36,6 +35,9 @@ def study(
     """
     losses, lesson = reader.read_segment(row, ids, learn)
     _keep(reader, row, ids, learn)
+    if lesson.is_finite and reader.plan.window_ends(len(row.tokens), row.position):
+        distil(reader, row)
+        row.answers = None
     writes = learn_from(reader.writers, row, lesson, row_index)
     for write in list(writes):
         writer, state = reader.writers[write.level], row.levels[write.level]

@@ -150,13 +150,14 @@ class DeltaWriter:
             (outcome, mean loss, gradient norm); see `Write`.
         """
         sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
-        state.sums, state.loss, state.pairs = {}, 0.0, 0
+        sums, distilled = _total(sums, state.distilled), bool(state.distilled)
+        state.sums, state.distilled, state.loss, state.pairs = {}, {}, 0.0, 0
         norm = _norm(sums)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return "dropped", loss, norm
-        if not pairs:
+        if not pairs and not distilled:
             return "masked", loss, norm
-        if not again and self._is_gated(state, loss):
+        if pairs and not again and self._is_gated(state, loss):
             return "gated", loss, norm
         state.own()
         for slot, delta in state.deltas.items() if self.level.decay and not again else ():
@@ -200,6 +201,12 @@ class DeltaWriter:
             return None
         down, up = self.factors(state, target)
         return (up @ down).T if target.transposed else up @ down
+
+
+def _total(sums: Weights, more: Weights) -> Weights:
+    """Sums of both by slot, new where both have one; float32 at least, as the second are."""
+    total = {slot: sums[slot] + g if slot in sums else g for slot, g in more.items()}
+    return {**sums, **total}
 
 
 def accumulate(sums: Weights, grads: Weights, weight: float = 1.0) -> None:

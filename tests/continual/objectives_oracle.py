@@ -94,7 +94,7 @@ class ObjectivesOracle:
     def ends(self, length):
         """Ends of segments, the first one after `length` included."""
         found, t, fast = [], 0, self.levels[0].size
-        while t <= length:
+        while not found or found[-1] <= length:
             t += 1
             if t % fast % self.segment == 0 or any(t % level.size == 0 for level in self.levels):
                 found.append(t)
@@ -126,7 +126,7 @@ class ObjectivesOracle:
             teacher.update({t: log_p[t - start - 1].detach() for t in range(start + 1, end)})
             if start - begin < self.window // 2:
                 teacher = {}
-            if following is None or following - begin > self.window:
+            if following - begin > self.window:
                 self.distil(ids, learn, teacher)
             anchors = [self.anchor(level, end // level.size) for level in self.levels]
             for i, level in enumerate(self.levels):
