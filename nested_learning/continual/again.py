@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.passage import Passage
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.reader import Reader, gradients, learned_sum
 from nested_learning.continual.writing import DeltaWriter, Write, accumulate
 from nested_learning.memory.state import Weights
@@ -62,13 +62,16 @@ def reread(reader: Reader, writer: DeltaWriter, row: Row, row_index: int) -> lis
         its further writes.
     """
     writes: list[Write] = []
-    state = row.levels[writer.index]
+    state, passage = row.levels[writer.index], row.levels[writer.index].read
+    if passage is None:
+        return writes
+    pairs = min(len(passage), writer.level.chunk_size) - 1
+    learned = int(passage.learn[len(passage) - pairs :].sum())
+    if not learned:  # it was written for what a closing window taught
+        return writes
     for times in range(1, writer.level.reread + 1):
-        passage = state.read
-        assert passage is not None
         sums, loss = _chunk_gradient(reader, writer, row, passage)
-        before = min(len(passage), writer.level.chunk_size) - 1
-        state.sums, state.loss, state.pairs = sums, loss, int(passage.learn[len(passage) - before :].sum())
+        state.sums, state.loss, state.pairs = sums, loss, learned
         outcome = writer.write(state, again=True)
         writes.append(Write(writer.index, row_index, row.position, *outcome, reread=times))
         if outcome[0] != "written":
@@ -77,7 +80,9 @@ def reread(reader: Reader, writer: DeltaWriter, row: Row, row_index: int) -> lis
     return writes
 
 
-def _chunk_gradient(reader: Reader, writer: DeltaWriter, row: Row, passage: Passage) -> tuple[Weights, float]:
+def _chunk_gradient(
+    reader: Reader, writer: DeltaWriter, row: Row, passage: KeptTokens
+) -> tuple[Weights, float]:
     """Gradient by slot, and sum of the losses, of the level's pairs in the chunk that ends the passage."""
     grads: Weights = {}
     parts: list[Tensor] = []

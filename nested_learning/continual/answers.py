@@ -1,4 +1,4 @@
-"""What a model answered: its predictions of tokens, kept short, for a student to be compared with."""
+"""Answers of a model: its predictions of tokens, kept short, for a student to be compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Answers:
+class KeptAnswers:
     """Predictions of n tokens, over their k likeliest values each and all others as one outcome.
 
     Attributes:
@@ -24,7 +24,7 @@ class Answers:
     rest: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, top_k: int) -> Answers:
+    def of(cls, logits: Tensor, top_k: int) -> KeptAnswers:
         """The answers of logits [n, V]; k is at most V − 1."""
         all_probs = logits.detach().log_softmax(-1)
         log_probs, ids = all_probs.topk(min(top_k, logits.shape[-1] - 1), dim=-1)
@@ -33,13 +33,13 @@ class Answers:
     def __len__(self) -> int:
         return len(self.rest)
 
-    def __getitem__(self, chosen: slice | Tensor) -> Answers:
+    def __getitem__(self, chosen: slice | Tensor) -> KeptAnswers:
         """The answers of some of the tokens."""
-        return Answers(self.ids[chosen], self.log_probs[chosen], self.rest[chosen])
+        return KeptAnswers(self.ids[chosen], self.log_probs[chosen], self.rest[chosen])
 
     @classmethod
-    def joined(cls, parts: Sequence[Answers]) -> Answers:
-        """Answers of several runs of tokens, one after the other."""
+    def joined(cls, parts: Sequence[KeptAnswers]) -> KeptAnswers:
+        """KeptAnswers of several runs of tokens, one after the other."""
         columns = zip(*((part.ids, part.log_probs, part.rest) for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 

@@ -31,6 +31,7 @@ class Budget:
         activations: tensors kept for the backward pass of one segment, and its logits; an estimate, shared.
         rows: number of rows.
         total: sum of all parts, for all rows.
+        anchors: the Fisher diagonal that scales decays; shared by all rows.
     """
 
     parameters: int
@@ -45,6 +46,7 @@ class Budget:
     activations: int
     rows: int
     total: int
+    anchors: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -71,6 +73,7 @@ def budget(reader: Reader, rows: int) -> Budget:
         "effective_weights": effective,
         "gradients": effective + factors,
         "activations": _activation_bytes(reader),
+        "anchors": reader.anchors.fisher.nbytes if reader.anchors.fisher else 0,
     }
     return Budget(
         parameters=sum(p.numel() for p in parameters),

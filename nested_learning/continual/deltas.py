@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nested_learning.continual.answers import Answers
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context
-from nested_learning.continual.passage import Passage
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.rules import RuleState
 from nested_learning.memory.state import Weights
 
@@ -53,7 +53,7 @@ class DeltaState:
     pairs: int = 0
     history: list[float] = field(default_factory=list)
     shared: bool = False
-    read: Passage | None = None
+    read: KeptTokens | None = None
     distilled: Weights = field(default_factory=dict)
 
     def share(self) -> DeltaState:
@@ -108,7 +108,7 @@ class Row:
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
-    answers: Answers | None = None
+    answers: KeptAnswers | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:

@@ -48,11 +48,16 @@ from nested_learning.memory.state import Weights
 from nested_learning.optimizers.checks import COUNT
 
 
-def distil(reader: Reader, row: Row) -> None:
-    """Add what the closing window teaches to the levels that distil; at the end of its last segment."""
+def distil(reader: Reader, row: Row) -> dict[int, Weights]:
+    """Gradients by slot, by level, that a closing window teaches, without λ.
+
+    Args:
+        reader: the reader of the row.
+        row: the row, at the end of its window's last segment; it is left alone.
+    """
     writers = [writer for writer in reader.writers if writer.level.distill]
     if not writers or row.answers is None:
-        return
+        return {}
     teacher, overlap = row.answers, reader.plan.overlap
     # `tokens` begins with the overlap, whose last token predicts the first one of the second half.
     tokens = row.tokens[len(row.tokens) - len(teacher) - overlap :]
@@ -71,11 +76,7 @@ def distil(reader: Reader, row: Row) -> None:
             return context
 
         read_again(reader, tokens, overlap - 1, read)
-    for writer in writers:
-        state = row.levels[writer.index]
-        state.own()
-        new = {slot: grads[key] for slot, key in writer.keys.items() if key in grads}
-        accumulate(state.distilled, new, writer.level.distill)
+    return {w.index: {slot: grads[key] for slot, key in w.keys.items() if key in grads} for w in writers}
 
 
 def plan_distillation(plan: ReadingPlan, levels: Sequence[Level], top_k: int | None) -> ReadingPlan:

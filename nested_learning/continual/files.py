@@ -25,6 +25,7 @@ from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
 VERSION, WITHOUT_CHECKSUM = "2", "1"
+OPTIONAL = ("background", "fisher")  # parts of an identity that most learners do not have
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
 
 
@@ -112,7 +113,7 @@ def read_memory(
         # "gd" has also been called "sgd". In this JSON of settings no other text can look like the pair.
         if "levels" in metadata:
             metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
-        for key, value in identity.items():
+        for key, value in {**dict.fromkeys(OPTIONAL), **identity}.items():
             if metadata.get(key) != value:
                 raise _Mismatch(_mismatch(path, key, metadata.get(key), value))
         rows = SavedRows(tensors, writers, model, plan).read(parse_json(metadata["rows"]))
@@ -171,10 +172,13 @@ def _row_numbers(row: Row) -> dict[str, Any]:
     }
 
 
-def _mismatch(path: Path, key: str, theirs: str | None, ours: str) -> str:
+def _mismatch(path: Path, key: str, theirs: str | None, ours: str | None) -> str:
+    if key in OPTIONAL:
+        one, other = (f"the {key} {digest[:12]}…" if digest else f"no {key}" for digest in (theirs, ours))
+        return f"{path} was written by a learner with {one}; this learner has {other}"
     if key == "fingerprint":
         return (
             f"{path} belongs to another base model (fingerprint {str(theirs)[:12]}…, this one has "
-            f"{ours[:12]}…): load it on the model that it was learned on"
+            f"{str(ours)[:12]}…): load it on the model that it was learned on"
         )
     return f"{path} was written by a learner with other {key}: {theirs}; this learner has {ours}"

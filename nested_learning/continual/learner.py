@@ -46,7 +46,7 @@ class Learner:
         self.model = model
         self.tokenizer = tokenizer
         self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
-        self.memory = Memory(model, reader.writers, reader.plan)
+        self.memory = Memory(model, reader.writers, reader.plan, reader.anchors)
         self.writes: list[Write] = []
         self.reader = reader
 
@@ -102,9 +102,11 @@ class Learner:
         losses = [self._observe_row(index, ids, learn) for (index, ids), learn in pairs]
         for write in self.writes:
             if write.outcome == "dropped":
+                reading = f"re-reading {write.reread} of " if write.reread else ""
                 warnings.warn(
-                    f"level {write.level} learned nothing from the chunk that ends at token {write.position} "
-                    f"of row {write.row}: its loss is {write.loss}, its gradient norm {write.gradient_norm}",
+                    f"level {write.level} learned nothing from {reading}the chunk that ends at token "
+                    f"{write.position} of row {write.row}: its loss is {write.loss}, its gradient norm "
+                    f"{write.gradient_norm}",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -14,7 +14,7 @@ from nested_learning.optimizers.memory_forms import GradientMemory
 SHARE = Bound(high=1.0)
 CHUNK = Bound(low=2, integer=True)
 TIMES = Bound(integer=True)
-LATER = frozenset({"reread", "distill"})  # options that memory files did not always know
+LATER = frozenset({"reread", "distill", "anchor_kl"})  # options that memory files did not always know
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ class Level:
             the weights both have: Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast. What the model computes does not
             change by it. Needs `rank=None`.
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
+            With `stack_levels(fisher=…)` each weight has a share of its own.
         reread: how often the level goes over its chunk again after it was written, each time at the weights
             then in force, and writes again; see `continual.again`.
         distill: λ. When a window closes, G gets λ times the gradient of the divergence from what the model
             predicted with that window before it to what it predicts without; see `continual.distil`.
+        anchor_kl: μ. At the boundary, G gets μ times the gradient of the divergence from the base model's
+            predictions of background text (`stack_levels(background=…)`); see `continual.anchor_kl`.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
@@ -65,6 +68,7 @@ class Level:
     decay: float = 0.0
     reread: int = 0
     distill: float = 0.0
+    anchor_kl: float = 0.0
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
@@ -73,7 +77,8 @@ class Level:
         SHARE.check("decay", self.decay)
         TIMES.check("reread", self.reread)
         NON_NEGATIVE.check("distill", self.distill)
-        self._check_that_it_learns("reread", "distill")
+        NON_NEGATIVE.check("anchor_kl", self.anchor_kl)
+        self._check_that_it_learns("reread", "distill", "anchor_kl")
         for name, bound in (
             ("clip", POSITIVE),
             ("rank", COUNT),

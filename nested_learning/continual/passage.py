@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Passage:
+class KeptTokens:
     """Tokens of a text in their order. Never written to.
 
     Attributes:
@@ -23,11 +23,11 @@ class Passage:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def joined(self, tokens: Tensor, learn: Tensor) -> Passage:
+    def joined(self, tokens: Tensor, learn: Tensor) -> KeptTokens:
         """The passage with further tokens behind."""
-        return Passage(torch.cat([self.tokens, tokens]), torch.cat([self.learn, learn]))
+        return KeptTokens(torch.cat([self.tokens, tokens]), torch.cat([self.learn, learn]))
 
-    def last(self, count: int) -> Passage:
+    def last(self, count: int) -> KeptTokens:
         """The last `count` tokens, or all where there are fewer, in storage of their own."""
         first = max(len(self) - count, 0)
-        return Passage(self.tokens[first:].clone(), self.learn[first:].clone())
+        return KeptTokens(self.tokens[first:].clone(), self.learn[first:].clone())

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_learning.continual.answers import Answers
+from nested_learning.continual.anchors import NO_ANCHORS, Anchors
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context, checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Pairs
@@ -35,12 +36,16 @@ class Reader:
         model: the base model.
         writers: one per level.
         plan: how to read.
+        anchors: what holds the levels to the base model.
     """
 
-    def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
+    def __init__(
+        self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan, anchors: Anchors = NO_ANCHORS
+    ) -> None:
         self.model = model
         self.writers = writers
         self.plan = plan
+        self.anchors = anchors
         self.workspace = Workspace.of(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +103,7 @@ class Reader:
             )
         row.tokens, row.learn, row.start = tokens, learn, len(tokens)
         row.context, row.position = context, row.position + len(ids)
-        row.answers = Answers.joined(answers) if answers else None
+        row.answers = KeptAnswers.joined(answers) if answers else None
         losses = torch.cat([crossing, inside])
         learn = learn[len(learn) - len(losses) :]
         parts = learn.split([len(crossing), len(inside)])
@@ -153,7 +158,7 @@ class Reader:
         learn: Tensor,
         context: Context,
         leaves: Weights,
-        answers: list[Answers] | None = None,
+        answers: list[KeptAnswers] | None = None,
     ) -> tuple[Tensor, Context, Weights]:
         """Read pairs of neighbouring tokens.
 
@@ -177,14 +182,14 @@ class Reader:
         return losses.detach(), context, grads
 
     def losses(
-        self, tokens: Tensor, context: Context, answers: list[Answers] | None = None
+        self, tokens: Tensor, context: Context, answers: list[KeptAnswers] | None = None
     ) -> tuple[Tensor, Context]:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
         if len(tokens) < 2:
             return torch.empty(0, device=tokens.device), context
         logits, context = self.predict(tokens[:-1], context)
         if answers is not None:
-            answers.append(Answers.of(logits, self.plan.distill_top_k))
+            answers.append(KeptAnswers.of(logits, self.plan.distill_top_k))
         return F.cross_entropy(logits, tokens[1:], reduction="none"), context
 
     def predict(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:

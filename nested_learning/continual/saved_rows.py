@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nested_learning.continual.answers import Answers
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
-from nested_learning.continual.passage import Passage
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import HISTORY, DeltaWriter
@@ -108,10 +108,10 @@ class SavedRows:
                 return start - index
         return 0
 
-    def _answers(self, prefix: str, count: int) -> Answers | None:
+    def _answers(self, prefix: str, count: int) -> KeptAnswers | None:
         if not count:
             return None
-        vocab_size = int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+        vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
         shape = (count, min(self._plan.distill_top_k, vocab_size - 1))
         ids, log_probs, rest = (self._pop(f"{prefix}{name}") for name in ("ids", "log_probs", "rest"))
         _check(f"{prefix}ids", ids, (torch.int32,), shape)
@@ -122,16 +122,16 @@ class SavedRows:
             if not bool((found <= 1e-3).all()):
                 raise ValueError(f"{prefix}{name} has {found.max()}, expected logarithms of probabilities")
         device, dtype = self._model.device, torch.promote_types(self._model.dtype, torch.float32)
-        return Answers(ids.to(device), log_probs.to(device, dtype), rest.to(device, dtype))
+        return KeptAnswers(ids.to(device), log_probs.to(device, dtype), rest.to(device, dtype))
 
-    def _passage(self, name: str, most: int) -> Passage | None:
+    def _passage(self, name: str, most: int) -> KeptTokens | None:
         """At most so many tokens with their mask; None where the file has none."""
         if name not in self._left:
             return None
         tokens = self._ids(name, most)
         learn = self._pop(f"{name}_mask")
         _check(f"{name}_mask", learn, (torch.bool,), (len(tokens),))
-        return Passage(tokens.to(self._model.device), learn)
+        return KeptTokens(tokens.to(self._model.device), learn)
 
     def _tokens(self, prefix: str, position: int) -> Tensor:
         return self._ids(f"{prefix}tokens", min(self._plan.window, position))

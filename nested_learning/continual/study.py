@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from nested_learning.continual.again import reread
+from nested_learning.continual.anchor_kl import pulls
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.distil import distil
-from nested_learning.continual.passage import Passage
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.writing import Write, learn_from
+from nested_learning.continual.writing import Write, accumulate, learn_from
+from nested_learning.memory.state import Weights
 
 
 def score_ahead(reader: Reader, row: Row, ids: Tensor, learn: Tensor) -> Tensor:
@@ -33,18 +37,25 @@ def study(reader: Reader, row: Row, ids: Tensor, learn: Tensor, row_index: int) 
         next-token losses [n] (nats) of `ids`, and the boundaries passed: faster levels first, then the
         re-readings.
     """
-    losses, lesson = reader.read_segment(row, ids, learn)
+    # What needs the model comes first and is done on a copy: where it fails, the row is as it was before.
+    moved = dataclasses.replace(row)
+    losses, lesson = reader.read_segment(moved, ids, learn)
+    taught: dict[int, Weights] = {}
+    if lesson.is_finite and reader.plan.window_ends(len(moved.tokens), moved.position):
+        taught, moved.answers = distil(reader, moved), None
+    pull = pulls(reader, moved, lesson, taught)
+    vars(row).update(vars(moved))
     _keep(reader, row, ids, learn)
-    if lesson.is_finite and reader.plan.window_ends(len(row.tokens), row.position):
-        distil(reader, row)
-        row.answers = None
-    writes = learn_from(reader.writers, row, lesson, row_index)
-    for write in list(writes):
-        writer, state = reader.writers[write.level], row.levels[write.level]
-        if writer.level.reread and write.outcome == "written":
-            writes += reread(reader, writer, row, row_index)
-        if state.read is not None:
-            state.read = state.read.last(reader.plan.overlap)
+    for index, grads in taught.items():
+        row.levels[index].own()
+        accumulate(row.levels[index].distilled, grads, reader.writers[index].level.distill)
+    writes = learn_from(reader.writers, row, lesson, row_index, pull)
+    try:
+        for write in list(writes):
+            if write.outcome == "written":
+                writes += reread(reader, reader.writers[write.level], row, row_index)
+    finally:
+        _let_go(reader, row)
     if not lesson.is_finite:
         row.clear_context()  # its keys and values may be NaN as well
     return losses, writes
@@ -54,5 +65,12 @@ def _keep(reader: Reader, row: Row, ids: Tensor, learn: Tensor) -> None:
     """Keep the tokens just read for the levels that will read them again."""
     for writer, state in zip(reader.writers, row.levels, strict=True):
         if writer.level.reread:
-            kept = Passage(ids, learn) if state.read is None else state.read.joined(ids, learn)
+            kept = KeptTokens(ids, learn) if state.read is None else state.read.joined(ids, learn)
             state.read = kept
+
+
+def _let_go(reader: Reader, row: Row) -> None:
+    """Keep no more of a chunk that has ended than the next one's re-reading begins with."""
+    for writer, state in zip(reader.writers, row.levels, strict=True):
+        if state.read is not None and row.position % writer.level.chunk_size == 0:
+            state.read = state.read.last(reader.plan.overlap)

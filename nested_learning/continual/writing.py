@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ class DeltaWriter:
         targets: weights of the level's layers.
         seed: seed of the initial `down` factors.
         faster: writer of the next faster level; None for the fastest.
+        fisher: scale of the decay for each weight, by the targets' names; None for 1.
 
     Attributes:
         learns: whether the level learns from text.
@@ -74,6 +75,7 @@ class DeltaWriter:
         targets: Sequence[Target],
         seed: int,
         faster: DeltaWriter | None = None,
+        fisher: Weights | None = None,
     ) -> None:
         self.index = index
         self.level = level
@@ -81,6 +83,7 @@ class DeltaWriter:
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.faster = faster
+        self.fisher = self._checked_fisher(fisher or {}) if level.decay else {}
         self.learns = level.lr > 0
         self.full_targets = self.targets if level.rank is None else []
         self.low_rank_targets = [] if level.rank is None else self.targets
@@ -94,6 +97,18 @@ class DeltaWriter:
         if faster is not None and both_sum and level.chunk_size % faster.level.chunk_size == 0:
             self.relayed = frozenset({t.name for t in faster.full_targets} & self.keys.keys())
         self.direct = frozenset(self.keys) - self.relayed
+
+    def _checked_fisher(self, fisher: Weights) -> Weights:
+        """Fisher's numbers of the targets on their devices."""
+        for target in self.targets if fisher else ():
+            found = fisher.get(target.name)
+            if found is None or found.shape != target.weight.shape:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(
+                    f"the level learns {target.name} of shape {tuple(target.weight.shape)}, where fisher has "
+                    f"{shape}; make it of the same model and modules: Fisher.of(model, …, modules=…)"
+                )
+        return {t.name: fisher[t.name].to(t.weight.device) for t in self.targets if fisher}
 
     def _check_rank(self, target: Target) -> None:
         smaller = min(target.features)
@@ -143,14 +158,23 @@ class DeltaWriter:
         state.own()
         accumulate(state.sums, new)
 
-    def write(self, state: DeltaState, *, again: bool = False) -> tuple[str, float, float]:
+    def write(
+        self, state: DeltaState, pull: Weights | None = None, *, again: bool = False
+    ) -> tuple[str, float, float]:
         """End the chunk, or its re-reading (`again`), which is not gated and forgets nothing.
+
+        Args:
+            state: state of the level.
+            pull: further gradients by slot, which count where the chunk has something to learn.
+            again: whether this is a re-reading.
 
         Returns:
             (outcome, mean loss, gradient norm); see `Write`.
         """
         sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
-        sums, distilled = _total(sums, state.distilled), bool(state.distilled)
+        distilled = bool(state.distilled)
+        for more in (state.distilled, pull if pull and (pairs or distilled) else {}):
+            sums = _total(sums, more)
         state.sums, state.distilled, state.loss, state.pairs = {}, {}, 0.0, 0
         norm = _norm(sums)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -162,13 +186,19 @@ class DeltaWriter:
         state.own()
         for slot, delta in state.deltas.items() if self.level.decay and not again else ():
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
-                delta.mul_(1 - self.level.decay)
+                delta.mul_(self._kept_share(slot, delta.dtype))
         if sums:
             scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(norm, 1e-30))
             directions, state.rule, factor = self.rule.step(state.rule, sums, scale)
             for slot, direction in directions.items():
                 _step(state.deltas, slot, direction, -self.level.lr * factor)  # eq 71
         return "written", loss, norm
+
+    def _kept_share(self, slot: str, dtype: torch.dtype) -> float | Tensor:
+        """Share of a delta that is not forgotten at a write."""
+        if slot not in self.fisher:
+            return 1 - self.level.decay
+        return 1 - (self.fisher[slot].to(dtype) * self.level.decay).clamp(max=1)
 
     def _is_gated(self, state: DeltaState, loss: float) -> bool:
         level, before = self.level, state.history
@@ -249,7 +279,13 @@ def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:
         slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
 
 
-def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_index: int) -> list[Write]:
+def learn_from(
+    writers: Sequence[DeltaWriter],
+    row: Row,
+    lesson: Lesson,
+    row_index: int,
+    pulls: Mapping[int, Weights] | None = None,
+) -> list[Write]:
     """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
 
     A level counts the pairs inside the segment, and the crossing one unless its own chunk begins with the
@@ -261,6 +297,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
         row: the row, which has moved past the segment.
         lesson: what the segment taught.
         row_index: index of the row, for the reports.
+        pulls: further gradients of levels that have their boundary here, by slot; see `DeltaWriter.write`.
 
     Returns:
         the boundaries passed, faster levels first.
@@ -281,7 +318,7 @@ def learn_from(writers: Sequence[DeltaWriter], row: Row, lesson: Lesson, row_ind
                 writer.add(state, pairs.grads, slots, last=is_last and pairs is lesson.inside)
         if is_last:
             relay(writers, row, writer.index)
-            write = Write(writer.index, row_index, end, *writer.write(state))
+            write = Write(writer.index, row_index, end, *writer.write(state, (pulls or {}).get(writer.index)))
             writes.append(write)
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])

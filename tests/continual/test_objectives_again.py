@@ -150,6 +150,16 @@ def test_adaptation_reads_again_and_counts_no_second_reading():
         torch.testing.assert_close(parameter.grad, still.get_parameter(name).grad, rtol=1e-6, atol=1e-9)
 
 
+def test_a_re_reading_that_is_not_finite_is_dropped():
+    """With the token that is NaN only in the weights of after the first write."""
+    learner = learner_on(levels=[Level(8, 1e200, clip=None, reread=3)])
+    with pytest.warns(
+        RuntimeWarning, match="level 0 learned nothing from re-reading 1 of the chunk that ends at"
+    ):
+        learner.observe(random_ids(8))
+    assert [(write.outcome, write.reread) for write in learner.writes] == [("written", 0), ("dropped", 1)]
+
+
 def test_gradient_checkpointing_changes_nothing():
     levels, ids = [Level(8, 0.3, reread=2)], random_ids(24)
     plain = stack_levels(MODEL, levels=levels, **READING)

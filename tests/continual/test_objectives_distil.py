@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nested_learning.continual import Level, stack_levels
-from nested_learning.continual.answers import Answers
+from nested_learning.continual.answers import KeptAnswers
 from tests.continual.objectives_oracle import ObjectivesOracle
 from tests.continual.test_invariances import assert_close_contents, assert_equal_contents
 from tests.continual.test_objectives_again import assert_learned_alike, kept, oracle_level
@@ -57,9 +57,9 @@ def test_levels_learn_what_the_closed_window_made_the_model_answer(masked, top_k
 def test_all_values_but_one_give_the_divergence_over_the_vocabulary():
     teacher, student = torch.randn(2, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     full = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
-    torch.testing.assert_close(Answers.of(teacher, 8).divergence(student), full)
-    torch.testing.assert_close(Answers.of(teacher, 100).divergence(student), full)
-    fewer = [Answers.of(teacher, k).divergence(student) for k in (1, 3, 8)]
+    torch.testing.assert_close(KeptAnswers.of(teacher, 8).divergence(student), full)
+    torch.testing.assert_close(KeptAnswers.of(teacher, 100).divergence(student), full)
+    fewer = [KeptAnswers.of(teacher, k).divergence(student) for k in (1, 3, 8)]
     assert (fewer[0] < fewer[1]).all()
     assert (fewer[1] < fewer[2]).all()
 
@@ -158,6 +158,29 @@ def test_a_window_that_is_not_finite_teaches_nothing():
     row = learner.memory.rows[0]
     assert row.answers is None
     assert not row.levels[1].distilled
+
+
+@pytest.mark.parametrize("work", ["distil", "pulls"])
+def test_an_interrupted_reading_leaves_the_row_as_it_was(monkeypatch, work):
+    """At the boundary of a window; what comes again is read as if nothing had happened."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    ids = random_ids(24)
+    learner, whole = learner_on(), learner_on()
+    learner.observe(ids[:16])
+    before = everything(learner)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"nested_learning.continual.study.{work}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            learner.observe(ids[16:])
+    position = learner.memory.rows[0].position
+    if position == 16:
+        assert_equal_contents(everything(learner), before)
+    learner.observe(ids[position:])
+    whole.observe(ids)
+    assert_close_contents(everything(learner), everything(whole))
 
 
 @pytest.mark.parametrize(
