@@ -65,8 +65,8 @@ def _keep(reader: Reader, row: Row, ids: Tensor, learn: Tensor) -> None:
     """Keep the tokens just read for the levels that will read them again."""
     for writer, state in zip(reader.writers, row.levels, strict=True):
         if writer.level.reread:
-            kept = KeptTokens(ids, learn) if state.read is None else state.read.joined(ids, learn)
-            state.read = kept
+            before = state.read or KeptTokens(ids[:0], learn[:0])
+            state.read = before.joined(ids, learn)  # in tensors of its own
 
 
 def _let_go(reader: Reader, row: Row) -> None:
