@@ -16,7 +16,7 @@ from nested_learning.continual.level import Level
 from nested_learning.continual.weights import Workspace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Background:
     """Text on which levels with `Level.anchor_kl` stay near the base model.
 

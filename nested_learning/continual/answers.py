@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptAnswers:
     """Predictions of n tokens, over their k likeliest values each and all others as one outcome.
 

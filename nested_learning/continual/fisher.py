@@ -26,7 +26,7 @@ FORMAT, VERSION = "nested_learning.fisher", "1"
 LENGTH = Bound(low=2, integer=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fisher:
     """Diagonal of the Fisher information of weights, for `stack_levels(fisher=…)`.
 
