@@ -1,6 +1,7 @@
 """Pretrained models turned into continual learners: levels of deltas that learn at several speeds."""
 
 from nested_learning.continual.budget import Budget
+from nested_learning.continual.fisher import Fisher
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory, Snapshot
@@ -8,4 +9,14 @@ from nested_learning.continual.replay import Replay
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
-__all__ = ["Budget", "Learner", "Level", "Memory", "Replay", "Snapshot", "Write", "stack_levels"]
+__all__ = [
+    "Budget",
+    "Fisher",
+    "Learner",
+    "Level",
+    "Memory",
+    "Replay",
+    "Snapshot",
+    "Write",
+    "stack_levels",
+]

@@ -8,38 +8,40 @@ pass per segment serves the levels and the base model alike, and the memory is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.learner import Learner
-from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.writing import DeltaWriter, learn_from
+from nested_learning.continual.study import study
 from nested_learning.memory.state import Weights
 
 
 class OuterReader(Reader):
     """A reader that also adds `scale` times the gradient of every loss to the base parameters' `.grad`."""
 
-    def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
-        super().__init__(model, writers, plan)
+    def __init__(self, inner: Reader) -> None:
+        super().__init__(inner.model, inner.writers, inner.plan, inner.anchors)
         with self.workspace.bare():
-            self.base = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self.base = {name: p for name, p in inner.model.named_parameters() if p.requires_grad}
         self.scale = 1.0
 
     def read_pairs(
-        self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
+        self,
+        tokens: Tensor,
+        learn: Tensor,
+        context: Context,
+        leaves: Weights,
+        answers: list[KeptAnswers] | None = None,
     ) -> tuple[Tensor, Context, Weights]:
         # While deltas are installed, W_base + Σ Δ goes by the name of W_base: a full delta's leaf is that
         # very tensor, so that both gradients are one.
         installed = dict(self.model.named_parameters())
         outer = {name: installed[name].requires_grad_() for name in self.base}
-        losses, context, grads = super().read_pairs(tokens, learn, context, {**outer, **leaves})
+        losses, context, grads = super().read_pairs(tokens, learn, context, {**outer, **leaves}, answers)
         for name in outer.keys() & grads.keys():
             self._accumulate(self.base[name], grads[name])
         return losses, context, {key: grads[key] for key in leaves if key in grads}
@@ -61,7 +63,7 @@ class Adapter:
     def __init__(self, learner: Learner) -> None:
         reader = learner.reader
         self._inner = reader
-        self._outer = OuterReader(reader.model, reader.writers, reader.plan)
+        self._outer = OuterReader(reader)
 
     def backward(self, ids: Tensor) -> Tensor:
         """Add the gradient of the mean loss of ids [B, T] to the base parameters' `.grad`.
@@ -81,8 +83,9 @@ class Adapter:
         row, learn = Row.new(len(reader.writers), ids.device), torch.ones(len(ids), dtype=torch.bool)
         losses = []
         for piece, ends in reader.plan.pieces(0, len(ids)):
-            found, lesson = reader.read_segment(row, ids[piece], learn[piece])
+            if ends:
+                found, _ = study(reader, row, ids[piece], learn[piece], 0)
+            else:  # the text ends before the segment does
+                found, _ = reader.read_segment(row, ids[piece], learn[piece])
             losses.append(found)
-            if ends:  # the text may end before the segment does
-                learn_from(reader.writers, row, lesson, 0)
         return torch.cat(losses)[1:].mean()

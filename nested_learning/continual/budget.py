@@ -25,7 +25,8 @@ class Budget:
         base: parameters of the base model; shared by all learners and rows.
         effective_weights: W_base + Σ Δ, one set per base model; shared by all learners and rows.
         deltas: deltas of all levels, once written; of a sparse level what one write makes.
-        sums: gradients of the unfinished chunks of all levels but the fastest.
+        sums: gradients of the unfinished chunks of all levels but the fastest, and of closed windows that
+            are yet to be written (`Level.distill`).
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
         context: keys and values of a full window; 0 where the configuration does not say the head's size.
@@ -35,6 +36,7 @@ class Budget:
         total: sum of all parts, for all rows.
         largest: the total once sparse levels have written every unit; the same without such levels.
         store: tokens and masks of a full store, in the memory of the CPU; 0 without replay.
+        anchors: the Fisher diagonal that scales decays; shared by all rows.
     """
 
     parameters: int
@@ -51,6 +53,7 @@ class Budget:
     total: int
     largest: int
     store: int = 0
+    anchors: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -79,6 +82,7 @@ def budget(reader: Reader, rows: int, replayer: Replayer | None = None) -> Budge
         "effective_weights": effective,
         "gradients": effective + factors,
         "activations": _activation_bytes(reader, at_once),
+        "anchors": reader.anchors.fisher.nbytes if reader.anchors.fisher else 0,
     }
     total = sum(shared.values()) + rows * sum(per_row.values())
     grown = sum(sum(level_bytes(writer, grown=True)) - sum(level_bytes(writer)) for writer in writers)
@@ -113,9 +117,7 @@ def level_bytes(writer: DeltaWriter, *, grown: bool = False) -> LevelBytes:
             memory_dtype(target.weight).itemsize * (writer.level.rank or 0) * target.features[0]
             for target in writer.targets
         )
-    return LevelBytes(
-        learned + drawn, learned if writer.index and writer.learns else 0, writer.rule.kept * learned
-    )
+    return LevelBytes(learned + drawn, _sum_bytes(writer), writer.rule.kept * learned)
 
 
 def _sparse_bytes(writer: DeltaWriter, sparse: SparseWrites, grown: bool) -> LevelBytes:
@@ -126,7 +128,13 @@ def _sparse_bytes(writer: DeltaWriter, sparse: SparseWrites, grown: bool) -> Lev
         rows = size * units * sum(layer.width.values())
         rules += writer.rule.kept * rows
         deltas += rows + torch.int64.itemsize * units + (size * layer.count if writer.learns else 0)
-    return LevelBytes(deltas, _slot_bytes(writer) if writer.index and writer.learns else 0, rules)
+    return LevelBytes(deltas, _sum_bytes(writer), rules)
+
+
+def _sum_bytes(writer: DeltaWriter) -> int:
+    """Bytes of the unfinished chunk's gradients, and of closed windows that are yet to be written."""
+    kept = (1 if writer.index and writer.learns else 0) + (1 if writer.level.distill else 0)
+    return kept * _slot_bytes(writer)
 
 
 def _slot_bytes(writer: DeltaWriter) -> int:

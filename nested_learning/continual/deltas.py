@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.rules import RuleState
 from nested_learning.continual.store import Store
 from nested_learning.memory.state import Weights
@@ -46,6 +48,9 @@ class DeltaState:
             the names of their MLPs. Its deltas and the states of its rule are rows [m, weights of a unit].
         background: running mean of the squared norm of each unit's gradient, by the names of the MLPs.
         chunks: number of chunks that `background` is the mean of.
+        read: the tokens of the running chunk so far, and those before it that its re-reading begins with;
+            None where the level re-reads nothing.
+        distilled: gradients of what windows taught as they closed, by slot, weighted, since the last write.
         shared: whether another object may have the same tensors, which must not be written then.
     """
 
@@ -60,6 +65,8 @@ class DeltaState:
     units: Weights = field(default_factory=dict)
     background: Weights = field(default_factory=dict)
     chunks: int = 0
+    read: KeptTokens | None = None
+    distilled: Weights = field(default_factory=dict)
 
     def share(self) -> DeltaState:
         """A second object with the same values; neither sees what the other does later."""
@@ -68,6 +75,7 @@ class DeltaState:
             self,
             deltas=dict(self.deltas),
             sums=dict(self.sums),
+            distilled=dict(self.distilled),
             rule=dict(self.rule),
             history=list(self.history),
             drawn=dict(self.drawn),
@@ -80,6 +88,7 @@ class DeltaState:
         if self.shared:
             self.deltas = {slot: t.clone() for slot, t in self.deltas.items()}
             self.sums = {slot: t.clone() for slot, t in self.sums.items()}
+            self.distilled = {slot: t.clone() for slot, t in self.distilled.items()}
             self.shared = False
 
     def tensors(self) -> Iterable[Tensor]:
@@ -89,6 +98,7 @@ class DeltaState:
         yield from self.drawn.values()
         yield from self.units.values()
         yield from self.background.values()
+        yield from self.distilled.values()
         for stored in self.rule.values():
             yield from stored.values()
 
@@ -104,6 +114,8 @@ class Row:
         learn: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
         context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
+        answers: predictions of the tokens in the second half of the window, all but those of the present
+            segment; None where there are none, or no level distils.
         version: changes whenever a delta does, and never stands for two contents.
         in_force: indices of the levels whose deltas act; None while text is read: all that are no average.
         store: examples of what was read; None where nothing is kept.
@@ -118,6 +130,7 @@ class Row:
     version: Hashable = field(default_factory=lambda: next(_versions))
     in_force: tuple[int, ...] | None = None
     store: Store | None = None
+    answers: KeptAnswers | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -152,3 +165,4 @@ class Row:
     def clear_context(self) -> None:
         """Forget the attention context; what was learned and the place within the chunks stay."""
         self.tokens, self.learn, self.start, self.context = self.tokens[:0], self.learn[:0], 0, Context()
+        self.answers = None

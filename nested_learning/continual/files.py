@@ -26,6 +26,7 @@ from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
 VERSION, WITHOUT_CHECKSUM = "2", "1"
+OPTIONAL = ("background", "fisher")  # parts of an identity that most learners do not have
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
 
 
@@ -113,7 +114,7 @@ def read_memory(
         # "gd" has also been called "sgd". In this JSON of settings no other text can look like the pair.
         if "levels" in metadata:
             metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
-        for key, value in identity.items():
+        for key, value in {**dict.fromkeys(OPTIONAL), **identity}.items():
             if metadata.get(key) != value:
                 raise _Mismatch(_mismatch(path, key, metadata.get(key), value))
         rows = SavedRows(tensors, writers, model, plan).read(parse_json(metadata["rows"]))
@@ -141,6 +142,8 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
     tensors = {"tokens": row.tokens, "mask": row.learn}
     for i, (keys, values) in enumerate(row.context.layers):
         tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
+    if row.answers is not None:
+        tensors.update({f"answers/{name}": t for name, t in vars(row.answers).items()})
     for index, state in enumerate(row.levels):
         tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
         tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
@@ -151,6 +154,9 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
         for slot, t in state.drawn.items():
             if not any(t is faster.drawn.get(slot) for faster in row.levels[:index]):  # an average shares it
                 tensors[f"{index}/drawn/{slot}"] = t
+        tensors.update({f"{index}/distilled/{slot}": t for slot, t in state.distilled.items()})
+        if state.read is not None:
+            tensors[f"{index}/read"], tensors[f"{index}/read_mask"] = state.read.tokens, state.read.learn
         for slot, stored in state.rule.items():
             tensors.update({f"{index}/rule/{field}/{slot}": t for field, t in stored.items()})
     return tensors if row.store is None else {**tensors, **store_tensors(row.store)}
@@ -176,10 +182,13 @@ def _row_numbers(row: Row) -> dict[str, Any]:
     }
 
 
-def _mismatch(path: Path, key: str, theirs: str | None, ours: str) -> str:
+def _mismatch(path: Path, key: str, theirs: str | None, ours: str | None) -> str:
+    if key in OPTIONAL:
+        one, other = (f"the {key} {digest[:12]}…" if digest else f"no {key}" for digest in (theirs, ours))
+        return f"{path} was written by a learner with {one}; this learner has {other}"
     if key == "fingerprint":
         return (
             f"{path} belongs to another base model (fingerprint {str(theirs)[:12]}…, this one has "
-            f"{ours[:12]}…): load it on the model that it was learned on"
+            f"{str(ours)[:12]}…): load it on the model that it was learned on"
         )
     return f"{path} was written by a learner with other {key}: {theirs}; this learner has {ours}"

@@ -22,7 +22,7 @@ from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.replay import Replay
-from nested_learning.continual.replayer import Replayer
+from nested_learning.continual.replayer import NamedText, Replayer
 from nested_learning.continual.retrieval import Insertion, Retrieved, Retriever
 from nested_learning.continual.sources import (
     Forgotten,
@@ -30,7 +30,8 @@ from nested_learning.continual.sources import (
     forget_source,
     known_sources,
 )
-from nested_learning.continual.writing import Write, learn_from
+from nested_learning.continual.study import score_ahead, study
+from nested_learning.continual.writing import Write
 
 
 class Learner:
@@ -57,7 +58,7 @@ class Learner:
         self.model = model
         self.tokenizer = tokenizer
         self.levels: tuple[Level, ...] = tuple(writer.level for writer in reader.writers)
-        self.memory = Memory(model, reader.writers, reader.plan, replay)
+        self.memory = Memory(model, reader.writers, reader.plan, reader.anchors, replay)
         self.writes: list[Write] = []
         self.reader = reader
         self.replayer = None if replay is None else Replayer(reader, replay)
@@ -127,9 +128,11 @@ class Learner:
         losses = [self._observe_row(index, ids, learn, *named) for (index, ids), learn, named in parts]
         for write in self.writes:
             if write.outcome == "dropped":
+                reading = f"re-reading {write.reread} of " if write.reread else ""
                 warnings.warn(
-                    f"level {write.level} learned nothing from the chunk that ends at token {write.position} "
-                    f"of row {write.row}: its loss is {write.loss}, its gradient norm {write.gradient_norm}",
+                    f"level {write.level} learned nothing from {reading}the chunk that ends at token "
+                    f"{write.position} of row {write.row}: its loss is {write.loss}, its gradient norm "
+                    f"{write.gradient_norm}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -156,30 +159,15 @@ class Learner:
             learn: bool [T] on the CPU, whether the levels learn to predict each of them.
             source, label: names of the text, for the store of a row that has one.
         """
-        row, replayer = self.memory.rows[index], self.replayer
-        losses = []
+        row, losses = self.memory.rows[index], []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
-            named = (piece.stop - piece.start, source, label, piece.start == 0)
+            text = self.replayer and NamedText(self.replayer, source, label, begins=piece.start == 0)
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
-                losses.append(self.reader.score(row, ids[piece], learn[piece]))
-                if replayer:
-                    replayer.name(row, *named)
+                losses.append(score_ahead(self.reader, row, ids[piece], learn[piece], text))
                 continue
-            before = dataclasses.replace(row)
-            found, lesson = self.reader.read_segment(row, ids[piece], learn[piece])
+            found, writes = study(self.reader, row, ids[piece], learn[piece], index, text)
             losses.append(found)
-            try:
-                replayed = replayer.read(row, lesson) if replayer else {}
-            except BaseException:  # the row must not have read what its levels have not learned
-                self.memory.rows[index] = before
-                raise
-            writes = learn_from(self.reader.writers, row, lesson, index, replayed)
             self.writes += writes
-            if replayer:
-                replayer.name(row, *named)
-                replayer.keep(row, lesson, writes, replayed)
-            if not lesson.is_finite:
-                row.clear_context()  # its keys and values may be NaN as well
         return torch.cat(losses)
 
     def sources(self, *, row: int | None = None) -> list[KnownSource]:

@@ -19,6 +19,7 @@ INDEX = Bound(integer=True)
 DESCRIBED_ALWAYS = frozenset(
     ("chunk_size", "lr", "layers", "rule", "clip", "rank", "gate", "gate_quantile", "consolidate", "decay")
 )
+TIMES = Bound(integer=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Level:
             the weights both have: Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast. What the model computes does not
             change by it. Needs `rank=None`.
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
+            With `stack_levels(fisher=…)` each weight has a share of its own.
         average_of: index of a faster level, 0 is the fastest. At its boundary the level moves towards that
             one, A ← A + rate · (Δ − A), on the weights both have. It is not in force while text is read, so
             the other levels learn as they would without it; answers have it in the place of the level that
@@ -63,6 +65,12 @@ class Level:
             matrices into the hidden layer and its column of the one out of it. Clip and decay act on what is
             written, deltas and the rule's state are kept for units that were ever written, and a unit's state
             counts its own writes alone. None: all weights.
+        reread: how often the level goes over its chunk again after it was written, each time at the weights
+            then in force, and writes again; see `continual.again`.
+        distill: λ. When a window closes, G gets λ times the gradient of the divergence from what the model
+            predicted with that window before it to what it predicts without; see `continual.distil`.
+        anchor_kl: μ. At the boundary, G gets μ times the gradient of the divergence from the base model's
+            predictions of background text (`stack_levels(background=…)`); see `continual.anchor_kl`.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.
@@ -82,6 +90,9 @@ class Level:
     rate: float | None = None
     learn_down: bool = True
     sparse: float | None = None
+    reread: int = 0
+    distill: float = 0.0
+    anchor_kl: float = 0.0
 
     def __post_init__(self) -> None:
         CHUNK.check("chunk_size", self.chunk_size)
@@ -95,6 +106,10 @@ class Level:
         NON_NEGATIVE.check("lr", self.lr)
         SHARE.check("consolidate", self.consolidate)
         SHARE.check("decay", self.decay)
+        TIMES.check("reread", self.reread)
+        NON_NEGATIVE.check("distill", self.distill)
+        NON_NEGATIVE.check("anchor_kl", self.anchor_kl)
+        self._check_that_it_learns("reread", "distill", "anchor_kl")
         for name, bound in (
             ("clip", POSITIVE),
             ("rank", COUNT),
@@ -163,6 +178,14 @@ class Level:
                     f"nothing else: leave {name} out"
                 )
 
+    def _check_that_it_learns(self, *options: str) -> None:
+        for name in options:
+            if getattr(self, name) and not self.lr:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but with lr=0 the level learns nothing: give it a "
+                    f"rate, or leave {name} out"
+                )
+
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The chosen layers of a model with `num_layers`, ascending.
 
@@ -184,7 +207,10 @@ class Level:
         return tuple(chosen)
 
     def describe(self) -> dict[str, Any]:
-        """Settings as JSON values; equal for levels that learn alike."""
+        """All settings as JSON values; equal for levels that learn alike.
+
+        Options that memory files did not always know are left out where they are off.
+        """
         values = {
             field.name: getattr(self, field.name)
             for field in fields(self)

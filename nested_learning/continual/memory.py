@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from nested_learning.continual.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import DeltaState, Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
@@ -35,6 +36,7 @@ class Memory:
         model: the base model; its parameters are never changed.
         writers: one per level.
         plan: how text is read.
+        anchors: what holds the levels to the base model.
         replay: how what was read is kept; None to keep nothing of it.
     """
 
@@ -43,11 +45,13 @@ class Memory:
         model: PreTrainedModel,
         writers: Sequence[DeltaWriter],
         plan: ReadingPlan,
+        anchors: Anchors = NO_ANCHORS,
         replay: Replay | None = None,
     ) -> None:
         self._model = model
         self._writers = writers
         self._plan = plan
+        self._anchors = anchors
         self._replay = replay
         self._held: Path | None = None
         self.rows = self._new_rows(1)
@@ -225,4 +229,5 @@ class Memory:
             "levels": to_json([writer.level.describe() for writer in self._writers]),
             "weights": to_json([[target.name for target in writer.targets] for writer in self._writers]),
             "reading": to_json(self._plan.describe()),
+            **self._anchors.identity(),
         }

@@ -24,6 +24,7 @@ class ReadingPlan:
         window: positions of the attention context, the segment itself included.
         overlap: tokens that a new window begins with.
         gradient_checkpointing: run the layers twice to keep less.
+        distill_top_k: how many predictions of each token are kept for distillation; 0 where no level distils.
     """
 
     chunk_sizes: tuple[int, ...]
@@ -31,6 +32,7 @@ class ReadingPlan:
     window: int
     overlap: int
     gradient_checkpointing: bool
+    distill_top_k: int = 0
 
     @classmethod
     def fitted(
@@ -70,7 +72,18 @@ class ReadingPlan:
 
     def describe(self) -> dict[str, int]:
         """The settings that decide how a text is read, as JSON values."""
-        return {"segment": self.segment, "window": self.window, "overlap": self.overlap}
+        settings = {"segment": self.segment, "window": self.window, "overlap": self.overlap}
+        return {**settings, "distill_top_k": self.distill_top_k} if self.distill_top_k else settings
+
+    @property
+    def half(self) -> int:
+        """The index in a window from which on its second half goes."""
+        return self.window // 2
+
+    def window_ends(self, length: int, position: int) -> bool:
+        """Whether the segment that begins at `position` needs a new window, the present one having `length`
+        tokens."""
+        return length + self.segment_end(position) - position > self.window
 
     def segment_end(self, position: int) -> int:
         """The end of the segment that begins at, or contains, token `position`."""

@@ -10,14 +10,16 @@ comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nested_learning.continual.anchors import NO_ANCHORS, Anchors
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context, checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Pairs
@@ -34,12 +36,16 @@ class Reader:
         model: the base model.
         writers: one per level.
         plan: how to read.
+        anchors: what holds the levels to the base model.
     """
 
-    def __init__(self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan) -> None:
+    def __init__(
+        self, model: Any, writers: Sequence[DeltaWriter], plan: ReadingPlan, anchors: Anchors = NO_ANCHORS
+    ) -> None:
         self.model = model
         self.writers = writers
         self.plan = plan
+        self.anchors = anchors
         self.workspace = Workspace.of(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,26 +82,28 @@ class Reader:
         """
         begins_at = row.position - (len(row.tokens) - row.start)
         crossing_learns = any(w.learns and begins_at % w.level.chunk_size for w in self.writers)
-        checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
-        with self.workspace.installed(self.writers, row, learning=True) as leaves, evaluating(self.model):
+        with self.learning(row) as leaves:
             self._begin_segment(row)
             tokens, learn = torch.cat([row.tokens, ids]), torch.cat([row.learn, learn])
             start = row.start
+            answers = [row.answers] if row.answers else []
+            keep = answers if self.plan.distill_top_k and start >= self.plan.half else None
             # The last token before the segment is read in a pass of its own, also if it was read before: it
             # predicts the segment's first token, and the gradient of that pair is wanted by itself.
             first = max(start - 1, 0)
-            with checkpointing:
-                crossing, context, crossing_grads = self.read_pairs(
-                    tokens[first : start + 1] if start else tokens[:0],
-                    learn[start : start + 1] if start else learn[:0],
-                    row.context.crop(first),
-                    leaves if crossing_learns else {},
-                )
-                inside, context, inside_grads = self.read_pairs(
-                    tokens[start:], learn[start + 1 :], context, leaves
-                )
+            crossing, context, crossing_grads = self.read_pairs(
+                tokens[first : start + 1] if start else tokens[:0],
+                learn[start : start + 1] if start else learn[:0],
+                row.context.crop(first),
+                leaves if crossing_learns else {},
+                keep,
+            )
+            inside, context, inside_grads = self.read_pairs(
+                tokens[start:], learn[start + 1 :], context, leaves, keep
+            )
         row.tokens, row.learn, row.start = tokens, learn, len(tokens)
         row.context, row.position = context, row.position + len(ids)
+        row.answers = KeptAnswers.joined(answers) if answers else None
         losses = torch.cat([crossing, inside])
         learn = learn[len(learn) - len(losses) :]
         parts = learn.split([len(crossing), len(inside)])
@@ -115,21 +123,43 @@ class Reader:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""
         if row.start < len(row.tokens):
             return  # the segment has begun
-        length = self.plan.segment_end(row.position) - row.position
-        if len(row.tokens) + length > self.plan.window:
+        if self.plan.window_ends(len(row.tokens), row.position):
             # Keys carry the positions that their tokens had in the old window, so they cannot be taken along:
             # the kept tokens are read again from position 0 on. The last of them is read with the segment.
             kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            cache = Context().open()
-            if len(kept) > 1:
-                with torch.no_grad():  # by the model without its head: nobody asks for these logits
-                    self.model.base_model(input_ids=kept[None, :-1], past_key_values=cache, use_cache=True)
-            row.context = Context.closed(cache) if len(kept) > 1 else Context()
+            row.context = self.context_of(kept[:-1])
             row.tokens, row.learn = kept, row.learn[len(row.learn) - len(kept) :]
+            row.answers = None
         row.start = len(row.tokens)
 
+    def context_of(self, tokens: Tensor) -> Context:
+        """Context of tokens [n] read from position 0 on with the weights in force, without gradient."""
+        if not len(tokens):
+            return Context()
+        cache = Context().open()
+        with torch.no_grad():  # by the model without its head: nobody asks for these logits
+            self.model.base_model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
+        return Context.closed(cache)
+
+    @contextmanager
+    def learning(self, row: Row) -> Iterator[Weights]:
+        """The model learns with the row's deltas in force inside the scope, without dropout.
+
+        Yields:
+            the leaf of each matrix that wants a gradient, by `DeltaWriter.keys`.
+        """
+        checkpointing = checkpointed(self.model) if self.plan.gradient_checkpointing else nullcontext()
+        installed = self.workspace.installed(self.writers, row, learning=True)
+        with installed as leaves, evaluating(self.model), checkpointing:
+            yield leaves
+
     def read_pairs(
-        self, tokens: Tensor, learn: Tensor, context: Context, leaves: Weights
+        self,
+        tokens: Tensor,
+        learn: Tensor,
+        context: Context,
+        leaves: Weights,
+        answers: list[KeptAnswers] | None = None,
     ) -> tuple[Tensor, Context, Weights]:
         """Read pairs of neighbouring tokens.
 
@@ -138,6 +168,7 @@ class Reader:
             learn: bool [n − 1] on the CPU, whether the second token of each pair is learned.
             context: keys and values of all tokens before.
             leaves: tensors that want a gradient, by key.
+            answers: list that gets the predictions of the pairs' second tokens; None to keep none.
 
         Returns:
             losses [n − 1], the context after reading all tokens but the last, and the gradients, by key, of
@@ -145,23 +176,34 @@ class Reader:
         """
         learns = bool(leaves) and bool(learn.any())
         with torch.set_grad_enabled(learns):
-            losses, context = self.losses(tokens, context)
+            losses, context = self.losses(tokens, context, answers)
             if not learns:
                 return losses, context, {}
-            total = learned_sum(losses, learn)
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        grads = {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
+            grads = gradients(learned_sum(losses, learn), leaves)
         return losses.detach(), context, grads
 
-    def losses(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
+    def losses(
+        self, tokens: Tensor, context: Context, answers: list[KeptAnswers] | None = None
+    ) -> tuple[Tensor, Context]:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
         if len(tokens) < 2:
             return torch.empty(0, device=tokens.device), context
+        logits, context = self.predict(tokens[:-1], context)
+        if answers is not None:
+            answers.append(KeptAnswers.of(logits, self.plan.distill_top_k))
+        return F.cross_entropy(logits, tokens[1:], reduction="none"), context
+
+    def predict(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """Logits [n, V] after each of tokens [n], float32 at least, and the context after reading them."""
         cache = context.open()
-        output = self.model(input_ids=tokens[None, :-1], past_key_values=cache, use_cache=True)
-        logits = output.logits[0]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, tokens[1:], reduction="none"), Context.closed(cache)
+        logits = self.model(input_ids=tokens[None], past_key_values=cache, use_cache=True).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), Context.closed(cache)
+
+
+def gradients(total: Tensor, leaves: Weights) -> Weights:
+    """Gradients of a scalar by the leaves' keys, without those that it does not depend on."""
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {key: g for key, g in zip(leaves, found, strict=True) if g is not None}
 
 
 def learned_sum(losses: Tensor, learn: Tensor) -> Tensor:

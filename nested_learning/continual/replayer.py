@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,3 +139,22 @@ class Replayer:
 def _padded(rows: Sequence[Tensor]) -> Tensor:
     """Rows [n_i] in one tensor [B, max n_i], zeros behind the shorter ones."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+class NamedText(NamedTuple):
+    """A piece of text that a row reads and keeps, with its names.
+
+    Attributes:
+        replayer: what keeps it.
+        source, label: names of the text.
+        begins: whether the piece is the text's first one.
+    """
+
+    replayer: Replayer
+    source: str | None
+    label: str | None
+    begins: bool
+
+    def name(self, row: Row, count: int) -> None:
+        """Tell the row's store the names of the `count` tokens just read."""
+        self.replayer.name(row, count, self.source, self.label, self.begins)

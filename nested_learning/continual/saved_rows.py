@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.passage import KeptTokens
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.saved_store import SavedStore
 from nested_learning.continual.weights import Workspace
@@ -85,6 +87,7 @@ class SavedRows:
         row = Row.new(len(self._writers), self._model.device)
         row.position, row.start, row.tokens, row.learn = position, start, tokens.to(self._model.device), learn
         row.context = self._context(prefix, numbers["context_layers"], length, start)
+        row.answers = self._answers(f"{prefix}answers/", self._answered(position, length, start))
         levels = numbers["levels"]
         if not isinstance(levels, list) or len(levels) != len(self._writers):
             raise ValueError(f"levels is {_short(levels)}, expected a list of {len(self._writers)}")
@@ -93,21 +96,63 @@ class SavedRows:
             if writer.fixed_down:
                 state.drawn = self._drawn(prefix, writer, row)
             self._fill(f"{prefix}{writer.index}/", writer, state, saved, done)
+            if writer.level.reread:
+                most = self._plan.overlap + position % writer.level.chunk_size
+                state.read = self._passage(f"{prefix}{writer.index}/read", min(most, position))
         if kept is not None:
             saved_store = SavedStore(self._left, f"{prefix}store/", self._vocab_size, self._plan.window)
             row.store = saved_store.read(kept, position, position - (length - start))
         return row
 
+    def _answered(self, position: int, length: int, start: int) -> int:
+        """Number of tokens whose predictions a row at this place keeps for distillation."""
+        closed = start == length and self._plan.window_ends(length, position)
+        if not self._plan.distill_top_k or closed:
+            return 0
+        begins_at = position - length  # of the window
+        for index in range(self._plan.half, start):
+            if self._plan.segment_end(begins_at + index - 1) == begins_at + index:
+                return start - index
+        return 0
+
+    def _answers(self, prefix: str, count: int) -> KeptAnswers | None:
+        if not count:
+            return None
+        vocab_size = int(self._model.get_output_embeddings().weight.shape[0])
+        shape = (count, min(self._plan.distill_top_k, vocab_size - 1))
+        ids, log_probs, rest = (self._pop(f"{prefix}{name}") for name in ("ids", "log_probs", "rest"))
+        _check(f"{prefix}ids", ids, (torch.int32,), shape)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"{prefix}ids has ids that are not in the vocabulary, 0 to {vocab_size - 1}")
+        for name, found, expected in (("log_probs", log_probs, shape), ("rest", rest, shape[:1])):
+            _check(f"{prefix}{name}", found, PRECISIONS, expected)
+            if not bool((found <= 1e-3).all()):
+                raise ValueError(f"{prefix}{name} has {found.max()}, expected logarithms of probabilities")
+        device, dtype = self._model.device, torch.promote_types(self._model.dtype, torch.float32)
+        return KeptAnswers(ids.to(device), log_probs.to(device, dtype), rest.to(device, dtype))
+
+    def _passage(self, name: str, most: int) -> KeptTokens | None:
+        """At most so many tokens with their mask; None where the file has none."""
+        if name not in self._left:
+            return None
+        tokens = self._ids(name, most)
+        learn = self._pop(f"{name}_mask")
+        _check(f"{name}_mask", learn, (torch.bool,), (len(tokens),))
+        return KeptTokens(tokens.to(self._model.device), learn)
+
     def _tokens(self, prefix: str, position: int) -> Tensor:
-        tokens = self._pop(f"{prefix}tokens")
-        most = min(self._plan.window, position)
+        return self._ids(f"{prefix}tokens", min(self._plan.window, position))
+
+    def _ids(self, name: str, most: int) -> Tensor:
+        """At most so many ids of the vocabulary."""
+        tokens = self._pop(name)
         if tokens.dtype != torch.int64 or tokens.ndim != 1 or len(tokens) > most:
             raise ValueError(
-                f"{prefix}tokens is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
+                f"{name} is {tokens.dtype} {list(tokens.shape)}, expected int64 [n], n at most {most}"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(
-                f"{prefix}tokens has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "
+                f"{name} has ids from {int(tokens.min())} to {int(tokens.max())}, the vocabulary "
                 f"goes from 0 to {self._vocab_size - 1}"
             )
         return tokens
@@ -178,6 +223,10 @@ class SavedRows:
         state.sums = self._slots(f"{prefix}sum/", writer)
         if state.sums and not (done and writer.learns):
             raise ValueError(f"{prefix}sum has gradients, but the level has none to keep here")
+        if writer.level.distill:
+            state.distilled = self._slots(f"{prefix}distilled/", writer)
+        if state.distilled and not done:
+            raise ValueError(f"{prefix}distilled has gradients, but the level has none to keep here")
         self._fill_rule(prefix, writer, state, saved["rule"])
 
     def _slots(self, prefix: str, writer: DeltaWriter, state: DeltaState | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nested_learning.continual.find import check_weights, find_targets
+from nested_learning.continual.anchors import Anchors
+from nested_learning.continual.distil import plan_distillation
+from nested_learning.continual.find import Target, check_weights, find_targets
+from nested_learning.continual.fisher import Fisher
+from nested_learning.continual.inputs import TextOrIds
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
 from nested_learning.continual.plan import ReadingPlan
@@ -31,6 +35,9 @@ def stack_levels(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     replay: Replay | None = None,
+    distill_top_k: int | None = None,
+    background: TextOrIds | None = None,
+    fisher: Fisher | None = None,
 ) -> Learner:
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
@@ -56,6 +63,11 @@ def stack_levels(
         seed: seed of the initial factors of low-rank deltas.
         replay: keep examples of what is read, and mix them into what is learned; None to keep nothing of it
             but the tokens of the present window.
+        distill_top_k: how many of the likeliest values of each token are kept as what a level with `distill`
+            is taught, the others together as one more. Default: 64.
+        background: text for levels with `anchor_kl`, as `Learner.observe` takes it: a text, ids, or a list
+            of them.
+        fisher: Fisher diagonal of background text, which scales the decay of each weight; see `Fisher`.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
@@ -65,18 +77,28 @@ def stack_levels(
     _check_model(model)
     with Workspace.of(model).bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
+    anchors = Anchors.checked(model, tokenizer, levels, background, fisher)
+    writers = _writers(levels, targets, seed, fisher)
+    full = {target.name for writer in writers for target in writer.full_targets}
+    check_weights([target for writer in writers for target in writer.targets], full)
+    plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
+    plan = plan_distillation(plan, levels, distill_top_k)
+    return Learner(model, tokenizer, Reader(model, writers, plan, anchors), replay)
+
+
+def _writers(
+    levels: Sequence[Level], targets: Sequence[Target], seed: int, fisher: Fisher | None
+) -> list[DeltaWriter]:
     num_layers = len({target.layer for target in targets})
+    scale = fisher.diagonal if fisher else None
     writers: list[DeltaWriter] = []
     for index, level in enumerate(levels):
         chosen = set(level.layer_indices(num_layers))
         own = [target for target in targets if target.layer in chosen]
         faster = [writer for writer in writers if writer.averaged is None]
         averaged = None if level.average_of is None else writers[level.average_of]
-        writers.append(DeltaWriter(index, level, own, seed, faster[-1] if faster else None, averaged))
-    full = {target.name for writer in writers for target in writer.full_targets}
-    check_weights([target for writer in writers for target in writer.targets], full)
-    plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
-    return Learner(model, tokenizer, Reader(model, writers, plan), replay)
+        writers.append(DeltaWriter(index, level, own, seed, faster[-1] if faster else None, averaged, scale))
+    return writers
 
 
 def _check_model(model: Any) -> None:

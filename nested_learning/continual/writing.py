@@ -38,6 +38,7 @@ class Write:
         truncation: of an average at a rank, the Frobenius norm of what the rank could not hold, relative to
             that of the whole; 0 where the average is exact.
         replayed: number of learned tokens of kept examples in the summed gradient.
+        reread: how often the chunk had been read again for this write; 0 for the write that every chunk has.
     """
 
     level: int
@@ -48,6 +49,7 @@ class Write:
     gradient_norm: float
     truncation: float = 0.0
     replayed: int = 0
+    reread: int = 0
 
 
 class DeltaWriter:
@@ -60,6 +62,7 @@ class DeltaWriter:
         seed: seed of the initial `down` factors.
         faster: writer of the next faster level that is no average; None for the fastest.
         averaged: writer of the level that this one averages; None if it is no average.
+        fisher: scale of the decay for each weight, by the targets' names; None for 1.
 
     Attributes:
         number: number of faster levels that are no averages.
@@ -84,6 +87,7 @@ class DeltaWriter:
         seed: int,
         faster: DeltaWriter | None = None,
         averaged: DeltaWriter | None = None,
+        fisher: Weights | None = None,
     ) -> None:
         self.index = index
         self.number: int = 0 if faster is None else faster.number + 1
@@ -101,6 +105,7 @@ class DeltaWriter:
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.faster = faster
+        self.fisher = self._checked_fisher(fisher or {}) if level.decay else {}
         self.learns = level.lr > 0
         self.full_targets = self.targets if level.rank is None else []
         self.low_rank_targets = [] if level.rank is None else self.targets
@@ -119,6 +124,18 @@ class DeltaWriter:
         if faster is not None and both_sum and level.chunk_size % faster.level.chunk_size == 0:
             self.relayed = frozenset({t.name for t in faster.full_targets} & self.keys.keys())
         self.direct = frozenset(self.keys) - self.relayed
+
+    def _checked_fisher(self, fisher: Weights) -> Weights:
+        """Fisher's numbers of the targets on their devices."""
+        for target in self.targets if fisher else ():
+            found = fisher.get(target.name)
+            if found is None or found.shape != target.weight.shape:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(
+                    f"the level learns {target.name} of shape {tuple(target.weight.shape)}, where fisher has "
+                    f"{shape}; make it of the same model and modules: Fisher.of(model, …, modules=…)"
+                )
+        return {t.name: fisher[t.name].to(t.weight.device) for t in self.targets if fisher}
 
     def _check_rank(self, target: Target) -> None:
         smaller = min(target.features)
@@ -168,11 +185,7 @@ class DeltaWriter:
             state.sums = new
             return
         state.own()
-        for slot, g in new.items():
-            if slot in state.sums:
-                state.sums[slot].add_(g)
-            else:
-                state.sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+        accumulate(state.sums, new)
 
     def replay(self, state: DeltaState, grads: Weights) -> None:
         """Add gradients (by key) of kept examples. The sums may be tensors that other levels have as well."""
@@ -181,21 +194,35 @@ class DeltaWriter:
                 g = grads[key].to(torch.promote_types(grads[key].dtype, torch.float32))
                 state.sums[slot] = g + state.sums[slot] if slot in state.sums else g
 
-    def write(self, state: DeltaState) -> tuple[str, float, float]:
-        """End the chunk. Returns (outcome, mean loss, gradient norm); see `Write`."""
+    def write(
+        self, state: DeltaState, pull: Weights | None = None, *, again: bool = False
+    ) -> tuple[str, float, float]:
+        """End the chunk, or its re-reading (`again`), which is not gated and forgets nothing.
+
+        Args:
+            state: state of the level.
+            pull: further gradients by slot, which count where the chunk has something to learn.
+            again: whether this is a re-reading.
+
+        Returns:
+            (outcome, mean loss, gradient norm); see `Write`.
+        """
         sums, pairs, loss = state.sums, state.pairs, state.loss / max(state.pairs, 1)
-        state.sums, state.loss, state.pairs = {}, 0.0, 0
+        distilled = bool(state.distilled)
+        for more in (state.distilled, pull if pull and (pairs or distilled) else {}):
+            sums = _total(sums, more)
+        state.sums, state.distilled, state.loss, state.pairs = {}, {}, 0.0, 0
         norm = _norm(sums)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return "dropped", loss, norm
-        if not pairs:
+        if not pairs and not distilled:
             return "masked", loss, norm
-        if self._is_gated(state, loss):
+        if pairs and not again and self._is_gated(state, loss):
             return "gated", loss, norm
         state.own()
-        for slot, delta in state.deltas.items() if self.level.decay else ():
+        for slot, delta in state.deltas.items() if self.level.decay and not again else ():
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
-                delta.mul_(1 - self.level.decay)
+                delta.mul_(self._kept_share(slot, delta.dtype))
         if sums:
             chosen = None if self.sparse is None else self.sparse.choose(state, sums)
             grads, size = (sums, norm) if chosen is None else (chosen.grads, _norm(chosen.grads))
@@ -209,6 +236,12 @@ class DeltaWriter:
             for slot, direction in directions.items():
                 _step(state.deltas, slot, direction, -self.level.lr * factor)  # eq 71
         return "written", loss, norm
+
+    def _kept_share(self, slot: str, dtype: torch.dtype) -> float | Tensor:
+        """Share of a delta that is not forgotten at a write."""
+        if slot not in self.fisher:
+            return 1 - self.level.decay
+        return 1 - (self.fisher[slot].to(dtype) * self.level.decay).clamp(max=1)
 
     def _is_gated(self, state: DeltaState, loss: float) -> bool:
         level, before = self.level, state.history
@@ -279,6 +312,23 @@ class DeltaWriter:
         return (up @ down).T if target.transposed else up @ down
 
 
+def _total(sums: Weights, more: Weights) -> Weights:
+    """Sums of both by slot, new where both have one; float32 at least, as the second are."""
+    total = {slot: sums[slot] + g if slot in sums else g for slot, g in more.items()}
+    return {**sums, **total}
+
+
+def accumulate(sums: Weights, grads: Weights, weight: float = 1.0) -> None:
+    """Add `weight` times gradients to sums in place, which are float32 at least."""
+    for slot, g in grads.items():
+        if slot not in sums:
+            sums[slot] = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
+            if weight != 1.0:
+                sums[slot].mul_(weight)
+        else:
+            sums[slot].add_(g, alpha=weight)
+
+
 def _step(deltas: Weights, slot: str, direction: Tensor, step: float) -> None:
     """Δ ← Δ + step · direction, where a slot without an entry has Δ = 0."""
     if slot in deltas:
@@ -314,6 +364,7 @@ def learn_from(
     row: Row,
     lesson: Lesson,
     row_index: int,
+    pulls: Mapping[int, Weights] | None = None,
     replayed: Mapping[int, Replayed] | None = None,
 ) -> list[Write]:
     """Let every level take what belongs to its chunk from the segment just read, and write at its boundary.
@@ -327,6 +378,7 @@ def learn_from(
         row: the row, which has moved past the segment.
         lesson: what the segment taught.
         row_index: index of the row, for the reports.
+        pulls: further gradients of levels that have their boundary here, by slot; see `DeltaWriter.write`.
         replayed: examples that levels read again at this boundary, by the level's index.
 
     Returns:
@@ -352,7 +404,13 @@ def learn_from(
             if again is not None:  # after the sums were relayed: the slower level replays by itself
                 writer.replay(state, again.grads)
             count = again.count if again else 0
-            write = Write(writer.index, row_index, end, *writer.write(state), replayed=count)
+            write = Write(
+                writer.index,
+                row_index,
+                end,
+                *writer.write(state, (pulls or {}).get(writer.index)),
+                replayed=count,
+            )
             if faster and write.outcome == "written" and writer.level.consolidate:
                 writer.take_over(state, faster, row.levels[faster.index])
             if (averaged := writer.averaged) and write.outcome == "written":

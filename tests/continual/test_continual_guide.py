@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "continual.md"
 
 def test_every_block_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 4
     monkeypatch.chdir(tmp_path)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -39,3 +39,4 @@ def test_every_block_runs(tmp_path, monkeypatch):
     assert len(namespace["surprise"]) == len(namespace["text"])
     assert len(namespace["changes"]) == 3  # level 0 was reset: the last third is left
     assert len({write.row for write in namespace["learner"].writes}) == 2
+    assert {(w.level, w.reread) for w in namespace["careful"].writes} == {(0, 0), (1, 0), (1, 1)}

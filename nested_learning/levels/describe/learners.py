@@ -79,6 +79,16 @@ def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
     return found
 
 
+def _objective(level: Level) -> str:
+    """What a level's write makes smaller, in a line."""
+    parts = ["the next-token loss"]
+    if level.distill:
+        parts.append(f"{level.distill:g} · KL from answers with the closing window to those without")
+    if level.anchor_kl:
+        parts.append(f"{level.anchor_kl:g} · KL from the base model on background text")
+    return " + ".join(parts)
+
+
 def _rule(level: Level) -> str:
     """How a level writes, in a line."""
     if level.average_of is not None:
@@ -96,4 +106,6 @@ def _rule(level: Level) -> str:
         parts.append(f"where the loss exceeds the running quantile {level.gate_quantile:g}")
     if level.decay:
         parts.append(f"decay {level.decay:g} towards the base")
+    if level.reread:
+        parts.append(f"chunk read again {level.reread} times")
     return "; ".join(parts)
