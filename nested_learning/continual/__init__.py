@@ -1,10 +1,11 @@
 """Pretrained models turned into continual learners: levels of deltas that learn at several speeds."""
 
 from nested_learning.continual.budget import Budget
+from nested_learning.continual.export import Exported
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory, Snapshot
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
-__all__ = ["Budget", "Learner", "Level", "Memory", "Snapshot", "Write", "stack_levels"]
+__all__ = ["Budget", "Exported", "Learner", "Level", "Memory", "Snapshot", "Write", "stack_levels"]

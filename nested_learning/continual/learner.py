@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.export import Exported, export
 from nested_learning.continual.inputs import Batch, LearnMask, TextOrIds, read_batch
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
@@ -253,6 +255,42 @@ class Learner:
         if isinstance(prompt, str):
             return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return output if batch.kind == "matrix" or output is not sequences else sequences[0]
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        row: int = 0,
+        levels: Sequence[int] | None = None,
+        lora_rank: int | None = None,
+        probe: TextOrIds | None = None,
+    ) -> Exported:
+        """Write what a row has learned so that others can serve it, without this package.
+
+        A checkpoint as save_pretrained writes it, with what was learned added to the weights, in the base
+        model's precision: config, generation config, safetensors, and the tokenizer where there is one. Or,
+        with `lora_rank`, a LoRA adapter as peft loads it, which also fits a quantised base. The folder is
+        there whole or not at all.
+
+        Args:
+            folder: path of a folder that is not there yet, or is empty.
+            row: index of the row.
+            levels: indices of the levels that are exported, as in `active`; None for all.
+            lora_rank: rank r of an adapter; None for a checkpoint. A sum of deltas of rank r or less is
+                exact, of others the r largest singular values stay.
+            probe: one text, or ids [T], on which the logits of what was written are compared with the
+                learner's. Default: the end of what the row has read, or some ids of the vocabulary.
+
+        Returns:
+            what was written, how far its logits are from the learner's, and what the rank has cut.
+
+        Raises:
+            ValueError: the folder is not empty, there is no such row or level, a quantised base without
+                `lora_rank`, or a rank below 1.
+            OSError: the folder cannot be written; nothing of it is left.
+        """
+        chosen = self.memory.row(row).only(self._chosen(levels))
+        return export(self.reader, self.tokenizer, chosen, folder, lora_rank, probe)
 
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, activations; see `Budget`."""
