@@ -5,7 +5,8 @@ from nested_learning.continual.export import Exported
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory, Snapshot
+from nested_learning.continual.reopen import reopen
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
-__all__ = ["Budget", "Exported", "Learner", "Level", "Memory", "Snapshot", "Write", "stack_levels"]
+__all__ = ["Budget", "Exported", "Learner", "Level", "Memory", "Snapshot", "Write", "reopen", "stack_levels"]

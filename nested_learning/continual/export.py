@@ -21,6 +21,7 @@ from nested_learning.continual.find import Target
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.writing import DeltaWriter
+from nested_learning.optimizers.checks import COUNT
 
 PROBE_TOKENS = 256
 
@@ -61,7 +62,8 @@ def export(
 ) -> Exported:
     """Write what a row of a reader has learned; see `Learner.export`."""
     model = reader.model
-    path = _unused(folder)
+    path = unused(folder)
+    check_rank(lora_rank)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"the base model is a {type(model).__name__}; expected a model of transformers: merge its "
@@ -69,8 +71,6 @@ def export(
         )
     if lora_rank is None:
         _check_mergeable(model, reader.writers)
-    elif isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1:
-        raise ValueError(f"lora_rank must be a whole number above 0, got {lora_rank!r}")
     ids = _probe(probe, tokenizer, model, row)
     with reader.workspace.installed(reader.writers, row):
         wanted = _logits(model, ids)
@@ -101,12 +101,18 @@ def _overall(factors: Sequence[Factors]) -> float:
     return sum(each.lost**2 for each in factors) ** 0.5 / norm if norm else 0.0
 
 
-def _unused(folder: str | os.PathLike[str]) -> Path:
+def unused(folder: str | os.PathLike[str]) -> Path:
     """The path of a folder that is not there, or is empty. ValueError for any other."""
     path = Path(folder)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"the folder {path} is not empty; name another one, or remove it first")
     return path
+
+
+def check_rank(lora_rank: int | None) -> None:
+    """Raise ValueError for a rank that no adapter can have."""
+    if lora_rank is not None:
+        COUNT.check("lora_rank", lora_rank)
 
 
 def _check_mergeable(model: Any, writers: Sequence[DeltaWriter]) -> None:

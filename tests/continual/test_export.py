@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.15}
 IDS = random_ids(2, 11, seed=5)
 
 
+@cache
+def learned(family="llama", levels=LEVELS, dtype=torch.float64):
+    """A learner that tests share: an export changes nothing of it."""
+    return learner_of(tiny_model(family, dtype=dtype), levels)
+
+
 def learner_of(model, levels=LEVELS, **options):
     learner = stack_levels(model, levels=levels, **options)
     learner.observe(random_ids(2, 35))
@@ -35,7 +42,7 @@ def logits(model, ids=IDS):
 class TestACheckpoint:
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_has_the_learners_logits(self, tmp_path, dtype):
-        learner = learner_of(tiny_model(dtype=dtype))
+        learner = learned(dtype=dtype)
         before = {name: p.clone() for name, p in learner.model.named_parameters()}
         report = learner.export(tmp_path / "out", row=1)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -72,7 +79,7 @@ class TestACheckpoint:
                 assert torch.equal(loaded.get_parameter(name), module.weight)
 
     def test_of_some_levels(self, tmp_path):
-        learner = learner_of(tiny_model())
+        learner = learned()
         learner.export(tmp_path / "out", levels=[1])
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
         expected = learner.logits(IDS, levels=[1])
@@ -121,7 +128,7 @@ class TestACheckpoint:
 class TestAnAdapter:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_is_exact_where_ranks_add_up_to_its_own(self, tmp_path, family):
-        learner = learner_of(tiny_model(family), AT_RANK)
+        learner = learned(family, AT_RANK)
         report = learner.export(tmp_path / "out", lora_rank=5)
         assert set(report.truncation.values()) == {0.0} == {report.truncated}
         assert report.difference <= 1e-12 * report.largest_logit
@@ -135,7 +142,7 @@ class TestAnAdapter:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_keeps_the_largest_singular_values_else(self, tmp_path, family, levels):
         """The nearest matrix of its rank: what is lost is the tail of the spectrum, by numpy's word."""
-        learner = learner_of(tiny_model(family), levels)
+        learner = learned(family, levels)
         report = learner.export(tmp_path / "out", lora_rank=2)
         tails = norms = 0.0
         for name, delta in learner.memory.diff().items():
@@ -209,7 +216,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"lora_rank": 0}, "lora_rank must be a whole number above 0, got 0"),
+            ({"lora_rank": 0}, "lora_rank must be a finite whole number >= 1, got 0"),
             ({"lora_rank": 2.0}, "lora_rank must be"),
             ({"row": 2}, "row must be from 0 to 1"),
             ({"levels": [7]}, "levels must be"),
@@ -218,14 +225,14 @@ class TestRefused:
         ],
     )
     def test_what_makes_no_sense(self, tmp_path, options, message):
-        learner = learner_of(tiny_model(), AT_RANK)
+        learner = learned(levels=AT_RANK)
         with pytest.raises(ValueError, match=message):
             learner.export(tmp_path / "out", **options)
         assert not os.listdir(tmp_path)
 
     @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
     def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch, options):
-        learner = learner_of(tiny_model(), AT_RANK)
+        learner = learned(levels=AT_RANK)
 
         def fail(*arguments, **keywords):
             raise OSError(28, "No space left on device")
