@@ -1,6 +1,7 @@
 """Pretrained models turned into continual learners: levels of deltas that learn at several speeds."""
 
 from nested_learning.continual.budget import Budget
+from nested_learning.continual.classifier import Classifier
 from nested_learning.continual.export import Exported
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
@@ -9,4 +10,15 @@ from nested_learning.continual.reopen import reopen
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
-__all__ = ["Budget", "Exported", "Learner", "Level", "Memory", "Snapshot", "Write", "reopen", "stack_levels"]
+__all__ = [
+    "Budget",
+    "Classifier",
+    "Exported",
+    "Learner",
+    "Level",
+    "Memory",
+    "Snapshot",
+    "Write",
+    "reopen",
+    "stack_levels",
+]
