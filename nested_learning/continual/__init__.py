@@ -1,5 +1,6 @@
 """Pretrained models turned into continual learners: levels of deltas that learn at several speeds."""
 
+from nested_learning.continual.auto import AUTO
 from nested_learning.continual.budget import Budget
 from nested_learning.continual.classifier import Classifier
 from nested_learning.continual.export import Exported
@@ -11,6 +12,7 @@ from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
 __all__ = [
+    "AUTO",
     "Budget",
     "Classifier",
     "Exported",

@@ -6,9 +6,9 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,11 @@ class Learner:
         memory: everything that was learned: save, load, reset, diff, snapshot.
         reader: the reader with the deltas; `reader.plan` says how it reads.
         writes: reports of the boundaries that the last `observe` passed.
+        auto: `Learner.auto(model, tokenizer=None, **changes)`, a learner with settings that need no tuning;
+            see `nested_learning.continual.auto`.
     """
+
+    auto: ClassVar[Callable[..., Learner]]
 
     def __init__(self, model: Any, tokenizer: Any, reader: Reader) -> None:
         self.model = model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from nested_learning._tensor_files import parse_json, read_tensors
 from nested_learning.continual.files import FORMAT
 from nested_learning.continual.learner import Learner
@@ -27,7 +29,7 @@ def reopen(path: str | os.PathLike[str], model: Any, tokenizer: Any = None) -> L
         ValueError: the file is damaged or of another base model; or it does not tell its learner, which had
             an inner rule that is no name, or chose modules in a way that cannot be told from their names.
     """
-    _, metadata = read_tensors(path, "memory")
+    tensors, metadata = read_tensors(path, "memory")
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)} is a safetensors file, but not the memory of a learner")
     try:
@@ -47,6 +49,8 @@ def reopen(path: str | os.PathLike[str], model: Any, tokenizer: Any = None) -> L
         learner = stack_levels(model, tokenizer, levels=settings, modules=chosen, **reading)
         if [[target.name for target in w.targets] for w in learner.reader.writers] == weights:
             learner.memory.load(path)
+            if any(t.dtype == torch.bfloat16 for name, t in tensors.items() if "/delta/" in name):
+                learner.memory.file_dtype = torch.bfloat16  # no more bits than there were
             return learner
     raise ValueError(
         f"{os.fspath(path)} is of a learner on other weights than {type(model).__name__} has for its levels: "

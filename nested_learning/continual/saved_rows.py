@@ -25,8 +25,8 @@ from nested_learning.continual.writing import HISTORY, DeltaWriter
 
 ROW_FIELDS = {"position", "start", "context_layers", "levels"}
 LEVEL_FIELDS = {"loss", "pairs", "history", "rule"}
-PRECISIONS = (torch.float32, torch.float64)  # of deltas, sums and states of rules
-FLOATING = (torch.float16, torch.bfloat16, *PRECISIONS)  # of keys and values
+PRECISIONS = (torch.bfloat16, torch.float32, torch.float64)  # of deltas, sums and states of rules
+FLOATING = (torch.float16, *PRECISIONS)  # of keys and values
 MOST_TOKENS = 2**53
 # Sizes of a matrix that stand for those of a slot where a rule is asked for the shapes of its state.
 PROBE = (11, 13)
