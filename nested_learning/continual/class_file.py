@@ -62,8 +62,8 @@ def read_head(
         check_whole(tensors, metadata)
         return _head(tensors, metadata, settings, width)
     except (KeyError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{name} is damaged: {what}") from error
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name} is damaged: {why}") from error
 
 
 def _head(

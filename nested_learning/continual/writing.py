@@ -76,6 +76,7 @@ class DeltaWriter:
         self.index = index
         self.level = level
         self.targets = list(targets)
+        self._by_name = {target.name: target for target in self.targets}
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.faster = faster
@@ -104,7 +105,7 @@ class DeltaWriter:
     def shape(self, slot: str) -> tuple[int | None, ...]:
         """Shape of a slot's matrix."""
         name = slot.removesuffix(DOWN).removesuffix(UP)
-        target = next(target for target in self.targets if target.name == name)
+        target = self._by_name[name]
         inputs, outputs = target.features
         factors = {DOWN: (self.level.rank, inputs), UP: (outputs, self.level.rank)}
         return factors.get(slot.removeprefix(name), tuple(target.weight.shape))
