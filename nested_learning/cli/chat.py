@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nested_learning.cli.chat_config import ChatConfig
-from nested_learning.cli.level_flags import add_level_flags, levels_of
+from nested_learning.cli.level_flags import add_level_flags, gives_levels, levels_of
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -23,7 +23,9 @@ Talk with a pretrained model that learns from the conversation.
 
 MODEL is a folder written by save_pretrained, or a name that transformers can download. What the model
 learns goes into deltas on its MLPs, level by level, never into the model: --memory keeps them in one file,
-from conversation to conversation. The file is locked while the chat runs and saved at its end.
+from conversation to conversation. The file is locked while the chat runs and saved at its end. Without any
+flag of the levels they are those of the file, or for a new one those of `Learner.auto`: one level with Adam,
+of rank 8, whose file stays small. With one of them, the others have the defaults below.
 
 in the chat:
   /surprise   how surprising each token of your last message was, in nats
@@ -48,12 +50,12 @@ def run(argv: list[str]) -> int:
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
     values = parse(parser, argv)
     config = ChatConfig(**{name: values[name] for name in ChatConfig.__dataclass_fields__})
-    levels = levels_of(values)
+    levels = levels_of(values) if gives_levels(argv) else None
 
     from accelerate.utils import set_seed
 
     from nested_learning.cli.dialogue import Dialogue, load_pretrained
-    from nested_learning.continual import Replay, stack_levels
+    from nested_learning.continual import Learner, Replay, reopen, stack_levels
     from nested_learning.continual.retrieval import check_installed
 
     replay = None
@@ -63,7 +65,13 @@ def run(argv: list[str]) -> int:
     if config.retrieve:
         check_installed()
     set_seed(config.seed)
-    learner = stack_levels(*load_pretrained(config.model), levels=levels, replay=replay)
+    model, tokenizer = load_pretrained(config.model)
+    if levels is not None:
+        learner = stack_levels(model, tokenizer, levels=levels, replay=replay)
+    elif config.memory is not None and Path(config.memory).is_file():
+        learner = reopen(config.memory, model, tokenizer, replay=replay)
+    else:
+        learner = Learner.auto(model, tokenizer, replay=replay)
     dialogue = Dialogue(
         learner, config.generation(), config.learn_from_replies, config.source, config.retrieve
     )

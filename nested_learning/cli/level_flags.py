@@ -62,6 +62,15 @@ def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr
     )
 
 
+LEVEL_FLAGS = ("chunk_sizes", "level_lr", "layers", "rule", "rank")
+
+
+def gives_levels(argv: Sequence[str]) -> bool:
+    """Whether a command line has one of these flags."""
+    given = {item.partition("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
+    return not given.isdisjoint(LEVEL_FLAGS)
+
+
 def levels_of(values: Namespace) -> tuple[Level, ...]:
     """The levels that the flags describe.
 

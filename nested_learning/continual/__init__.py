@@ -1,16 +1,23 @@
 """Pretrained models turned into continual learners: levels of deltas that learn at several speeds."""
 
+from nested_learning.continual.auto import AUTO
 from nested_learning.continual.budget import Budget
+from nested_learning.continual.classifier import Classifier
+from nested_learning.continual.export import Exported
 from nested_learning.continual.fisher import Fisher
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory, Snapshot
+from nested_learning.continual.reopen import reopen
 from nested_learning.continual.replay import Replay
 from nested_learning.continual.stack import stack_levels
 from nested_learning.continual.writing import Write
 
 __all__ = [
+    "AUTO",
     "Budget",
+    "Classifier",
+    "Exported",
     "Fisher",
     "Learner",
     "Level",
@@ -18,5 +25,6 @@ __all__ = [
     "Replay",
     "Snapshot",
     "Write",
+    "reopen",
     "stack_levels",
 ]

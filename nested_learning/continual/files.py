@@ -75,11 +75,28 @@ def to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def write_memory(path: Path, rows: Sequence[Row], identity: dict[str, str]) -> None:
-    """Write rows to a file; `identity` is what a learner must agree with to read it again."""
+def check_file_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a precision that memory files cannot have."""
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"a memory file is exact (None) or in torch.bfloat16, got {dtype}: float16 has not the range of "
+            "gradients and of the rules' states"
+        )
+
+
+def write_memory(
+    path: Path, rows: Sequence[Row], identity: dict[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """Write rows to a file; `identity` is what a learner must agree with to read it again.
+
+    `dtype` is that of all floating-point tensors in the file but those of a store; None for their own.
+    """
+    check_file_dtype(dtype)
     tensors: dict[str, Tensor] = {}
     for index, row in enumerate(rows):
-        tensors.update({f"{index}/{name}": t for name, t in _row_tensors(row).items()})
+        for name, t in _row_tensors(row).items():
+            rounded = dtype is not None and t.is_floating_point() and not name.startswith("store/")
+            tensors[f"{index}/{name}"] = t.to(dtype) if rounded else t
     numbers = to_json([_row_numbers(row) for row in rows])
     write_tensors(path, tensors, {"format": FORMAT, "version": VERSION, "rows": numbers, **identity})
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from nested_learning.continual.averages import answering, check_chosen
 from nested_learning.continual.budget import Budget, budget
+from nested_learning.continual.class_head import ClassHead, HeadSettings
+from nested_learning.continual.classifier import Classifier
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.export import Exported, export
+from nested_learning.continual.hidden_features import HiddenFeatures
 from nested_learning.continual.inputs import Batch, LearnMask, Names, TextOrIds, read_batch, read_names
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
@@ -52,7 +57,11 @@ class Learner:
         reader: the reader with the deltas; `reader.plan` says how it reads.
         writes: reports of the boundaries that the last `observe` passed.
         replayer: the replay of what was read; None where nothing is kept.
+        auto: `Learner.auto(model, tokenizer=None, **changes)`, a learner with settings that need no tuning;
+            see `nested_learning.continual.auto`.
     """
+
+    auto: ClassVar[Callable[..., Learner]]
 
     def __init__(self, model: Any, tokenizer: Any, reader: Reader, replay: Replay | None = None) -> None:
         self.model = model
@@ -379,6 +388,74 @@ class Learner:
         (ids,) = batch.rows
         begins = int(ids[0]) == getattr(self.tokenizer, "bos_token_id", None)
         return Insertion(int(begins), self.retrieve(ids, tokens, row=row).ids.to(ids.device)[None])
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        row: int = 0,
+        levels: Sequence[int] | None = None,
+        lora_rank: int | None = None,
+        probe: TextOrIds | None = None,
+    ) -> Exported:
+        """Write what a row has learned so that others can serve it, without this package.
+
+        A checkpoint as save_pretrained writes it, with what was learned added to the weights, in the base
+        model's precision: config, generation config, safetensors, and the tokenizer where there is one. Or,
+        with `lora_rank`, a LoRA adapter as peft loads it, which also fits a quantised base. The folder is
+        there whole or not at all.
+
+        Args:
+            folder: path of a folder that is not there yet, or is empty.
+            row: index of the row.
+            levels: indices of the levels that are exported, as in `active`; None for all.
+            lora_rank: rank r of an adapter; None for a checkpoint. A sum of deltas of rank r or less is
+                exact, of others the r largest singular values stay.
+            probe: one text, or ids [T], on which the logits of what was written are compared with the
+                learner's. Default: the end of what the row has read, or some ids of the vocabulary.
+
+        Returns:
+            what was written, how far its logits are from the learner's, and what the rank has cut.
+
+        Raises:
+            ValueError: the folder is not empty, there is no such row or level, a quantised base without
+                `lora_rank`, or a rank below 1.
+            OSError: the folder cannot be written; nothing of it is left.
+        """
+        chosen = self.memory.row(row).only(self._chosen(levels))
+        return export(self.reader, self.tokenizer, chosen, folder, lora_rank, probe)
+
+    def classifier(
+        self,
+        kind: str = "lda",
+        *,
+        depth: float = 0.33,
+        pooling: str = "mean",
+        row: int | None = None,
+        **options: Any,
+    ) -> Classifier:
+        """A classifier that grows with its labels, on frozen features: for labels of texts take this, since
+        nothing that is trained was better (docs/continual.md has the figures).
+
+        Args:
+            kind: "means", "lda" or "kernel lda"; see `HeadSettings`.
+            depth: relative depth of the layer whose hidden states are the features, from 0 (the embedding)
+                to 1 (the last layer). A third is best on CLINC150 with SmolLM2-135M-Instruct.
+            pooling: "mean" over the tokens of a text, or its "last" one.
+            row: the features are those under a row's deltas; what that row learns later moves them, while
+                what the classifier knows stays. None: those of the base model.
+            options: `shrinkage`, `width`, `bandwidth`, `first` and `seed` of `HeadSettings`.
+
+        Raises:
+            ValueError: there is no such row, or a value is out of its range.
+        """
+        try:
+            head = ClassHead(HeadSettings(kind, **options))
+        except TypeError as error:
+            known = ", ".join(HeadSettings.__dataclass_fields__)
+            raise ValueError(f"options of a classifier are {known}, got {sorted(options)}") from error
+        features = HiddenFeatures(self.reader, self.memory, depth, pooling, row)
+        return Classifier(features, self.tokenizer, head)
 
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, store, activations; see `Budget`."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from nested_learning.continual.anchors import NO_ANCHORS, Anchors
@@ -38,6 +39,10 @@ class Memory:
         plan: how text is read.
         anchors: what holds the levels to the base model.
         replay: how what was read is kept; None to keep nothing of it.
+
+    Attributes:
+        rows: rows.
+        file_dtype: precision of the files that `save` writes, where it is not told: None or torch.bfloat16.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Memory:
         self._anchors = anchors
         self._replay = replay
         self._held: Path | None = None
+        self.file_dtype: torch.dtype | None = None
         self.rows = self._new_rows(1)
 
     def __repr__(self) -> str:
@@ -177,19 +183,26 @@ class Memory:
             finally:
                 self._held = None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write the memory to one safetensors file, under a temporary name first.
 
         The file has the deltas, and what it takes to go on reading as if nothing had happened: the sums of
         unfinished chunks, the rules' states, the tokens of the present window, their keys and values. It
         has nothing of the base model but a fingerprint.
 
+        Args:
+            path: path of the file.
+            dtype: torch.bfloat16 halves a file of float32: all deltas, sums, states of rules, keys and values
+                are rounded to 8 bits, each by a share of 2⁻⁸ at most, and float32 again when they are
+                loaded. None for `file_dtype`, and where that is None, too, exact.
+
         Raises:
-            ValueError: the file is in use by another process, or is a folder, a device or a pipe.
+            ValueError: the file is in use by another process, or is a folder, a device or a pipe; or another
+                dtype.
             OSError: it cannot be written; an earlier file is left as it was.
         """
         with self._locked(path):
-            write_memory(Path(path), self.rows, self._identity())
+            write_memory(Path(path), self.rows, self._identity(), dtype or self.file_dtype)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the memory of a file that `save` wrote; what this memory held is gone.

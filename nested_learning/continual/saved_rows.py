@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nested_learning.continual.answers import KeptAnswers
@@ -28,11 +28,12 @@ from nested_learning.continual.writing import HISTORY, DeltaWriter
 
 ROW_FIELDS = {"position", "start", "context_layers", "levels"}
 LEVEL_FIELDS = {"loss", "pairs", "history", "rule"}
-PRECISIONS = (torch.float32, torch.float64)  # of deltas, sums and states of rules
-FLOATING = (torch.float16, torch.bfloat16, *PRECISIONS)  # of keys and values
+PRECISIONS = (torch.bfloat16, torch.float32, torch.float64)  # of deltas, sums and states of rules
+FLOATING = (torch.float16, *PRECISIONS)  # of keys and values
 MOST_TOKENS = 2**53
 # Sizes of a matrix that stand for those of a slot where a rule is asked for the shapes of its state.
 PROBE = (11, 13)
+_SHAPES: WeakKeyDictionary[nn.Module, list[tuple[tuple[int, ...], tuple[int, ...]]]] = WeakKeyDictionary()
 
 
 class SavedRows:
@@ -197,9 +198,14 @@ class SavedRows:
             found.append(tensor.to(self._model.device))
         return found[0], found[1]
 
-    @cached_property
+    @property
     def _context_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Shapes of keys and values of each layer after one token: the model says them best itself."""
+        """Shapes of keys and values of each layer after one token: the model says them best itself, once."""
+        if self._model not in _SHAPES:
+            _SHAPES[self._model] = self._shapes_of_one_token()
+        return _SHAPES[self._model]
+
+    def _shapes_of_one_token(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         cache = Context().open()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
         with Workspace.of(self._model).lock, evaluating(self._model), torch.no_grad():

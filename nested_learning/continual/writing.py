@@ -102,6 +102,7 @@ class DeltaWriter:
                     f"level {index} averages level {averaged.index}, but their layers have no weight in "
                     f"common: {level.layers!r} and {averaged.level.layers!r}"
                 )
+        self._by_name = {target.name: target for target in self.targets}
         self.rule = resolve_rule(level.rule)
         self.seed = seed
         self.faster = faster
@@ -148,7 +149,7 @@ class DeltaWriter:
     def shape(self, slot: str) -> tuple[int | None, ...]:
         """Shape of a slot's matrix: of a full one that of the weight, also where rows of it are kept."""
         name = slot.removesuffix(DOWN).removesuffix(UP)
-        target = next(target for target in self.targets if target.name == name)
+        target = self._by_name[name]
         inputs, outputs = target.features
         factors = {DOWN: (self.level.rank, inputs), UP: (outputs, self.level.rank)}
         return factors.get(slot.removeprefix(name), tuple(target.weight.shape))

@@ -25,6 +25,7 @@ RUNS = [
     ("roofline",),
     ("scaling", "attention"),
     ("start",),
+    ("user_switching",),
     pytest.param(("scaling", "length"), marks=pytest.mark.slow),  # starts four fresh processes,
     pytest.param(("scaling", "linear"), marks=pytest.mark.slow),  # two
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nested_learning.cli.dialogue import Dialogue
 from nested_learning.cli.main import main
-from nested_learning.continual import Level, stack_levels
+from nested_learning.continual import AUTO, Level, stack_levels
 from nested_learning.continual.files import locked
 from nested_learning.training.data import byte_tokenizer
 from tests.damage import read_file
@@ -48,7 +49,10 @@ def chat(folder, monkeypatch, capsys):
     def run(lines, *options):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
         capsys.readouterr()
-        code = main(["chat", "--model", folder, *LEVELS, *GREEDY, *options])
+        levels = LEVELS if "--no-levels" not in options else []
+        code = main(
+            ["chat", "--model", folder, *levels, *GREEDY, *(o for o in options if o != "--no-levels")]
+        )
         out, err = capsys.readouterr()
         return code, out.splitlines(), err
 
@@ -186,3 +190,21 @@ def test_a_memory_without_a_checksum_goes_on_with_a_warning(chat, tmp_path):
     assert code == 0
     assert "12 tokens read so far" in err
     assert "sha256" in read_file(path)[1]
+
+
+def test_without_flags_of_levels(chat, tmp_path):
+    """A new memory has the levels of `Learner.auto`, an old one its own."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    chat(["hello there"], "--memory", str(old))
+    for path in (old, new, new):
+        code, _, err = chat(["hello there"], "--memory", str(path), "--no-levels")
+        assert code == 0
+    assert "12 tokens read so far" in err
+    for path, chunks, dtype in (
+        (new, [AUTO.levels[0].chunk_size], torch.bfloat16),
+        (old, [4, 8], torch.float32),
+    ):
+        tensors, metadata = read_file(path)
+        assert [level["chunk_size"] for level in json.loads(metadata["levels"])] == chunks
+        assert {t.dtype for name, t in tensors.items() if "keys" in name} == {dtype}
+        assert json.loads(metadata["rows"])[0]["position"] == 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nested_learning.continual import Level, Replay, stack_levels
+from nested_learning.continual import Level, Replay, reopen, stack_levels
 from tests.continual.test_invariances import assert_close_contents, assert_equal_contents, contents
 from tests.continual.tiny_models import random_ids, tiny_model
 
@@ -40,6 +40,23 @@ def test_pieces_files_and_scopes(kind, tmp_path):
     assert_close_contents(contents(resumed), contents(whole))
     assert {write.reread for write in whole.writes} == {0, 1}
     assert any(write.replayed for write in whole.writes)
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_ways_out(kind, tmp_path):
+    learner, probe = learner_with(kind), random_ids(14, seed=4)
+    learner.observe(random_ids(67), source="a")
+    learner.memory.save(tmp_path / "memory")
+    again = reopen(tmp_path / "memory", MODEL, background=random_ids(40, seed=9))
+    assert_equal_contents(contents(again), contents(learner))
+    assert [source.kept for source in again.sources()] == [source.kept for source in learner.sources()]
+    report = learner.export(tmp_path / "whole", probe=probe)  # what answers: the average in its level's place
+    assert report.difference < 1e-9
+    assert learner.export(tmp_path / "adapter", probe=probe, lora_rank=16).difference < 1e-9
+    learner.memory.save(tmp_path / "small", dtype=torch.bfloat16)
+    learner.memory.load(tmp_path / "small")
+    torch.testing.assert_close(learner.score(probe), again.score(probe), rtol=0.05, atol=0.05, equal_nan=True)
+    learner.observe(random_ids(20, seed=8))  # and it reads on
 
 
 @pytest.mark.parametrize("kind", LEVELS)

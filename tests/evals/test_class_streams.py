@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from nested_learning.continual import Level
+from nested_learning.continual.class_head import HeadSettings
 from nested_learning.evals import find_method, find_task
 from nested_learning.evals.data_files import data_folder
 from nested_learning.evals.methods.pretrained import Base, Reading
@@ -20,7 +21,7 @@ from nested_learning.evals.methods.pretrained.base import random_llama
 from nested_learning.evals.methods.pretrained.features import Features
 from nested_learning.evals.methods.pretrained.reading import packed
 from nested_learning.evals.methods.pretrained.students import (
-    ClassMeans,
+    ClassifierStudent,
     ExampleStudent,
     LevelStudent,
     RetrievalStudent,
@@ -236,8 +237,9 @@ def test_labels_of_a_file_are_divided_by_chance(tmp_path):
     assert first.domains == in_domains(found, 3, 0).domains
     task = find_task("classes").at("smoke", data=str(file), tasks=3)
     assert task.missing() is None
-    figures = task.run(find_method("class-means").at({"depth": 1.0, "pooling": "mean", "shrinkage": 0.5}), 0)
-    assert 0 <= figures["accuracy"] <= 1
+    settings = {"depth": 1.0, "pooling": "mean", "shrinkage": 0.5}
+    for method in (find_method("class-means"), find_method("kernel-lda")):
+        assert 0 <= task.run(method.at(settings), 0)["accuracy"] <= 1
     assert task.constants()["chance"]["accuracy"] == pytest.approx(1 / 7)
 
 
@@ -320,7 +322,8 @@ def test_the_examples_in_the_context(model):
 
 def test_class_means_tell_classes_apart(model):
     labels = ["pay bill", "visa", "recipe"]
-    student = ClassMeans(model, Features(model, [0.5]), depth=0.5, pooling="mean", shrinkage=0.1)
+    settings = HeadSettings(shrinkage=0.1)
+    student = ClassifierStudent(model, Features(model, [0.5]), depth=0.5, pooling="mean", settings=settings)
     for label in labels:
         student.learn(some_reading([label], count=6))
     prompts = [WORDING.prompt(f"{label} number 9") for label in labels]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nested_learning.continual.hidden_features import POOLINGS, pooled_states
+
 DEPTHS = (0.33, 0.67, 1.0)
 
 
@@ -33,16 +35,12 @@ class Features:
             self._read(new[start : start + self.batch])
         return torch.stack([self.known[key][depth, pooling] for key in keys]).double()
 
-    @torch.no_grad()
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):  # a prompt does not see what fills it up behind
-            row[: len(prompt)] = torch.tensor(prompt)
-        states = self.model.base_model(
-            input_ids=ids.to(self.model.device), output_hidden_states=True
-        ).hidden_states
-        for row, prompt in enumerate(prompts):
-            found = self.known[prompt] = {}
-            for depth, layer in self.layers.items():
-                x = states[layer][row, : len(prompt)].float().cpu()
-                found[depth, "mean"], found[depth, "last"] = x.mean(0), x[-1].clone()
+        for prompt, states in zip(
+            prompts, pooled_states(self.model, prompts, list(self.layers.values())), strict=True
+        ):
+            self.known[prompt] = {
+                (depth, pooling): states[layer, pooling]
+                for depth, layer in self.layers.items()
+                for pooling in POOLINGS
+            }

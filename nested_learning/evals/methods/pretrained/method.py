@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 
 from nested_learning._errors import unknown
 from nested_learning.continual import Level
+from nested_learning.continual.class_head import HeadSettings
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained.base import Base
 from nested_learning.evals.methods.pretrained.students import (
-    ClassMeans,
+    ClassifierStudent,
     ExampleStudent,
     LevelStudent,
     RetrievalStudent,
@@ -115,10 +116,11 @@ def _retrieval(
     return nullcontext(RetrievalStudent(base.model, base.features, examples, depth))
 
 
-def _class_means(
-    base: Base, teaching: Teaching, seed: int, depth: float, pooling: str, shrinkage: float
+def _classifier(
+    base: Base, teaching: Teaching, seed: int, depth: float, pooling: str, kind: str = "lda", **options: Any
 ) -> AbstractContextManager[Student]:
-    return nullcontext(ClassMeans(base.model, base.features, depth, pooling, shrinkage))
+    settings = HeadSettings(kind, **options)
+    return nullcontext(ClassifierStudent(base.model, base.features, depth, pooling, settings))
 
 
 def _steps(teaching: Teaching, lr: float) -> Steps:
@@ -187,7 +189,7 @@ WAYS: dict[str, Way] = {
     "nothing": _nothing,
     "context": _in_context,
     "retrieval": _retrieval,
-    "class means": _class_means,
+    "class means": _classifier,
     "fine-tuning": _fine_tuning,
     "lora": _lora,
     "ewc": _elastic,
@@ -205,6 +207,7 @@ LORA = PretrainedMethod("lora", "lora")
 EWC = PretrainedMethod("ewc", "ewc", labelled=True)
 REPLAY = PretrainedMethod("replay", "replay", labelled=True)
 CLASS_MEANS = PretrainedMethod("class-means", "class means", labelled=True)
+KERNEL_LDA = PretrainedMethod("kernel-lda", "class means", options={"kind": "kernel lda"}, labelled=True)
 ONE_LEVEL = PretrainedMethod("one-level", "levels", options={"levels": 1})
 TWO_LEVELS = PretrainedMethod("two-levels", "levels", options={"levels": 2})
 THREE_LEVELS = PretrainedMethod("three-levels", "levels", options={"levels": 3})
@@ -225,6 +228,7 @@ PRETRAINED = (
     EWC,
     REPLAY,
     CLASS_MEANS,
+    KERNEL_LDA,
     ONE_LEVEL,
     TWO_LEVELS,
     THREE_LEVELS,

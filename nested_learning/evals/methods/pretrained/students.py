@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.continual import Level, stack_levels
+from nested_learning.continual.class_head import ClassHead, HeadSettings
 from nested_learning.evals.methods.pretrained.asking import View, most_probable
 from nested_learning.evals.methods.pretrained.features import Features
 from nested_learning.evals.methods.pretrained.reading import Passage, Reading
@@ -140,52 +141,38 @@ class RetrievalStudent(Student):
         return nullcontext(View(self.model, look_up=look_up))
 
 
-class ClassMeans(Student):
-    """The nearest class mean in the base model's features, by a Mahalanobis distance.
+class ClassifierStudent(Student):
+    """`nested_learning.continual`'s classifier on the base model's features: class means and their kin.
 
-    The covariance is that of all classes around their means, shrunk towards a multiple of the identity. Sums
-    over examples are all that is kept, so nothing is forgotten, whatever the order.
+    Sums over examples are all that is kept, so nothing is forgotten, whatever the order.
 
     Args:
         model: nothing of it is trained.
         features: its hidden states.
         depth: which of the features' layers.
         pooling: "mean" or "last"; see `Features.of`.
-        shrinkage: share of the identity, above 0 and up to 1.
+        settings: kind of the classifier, and its options.
     """
 
-    def __init__(self, model: Any, features: Features, depth: float, pooling: str, shrinkage: float) -> None:
+    def __init__(
+        self, model: Any, features: Features, depth: float, pooling: str, settings: HeadSettings
+    ) -> None:
         super().__init__(model)
         self.features = partial(features.of, depth=depth, pooling=pooling)
-        self.shrinkage = shrinkage
-        self.means: dict[str, Tensor] = {}
-        self.scatter: Tensor | float = 0.0
-        self.count = 0
+        self.head = ClassHead(settings)
 
     def learn(self, reading: Reading) -> None:
-        everything = self.features([passage.prompt for passage in reading.passages])
-        for label in reading.labels():
-            x = everything[[i for i, each in enumerate(reading.passages) if each.label == label]]
-            self.means[label] = x.mean(0)
-            self.scatter = self.scatter + (x - x.mean(0)).T @ (x - x.mean(0))
-            self.count += len(x)
+        passages = [passage for passage in reading.passages if passage.label is not None]
+        labels = [passage.label for passage in passages if passage.label is not None]
+        self.head.learn(self.features([passage.prompt for passage in passages]), labels)
 
     def active(self) -> AbstractContextManager[View]:
-        raise ValueError("class means choose labels and write no text")
+        raise ValueError("a classifier chooses labels and writes no text")
 
     def choose(self, prompts: Sequence[Sequence[int]], labels: dict[str, Sequence[int]]) -> list[str]:
-        assert isinstance(self.scatter, Tensor)
-        names = list(labels)
-        covariance = self.scatter / self.count
-        scale = covariance.diagonal().mean()
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
-        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * scale * identity
-        root = torch.linalg.cholesky(shrunk)
-        means = torch.stack([self.means[label] for label in names])
-        whitened = [
-            torch.linalg.solve_triangular(root, x.T, upper=False).T for x in (self.features(prompts), means)
-        ]
-        return [names[index] for index in torch.cdist(*whitened).argmin(1).tolist()]
+        places = [self.head.labels.index(label) for label in labels]
+        best = self.head.scores(self.features(prompts))[:, places].argmax(1)
+        return [list(labels)[index] for index in best.tolist()]
 
 
 class LevelStudent(Student):

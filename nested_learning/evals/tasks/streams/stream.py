@@ -40,6 +40,7 @@ from nested_learning.evals.methods.pretrained.method import (
     FINE_TUNING_AVERAGED,
     IN_CONTEXT,
     JOINT,
+    KERNEL_LDA,
     NO_ADAPTATION,
     ONE_LEVEL,
     REPLAY,
@@ -68,6 +69,7 @@ METHODS = (
     EWC,
     REPLAY,
     CLASS_MEANS,
+    KERNEL_LDA,
     ONE_LEVEL,
     TWO_LEVELS_AVERAGED,
     THREE_LEVELS_AVERAGED,
@@ -159,6 +161,12 @@ def settings_of(name: str) -> list[dict[str, Any]]:
             for depth in DEPTHS
             for pooling in ("mean", "last")
             for shrinkage in (0.1, 0.5)
+        ],
+        "kernel-lda": [
+            {"depth": depth, "pooling": "mean", "shrinkage": shrinkage, "bandwidth": bandwidth}
+            for depth in DEPTHS[:2]
+            for shrinkage in (0.01, 0.1)
+            for bandwidth in (1.0, 2.0)
         ],
         "one-level": [{"lr": lr, "share": 1.0} for lr in (0.3, 0.6, 1.0, 1.5)],
         "two-levels": [{"lr": lr, "share": share} for lr in (0.6, 1.0) for share in (1.0, 0.25)],

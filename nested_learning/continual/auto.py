@@ -1,0 +1,82 @@
+"""Settings that need no tuning, chosen from the evaluations; `Learner.auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from inspect import signature
+from typing import Any
+
+import torch
+
+from nested_learning._errors import unknown
+from nested_learning.continual.files import check_file_dtype
+from nested_learning.continual.learner import Learner
+from nested_learning.continual.level import Level
+from nested_learning.continual.stack import stack_levels
+
+LEVEL_FIELDS = tuple(each.name for each in fields(Level))
+STACK_OPTIONS = tuple(
+    name for name in signature(stack_levels).parameters if name not in ("model", "tokenizer")
+)
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """Settings of a learner, and where they come from.
+
+    Attributes:
+        levels: the levels.
+        file_dtype: precision of the memory files.
+        options: further arguments of `stack_levels`.
+        reason: why these, and what was not measured.
+        source: the evaluation that has the figures.
+    """
+
+    levels: tuple[Level, ...]
+    file_dtype: torch.dtype | None
+    reason: str
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The one place where the choice stands. A file for SmolLM2-135M: 3 MB of deltas, 6 of Adam's states and 24 of
+# keys and values at the end of a window.
+AUTO = AutoSettings(
+    levels=(Level(chunk_size=256, lr=1e-3, rule="adam", rank=8),),
+    file_dtype=torch.bfloat16,
+    reason="One level with Adam recalls 0.40 of the facts that it read, three levels 0.35, fine-tuning 0.32, "
+    "LoRA of rank 8 0.27, at the least damage of all. That was a full delta at 4e-4, whose file has 950 MB; "
+    "rank 8 brings it below 40 MB. The level's own rate at rank 8 was not tuned: 1e-3 is the smaller of the "
+    "two that were chosen for LoRA of that rank (facts 3e-3, languages 1e-3), whose steps are as large.",
+    source="nested-learning eval facts languages --budget small: docs/log.md, 2026-11-24",
+)
+
+
+def auto(model: Any, tokenizer: Any = None, **changes: Any) -> Learner:
+    """A learner with settings that need no tuning: the best known ones whose file stays within 40 MB for
+    SmolLM2-135M. `nested_learning.continual.auto.AUTO` has them with the reason and the evaluation.
+
+    Args:
+        model: a transformers causal language model, as for `stack_levels`.
+        tokenizer: tokenizer for text; None if only ids come.
+        changes: arguments of `stack_levels`, fields of `Level` for all levels (`rank=16`), or `file_dtype`
+            (None for exact files).
+
+    Raises:
+        ValueError: there is no such setting, or as `stack_levels`.
+    """
+    known = (*STACK_OPTIONS, *LEVEL_FIELDS, "file_dtype")
+    for name in changes:
+        if name not in known:
+            raise unknown("setting", name, known)
+    file_dtype = changes.pop("file_dtype", AUTO.file_dtype)
+    check_file_dtype(file_dtype)
+    of_levels = {name: changes.pop(name) for name in LEVEL_FIELDS if name in changes}
+    levels = [replace(level, **of_levels) for level in changes.pop("levels", AUTO.levels)]
+    learner = stack_levels(model, tokenizer, levels=levels, **{**AUTO.options, **changes})
+    learner.memory.file_dtype = file_dtype
+    return learner
+
+
+Learner.auto = staticmethod(auto)  # here, since `stack_levels` makes learners and so cannot be known to them

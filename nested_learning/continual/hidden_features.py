@@ -1,0 +1,94 @@
+"""Hidden states of a model as features of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nested_learning.continual.context import evaluating
+from nested_learning.continual.memory import Memory
+from nested_learning.continual.reader import Reader
+
+BATCH = 16  # texts of one pass
+POOLINGS = ("mean", "last")
+
+
+@torch.no_grad()
+def pooled_states(
+    model: Any, texts: Sequence[Sequence[int] | Tensor], layers: Sequence[int]
+) -> list[dict[tuple[int, str], Tensor]]:
+    """Hidden states of each text, pooled: the "mean" over its tokens and its "last" one.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        texts: ids of each, read in one pass.
+        layers: numbers of the layers behind which states are taken; 0 is the embedding.
+
+    Returns:
+        for each text states [D] by (layer, pooling), float32 (float64 of a float64 model), on the CPU.
+    """
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):  # a text does not see what fills it up behind
+        row[: len(text)] = torch.as_tensor(text)
+    states = model.base_model(input_ids=ids.to(model.device), output_hidden_states=True).hidden_states
+    found: list[dict[tuple[int, str], Tensor]] = [{} for _ in texts]
+    for layer in dict.fromkeys(layers):
+        for row, text in enumerate(texts):
+            x = states[layer][row, : len(text)]
+            x = x.to("cpu", torch.promote_types(x.dtype, torch.float32))
+            found[row][layer, "mean"], found[row][layer, "last"] = x.mean(0), x[-1].clone()
+    return found
+
+
+class HiddenFeatures:
+    """Features of texts: the hidden states of a reader's model behind one layer, pooled.
+
+    Args:
+        reader: reader of the learner.
+        memory: its memory.
+        depth: relative depth of the layer, from 0 (the embedding) to 1 (the last layer).
+        pooling: "mean" over the tokens of a text, or its "last" one.
+        row: row whose deltas are in force; None: the base model.
+
+    Raises:
+        ValueError: there is no such row, or a value is out of its range.
+    """
+
+    def __init__(self, reader: Reader, memory: Memory, depth: float, pooling: str, row: int | None) -> None:
+        if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
+            raise ValueError(f"depth must be a number from 0 (embedding) to 1 (last layer), got {depth!r}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if row is not None:
+            memory.row(row)
+        self.model = reader.model
+        self._reader, self._memory, self._row = reader, memory, row
+        self._depth, self._pooling = depth, pooling
+        self._layer = round(depth * self.model.config.num_hidden_layers)
+
+    def of(self, texts: Sequence[Tensor]) -> Tensor:
+        """Features [B, D] of texts of ids [T], float64, on the CPU. ValueError for one that is too long."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(map(len, texts))
+        if isinstance(limit, int) and 0 < limit < longest:
+            raise ValueError(f"a text has {longest} tokens, the model {limit} positions; give a part of it")
+        found = []
+        with self._running(), evaluating(self.model):
+            for start in range(0, len(texts), BATCH):
+                states = pooled_states(self.model, texts[start : start + BATCH], [self._layer])
+                found += [each[self._layer, self._pooling] for each in states]
+        return torch.stack(found).double()
+
+    def _running(self) -> AbstractContextManager[Any]:
+        workspace = self._reader.workspace
+        if self._row is None:
+            return workspace.bare()
+        return workspace.installed(self._reader.writers, self._memory.row(self._row))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {"depth": self._depth, "pooling": self._pooling, "deltas": self._row is not None}
