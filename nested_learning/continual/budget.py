@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from nested_learning.continual.context import Context
-from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.find import is_quantised, memory_dtype
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.writing import DeltaWriter
 
@@ -56,7 +57,11 @@ def budget(reader: Reader, rows: int) -> Budget:
     full = {t.name: t for w in writers for t in w.full_targets}
     learned = {t.name: t for w in writers for t in w.targets}
     base = sum(p.numel() * p.element_size() for p in parameters)
-    effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
+    effective = sum(
+        math.prod(t.shape)
+        * (memory_dtype(t.weight).itemsize if is_quantised(t.weight) else t.weight.element_size())
+        for t in full.values()
+    )
     levels = [level_bytes(writer) for writer in writers]
     factors = sum(own.deltas for w, own in zip(writers, levels, strict=True) if w.level.rank is not None)
     per_row = {
@@ -94,7 +99,8 @@ def level_bytes(writer: DeltaWriter) -> LevelBytes:
     deltas, level = 0, writer.level
     for target in writer.targets:
         size = memory_dtype(target.weight).itemsize
-        deltas += size * (target.weight.numel() if level.rank is None else level.rank * sum(target.features))
+        per_matrix = math.prod(target.features) if level.rank is None else level.rank * sum(target.features)
+        deltas += size * math.prod(target.stack) * per_matrix
     return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
 
 

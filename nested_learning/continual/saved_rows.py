@@ -28,8 +28,8 @@ LEVEL_FIELDS = {"loss", "pairs", "history", "rule"}
 PRECISIONS = (torch.float32, torch.float64)  # of deltas, sums and states of rules
 FLOATING = (torch.float16, torch.bfloat16, *PRECISIONS)  # of keys and values
 MOST_TOKENS = 2**53
-# Sizes of a matrix that stand for those of a slot where a rule is asked for the shapes of its state.
-PROBE = (11, 13)
+# Sizes of a stack of matrices that stand for those of a slot where a rule is asked for its state's shapes.
+PROBE = (7, 11, 13)
 
 
 class SavedRows:
@@ -178,20 +178,22 @@ class SavedRows:
 
     def _fill_rule(self, prefix: str, writer: DeltaWriter, state: DeltaState, fields: object) -> None:
         """The rule's state of each slot: all of its fields, or none."""
-        like = _rule_state(writer)
+        like = _rule_state(writer, 2)
         if fields != [] and fields != sorted(like):
             raise ValueError(f"{prefix}rule has the fields {_short(fields)}, expected {sorted(like)}")
         for slot in writer.keys if fields else ():
             names = {field: f"{prefix}rule/{field}/{slot}" for field in like}
             if not any(name in self._left for name in names.values()):
                 continue
-            sizes = dict(zip(PROBE, writer.shape(slot), strict=True))
+            expected = writer.shape(slot)
+            like = _rule_state(writer, len(expected))
+            sizes = dict(zip(PROBE[-len(expected) :], expected, strict=True))
             for field, name in names.items():
                 stored = self._pop(name)
                 shape = tuple(sizes.get(n, n) for n in like[field].shape)
                 _check(name, stored, PRECISIONS if like[field].is_floating_point() else (torch.int64,), shape)
-                if not stored.ndim and not stored >= 0:
-                    raise ValueError(f"{name} is {stored.item()}, expected a count")
+                if stored.ndim == len(expected) - 2 and not bool((stored >= 0).all()):
+                    raise ValueError(f"{name} is {stored.tolist()}, expected a count")
                 stored = self._placed(stored, writer) if stored.is_floating_point() else stored
                 state.rule.setdefault(slot, {})[field] = stored.to(self._model.device)
 
@@ -205,9 +207,10 @@ class SavedRows:
         return self._left.pop(name)
 
 
-def _rule_state(writer: DeltaWriter) -> dict[str, Tensor]:
-    """The state that the level's rule keeps of one matrix, by the matrix `PROBE`: a first step says it."""
-    state = writer.rule.step({}, {"probe": torch.ones(PROBE)}, 1.0).state
+def _rule_state(writer: DeltaWriter, ndim: int) -> dict[str, Tensor]:
+    """The state that the level's rule keeps of one matrix, or of a stack of them (`ndim` 3), by one of the
+    sizes `PROBE`: a first step says it."""
+    state = writer.rule.step({}, {"probe": torch.ones(PROBE[-ndim:])}, 1.0).state
     return state.get("probe", {})
 
 

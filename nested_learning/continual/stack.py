@@ -67,8 +67,7 @@ def stack_levels(
         chosen = set(level.layer_indices(num_layers))
         own = [target for target in targets if target.layer in chosen]
         writers.append(DeltaWriter(index, level, own, seed, faster=writers[-1] if writers else None))
-    full = {target.name for writer in writers for target in writer.full_targets}
-    check_weights([target for writer in writers for target in writer.targets], full)
+    check_weights([target for writer in writers for target in writer.targets])
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
     return Learner(model, tokenizer, Reader(model, writers, plan))
 

@@ -6,7 +6,8 @@ plain model, and the sum is made once per write instead of once per token. (Forw
 would double the cost of every learned map and would have to be paid for each token; torch.func's
 functional_call would swap back before gradient checkpointing runs the layers again.) Low-rank deltas are
 added by forward hooks, as x·downᵀ·upᵀ: that is cheaper than the full product, and works on quantised
-weights.
+weights. So are full deltas of quantised weights, as x·(Σ Δ)ᵀ, since there is nothing to add them to. Stacked
+experts multiply inside one module, where no hook reaches: around its `forward` their weight is W + up·down.
 
 Rows of a batch have different weights, so they run one after the other: with full matrices per row, a
 batched product would read as many weights, and a row alone is then bit for bit what it is in a batch.
@@ -22,7 +23,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nested_learning.continual.deltas import DOWN, UP, Row
-from nested_learning.continual.find import Target
+from nested_learning.continual.find import Target, is_quantised, memory_dtype
 from nested_learning.continual.writing import DeltaWriter
 from nested_learning.memory.state import Weights
 
@@ -43,8 +44,11 @@ class _Buffers:
     version: Hashable | None = None
 
     @torch.no_grad()
-    def effective(self, writers: Sequence[DeltaWriter], row: Row) -> dict[Target, Tensor]:
-        """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ."""
+    def effective(self, writers: Sequence[DeltaWriter], row: Row, learning: bool) -> dict[Target, Tensor]:
+        """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ.
+
+        For a quantised weight Σ Δ alone, and only where there is one, or one may be learned.
+        """
         deltas: dict[Target, list[Tensor]] = {}
         for writer, state in zip(writers, row.levels, strict=True):
             for target in writer.full_targets:
@@ -56,6 +60,11 @@ class _Buffers:
         effective = {}
         for target, found in deltas.items():
             weight = target.weight
+            if is_quantised(weight):
+                if not found and not learning:
+                    continue
+                nothing = torch.zeros((), dtype=memory_dtype(weight), device=weight.device)
+                weight = nothing.expand(target.shape)
             if found:
                 buffer = self.weights.get(target.name)
                 if buffer is None or stale:
@@ -86,17 +95,44 @@ class _Installation:
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def put(self) -> None:
+        experts: dict[Target, list[tuple[Tensor, Tensor]]] = {}
+        for _, target, down, up in self.factors:
+            if target.stack:
+                experts.setdefault(target, []).append((down, up))
+            else:
+                self._hook(target, partial(_add_low_rank, down, up))
+        for target, pairs in experts.items():
+            module = target.module
+            self.handles.append(module.register_forward_pre_hook(partial(self._fuse, target, pairs)))
+            after = partial(self._restore, target)
+            self.handles.append(module.register_forward_hook(after, always_call=True))
         # Into the table of parameters itself: setattr would refuse a plain tensor, and a new nn.Parameter
         # would cut the leaf from the graph. The module's `forward` finds the weight there by its name.
         for target, weight in self.weights.items():
-            target.module._parameters["weight"] = weight  # type: ignore[assignment]
-        for _, target, down, up in self.factors:
-            hook = partial(_add_low_rank, down, up)
-            self.handles.append(target.module.register_forward_hook(hook))
+            if is_quantised(target.weight):
+                self._hook(target, partial(_add_full, target.transposed, weight))
+            else:
+                target.module._parameters[target.parameter] = weight  # type: ignore[assignment]
+
+    def _hook(self, target: Target, hook: Any) -> None:
+        self.handles.append(target.module.register_forward_hook(hook))
+
+    def _fuse(
+        self, target: Target, pairs: Sequence[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any
+    ) -> None:
+        """Forward pre-hook of stacked experts: their weight is W + Σ up · down, rounded once."""
+        weight = self.weights.get(target, target.weight)
+        total = sum((up @ down for down, up in pairs[1:]), pairs[0][1] @ pairs[0][0])
+        total = (total.mT if target.transposed else total) + weight
+        module._parameters[target.parameter] = total.to(weight.dtype)  # type: ignore[assignment]
+
+    def _restore(self, target: Target, module: nn.Module, inputs: Any, y: Any) -> None:
+        """Forward hook that takes the sum out again, for it is part of the pass's graph."""
+        module._parameters[target.parameter] = self.weights.get(target, target.weight)  # type: ignore[assignment]
 
     def remove(self) -> None:
         for target in self.weights:
-            target.module._parameters["weight"] = target.weight  # type: ignore[assignment]
+            target.module._parameters[target.parameter] = target.weight  # type: ignore[assignment]
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -117,6 +153,14 @@ def _add_low_rank(
     """Forward hook: y + x downᵀ upᵀ, in the precision of the model."""
     x = inputs[0]
     return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def _add_full(
+    transposed: bool, delta: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
+) -> Tensor:
+    """Forward hook: y + x Δᵀ, in the precision of the model."""
+    delta = delta.to(inputs[0].dtype)
+    return y + nn.functional.linear(inputs[0], delta.mT if transposed else delta)
 
 
 class Workspace:
@@ -181,7 +225,7 @@ class Workspace:
                 for target in writer.low_rank_targets
                 for down, up in [writer.factors(state, target)]
             ]
-            installation = _Installation(buffers.effective(writers, row), factors)
+            installation = _Installation(buffers.effective(writers, row, learning), factors)
             # One installation at a time: that of the scope around this one steps aside until this one ends.
             if self._active:
                 self._active[-1].remove()
