@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from nested_learning._files import writable
 from nested_learning._tensor_files import check_whole, parse_json, read_tensors, write_tensors
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.find import is_quantised
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.saved_rows import SavedRows
 from nested_learning.continual.writing import DeltaWriter
@@ -34,13 +36,23 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        step = max(1, len(flat) // SAMPLES)
-        sample = flat[::step]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
+        for plain in _plain(parameter.detach()):
+            flat = plain.reshape(-1)
+            step = max(1, len(flat) // SAMPLES)
+            sample = flat[::step]
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantised one is made of, such as integers and scales; else the tensor itself."""
+    if not (is_quantised(tensor) and is_traceable_wrapper_subclass(tensor)):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    parts = (getattr(tensor, name) for name in names)
+    return [plain for part in parts if part is not None for plain in _plain(part)]
 
 
 @contextmanager

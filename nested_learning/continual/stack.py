@@ -36,8 +36,10 @@ def stack_levels(
     computes exactly what the model computes.
 
     Args:
-        model: any transformers causal language model whose layers all have attention, in any precision.
-            Deltas are float32 (float64 under float64).
+        model: any transformers causal language model whose layers all have attention, in any precision, also
+            quantised ones, under peft's adapters (which stay in force and are part of what is kept) or under
+            torch.compile (whose calls are stepped round while deltas are in force). Deltas are float32
+            (float64 under float64).
         tokenizer: tokenizer for text; None if only ids come.
         levels: the levels, fast to slow, chunk sizes increasing. Each has its own layers; where they
             overlap, W is W_base plus all their deltas.
@@ -58,7 +60,7 @@ def stack_levels(
             increase, layers out of range, a rank too large, or a window that does not fit.
     """
     levels = check_levels(levels)
-    _check_model(model)
+    model = _base_model(model)
     with Workspace.of(model).bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
     num_layers = len({target.layer for target in targets})
@@ -72,7 +74,18 @@ def stack_levels(
     return Learner(model, tokenizer, Reader(model, writers, plan))
 
 
-def _check_model(model: Any) -> None:
+def _base_model(model: Any) -> PreTrainedModel:
+    """The transformers model in torch.compile's or peft's wrapper; an adapter stays in force."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{type(model).__name__} has prompts of {config.peft_type.value} before every text, "
+                "which are no part of a context that goes on; give its base model (get_base_model()), or an "
+                "adapter of weights such as LoRA"
+            )
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
             f"expected a transformers causal language model, got {type(model).__name__}; "
@@ -84,3 +97,4 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; "
             "expected attention in every layer, as the context is kept as keys and values"
         )
+    return model

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,16 @@ class _Installation:
 
     weights: dict[Target, Tensor]
     factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]]
+    model: nn.Module
     handles: list[RemovableHandle] = field(default_factory=list)
+    compiled: dict[nn.Module, Any] = field(default_factory=dict)
 
     def put(self) -> None:
+        # A compiled call does not look for new hooks, and compiles anew for each length of the context.
+        for module in self.model.modules():
+            if module._compiled_call_impl is not None:
+                self.compiled[module] = module._compiled_call_impl
+                module._compiled_call_impl = None
         experts: dict[Target, list[tuple[Tensor, Tensor]]] = {}
         for _, target, down, up in self.factors:
             if target.stack:
@@ -135,7 +142,10 @@ class _Installation:
             target.module._parameters[target.parameter] = target.weight  # type: ignore[assignment]
         for handle in self.handles:
             handle.remove()
+        for module, call in self.compiled.items():
+            module._compiled_call_impl = call
         self.handles.clear()
+        self.compiled.clear()
 
     def leaves(self, writers: Sequence[DeltaWriter]) -> Weights:
         """Turn the matrices of the levels that learn into leaves of the graph to come."""
@@ -169,7 +179,8 @@ class Workspace:
     _of_model: ClassVar[WeakKeyDictionary[nn.Module, Workspace]] = WeakKeyDictionary()
     _guard: ClassVar = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = ref(model)
         self.lock = threading.RLock()
         self._free: list[_Buffers] = []
         self._active: list[_Installation] = []
@@ -178,7 +189,7 @@ class Workspace:
     def of(cls, model: nn.Module) -> Workspace:
         """The workspace of a base model, one for all learners on it."""
         with cls._guard:
-            return cls._of_model.setdefault(model, cls())
+            return cls._of_model.setdefault(model, cls(model))
 
     @property
     def in_use(self) -> bool:
@@ -225,7 +236,9 @@ class Workspace:
                 for target in writer.low_rank_targets
                 for down, up in [writer.factors(state, target)]
             ]
-            installation = _Installation(buffers.effective(writers, row, learning), factors)
+            model = self._model()
+            assert model is not None  # whoever reads with it holds it
+            installation = _Installation(buffers.effective(writers, row, learning), factors, model)
             # One installation at a time: that of the scope around this one steps aside until this one ends.
             if self._active:
                 self._active[-1].remove()

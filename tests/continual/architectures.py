@@ -50,13 +50,14 @@ _MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_ra
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_expand": 2}
 
 LLAMAS = """
-    llama mistral qwen2 qwen3 gemma gemma2 phi olmo olmo2 olmo3 cohere cohere2 granite smollm3 nemotron exaone4
-    ernie4_5 seed_oss starcoder2 stablelm gpt_neox helium hunyuan_v1_dense arcee apertus ministral biogpt
+    llama mistral qwen2 qwen3 gemma gemma2 phi olmo olmo2 olmo3 cohere cohere2 granite smollm3 nemotron
+    exaone4 ernie4_5 seed_oss starcoder2 stablelm gpt_neox helium hunyuan_v1_dense arcee apertus ministral
+    biogpt
 """
 MIXTRALS = """
     mixtral qwen3_moe olmoe granitemoe phimoe ernie4_5_moe hunyuan_v1_moe flex_olmo minimax_m2
 """
-DENSE = dict.fromkeys(LLAMAS.split(), {}) | {
+DENSE = {name: {} for name in LLAMAS.split()} | {
     "gemma3_text": {"sliding_window": 12},
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
@@ -74,8 +75,8 @@ DENSE = dict.fromkeys(LLAMAS.split(), {}) | {
     "xglm": {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2},
     "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
 }
-FUSED = dict.fromkeys(("phi3", "glm", "glm4"), {"partial_rotary_factor": 0.5})
-EXPERTS = dict.fromkeys(MIXTRALS.split(), _EXPERTS) | {
+FUSED = {name: {"partial_rotary_factor": 0.5} for name in ("phi3", "glm", "glm4")}
+EXPERTS = {name: {**_EXPERTS} for name in MIXTRALS.split()} | {
     "gpt_oss": {**_EXPERTS, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 20},
     "granitemoeshared": {**_EXPERTS, "shared_intermediate_size": 20},
@@ -151,11 +152,9 @@ ALL = DENSE | FUSED | EXPERTS | RECURRENT | OTHER
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A model in evaluation mode whose weights are large enough for its predictions to differ."""
-    given = {**_BASE, **ALL[name]}
+    settings = {key: value for key, value in {**_BASE, **ALL[name]}.items() if value is not None}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **{k: v for k, v in given.items() if v is not None})
-    ).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim in (2, 3):
