@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ class Budget:
         sums: gradients of the unfinished chunks of all levels but the fastest.
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
-        context: keys and values of a full window; 0 where the configuration does not say the head's size.
+        context: keys and values of a full window, states of recurrent layers.
         activations: tensors kept for the backward pass of one segment, and its logits; an estimate, shared.
         rows: number of rows.
         total: sum of all parts, for all rows.
@@ -64,17 +64,18 @@ def budget(reader: Reader, rows: int) -> Budget:
     )
     levels = [level_bytes(writer) for writer in writers]
     factors = sum(own.deltas for w, own in zip(writers, levels, strict=True) if w.level.rank is not None)
+    context, activations = _pass_bytes(reader)
     per_row = {
         "deltas": sum(own.deltas for own in levels),
         "sums": sum(own.sums for own in levels),
         "rules": sum(own.rules for own in levels),
-        "context": _context_bytes(model, reader.plan.window),
+        "context": context,
     }
     shared = {
         "base": base,
         "effective_weights": effective,
         "gradients": effective + factors,
-        "activations": _activation_bytes(reader),
+        "activations": activations,
     }
     return Budget(
         parameters=sum(p.numel() for p in parameters),
@@ -104,19 +105,9 @@ def level_bytes(writer: DeltaWriter) -> LevelBytes:
     return LevelBytes(deltas, deltas if writer.index and writer.learns else 0, writer.rule.kept * deltas)
 
 
-def _context_bytes(model: Any, window: int) -> int:
-    """Bytes of the keys and values of a full window."""
-    config = model.config
-    heads = getattr(config, "num_attention_heads", 0)
-    if not heads:
-        return 0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kept_heads * head_dim * window * model.dtype.itemsize
-
-
-def _activation_bytes(reader: Reader) -> int:
-    """Bytes that autograd keeps for a segment, counted by running the model once on a short one."""
+def _pass_bytes(reader: Reader) -> tuple[int, int]:
+    """Bytes of the context of a full window, and those that autograd keeps for a segment: counted by running
+    the model once on a short one."""
     tokens, short = reader.plan.segment, min(8, reader.plan.window)
     device = reader.model.device
     ids = torch.zeros(short + 1, dtype=torch.long, device=device)
@@ -128,5 +119,6 @@ def _activation_bytes(reader: Reader) -> int:
 
     parameters = {p.untyped_storage()._cdata for p in reader.model.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        reader.losses(ids, Context())
-    return sum(size for (storage, _), size in kept.items() if storage not in parameters) * tokens // short
+        _, context = reader.losses(ids, Context())
+    activations = sum(size for (storage, _), size in kept.items() if storage not in parameters)
+    return context.nbytes_at(reader.plan.window), activations * tokens // short

@@ -85,7 +85,9 @@ class Row:
         tokens: ids [n] of the present window, the unread last one included.
         learn: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
-        context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
+        context: keys and values, or states, of the tokens read; all of `tokens` but the last, or fewer.
+        resume: the context that the present segment began with, where `context` has gone on and cannot be
+            cropped; else None.
         version: changes whenever a delta does, and never stands for two contents.
     """
 
@@ -96,6 +98,7 @@ class Row:
     start: int = 0
     context: Context = field(default_factory=Context)
     version: Hashable = field(default_factory=lambda: next(_versions))
+    resume: Context | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -130,3 +133,4 @@ class Row:
     def clear_context(self) -> None:
         """Forget the attention context; what was learned and the place within the chunks stay."""
         self.tokens, self.learn, self.start, self.context = self.tokens[:0], self.learn[:0], 0, Context()
+        self.resume = None

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from nested_learning._files import writable
 from nested_learning._tensor_files import check_whole, parse_json, read_tensors, write_tensors
+from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.find import is_quantised
 from nested_learning.continual.plan import ReadingPlan
-from nested_learning.continual.saved_rows import SavedRows
+from nested_learning.continual.saved_rows import RESUME, SavedRows
 from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
@@ -150,8 +151,9 @@ class _Mismatch(ValueError):
 def _row_tensors(row: Row) -> dict[str, Tensor]:
     """Tensors of a row by their names in the file, where `learn` goes by the name of "mask"."""
     tensors = {"tokens": row.tokens, "mask": row.learn}
-    for i, (keys, values) in enumerate(row.context.layers):
-        tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
+    for prefix, context in (("", row.context), (RESUME, row.resume or Context())):
+        for i, layer in enumerate(context.layers):
+            tensors.update({f"{prefix}{name}/{i}": t for name, t in layer.items()})
     for index, state in enumerate(row.levels):
         tensors.update({f"{index}/delta/{slot}": t for slot, t in state.deltas.items()})
         tensors.update({f"{index}/sum/{slot}": t for slot, t in state.sums.items()})
@@ -161,8 +163,11 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
 
 
 def _row_numbers(row: Row) -> dict[str, Any]:
-    """Everything of a row that is no tensor, as JSON values."""
+    """Everything of a row that is no tensor, as JSON values; `read`, the lengths of its contexts, only where
+    they have states, whose shapes do not say it."""
+    lengths = {} if row.context.is_croppable else {"read": [len(row.context), row.resume and len(row.resume)]}
     return {
+        **lengths,
         "position": row.position,
         "start": row.start,
         "context_layers": len(row.context.layers),

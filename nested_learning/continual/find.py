@@ -62,7 +62,8 @@ def find_targets(model: Any, modules: Sequence[str] | None = None) -> list[Targe
     attention module; of each layer the linear maps outside of attention and recurrence that lead from the
     hidden width to another (or to twice it, where gate and up are fused), and from there back, are its MLP.
     So are such maps of stacked experts, 3-D parameters of a module. A recurrent mixer is a module with a
-    convolution along the tokens; it is what learns in a model whose layers have no MLP.
+    convolution along the tokens; in a model whose layers have no MLP, its maps from and to the hidden width
+    are what learns.
 
     Args:
         model: a transformers causal language model.
@@ -135,7 +136,10 @@ def _mlp_maps(model: Any, maps: dict[str, Target]) -> dict[str, Target]:
             plain = {n: t for n, t in inside.items() if not t.stack}
             stacked = {n: t for n, t in inside.items() if t.stack}
             other_way = {n: replace(t, transposed=not t.transposed) for n, t in stacked.items()}
-            found = _pairs(plain, width) | (_pairs(stacked, width) or _pairs(other_way, width))
+            if outside_mixers:
+                found = _pairs(plain, width) | (_pairs(stacked, width) or _pairs(other_way, width))
+            else:
+                found = {n: t for n, t in plain.items() if width in t.features}
             chosen.update({name: found[name] for name in inside if name in found})
         if chosen:
             return chosen

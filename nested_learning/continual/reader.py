@@ -1,7 +1,8 @@
 """Reading text with a row's deltas: next-token losses, and their gradients for the levels that learn.
 
 Tokens are read in windows of at most `window` positions. Within a window the keys and values of earlier
-tokens are kept as they were computed when those tokens were read, and no gradient flows into them. When a
+tokens, or the states of recurrent layers, are kept as they were computed when those tokens were read, and no
+gradient flows into them. When a
 segment does not fit any more, a new window begins with the last `overlap` tokens, read again with the
 weights of now. All of that depends on token positions alone, so it does not matter in what pieces a text
 comes.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_learning.continual.context import Context, checkpointed, evaluating
+from nested_learning.continual.context import Context, ContextReader, checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Pairs
 from nested_learning.continual.plan import ReadingPlan
@@ -40,6 +41,7 @@ class Reader:
         self.model = model
         self.writers = writers
         self.plan = plan
+        self.contexts = ContextReader(model)
         self.workspace = Workspace.of(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,10 +58,12 @@ class Reader:
         """
         with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
             self._begin_segment(row)
+            before = row.context if row.resume is None else row.resume
             tokens = torch.cat([row.tokens, ids])
             losses, context = self.losses(tokens[len(row.context) :], row.context)
         row.tokens, row.learn = tokens, torch.cat([row.learn, learn])
         row.context, row.position = context, row.position + len(ids)
+        row.resume = None if context.is_croppable else before
         return _padded(losses, len(ids))
 
     def read_segment(self, row: Row, ids: Tensor, learn: Tensor) -> tuple[Tensor, Lesson]:
@@ -88,13 +92,13 @@ class Reader:
                 crossing, context, crossing_grads = self.read_pairs(
                     tokens[first : start + 1] if start else tokens[:0],
                     learn[start : start + 1] if start else learn[:0],
-                    row.context.crop(first),
+                    row.context.crop(first) if row.resume is None else row.resume,
                     leaves if crossing_learns else {},
                 )
                 inside, context, inside_grads = self.read_pairs(
                     tokens[start:], learn[start + 1 :], context, leaves
                 )
-        row.tokens, row.learn, row.start = tokens, learn, len(tokens)
+        row.tokens, row.learn, row.start, row.resume = tokens, learn, len(tokens), None
         row.context, row.position = context, row.position + len(ids)
         losses = torch.cat([crossing, inside])
         learn = learn[len(learn) - len(losses) :]
@@ -114,16 +118,17 @@ class Reader:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""
         if row.start < len(row.tokens):
             return  # the segment has begun
+        row.resume = None
         length = self.plan.segment_end(row.position) - row.position
         if len(row.tokens) + length > self.plan.window:
             # Keys carry the positions that their tokens had in the old window, so they cannot be taken along:
             # the kept tokens are read again from position 0 on. The last of them is read with the segment.
             kept = row.tokens[max(len(row.tokens) - self.plan.overlap, 0) :]
-            cache = Context().open()
+            row.context = Context()
             if len(kept) > 1:
                 with torch.no_grad():  # by the model without its head: nobody asks for these logits
-                    self.model.base_model(input_ids=kept[None, :-1], past_key_values=cache, use_cache=True)
-            row.context = Context.closed(cache) if len(kept) > 1 else Context()
+                    body = self.model.base_model
+                    _, row.context = self.contexts.read(body, kept[None, :-1], Context())
             row.tokens, row.learn = kept, row.learn[len(row.learn) - len(kept) :]
         row.start = len(row.tokens)
 
@@ -156,11 +161,9 @@ class Reader:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
         if len(tokens) < 2:
             return torch.empty(0, device=tokens.device), context
-        cache = context.open()
-        output = self.model(input_ids=tokens[None, :-1], past_key_values=cache, use_cache=True)
-        logits = output.logits[0]
+        (logits,), context = self.contexts.read(self.model, tokens[None, :-1], context)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, tokens[1:], reduction="none"), Context.closed(cache)
+        return F.cross_entropy(logits, tokens[1:], reduction="none"), context
 
 
 def learned_sum(losses: Tensor, learn: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from nested_learning.continual.reader import Reader
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-
 
 def stack_levels(
     model: PreTrainedModel,
@@ -61,7 +59,8 @@ def stack_levels(
     """
     levels = check_levels(levels)
     model = _base_model(model)
-    with Workspace.of(model).bare():  # another learner may have its deltas in force
+    workspace = Workspace.of(model)
+    with workspace.bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
     num_layers = len({target.layer for target in targets})
     writers: list[DeltaWriter] = []
@@ -71,7 +70,10 @@ def stack_levels(
         writers.append(DeltaWriter(index, level, own, seed, faster=writers[-1] if writers else None))
     check_weights([target for writer in writers for target in writer.targets])
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
-    return Learner(model, tokenizer, Reader(model, writers, plan))
+    reader = Reader(model, writers, plan)
+    with workspace.bare():
+        reader.contexts.check(model)
+    return Learner(model, tokenizer, reader)
 
 
 def _base_model(model: Any) -> PreTrainedModel:
@@ -90,11 +92,5 @@ def _base_model(model: Any) -> PreTrainedModel:
         raise ValueError(
             f"expected a transformers causal language model, got {type(model).__name__}; "
             "load one with AutoModelForCausalLM.from_pretrained"
-        )
-    other = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if other:
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; "
-            "expected attention in every layer, as the context is kept as keys and values"
         )
     return model

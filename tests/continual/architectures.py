@@ -143,7 +143,7 @@ RECURRENT = {
 }
 OTHER = {
     "minimax": {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 8},
-    "recurrent_gemma": {"lru_width": 16, "attention_window_size": 12},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 12},
     "rwkv": {"attention_hidden_size": 16, "context_length": 64},
     "xlstm": {"num_heads": 2, "num_blocks": 2},
 }

@@ -27,7 +27,7 @@ def learner_on(model=MODEL, levels=LEVELS, **options):
 def contents(learner, row=0):
     """All tensors and numbers of a row."""
     row = learner.memory.rows[row]
-    tensors = [row.tokens, row.learn, *(t for pair in row.context.layers for t in pair)]
+    tensors = [row.tokens, row.learn, *(t for layer in row.context.layers for t in layer.values())]
     for state in row.levels:
         tensors += [t for _, t in sorted(state.deltas.items())] + [t for _, t in sorted(state.sums.items())]
         tensors += [t for _, stored in sorted(state.rule.items()) for _, t in sorted(stored.items())]
