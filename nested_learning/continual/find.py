@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,15 +170,13 @@ def _layers(model: nn.Module, maps: dict[str, Target]) -> dict[str, tuple[tuple[
             # norms are often called after the attention they precede
             attentions = tuple(
                 start
-                for name, child in layer.named_children()
-                if "attn" in name.lower() or "attention" in f"{name}{type(child).__name__}".lower()
-                for start in [f"{prefix}.{name}."]
+                for start in _attentions(prefix, layer)
                 if any(known.startswith(start) for known in maps)
             )
             mixers = tuple(
                 f"{prefix}.{name}."
-                for name, child in layer.named_children()
-                if any(isinstance(part, nn.Conv1d) for part in child.modules())
+                for name, child in layer.named_modules()
+                if any(isinstance(part, nn.Conv1d) for part in child.children())
             )
             lists.setdefault(list_name, {})[prefix] = attentions, mixers
     for which in (0, 1):
@@ -186,6 +184,15 @@ def _layers(model: nn.Module, maps: dict[str, Target]) -> dict[str, tuple[tuple[
         if found:
             return {prefix: own for layers in found for prefix, own in layers.items()}
     return {}
+
+
+def _attentions(prefix: str, layer: nn.Module) -> Iterator[str]:
+    """Beginnings of the names inside modules that are called after attention, also those of inner layers."""
+    for name, child in layer.named_children():
+        if type(child).__name__.endswith("Layer") and list(child.named_children()):
+            yield from _attentions(f"{prefix}.{name}", child)
+        elif "attn" in name.lower() or "attention" in f"{name}{type(child).__name__}".lower():
+            yield f"{prefix}.{name}."
 
 
 def _matching(maps: dict[str, Target], endings: Sequence[str]) -> list[str]:

@@ -137,8 +137,8 @@ class TestRefused:
 
     def test_layers_without_attention(self):
         model = tiny_model()
-        model.config.layer_types = ["full_attention", "linear_attention"]
-        with pytest.raises(ValueError, match="linear_attention"):
+        model.config.layer_types = ["full_attention", "compressed_sparse_attention"]
+        with pytest.raises(ValueError, match="layers of type compressed_sparse_attention, full_attention"):
             stack_levels(model, levels=[Level(8, 0.1)])
 
 
