@@ -139,7 +139,7 @@ def _mlp_maps(model: Any, maps: dict[str, Target]) -> dict[str, Target]:
             if outside_mixers:
                 found = _pairs(plain, width) | (_pairs(stacked, width) or _pairs(other_way, width))
             else:
-                found = {n: t for n, t in plain.items() if width in t.features}
+                found = {n: t for n, t in plain.items() if n.startswith(mixers) and width in t.features}
             chosen.update({name: found[name] for name in inside if name in found})
         if chosen:
             return chosen

@@ -91,7 +91,7 @@ EXPERTS = {name: {**_EXPERTS} for name in MIXTRALS.split()} | {
         "n_heads": 2,
         "n_layers": 2,
         "max_seq_len": 64,
-        "attn_config": {"kv_n_heads": 1, "clip_qkv": None, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
@@ -121,13 +121,6 @@ RECURRENT = {
         "layer_types": ["mamba", "attention"],
     },
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 32},
-    "zamba": {
-        **_MAMBA,
-        "n_mamba_heads": 2,
-        "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        "use_mamba_kernels": False,
-    },
     "zamba2": {**_MAMBA2, "layers_block_type": ["mamba", "hybrid"], "use_mem_rope": True, "adapter_rank": 4},
     "nemotron_h": {
         **_EXPERTS,

@@ -73,6 +73,14 @@ def test_refused(name):
         stack_levels(tiny(name), levels=[Level(8, 0.1)])
 
 
+def test_hope_models_are_refused():
+    from nested_learning.models import HopeConfig, HopeForCausalLM
+
+    config = HopeConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(ValueError, match="keeps memories of its own in a HopeCache"):
+        stack_levels(HopeForCausalLM(config), levels=[Level(8, 0.1)])
+
+
 def test_the_guide_names_them_all():
     """The table of docs/continual.md has each by the name of its configuration, `model_type`."""
     with open("docs/continual.md") as guide:
