@@ -98,8 +98,8 @@ class ContextReader:
     def __init__(self, model: Any) -> None:
         if model.config.model_type == "hope":
             raise ValueError(
-                f"{type(model).__name__} keeps memories of its own in a HopeCache, which a context cannot carry; "
-                "it learns in context by itself, and its weights are trained as those of any model"
+                f"{type(model).__name__} keeps memories of its own in a HopeCache, which no context can "
+                "carry; it learns in context by itself, and its weights are trained as those of any model"
             )
         takes = inspect.signature(model.forward).parameters
         names = [name for name in ("past_key_values", "cache_params") if name in takes]
