@@ -47,8 +47,8 @@ class LowRank(NamedTuple):
     """A product up · down of rank r, [out, in].
 
     Attributes:
-        down: [r, in].
-        up: [out, r].
+        down: [r, in], of stacked experts [E, r, in].
+        up: [out, r], or [E, out, r].
     """
 
     down: Tensor
@@ -74,15 +74,16 @@ def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
 
     `down` of the result has orthonormal rows.
     """
-    rank = len(mine.down)
-    left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=1)
-    right = torch.cat([mine.down, theirs.down])
+    rank = mine.down.shape[-2]
+    left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=-1)
+    right = torch.cat([mine.down, theirs.down], dim=-2)
     q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    u, values, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     squares = values.square()
-    product = LowRank((q_right @ v[:rank].T).T.contiguous(), q_left @ (u[:, :rank] * values[:rank]))
-    return Mixed(product, squares[rank:].sum(), squares.sum())
+    down = (q_right @ v[..., :rank, :].mT).mT.contiguous()
+    up = q_left @ (u[..., :rank] * values[..., None, :rank])
+    return Mixed(LowRank(down, up), squares[..., rank:].sum(), squares.sum())
 
 
 def approach(mine: Weights, slot: str, theirs: Tensor | None, rate: float) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from nested_learning.continual.context import Context
-from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.find import is_quantised, memory_dtype
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.replayer import Replayer
 from nested_learning.continual.units import SparseWrites
@@ -29,7 +30,7 @@ class Budget:
             are yet to be written (`Level.distill`).
         rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
         gradients: gradients of one segment, while it is read; shared.
-        context: keys and values of a full window; 0 where the configuration does not say the head's size.
+        context: keys and values of a full window, states of recurrent layers.
         activations: tensors kept for the backward pass of one segment (of an example of replay, where that is
             longer), and its logits; an estimate, shared.
         rows: number of rows.
@@ -66,22 +67,27 @@ def budget(reader: Reader, rows: int, replayer: Replayer | None = None) -> Budge
     full = {t.name: t for w in writers for t in w.full_targets}
     learned = {t.name: t for w in writers for t in w.targets}
     base = sum(p.numel() * p.element_size() for p in parameters)
-    effective = sum(t.weight.numel() * t.weight.element_size() for t in full.values())
+    effective = sum(
+        math.prod(t.shape)
+        * (memory_dtype(t.weight).itemsize if is_quantised(t.weight) else t.weight.element_size())
+        for t in full.values()
+    )
     levels = [level_bytes(writer) for writer in writers]
+    at_once = max(reader.plan.segment, 0 if replayer is None else replayer.settings.piece)
+    context, activations = _pass_bytes(reader, at_once)
     factors = sum(_slot_bytes(w) for w in writers if w.level.rank is not None and w.averaged is None)
     per_row = {
         "deltas": sum(own.deltas for own in levels),
         "sums": sum(own.sums for own in levels),
         "rules": sum(own.rules for own in levels),
-        "context": _context_bytes(model, reader.plan.window),
+        "context": context,
         "store": 0 if replayer is None else replayer.settings.tokens * (replayer.dtype.itemsize + 1),
     }
-    at_once = max(reader.plan.segment, 0 if replayer is None else replayer.settings.piece)
     shared = {
         "base": base,
         "effective_weights": effective,
         "gradients": effective + factors,
-        "activations": _activation_bytes(reader, at_once),
+        "activations": activations,
         "anchors": reader.anchors.fisher.nbytes if reader.anchors.fisher else 0,
     }
     total = sum(shared.values()) + rows * sum(per_row.values())
@@ -114,7 +120,10 @@ def level_bytes(writer: DeltaWriter, *, grown: bool = False) -> LevelBytes:
     drawn = 0
     if writer.fixed_down and writer.averaged is None:  # an average has those of the level that it averages
         drawn = sum(
-            memory_dtype(target.weight).itemsize * (writer.level.rank or 0) * target.features[0]
+            memory_dtype(target.weight).itemsize
+            * math.prod(target.stack)
+            * (writer.level.rank or 0)
+            * target.features[0]
             for target in writer.targets
         )
     return LevelBytes(learned + drawn, _sum_bytes(writer), writer.rule.kept * learned)
@@ -142,26 +151,16 @@ def _slot_bytes(writer: DeltaWriter) -> int:
     size, level = 0, writer.level
     for target in writer.targets:
         inputs, outputs = target.features
-        own = target.weight.numel()
+        own = math.prod(target.features)
         if level.rank is not None:
             own = level.rank * (outputs if writer.fixed_down else inputs + outputs)
-        size += memory_dtype(target.weight).itemsize * own
+        size += memory_dtype(target.weight).itemsize * math.prod(target.stack) * own
     return size
 
 
-def _context_bytes(model: Any, window: int) -> int:
-    """Bytes of the keys and values of a full window."""
-    config = model.config
-    heads = getattr(config, "num_attention_heads", 0)
-    if not heads:
-        return 0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kept_heads * head_dim * window * model.dtype.itemsize
-
-
-def _activation_bytes(reader: Reader, tokens: int) -> int:
-    """Bytes that autograd keeps for so many tokens, counted by running the model once on fewer."""
+def _pass_bytes(reader: Reader, tokens: int) -> tuple[int, int]:
+    """Bytes of the context of a full window, and those that autograd keeps for so many tokens: counted by
+    running the model once on a few."""
     short = min(8, reader.plan.window)
     device = reader.model.device
     ids = torch.zeros(short + 1, dtype=torch.long, device=device)
@@ -173,5 +172,6 @@ def _activation_bytes(reader: Reader, tokens: int) -> int:
 
     parameters = {p.untyped_storage()._cdata for p in reader.model.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        reader.losses(ids, Context())
-    return sum(size for (storage, _), size in kept.items() if storage not in parameters) * tokens // short
+        _, context = reader.losses(ids, Context())
+    activations = sum(size for (storage, _), size in kept.items() if storage not in parameters)
+    return context.nbytes_at(reader.plan.window), activations * tokens // short

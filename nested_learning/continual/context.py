@@ -1,8 +1,13 @@
-"""The attention context of a reader, as a value: keys and values of the tokens read before."""
+"""The context of a reader, as a value: what the model's layers keep of the tokens read before.
+
+Keys and values of attention, states of recurrent layers: whatever cache the model has, opened for one call
+and closed after it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,80 +16,177 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nested_learning.continual.cache_layers import PastLayer, state_layers
 
-class _PastLayer(DynamicLayer):
-    """One layer's keys and values; `update` joins new ones to the past and changes nothing.
-
-    So a layer that gradient checkpointing runs a second time reads the same past again. (transformers'
-    own layers would append the new keys twice.)
-    """
-
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.joined: tuple[Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
-        self.joined = key_states, value_states
-        return self.joined
+GROWING = ("keys", "values")  # tensors of a layer that have one entry per token
 
 
 @dataclass(frozen=True)
 class Context:
-    """Keys and values [1, heads, tokens, d] of each layer, cut from any graph. Never written to."""
+    """Everything that a model's layers keep of the tokens read before, cut from any graph. Never written to.
 
-    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    Attributes:
+        layers: tensors of each layer by name: "keys" and "values" [1, heads, tokens, d] of attention, states
+            of recurrent layers.
+        length: number of tokens in it.
+    """
+
+    layers: tuple[Mapping[str, Tensor], ...] = ()
+    length: int = 0
 
     def __len__(self) -> int:
         """Number of tokens in it."""
-        return self.layers[0][0].shape[-2] if self.layers else 0
+        return self.length
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether it says what it was some tokens ago: not where a state has summed them up."""
+        return all(name in GROWING for layer in self.layers for name in layer)
 
     def crop(self, length: int) -> Context:
-        """The first `length` tokens alone."""
+        """The first `length` tokens alone. ValueError if a recurrent layer does not tell them apart."""
         if length == len(self):
             return self
-        return Context(tuple((k[..., :length, :], v[..., :length, :]) for k, v in self.layers if length))
+        if length and not self.is_croppable:
+            raise ValueError(
+                f"a context of {len(self)} tokens with recurrent states cannot be cut to {length}"
+            )
+        layers = tuple({name: t[..., :length, :] for name, t in layer.items()} for layer in self.layers)
+        return Context(layers, length) if length else Context()
 
     def to(self, dtype: torch.dtype) -> Context:
         """Context of equal keys and values in another precision."""
-        return Context(tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.layers))
-
-    def open(self) -> Cache:
-        """The `past_key_values` for one call of the model."""
-        cache = Cache(layer_class_to_replicate=_PastLayer)
-        for keys, values in self.layers:
-            layer = _PastLayer()
-            layer.keys, layer.values, layer.is_initialized = keys, values, True
-            cache.layers.append(layer)
-        return cache
-
-    @classmethod
-    def closed(cls, cache: Cache) -> Context:
-        """The context after the call that `cache` was opened for.
-
-        Raises:
-            ValueError: the model did not use it as attention layers do.
-        """
-        joined = [getattr(layer, "joined", None) for layer in cache.layers]
-        if not joined or any(pair is None for pair in joined):
-            raise ValueError(
-                "the model did not put its keys and values into the cache it was given; "
-                "expected a causal language model whose layers all have attention"
-            )
-        return cls(tuple((keys.detach(), values.detach()) for keys, values in joined))  # type: ignore[misc]
+        layers = (
+            {name: t.to(dtype) if name in GROWING else t for name, t in layer.items()}
+            for layer in self.layers
+        )
+        return Context(tuple(layers), self.length)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+        return self.nbytes_at(len(self))
+
+    def nbytes_at(self, length: int) -> int:
+        """Bytes of a context of `length` tokens."""
+        return sum(
+            t.numel()
+            * t.element_size()
+            * (length if name in GROWING else 1)
+            // (t.shape[-2] if name in GROWING else 1)
+            for layer in self.layers
+            for name, t in layer.items()
+        )
+
+
+class ContextReader:
+    """How a model takes a context and gives it back.
+
+    Args:
+        model: the base model.
+
+    Attributes:
+        has_states: whether some of its layers are recurrent.
+        stepwise: whether it reads single tokens alone after a context; see `check`.
+
+    Raises:
+        ValueError: it takes no cache from outside, or keeps what cannot be carried.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if model.config.model_type == "hope":
+            raise ValueError(
+                f"{type(model).__name__} keeps memories of its own in a HopeCache, which no context can "
+                "carry; it learns in context by itself, and its weights are trained as those of any model"
+            )
+        takes = inspect.signature(model.forward).parameters
+        names = [name for name in ("past_key_values", "cache_params") if name in takes]
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} takes no cache (its forward has neither past_key_values nor "
+                "cache_params), so that reading cannot go on where it stopped"
+            )
+        self._argument = names[0]
+        self._config = model.config
+        self.has_states = state_layers(model.config) is not None
+        self.stepwise = False
+
+    def read(self, module: Any, ids: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """Read ids [1, n] after `context` with the model, or with its body.
+
+        Returns:
+            logits [1, n, V] (of the body its last hidden states), and the context then, cut from the graph.
+
+        Raises:
+            ValueError: the model did not use the cache as attention and recurrent layers do.
+        """
+        # Within the pass gradients flow from token to token, however it is read.
+        parts, outputs = ids.split(1, dim=1) if self.stepwise and len(context) else (ids,), []
+        for part in parts:
+            output, context = self._read(module, part, context)
+            outputs.append(output)
+        layers = tuple({name: t.detach() for name, t in layer.items()} for layer in context.layers)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], Context(layers, len(context))
+
+    def _read(self, module: Any, ids: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """Read ids in one call of the model; the context after it hangs in the call's graph."""
+        layers = state_layers(self._config)
+        if layers is None:
+            layers = [PastLayer() for _ in context.layers]
+            cache = Cache(layer_class_to_replicate=PastLayer)
+            cache.layers.extend(layers)
+        else:
+            cache = Cache(layers=layers)
+        for layer, past in zip(layers, context.layers, strict=bool(context.layers)):
+            layer.take(past)
+        output = module(input_ids=ids, **{self._argument: cache}, use_cache=True)
+        held = tuple(layer.held() for layer in cache.layers)
+        if not any(held):
+            raise ValueError(
+                "the model put nothing into the cache it was given; expected a causal language model whose "
+                "layers have attention or recurrent states that are passed on"
+            )
+        # output[0] is the loss of the router where the configuration asks for it
+        return output.get("logits", output[0]), Context(held, len(context) + ids.shape[1])
+
+    @torch.no_grad()
+    def check(self, model: Any) -> None:
+        """Find out how a model with recurrent layers goes on from a context, by passes of a few tokens.
+
+        Some take a state for a single token only: they are read token by token (`stepwise`).
+
+        Raises:
+            ValueError: it does not go on as it would have read on.
+        """
+        if not self.has_states:
+            return
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(9, device=model.device)[None] * 7 % vocab_size
+        difference = 0.0
+        with evaluating(model):
+            try:
+                expected = self.read(model, ids, Context())[0][0, 3:].float()
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{type(model).__name__} does not read with transformers' cache, so that no context can "
+                    f"be carried: {error}"
+                ) from error
+            _, begun = self.read(model, ids[:, :3], Context())
+            self.read(model, ids[:, 5:], Context())  # what modules may keep is of another text now
+            for self.stepwise in (False, True):
+                first, context = self.read(model, ids[:, 3:4], begun)
+                rest, _ = self.read(model, ids[:, 4:], context)
+                difference = float((torch.cat([first, rest], dim=1)[0].float() - expected).abs().max())
+                coarse = torch.finfo(model.dtype).eps > 1e-4
+                if difference <= (0.1 if coarse else 1e-3) * max(float(expected.abs().max()), 1e-3):
+                    return
+        raise ValueError(
+            f"{type(model).__name__} does not go on from the cache it is given: logits differ by "
+            f"{difference:.3g} from those of a text that is read at once. It keeps its state in its modules, "
+            "or does not pass it on, so that levels cannot read with it"
+        )
 
 
 @contextmanager

@@ -113,9 +113,11 @@ class Row:
         tokens: ids [n] of the present window, the unread last one included.
         learn: bool [n] on the CPU, whether the levels learn to predict each of `tokens`.
         start: index in `tokens` of the first token of the present segment.
-        context: keys and values of the tokens read; all of `tokens` but the last, or fewer.
+        context: keys and values, or states, of the tokens read; all of `tokens` but the last, or fewer.
         answers: predictions of the tokens in the second half of the window, all but those of the present
             segment; None where there are none, or no level distils.
+        resume: the context that the present segment began with, where `context` has gone on and cannot be
+            cropped; else None.
         version: changes whenever a delta does, and never stands for two contents.
         in_force: indices of the levels whose deltas act; None while text is read: all that are no average.
         store: examples of what was read; None where nothing is kept.
@@ -131,6 +133,7 @@ class Row:
     in_force: tuple[int, ...] | None = None
     store: Store | None = None
     answers: KeptAnswers | None = None
+    resume: Context | None = None
 
     @classmethod
     def new(cls, num_levels: int, device: torch.device) -> Row:
@@ -166,3 +169,4 @@ class Row:
         """Forget the attention context; what was learned and the place within the chunks stay."""
         self.tokens, self.learn, self.start, self.context = self.tokens[:0], self.learn[:0], 0, Context()
         self.answers = None
+        self.resume = None

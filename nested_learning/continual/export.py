@@ -72,6 +72,11 @@ def export(
         )
     if lora_rank is None:
         _check_mergeable(model, reader.writers)
+    elif stacked := [target.name for writer in reader.writers for target in writer.targets if target.stack]:
+        raise ValueError(
+            f"{stacked[0]} is a stack of experts, which no LoRA adapter of peft fits: export a checkpoint "
+            "instead (without lora_rank)"
+        )
     ids = _probe(probe, tokenizer, model, row)
     with reader.workspace.installed(reader.writers, row):
         wanted = _logits(model, ids)

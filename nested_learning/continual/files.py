@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from nested_learning._files import writable
 from nested_learning._tensor_files import check_whole, parse_json, read_tensors, write_tensors
+from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.find import is_quantised
 from nested_learning.continual.plan import ReadingPlan
-from nested_learning.continual.saved_rows import SavedRows
+from nested_learning.continual.saved_rows import RESUME, SavedRows
 from nested_learning.continual.saved_store import store_fields, store_tensors
 from nested_learning.continual.writing import DeltaWriter
 
@@ -36,13 +39,23 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(str(getattr(model.config, "model_type", "")).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        step = max(1, len(flat) // SAMPLES)
-        sample = flat[::step]
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
+        for plain in _plain(parameter.detach()):
+            flat = plain.reshape(-1)
+            step = max(1, len(flat) // SAMPLES)
+            sample = flat[::step]
+            if sample.is_floating_point():
+                sample = sample.to(torch.bfloat16).view(torch.int16)
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantised one is made of, such as integers and scales; else the tensor itself."""
+    if not (is_quantised(tensor) and is_traceable_wrapper_subclass(tensor)):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    parts = (getattr(tensor, name) for name in names)
+    return [plain for part in parts if part is not None for plain in _plain(part)]
 
 
 @contextmanager
@@ -157,8 +170,9 @@ class _Mismatch(ValueError):
 def _row_tensors(row: Row) -> dict[str, Tensor]:
     """Tensors of a row by their names in the file, where `learn` goes by the name of "mask"."""
     tensors = {"tokens": row.tokens, "mask": row.learn}
-    for i, (keys, values) in enumerate(row.context.layers):
-        tensors[f"keys/{i}"], tensors[f"values/{i}"] = keys, values
+    for prefix, context in (("", row.context), (RESUME, row.resume or Context())):
+        for i, layer in enumerate(context.layers):
+            tensors.update({f"{prefix}{name}/{i}": t for name, t in layer.items()})
     if row.answers is not None:
         tensors.update({f"answers/{name}": t for name, t in vars(row.answers).items()})
     for index, state in enumerate(row.levels):
@@ -180,10 +194,13 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
 
 
 def _row_numbers(row: Row) -> dict[str, Any]:
-    """Everything of a row that is no tensor, as JSON values."""
+    """Everything of a row that is no tensor, as JSON values; `read`, the lengths of its contexts, only where
+    they have states, whose shapes do not say it."""
     kept = {} if row.store is None else {"store": store_fields(row.store)}
+    lengths = {} if row.context.is_croppable else {"read": [len(row.context), row.resume and len(row.resume)]}
     return {
         **kept,
+        **lengths,
         "position": row.position,
         "start": row.start,
         "context_layers": len(row.context.layers),

@@ -1,7 +1,8 @@
 """Reading text with a row's deltas: next-token losses, and their gradients for the levels that learn.
 
 Tokens are read in windows of at most `window` positions. Within a window the keys and values of earlier
-tokens are kept as they were computed when those tokens were read, and no gradient flows into them. When a
+tokens, or the states of recurrent layers, are kept as they were computed when those tokens were read, and no
+gradient flows into them. When a
 segment does not fit any more, a new window begins with the last `overlap` tokens, read again with the
 weights of now. All of that depends on token positions alone, so it does not matter in what pieces a text
 comes.
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from nested_learning.continual.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.answers import KeptAnswers
-from nested_learning.continual.context import Context, checkpointed, evaluating
+from nested_learning.continual.context import Context, ContextReader, checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Pairs
 from nested_learning.continual.plan import ReadingPlan
@@ -46,6 +47,7 @@ class Reader:
         self.writers = writers
         self.plan = plan
         self.anchors = anchors
+        self.contexts = ContextReader(model)
         self.workspace = Workspace.of(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,10 +64,12 @@ class Reader:
         """
         with torch.no_grad(), self.workspace.installed(self.writers, row), evaluating(self.model):
             self._begin_segment(row)
+            before = row.context if row.resume is None else row.resume
             tokens = torch.cat([row.tokens, ids])
             losses, context = self.losses(tokens[len(row.context) :], row.context)
         row.tokens, row.learn = tokens, torch.cat([row.learn, learn])
         row.context, row.position = context, row.position + len(ids)
+        row.resume = None if context.is_croppable else before
         return _padded(losses, len(ids))
 
     def read_segment(self, row: Row, ids: Tensor, learn: Tensor) -> tuple[Tensor, Lesson]:
@@ -94,14 +98,14 @@ class Reader:
             crossing, context, crossing_grads = self.read_pairs(
                 tokens[first : start + 1] if start else tokens[:0],
                 learn[start : start + 1] if start else learn[:0],
-                row.context.crop(first),
+                row.context.crop(first) if row.resume is None else row.resume,
                 leaves if crossing_learns else {},
                 keep,
             )
             inside, context, inside_grads = self.read_pairs(
                 tokens[start:], learn[start + 1 :], context, leaves, keep
             )
-        row.tokens, row.learn, row.start = tokens, learn, len(tokens)
+        row.tokens, row.learn, row.start, row.resume = tokens, learn, len(tokens), None
         row.context, row.position = context, row.position + len(ids)
         row.answers = KeptAnswers.joined(answers) if answers else None
         losses = torch.cat([crossing, inside])
@@ -123,6 +127,7 @@ class Reader:
         """At the start of a segment, begin a new window if the whole segment does not fit in this one."""
         if row.start < len(row.tokens):
             return  # the segment has begun
+        row.resume = None
         if self.plan.window_ends(len(row.tokens), row.position):
             # Keys carry the positions that their tokens had in the old window, so they cannot be taken along:
             # the kept tokens are read again from position 0 on. The last of them is read with the segment.
@@ -136,10 +141,8 @@ class Reader:
         """Context of tokens [n] read from position 0 on with the weights in force, without gradient."""
         if not len(tokens):
             return Context()
-        cache = Context().open()
         with torch.no_grad():  # by the model without its head: nobody asks for these logits
-            self.model.base_model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
-        return Context.closed(cache)
+            return self.contexts.read(self.model.base_model, tokens[None], Context())[1]
 
     @contextmanager
     def learning(self, row: Row) -> Iterator[Weights]:
@@ -195,9 +198,8 @@ class Reader:
 
     def predict(self, tokens: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Logits [n, V] after each of tokens [n], float32 at least, and the context after reading them."""
-        cache = context.open()
-        logits = self.model(input_ids=tokens[None], past_key_values=cache, use_cache=True).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), Context.closed(cache)
+        (logits,), context = self.contexts.read(self.model, tokens[None], context)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), context
 
 
 def gradients(total: Tensor, leaves: Weights) -> Weights:

@@ -15,6 +15,7 @@ from nested_learning._errors import unknown
 from nested_learning.memory.state import Weights
 from nested_learning.optimizers import M3
 from nested_learning.optimizers.memory_forms import (
+    MEMORIES,
     AdamMemory,
     GradientMemory,
     MomentumMemory,
@@ -108,11 +109,40 @@ class M3Rule:
         return {}  # the optimizer makes it
 
 
+class PerExpert:
+    """A rule that takes matrices, for slots that are stacks of them [E, m, n]: each expert has its own.
+
+    The state of a stack is the states of its matrices, stacked.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.kept = rule.kept
+
+    def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
+        stacks = {slot: len(g) for slot, g in grads.items() if g.ndim == 3}
+        if not stacks:
+            return self.rule.step(state, grads, scale)
+        single = {slot: g for slot, g in grads.items() if slot not in stacks}
+        kept = {slot: state[slot] for slot in single if slot in state}
+        for slot, experts in stacks.items():
+            for e in range(experts):
+                single[f"{slot}/{e}"] = grads[slot][e]
+                kept[f"{slot}/{e}"] = {field: t[e] for field, t in state.get(slot, {}).items()}
+        directions, new, factor = self.rule.step(kept, single, scale)
+        for slot, experts in stacks.items():
+            own = [f"{slot}/{e}" for e in range(experts)]
+            directions[slot] = torch.stack([directions.pop(name) for name in own])
+            states = [new.pop(name) for name in own]
+            new[slot] = {field: torch.stack([each[field] for each in states]) for field in states[0]}
+        return Step(directions, new, factor)
+
+
 _NAMED: dict[str, Rule] = {
     "gd": PlainGradient(),
     "momentum": FormRule(MomentumMemory()),
     "adam": FormRule(AdamMemory(), kept=2),
-    "m3": M3Rule(),
+    "m3": PerExpert(M3Rule()),
 }
 
 
@@ -150,4 +180,5 @@ def resolve_rule(rule: str | GradientMemory) -> Rule:
         raise ValueError(
             f"rule must be one of {', '.join(_NAMED)} or an object with init, update and read, got {rule!r}"
         )
-    return FormRule(rule)
+    form = FormRule(rule)
+    return form if type(rule) in MEMORIES.values() else PerExpert(form)  # one of these mixes no elements

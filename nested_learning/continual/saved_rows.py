@@ -8,7 +8,7 @@ unfinished, how much of the window was read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nested_learning.continual.answers import KeptAnswers
-from nested_learning.continual.context import Context, evaluating
+from nested_learning.continual.context import GROWING, Context, ContextReader, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
 from nested_learning.continual.passage import KeptTokens
@@ -31,9 +31,10 @@ LEVEL_FIELDS = {"loss", "pairs", "history", "rule"}
 PRECISIONS = (torch.bfloat16, torch.float32, torch.float64)  # of deltas, sums and states of rules
 FLOATING = (torch.float16, *PRECISIONS)  # of keys and values
 MOST_TOKENS = 2**53
-# Sizes of a matrix that stand for those of a slot where a rule is asked for the shapes of its state.
-PROBE = (11, 13)
-_SHAPES: WeakKeyDictionary[nn.Module, list[tuple[tuple[int, ...], tuple[int, ...]]]] = WeakKeyDictionary()
+RESUME = "resume/"  # before the names of the tensors of `Row.resume`
+# Sizes of a stack of matrices that stand for those of a slot where a rule is asked for its state's shapes.
+PROBE = (7, 11, 13)
+_SHAPES: WeakKeyDictionary[nn.Module, tuple[Mapping[str, Tensor], ...]] = WeakKeyDictionary()
 
 
 class SavedRows:
@@ -76,7 +77,11 @@ class SavedRows:
 
     def _row(self, prefix: str, numbers: Any) -> Row:
         kept = numbers.get("store") if isinstance(numbers, dict) else None
-        _check_fields(f"row {prefix[:-1]}", numbers, ROW_FIELDS | ({"store"} if kept is not None else set()))
+        has_states = isinstance(numbers, dict) and "read" in numbers
+        optional = {"store": kept is not None, "read": has_states}
+        _check_fields(
+            f"row {prefix[:-1]}", numbers, ROW_FIELDS | {name for name, given in optional.items() if given}
+        )
         position = _count("position", numbers["position"], MOST_TOKENS)
         tokens = self._tokens(prefix, position)
         length = len(tokens)
@@ -87,7 +92,17 @@ class SavedRows:
         _check(f"{prefix}mask", learn, (torch.bool,), (length,))
         row = Row.new(len(self._writers), self._model.device)
         row.position, row.start, row.tokens, row.learn = position, start, tokens.to(self._model.device), learn
-        row.context = self._context(prefix, numbers["context_layers"], length, start)
+        layers, lengths = numbers["context_layers"], numbers.get("read", [None, None])
+        if not isinstance(lengths, list) or len(lengths) != 2:
+            raise ValueError(f"read is {_short(lengths)}, expected two lengths")
+        row.context = self._context(prefix, layers, lengths[0], (max(start - 1, 0), max(length - 1, 0)))
+        if lengths[1] is not None:
+            begun = max(start - 1, 0)
+            row.resume = self._context(
+                prefix + RESUME, layers if lengths[1] else 0, lengths[1], (begun, begun)
+            )
+        elif has_states and len(row.context) != max(start - 1, 0):
+            raise ValueError("the context that its segment began with is missing")
         row.answers = self._answers(f"{prefix}answers/", self._answered(position, length, start))
         levels = numbers["levels"]
         if not isinstance(levels, list) or len(levels) != len(self._writers):
@@ -171,46 +186,55 @@ class SavedRows:
 
     # Context -------------------------------------------------------------------------------------------
 
-    def _context(self, prefix: str, layers: object, length: int, start: int) -> Context:
-        """Keys and values of all tokens but the last, or of fewer, but all before the present segment."""
-        count = _count("context_layers", layers, len(self._context_shapes) if length > 1 else 0)
-        read = [self._pair(prefix, i, self._context_shapes[i]) for i in range(count)]
-        lengths = {t.shape[-2] for pair in read for t in pair}
-        if count not in (0, len(self._context_shapes)) or len(lengths) > 1:
+    def _context(self, prefix: str, layers: object, length: object, bounds: tuple[int, int]) -> Context:
+        """Context of all tokens but the last, or of fewer, but all before the present segment.
+
+        Args:
+            prefix: of the names of its tensors.
+            layers: number of its layers; 0 of an empty one.
+            length: number of its tokens where it has states; None where keys and values say it.
+            bounds: fewest and most tokens that it can hold at its place, if it is not empty.
+        """
+        shapes = self._context_shapes
+        count = _count("context_layers", layers, len(shapes) if bounds[1] else 0)
+        read = [self._layer(prefix, i, shapes[i]) for i in range(count)]
+        lengths = {t.shape[-2] for layer in read for name, t in layer.items() if name in GROWING}
+        if length is not None and count:
+            lengths.add(_count("read", length, MOST_TOKENS))
+        if count not in (0, len(shapes)) or len(lengths) > 1 or (count and not lengths):
             raise ValueError(
                 f"its context has {count} layers of lengths {sorted(lengths)}, the model has others"
             )
         found = max(lengths, default=0)
-        if not max(start - 1, 0) <= found <= max(length - 1, 0) or (count and not found):
+        if not bounds[0] <= found <= bounds[1] or (count and not found):
             raise ValueError(
-                f"its context holds {found} tokens of a window of {length}, whose segment begins at {start}"
+                f"its context holds {found} tokens, expected {bounds[0]} to {bounds[1]} at this place"
             )
-        return Context(tuple(read)).to(self._model.dtype)
+        return Context(tuple(read), found)
 
-    def _pair(
-        self, prefix: str, index: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    ) -> tuple[Tensor, Tensor]:
-        found = []
-        for name, shape in zip((f"{prefix}keys/{index}", f"{prefix}values/{index}"), shapes, strict=True):
-            tensor = self._pop(name)
-            length = tensor.shape[2] if tensor.ndim == 4 else -1
-            _check(name, tensor, FLOATING, (1, shape[1], length, shape[3]))
-            found.append(tensor.to(self._model.device))
-        return found[0], found[1]
+    def _layer(self, prefix: str, index: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, shown in like.items():
+            tensor = self._pop(f"{prefix}{name}/{index}")
+            shape: tuple[int, ...] = tuple(shown.shape)
+            if name in GROWING:
+                shape = (1, shape[1], tensor.shape[2] if tensor.ndim == 4 else -1, shape[3])
+            _check(f"{prefix}{name}/{index}", tensor, FLOATING, shape)
+            found[name] = tensor.to(self._model.device, shown.dtype)
+        return found
 
     @property
-    def _context_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Shapes of keys and values of each layer after one token: the model says them best itself, once."""
+    def _context_shapes(self) -> tuple[Mapping[str, Tensor], ...]:
+        """Each layer's tensors after one token: the model says their shapes best itself, once."""
         if self._model not in _SHAPES:
-            _SHAPES[self._model] = self._shapes_of_one_token()
+            _SHAPES[self._model] = self._layers_after_one_token()
         return _SHAPES[self._model]
 
-    def _shapes_of_one_token(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        cache = Context().open()
+    def _layers_after_one_token(self) -> tuple[Mapping[str, Tensor], ...]:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
         with Workspace.of(self._model).lock, evaluating(self._model), torch.no_grad():
-            self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return [(tuple(k.shape), tuple(v.shape)) for k, v in Context.closed(cache).layers]
+            _, context = ContextReader(self._model).read(self._model, ids, Context())
+        return context.layers
 
     # Levels --------------------------------------------------------------------------------------------
 
@@ -292,22 +316,25 @@ class SavedRows:
 
     def _fill_rule(self, prefix: str, writer: DeltaWriter, state: DeltaState, fields: object) -> None:
         """The rule's state of each slot: all of its fields, or none."""
-        like = _rule_state(writer)
+        like = _rule_state(writer, 2)
         if fields != [] and fields != sorted(like):
             raise ValueError(f"{prefix}rule has the fields {_short(fields)}, expected {sorted(like)}")
         for slot in writer.keys if fields else ():
             names = {field: f"{prefix}rule/{field}/{slot}" for field in like}
             if not any(name in self._left for name in names.values()):
                 continue
-            sizes = dict(zip(PROBE, _kept_shape(writer, slot, state), strict=True))
+            expected = _kept_shape(writer, slot, state)
+            like = _rule_state(writer, len(expected))
+            sizes = dict(zip(PROBE[-len(expected) :], expected, strict=True))
             for field, name in names.items():
                 stored = self._pop(name)
                 shape = tuple(sizes.get(n, n) for n in like[field].shape)
                 if writer.sparse is not None and not shape:  # of each unit
-                    shape = (sizes[PROBE[0]], 1)
+                    shape = (expected[0], 1)
                 _check(name, stored, PRECISIONS if like[field].is_floating_point() else (torch.int64,), shape)
-                if not like[field].ndim and not bool((stored >= 0).all()):
-                    raise ValueError(f"{name} is {float(stored.min())}, expected a count")
+                counts = not like[field].ndim or (writer.sparse is None and stored.ndim == len(expected) - 2)
+                if counts and not bool((stored >= 0).all()):
+                    raise ValueError(f"{name} is {stored.tolist()}, expected a count")
                 stored = self._placed(stored, writer) if stored.is_floating_point() else stored
                 state.rule.setdefault(slot, {})[field] = stored.to(self._model.device)
 
@@ -329,9 +356,10 @@ def _kept_shape(writer: DeltaWriter, slot: str, state: DeltaState | None) -> tup
     return len(state.units.get(layer.name, ())), layer.width[slot]
 
 
-def _rule_state(writer: DeltaWriter) -> dict[str, Tensor]:
-    """The state that the level's rule keeps of one matrix, by the matrix `PROBE`: a first step says it."""
-    state = writer.rule.step({}, {"probe": torch.ones(PROBE)}, 1.0).state
+def _rule_state(writer: DeltaWriter, ndim: int) -> dict[str, Tensor]:
+    """The state that the level's rule keeps of one matrix, or of a stack of them (`ndim` 3), by one of the
+    sizes `PROBE`: a first step says it."""
+    state = writer.rule.step({}, {"probe": torch.ones(PROBE[-ndim:])}, 1.0).state
     return state.get("probe", {})
 
 

@@ -155,7 +155,7 @@ def strike_out(row: Row, store: Store, source: str | None) -> int:
             tokens[own], learn[own] = 0, False
             taken += span.end - span.start
     row.tokens, row.learn = tokens[row.start :], learn[row.start :]
-    row.start, row.context, row.store = 0, Context(), kept
+    row.start, row.context, row.resume, row.answers, row.store = 0, Context(), None, None, kept
     return taken
 
 

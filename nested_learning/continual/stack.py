@@ -20,8 +20,6 @@ from nested_learning.continual.replay import Replay
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-
 
 def stack_levels(
     model: PreTrainedModel,
@@ -45,8 +43,10 @@ def stack_levels(
     computes exactly what the model computes.
 
     Args:
-        model: any transformers causal language model whose layers all have attention, in any precision.
-            Deltas are float32 (float64 under float64).
+        model: any transformers causal language model whose layers all have attention, in any precision, also
+            quantised ones, under peft's adapters (which stay in force and are part of what is kept) or under
+            torch.compile (whose calls are stepped round while deltas are in force). Deltas are float32
+            (float64 under float64).
         tokenizer: tokenizer for text; None if only ids come.
         levels: the levels, fast to slow, chunk sizes increasing. Each has its own layers; where they
             overlap, W is W_base plus all their deltas.
@@ -74,16 +74,19 @@ def stack_levels(
             increase, layers out of range, a rank too large, or a window that does not fit.
     """
     levels = check_levels(levels)
-    _check_model(model)
-    with Workspace.of(model).bare():  # another learner may have its deltas in force
+    model = _base_model(model)
+    workspace = Workspace.of(model)
+    with workspace.bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
     anchors = Anchors.checked(model, tokenizer, levels, background, fisher)
     writers = _writers(levels, targets, seed, fisher)
-    full = {target.name for writer in writers for target in writer.full_targets}
-    check_weights([target for writer in writers for target in writer.targets], full)
+    check_weights([target for writer in writers for target in writer.targets])
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
     plan = plan_distillation(plan, levels, distill_top_k)
-    return Learner(model, tokenizer, Reader(model, writers, plan, anchors), replay)
+    reader = Reader(model, writers, plan, anchors)
+    with workspace.bare():
+        reader.contexts.check(model)
+    return Learner(model, tokenizer, reader, replay)
 
 
 def _writers(
@@ -101,15 +104,21 @@ def _writers(
     return writers
 
 
-def _check_model(model: Any) -> None:
+def _base_model(model: Any) -> PreTrainedModel:
+    """The transformers model in torch.compile's or peft's wrapper; an adapter stays in force."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{type(model).__name__} has prompts of {config.peft_type.value} before every text, "
+                "which are no part of a context that goes on; give its base model (get_base_model()), or an "
+                "adapter of weights such as LoRA"
+            )
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(
             f"expected a transformers causal language model, got {type(model).__name__}; "
             "load one with AutoModelForCausalLM.from_pretrained"
         )
-    other = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if other:
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(other))}; "
-            "expected attention in every layer, as the context is kept as keys and values"
-        )
+    return model

@@ -6,7 +6,8 @@ plain model, and the sum is made once per write instead of once per token. (Forw
 would double the cost of every learned map and would have to be paid for each token; torch.func's
 functional_call would swap back before gradient checkpointing runs the layers again.) Low-rank deltas are
 added by forward hooks, as x·downᵀ·upᵀ: that is cheaper than the full product, and works on quantised
-weights.
+weights. So are full deltas of quantised weights, as x·(Σ Δ)ᵀ, since there is nothing to add them to. Stacked
+experts multiply inside one module, where no hook reaches: around its `forward` their weight is W + up·down.
 
 Rows of a batch have different weights, so they run one after the other: with full matrices per row, a
 batched product would read as many weights, and a row alone is then bit for bit what it is in a batch.
@@ -22,15 +23,15 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
-from nested_learning.continual.find import Target
+from nested_learning.continual.find import Target, is_quantised, memory_dtype
 from nested_learning.continual.units import SparseDelta
 from nested_learning.continual.writing import DeltaWriter
 from nested_learning.memory.state import Weights
@@ -69,8 +70,11 @@ class _Buffers:
     written: Weights = field(default_factory=dict)
 
     @torch.no_grad()
-    def effective(self, writers: Sequence[DeltaWriter], row: Row) -> dict[Target, Tensor]:
-        """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ."""
+    def effective(self, writers: Sequence[DeltaWriter], row: Row, learning: bool) -> dict[Target, Tensor]:
+        """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ.
+
+        For a quantised weight Σ Δ alone, and only where there is one, or one may be learned.
+        """
         deltas: dict[Target, list[Tensor | SparseDelta]] = {}
         for writer, state, target in acting(writers, row):
             if writer.level.rank is None:
@@ -82,19 +86,23 @@ class _Buffers:
         effective = {}
         for target, found in deltas.items():
             weight = target.weight
+            if is_quantised(weight):
+                if not found and not learning:
+                    continue
+                nothing = torch.zeros((), dtype=memory_dtype(weight), device=weight.device)
+                weight = nothing.expand(target.shape)
             if found:
                 buffer = self.weights.get(target.name)
                 if buffer is None or stale:
-                    buffer = self._sum(target, found)
+                    buffer = self._sum(target.name, weight, found)
                 self.weights[target.name] = weight = buffer
             # A view of its own: `requires_grad_` for one scope stays off the buffer and the parameter.
             effective[target] = weight.detach()
         self.version = row.version
         return effective
 
-    def _sum(self, target: Target, deltas: Sequence[Tensor | SparseDelta]) -> Tensor:
-        buffer, weight = self.weights.get(target.name), target.weight
-        written = self.written.pop(target.name, None)
+    def _sum(self, name: str, weight: Tensor, deltas: Sequence[Tensor | SparseDelta]) -> Tensor:
+        buffer, written = self.weights.get(name), self.written.pop(name, None)
         sparse = [delta for delta in deltas if isinstance(delta, SparseDelta)]
         if len(sparse) < len(deltas):
             full = [each.full(weight) if isinstance(each, SparseDelta) else each for each in deltas]
@@ -108,7 +116,7 @@ class _Buffers:
         else:
             buffer.index_copy_(axis, written, weight.index_select(axis, written))
         slices = delta.place.laid_out(delta.rows) + weight.index_select(axis, where)
-        self.written[target.name] = where
+        self.written[name] = where
         return buffer.index_copy_(axis, where, slices.to(buffer.dtype))
 
 
@@ -132,23 +140,60 @@ class _Installation:
 
     weights: dict[Target, Tensor]
     factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]]
+    model: nn.Module
     handles: list[RemovableHandle] = field(default_factory=list)
+    compiled: dict[nn.Module, Any] = field(default_factory=dict)
 
     def put(self) -> None:
+        # A compiled call does not look for new hooks, and compiles anew for each length of the context.
+        for module in self.model.modules():
+            if module._compiled_call_impl is not None:
+                self.compiled[module] = module._compiled_call_impl
+                module._compiled_call_impl = None
+        experts: dict[Target, list[tuple[Tensor, Tensor]]] = {}
+        for _, target, down, up in self.factors:
+            if target.stack:
+                experts.setdefault(target, []).append((down, up))
+            else:
+                self._hook(target, partial(_add_low_rank, down, up))
+        for target, pairs in experts.items():
+            module = target.module
+            self.handles.append(module.register_forward_pre_hook(partial(self._fuse, target, pairs)))
+            after = partial(self._restore, target)
+            self.handles.append(module.register_forward_hook(after, always_call=True))
         # Into the table of parameters itself: setattr would refuse a plain tensor, and a new nn.Parameter
         # would cut the leaf from the graph. The module's `forward` finds the weight there by its name.
         for target, weight in self.weights.items():
-            target.module._parameters["weight"] = weight  # type: ignore[assignment]
-        for _, target, down, up in self.factors:
-            hook = partial(_add_low_rank, down, up)
-            self.handles.append(target.module.register_forward_hook(hook))
+            if is_quantised(target.weight):
+                self._hook(target, partial(_add_full, target.transposed, weight))
+            else:
+                target.module._parameters[target.parameter] = weight  # type: ignore[assignment]
+
+    def _hook(self, target: Target, hook: Any) -> None:
+        self.handles.append(target.module.register_forward_hook(hook))
+
+    def _fuse(
+        self, target: Target, pairs: Sequence[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any
+    ) -> None:
+        """Forward pre-hook of stacked experts: their weight is W + Σ up · down, rounded once."""
+        weight = self.weights.get(target, target.weight)
+        total = sum((up @ down for down, up in pairs[1:]), pairs[0][1] @ pairs[0][0])
+        total = (total.mT if target.transposed else total) + weight
+        module._parameters[target.parameter] = total.to(weight.dtype)  # type: ignore[assignment]
+
+    def _restore(self, target: Target, module: nn.Module, inputs: Any, y: Any) -> None:
+        """Forward hook that takes the sum out again, for it is part of the pass's graph."""
+        module._parameters[target.parameter] = self.weights.get(target, target.weight)  # type: ignore[assignment]
 
     def remove(self) -> None:
         for target in self.weights:
-            target.module._parameters["weight"] = target.weight  # type: ignore[assignment]
+            target.module._parameters[target.parameter] = target.weight  # type: ignore[assignment]
         for handle in self.handles:
             handle.remove()
+        for module, call in self.compiled.items():
+            module._compiled_call_impl = call
         self.handles.clear()
+        self.compiled.clear()
 
     def leaves(self, writers: Sequence[DeltaWriter]) -> Weights:
         """Turn the matrices of the levels that learn into leaves of the graph to come."""
@@ -169,13 +214,22 @@ def _add_low_rank(
     return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
+def _add_full(
+    transposed: bool, delta: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
+) -> Tensor:
+    """Forward hook: y + x Δᵀ, in the precision of the model."""
+    delta = delta.to(inputs[0].dtype)
+    return y + nn.functional.linear(inputs[0], delta.mT if transposed else delta)
+
+
 class Workspace:
     """The effective weights of one base model, shared by all learners on it, made anew when they differ."""
 
     _of_model: ClassVar[WeakKeyDictionary[nn.Module, Workspace]] = WeakKeyDictionary()
     _guard: ClassVar = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = ref(model)
         self.lock = threading.RLock()
         self._free: list[_Buffers] = []
         self._active: list[_Installation] = []
@@ -184,7 +238,7 @@ class Workspace:
     def of(cls, model: nn.Module) -> Workspace:
         """The workspace of a base model, one for all learners on it."""
         with cls._guard:
-            return cls._of_model.setdefault(model, cls())
+            return cls._of_model.setdefault(model, cls(model))
 
     @property
     def in_use(self) -> bool:
@@ -232,7 +286,9 @@ class Workspace:
                 if writer.averaged is None or target.name + UP in state.deltas
                 for down, up in [writer.factors(state, target)]
             ]
-            installation = _Installation(buffers.effective(writers, row), factors)
+            model = self._model()
+            assert model is not None  # whoever reads with it holds it
+            installation = _Installation(buffers.effective(writers, row, learning), factors, model)
             # One installation at a time: that of the scope around this one steps aside until this one ends.
             if self._active:
                 self._active[-1].remove()

@@ -143,7 +143,7 @@ class DeltaWriter:
         if self.level.rank is not None and self.level.rank > smaller:
             raise ValueError(
                 f"rank {self.level.rank} is larger than {target.name} allows, a matrix of "
-                f"{' × '.join(map(str, target.weight.shape))}; expected at most {smaller}"
+                f"{' × '.join(map(str, target.shape))}; expected at most {smaller}"
             )
 
     def shape(self, slot: str) -> tuple[int | None, ...]:
@@ -152,10 +152,12 @@ class DeltaWriter:
         target = self._by_name[name]
         inputs, outputs = target.features
         factors = {DOWN: (self.level.rank, inputs), UP: (outputs, self.level.rank)}
-        return factors.get(slot.removeprefix(name), tuple(target.weight.shape))
+        own = factors.get(slot.removeprefix(name))
+        return target.shape if own is None else (*target.stack, *own)
 
     def factors(self, state: DeltaState, target: Target) -> tuple[Tensor, Tensor]:
-        """(down [r, in], up [out, r]) of a low-rank delta, made on first use."""
+        """(down [r, in], up [out, r]) of a low-rank delta, made on first use; of stacked experts a stack of
+        each."""
         kept = state.drawn if self.fixed_down else state.deltas
         down, up = kept.get(target.name + DOWN), state.deltas.get(target.name + UP)
         if down is None or up is None:
@@ -170,11 +172,11 @@ class DeltaWriter:
         digest = hashlib.sha256(f"{self.seed}/{self.number}/{target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         weight = target.weight
-        random = torch.randn(inputs, rank, generator=generator, dtype=torch.float64)
-        down = torch.linalg.qr(random).Q.T.contiguous()
+        random = torch.randn(*target.stack, inputs, rank, generator=generator, dtype=torch.float64)
+        down = torch.linalg.qr(random).Q.mT.contiguous()
         return (
             down.to(weight.device, memory_dtype(weight)),
-            torch.zeros(outputs, rank, dtype=memory_dtype(weight), device=weight.device),
+            torch.zeros(*target.stack, outputs, rank, dtype=memory_dtype(weight), device=weight.device),
         )
 
     def add(self, state: DeltaState, grads: Weights, slots: Collection[str], *, last: bool = False) -> None:
@@ -310,7 +312,7 @@ class DeltaWriter:
         if target.name + UP not in state.deltas:
             return None
         down, up = self.factors(state, target)
-        return (up @ down).T if target.transposed else up @ down
+        return (up @ down).mT if target.transposed else up @ down
 
 
 def _total(sums: Weights, more: Weights) -> Weights:

@@ -27,7 +27,7 @@ def learner_on(model=MODEL, levels=LEVELS, **options):
 def contents(learner, row=0):
     """All tensors and numbers of a row."""
     row = learner.memory.rows[row]
-    tensors = [row.tokens, row.learn, *(t for pair in row.context.layers for t in pair)]
+    tensors = [row.tokens, row.learn, *(t for layer in row.context.layers for t in layer.values())]
     for state in row.levels:
         for kept in (state.deltas, state.sums, state.drawn, state.units, state.background):
             tensors += [t for _, t in sorted(kept.items())]
