@@ -160,10 +160,10 @@ def two_months(conversations: int, topics: int, seed: int) -> tuple[Month, Month
             asked.append(Asked(topic, latest if topic in corrected else first,
                                first if topic in corrected else None))  # fmt: skip
         months.append(Month(user, _conversations(asked, conversations, user, source), tuple(asked)))
-    first, second = months
+    one, two = months
     return (
-        Month(first.user, first.conversations, first.asked, _private(second)),
-        Month(second.user, second.conversations, second.asked, _private(first)),
+        Month(one.user, one.conversations, one.asked, _private(two)),
+        Month(two.user, two.conversations, two.asked, _private(one)),
     )
 
 
