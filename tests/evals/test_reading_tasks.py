@@ -93,11 +93,13 @@ def test_bytes_of_tokens_and_bits():
 def test_figures_by_quarter():
     losses = math.log(2) * torch.arange(8.0)
     losses[0] = torch.nan
-    document = files.Document("p", "1", "tests", "short", ("f",))
+    document = files.UnreadDocument("p", "1", "tests", "short", ("f",))
     found = longdoc.figures_of(document, losses, torch.ones(8, dtype=torch.long))
     assert [found[name] for name in longdoc.QUARTERS] == pytest.approx([1.0, 2.5, 4.5, 6.5])
     assert found["bits per byte"] == found["tests"] == pytest.approx(4.0)
-    long = longdoc.figures_of(files.Document("p", "1", "docs", "long", ("f",)), losses, torch.ones(8).long())
+    long = longdoc.figures_of(
+        files.UnreadDocument("p", "1", "docs", "long", ("f",)), losses, torch.ones(8).long()
+    )
     assert (long["long"], long["long, last quarter"]) == pytest.approx((4.0, 6.5))
     assert "quarter 1" not in long
 
@@ -190,7 +192,7 @@ def test_a_changed_or_missing_file_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def document(path, sha, part):
-        return files.Document("", "", "docs", part, (path,), (sha,))
+        return files.UnreadDocument("", "", "docs", part, (path,), (sha,))
 
     made = (
         document("good.md", digest, "short"),

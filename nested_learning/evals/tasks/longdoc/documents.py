@@ -22,11 +22,11 @@ from nested_learning.evals.tasks.facts.invented import made_up_filler
 
 SHORT, LONG, TUNING = 16, 4, 4  # documents of the manifest by part
 KINDS = {".py": "source", ".md": "docs", ".rst": "docs", ".txt": "docs"}
-Part = Literal["short", "long", "tuning"]
+DocumentPart = Literal["short", "long", "tuning"]
 
 
 @dataclass(frozen=True)
-class Document:
+class UnreadDocument:
     """A document: one or more files, one after the other.
 
     Attributes:
@@ -42,7 +42,7 @@ class Document:
     package: str
     version: str
     kind: str
-    part: Part
+    part: DocumentPart
     paths: tuple[str, ...]
     digests: tuple[str, ...] | None = None
     made_up: str = field(default="", repr=False)
@@ -94,11 +94,11 @@ class Document:
 
 
 @cache
-def manifest() -> tuple[Document, ...]:
+def manifest() -> tuple[UnreadDocument, ...]:
     """Documents of the package's manifest: the short ones, the long ones, those for tuning."""
     content = (files("nested_learning.evals.tasks.longdoc") / "documents.json").read_text(encoding="utf-8")
     found = [
-        Document(
+        UnreadDocument(
             each["package"],
             each["version"],
             each["kind"],
@@ -111,7 +111,7 @@ def manifest() -> tuple[Document, ...]:
     return tuple(each for part in ("short", "long", "tuning") for each in found if each.part == part)
 
 
-def of_folder(folder: str, counts: tuple[int, int, int]) -> tuple[Document, ...]:
+def of_folder(folder: str, counts: tuple[int, int, int]) -> tuple[UnreadDocument, ...]:
     """Documents of a folder: the first files by name tune, the next are read short, the next long.
 
     Args:
@@ -128,15 +128,15 @@ def of_folder(folder: str, counts: tuple[int, int, int]) -> tuple[Document, ...]
             f"{folder} has {len(found)} files of {', '.join(KINDS)}; expected {short} short, {long} long and "
             f"{tuning} tuning documents: add files, or change the options short, long and tuning"
         )
-    parts: list[Part] = ["tuning"] * tuning + ["short"] * short + ["long"] * long
+    parts: list[DocumentPart] = ["tuning"] * tuning + ["short"] * short + ["long"] * long
     documents = [
-        Document("", "", KINDS[Path(path).suffix], part, (path,))
+        UnreadDocument("", "", KINDS[Path(path).suffix], part, (path,))
         for path, part in zip(found, parts, strict=False)
     ]
     return tuple(documents[tuning:] + documents[:tuning])
 
 
-def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[Document, ...]:
+def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[UnreadDocument, ...]:
     """Documents of the option `documents`: a folder, "made-up", or, where empty, the manifest.
 
     Args:
@@ -147,22 +147,22 @@ def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[Document, .
         ValueError: a folder has too few.
     """
     if option == MADE_UP:
-        parts: list[Part] = ["short"] * counts[0] + ["long"] * counts[1] + ["tuning"] * counts[2]
+        parts: list[DocumentPart] = ["short"] * counts[0] + ["long"] * counts[1] + ["tuning"] * counts[2]
         text = made_up_filler()[0]
         return tuple(
-            Document("", "", "docs", part, (f"made-up {place}",), made_up=text[100 * place :])
+            UnreadDocument("", "", "docs", part, (f"made-up {place}",), made_up=text[100 * place :])
             for place, part in enumerate(parts)
         )
     if option:
         return of_folder(option, counts)
     by_part = {"short": counts[0], "long": counts[1], "tuning": counts[2]}
-    kept: list[Document] = []
+    kept: list[UnreadDocument] = []
     for part, count in by_part.items():
         kept += [each for each in manifest() if each.part == part][:count]
     return tuple(kept)
 
 
-def listed(documents: Sequence[Document]) -> str:
+def listed(documents: Sequence[UnreadDocument]) -> str:
     """How many documents there are of each package and kind, in words."""
     counted: dict[str, int] = {}
     for each in documents:

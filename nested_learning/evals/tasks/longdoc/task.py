@@ -30,7 +30,7 @@ from nested_learning.evals.tasks.longdoc.documents import (
     LONG,
     SHORT,
     TUNING,
-    Document,
+    UnreadDocument,
     documents_of,
     listed,
 )
@@ -121,7 +121,7 @@ def bits_per_byte(losses: Tensor, read: Tensor) -> float | None:
     return total if math.isfinite(total) else None
 
 
-def figures_of(document: Document, losses: Tensor, read: Tensor) -> Figures:
+def figures_of(document: UnreadDocument, losses: Tensor, read: Tensor) -> Figures:
     """The figures of a document: overall and by quarter, under the names of its part and kind."""
     whole = bits_per_byte(losses, read)
     quarters = [
@@ -195,7 +195,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
             "skip_absent=true and fewer documents (short, long, tuning) the others are read"
         )
 
-    def documents(self) -> tuple[list[Document], list[str]]:
+    def documents(self) -> tuple[list[UnreadDocument], list[str]]:
         """Documents that are here, in the order of the seeds and then those for tuning; what others lack.
 
         Raises:
@@ -204,7 +204,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         options = self.options
         counts = (options.short, options.long, options.tuning)
         given = documents_of(options.documents, (SHORT, LONG, TUNING) if not options.documents else counts)
-        kept: list[Document] = []
+        kept: list[UnreadDocument] = []
         absent: list[str] = []
         for part, count in zip(("short", "long", "tuning"), counts, strict=True):
             of_part = [(each, each.problem()) for each in given if each.part == part]
@@ -233,7 +233,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         found = [self.read(method, each, seed)[BITS] for each in self.documents()[0][self.options.seeds :]]
         return {BITS: None if None in found else fmean(found)}
 
-    def read(self, method: Method, document: Document, seed: int) -> Figures:
+    def read(self, method: Method, document: UnreadDocument, seed: int) -> Figures:
         """Figures of a method on a document, read from the base model."""
         assert isinstance(method, PretrainedMethod)
         options, base = self.options, load_base(self.options.model)

@@ -84,7 +84,7 @@ class MonthOptions:
     topics: int = 13
     other_tokens: int = 4096
     piece: int = 512
-    chunks: tuple[int, int, int] = (128, 512, 1024)
+    chunks: tuple[int, int, int] = (64, 256, 512)  # about a conversation, so that little is left unlearned
     window: int = 1024
     rates: int = 3
     seeds: int = 5
@@ -115,7 +115,7 @@ def answers(view: View, asked: Sequence[Asked], base: Base) -> list[Answer]:
 
 
 def scored(month: Month, view: View, plain: View, base: Base) -> dict[str, list[float]]:
-    """What a user is answered: for each figure, its value for each question.
+    """Figures of a user, each with its value for each question.
 
     Args:
         month: of the user.
