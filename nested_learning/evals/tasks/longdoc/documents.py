@@ -15,14 +15,12 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 from nested_learning.evals.data_files import MADE_UP
 from nested_learning.evals.tasks.facts.invented import made_up_filler
 
 SHORT, LONG, TUNING = 16, 4, 4  # documents of the manifest by part
 KINDS = {".py": "source", ".md": "docs", ".rst": "docs", ".txt": "docs"}
-DocumentPart = Literal["short", "long", "tuning"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class UnreadDocument:
         package: package that has the files; empty: they lie in a folder of the user's.
         version: version of the package.
         kind: "source", "tests" or "docs".
-        part: what it is for.
+        part: "short", "long" or "tuning".
         paths: of the files, in the folder of installed packages, or anywhere.
         digests: SHA-256 of each file; None where anything is right.
         made_up: text that stands for the files, in trials.
@@ -42,7 +40,7 @@ class UnreadDocument:
     package: str
     version: str
     kind: str
-    part: DocumentPart
+    part: str
     paths: tuple[str, ...]
     digests: tuple[str, ...] | None = None
     made_up: str = field(default="", repr=False)
@@ -128,7 +126,7 @@ def of_folder(folder: str, counts: tuple[int, int, int]) -> tuple[UnreadDocument
             f"{folder} has {len(found)} files of {', '.join(KINDS)}; expected {short} short, {long} long and "
             f"{tuning} tuning documents: add files, or change the options short, long and tuning"
         )
-    parts: list[DocumentPart] = ["tuning"] * tuning + ["short"] * short + ["long"] * long
+    parts: list[str] = ["tuning"] * tuning + ["short"] * short + ["long"] * long
     documents = [
         UnreadDocument("", "", KINDS[Path(path).suffix], part, (path,))
         for path, part in zip(found, parts, strict=False)
@@ -147,7 +145,7 @@ def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[UnreadDocum
         ValueError: a folder has too few.
     """
     if option == MADE_UP:
-        parts: list[DocumentPart] = ["short"] * counts[0] + ["long"] * counts[1] + ["tuning"] * counts[2]
+        parts: list[str] = ["short"] * counts[0] + ["long"] * counts[1] + ["tuning"] * counts[2]
         text = made_up_filler()[0]
         return tuple(
             UnreadDocument("", "", "docs", part, (f"made-up {place}",), made_up=text[100 * place :])
