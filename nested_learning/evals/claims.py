@@ -1,7 +1,8 @@
 """Verdicts on claims, computed from rows: holds, does not, cannot be told here.
 
-A comparison of two methods is decided by the paired differences of their figures by seed: it holds where the
-95 % interval of Student's t lies on the claimed side of 0, does not where it lies on the other one. A chain
+A comparison of two methods is decided by the paired differences of their figures by seed, or item by item
+where the figure is a list with a value of each item: it holds where the 95 % interval of Student's t lies on
+the claimed side of 0 (or of a margin), does not where it lies on the other one. A chain
 holds if every pair of neighbours does, and does not if one pair does not. A figure that a method is said to
 reach is reached if every seed does, and is not if none does.
 """
@@ -68,6 +69,10 @@ class Ahead:
         higher: whether more is better.
         chance: figure of guessing: where every method but the first has an interval that reaches down to it,
             nothing can be told. None: a figure at chance is an answer.
+        margin: by how much each is ahead of the next at least; below 0: by how much it may be behind.
+        factor: how many times over the figure of the better one counts: 3 where it is said to have at most a
+            third of the other's damage, 0.5 where it has at least twice the other's recall.
+        unit: word for what the figures are paired by.
     """
 
     text: str
@@ -76,10 +81,13 @@ class Ahead:
     order: tuple[str, ...]
     higher: bool = True
     chance: float | None = None
+    margin: float = 0.0
+    factor: float = 1.0
+    unit: str = "seeds"
 
     def judge(self, rows: MethodRows) -> Verdict:
         """The verdict on the chain, and each pair's mean difference with its interval."""
-        missing = [name for name in self.order if name not in rows or not rows[name].values(self.figure)]
+        missing = [name for name in self.order if name not in rows or not rows[name].items(self.figure)]
         if missing:
             return Verdict(UNTOLD, f"no figures of {', '.join(missing)}")
         others = [rows[name] for name in self.order[1:]]
@@ -94,25 +102,26 @@ class Ahead:
 
     def _at_chance(self, row: MethodRow) -> bool:
         assert self.chance is not None
-        found = interval(list(row.values(self.figure).values()))
-        if found is None:
-            found = (row.mean(self.figure) or 0.0,) * 2
+        values = list(row.items(self.figure).values())
+        found = interval(values) or (fmean(values),) * 2
         return found[0] <= self.chance if self.higher else found[1] >= self.chance
 
     def _pair(self, better: MethodRow, worse: MethodRow) -> Verdict:
-        ours, theirs = better.values(self.figure), worse.values(self.figure)
-        seeds = sorted(ours.keys() & theirs.keys())
-        differences = [ours[seed] - theirs[seed] for seed in seeds]
+        ours, theirs = better.items(self.figure), worse.items(self.figure)
+        shared = sorted(ours.keys() & theirs.keys())
+        differences = [self.factor * ours[each] - theirs[each] for each in shared]
         found = interval(differences)
-        words = f"{better.method} − {worse.method}"
+        words = f"{'' if self.factor == 1 else f'{self.factor:g} · '}{better.method} − {worse.method}"
         if found is None:
-            mean = f"{differences[0]:+.4g}" if differences else "no seed in common"
-            return Verdict(UNTOLD, f"{words} {mean} ({len(differences)} seed(s))")
+            mean = f"{differences[0]:+.4g}" if differences else f"no {self.unit} in common"
+            return Verdict(UNTOLD, f"{words} {mean} ({len(differences)} {self.unit})")
         low, high = found
-        because = f"{words} {fmean(differences):+.4g} [{low:+.4g}, {high:+.4g}], {len(seeds)} seeds"
+        because = f"{words} {fmean(differences):+.4g} [{low:+.4g}, {high:+.4g}], {len(shared)} {self.unit}"
+        if self.margin:
+            because += f", margin {self.margin:g}"
         if not self.higher:
             low, high = -high, -low
-        return Verdict(HOLDS if low > 0 else DOES_NOT if high < 0 else UNTOLD, because)
+        return Verdict(HOLDS if low > self.margin else DOES_NOT if high < self.margin else UNTOLD, because)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,16 @@ class MethodRow:
         found = {seed: figures.get(figure) for seed, figures in self.figures.items()}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
+    def items(self, figure: str) -> dict[tuple[int, int], float]:
+        """The figure by seed and place in a list; the place is 0 where it is a single number."""
+        found = {}
+        for seed, figures in self.figures.items():
+            value = figures.get(figure)
+            for place, item in enumerate(value if isinstance(value, list) else [value]):
+                if item is not None:
+                    found[seed, place] = float(item)
+        return found
+
     def mean(self, figure: str) -> float | None:
         """Mean over the seeds, or None where no run has the figure."""
         values = self.values(figure).values()

@@ -25,6 +25,7 @@ from nested_learning.evals.methods.pretrained.students import (
     ExampleStudent,
     LevelStudent,
     RetrievalStudent,
+    by_itself,
 )
 from nested_learning.evals.methods.pretrained.trie import Trie
 from nested_learning.evals.methods.pretrained.tuning import (
@@ -378,7 +379,7 @@ QUERY = [WORDING.prompt("something else")]
 
 def test_levels_leave_the_base_model_alone(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
-    student = LevelStudent(model, [Level(64, 0.1), Level(128, 0.1)], alone=True)
+    student = LevelStudent(model, [Level(64, 0.1), Level(128, 0.1)], window=by_itself(64))
     student.learn(some_reading(["abc", "de"]))
     assert student.learner.memory.diff()
     student.choose(QUERY, LABELS_IN_WORDS)
@@ -387,7 +388,7 @@ def test_levels_leave_the_base_model_alone(model):
 
 def test_labels_are_what_levels_learn(model, monkeypatch):
     """Each label's tokens once, in whatever block, and nothing else."""
-    student, seen = LevelStudent(model, [Level(64, 0.1)], alone=True), []
+    student, seen = LevelStudent(model, [Level(64, 0.1)], window=by_itself(64)), []
     monkeypatch.setattr(student.learner, "observe", lambda ids, learn_mask: seen.append(ids[learn_mask]))
     stage = some_stage(["abc", "de"], count=5)
     student.learn(WORDING.reading(stage))
@@ -407,7 +408,7 @@ def test_labels_are_what_fine_tuning_learns():
 
 def test_levels_answer_by_those_that_are_to(model):
     levels = [Level(64, 0.5), Level(128, 0.0, consolidate=0.5)]
-    slow = LevelStudent(model, levels, alone=True, answers=[1])
+    slow = LevelStudent(model, levels, window=by_itself(64), answers=[1])
     slow.learn(some_reading(["abc", "de"], count=5))
     name = "model.layers.0.mlp.up_proj.weight"
     base, delta = model.get_parameter(name), slow.learner.memory.diff(1)[name]
@@ -492,7 +493,7 @@ def test_what_is_learned_is_answered(kind, label):
         "fine-tuning": lambda: student_of(TunedStudent, base, 1e-2),
         "EWC": lambda: student_of(ElasticStudent, base, 1e-2, 1.0),
         "replay": lambda: student_of(ReplayStudent, base, 1e-2, 1),
-        "levels": lambda: LevelStudent(base, [Level(64, 0.5), Level(128, 0.5)], alone=True),
+        "levels": lambda: LevelStudent(base, [Level(64, 0.5), Level(128, 0.5)], window=by_itself(64)),
     }[kind]()
     student.learn(some_reading([label], count=40))
     assert student.choose(QUERY, LABELS_IN_WORDS) == [label]

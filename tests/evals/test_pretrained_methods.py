@@ -14,7 +14,7 @@ from nested_learning.evals.methods.pretrained import Base, Passage, Reading, Tea
 from nested_learning.evals.methods.pretrained.asking import Answered, View, ask, continuations
 from nested_learning.evals.methods.pretrained.base import random_llama
 from nested_learning.evals.methods.pretrained.method import averaging_levels, learning_levels
-from nested_learning.evals.methods.pretrained.students import LevelStudent, WindowStudent
+from nested_learning.evals.methods.pretrained.students import LevelStudent, WindowStudent, by_itself
 from nested_learning.evals.methods.pretrained.tuning import HAS_PEFT, Steps, TunedStudent, adapted, own_copy
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.tasks.facts import task as facts
@@ -218,7 +218,7 @@ def test_only_what_is_masked_in_is_learned(model, name):
 
 def test_averaged_levels_are_asked_by_the_slowest(model):
     levels = averaging_levels(Teaching((8, 16, 32), 64, rule="adam"), 0.01, [0.2, 0.4])
-    student = LevelStudent(model, levels, True, [2])
+    student = LevelStudent(model, levels, by_itself(8), [2])
     text, [base] = torch.arange(97, 129), ask(View(model), [torch.arange(97, 120)], 1)
     for learned in (False, True):  # the slowest writes at its boundary, not before
         student.learn(reading(text[:16]))

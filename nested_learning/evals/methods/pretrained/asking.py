@@ -25,7 +25,7 @@ class View:
     Args:
         model: a causal language model.
         context: ids [T] that stand before everything it is asked; None for a new window.
-        look_up: gives each prompt, as its ids, a context [T] of its own in the place of that.
+        look_up: gives each prompt, as its ids, further ids [T] that stand between the context and it.
     """
 
     model: Any
@@ -34,7 +34,10 @@ class View:
 
     def before(self, prompt: Sequence[int]) -> View:
         """The view with the context that a prompt has."""
-        return self if self.look_up is None else View(self.model, self.look_up(prompt))
+        if self.look_up is None:
+            return self
+        found = self.look_up(prompt)
+        return View(self.model, found if self.context is None else torch.cat([self.context, found]))
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,37 @@ class Answered:
 
 
 @torch.no_grad()
-def ask(view: View, sequences: Sequence[Tensor], batch: int) -> list[Answered]:
+def ask(
+    view: View, sequences: Sequence[Tensor], batch: int, answers: Sequence[int] | None = None
+) -> list[Answered]:
     """Predictions of each sequence of ids [n], each in a window of its own after the context.
 
+    Args:
+        view: the model.
+        sequences: ids of each.
+        batch: sequences of a pass, where there is no context.
+        answers: how many ids at the end of each are the answer: those before it are the prompt, for which
+            a view looks up what stands before it.
+
     Raises:
-        ValueError: the view looks up contexts, which takes a prompt.
+        ValueError: the view looks up contexts, which takes a prompt, and `answers` is None.
     """
-    if view.look_up is not None:
+    if view.look_up is not None and answers is None:
         raise ValueError("contexts are looked up for prompts: ask for a label or a continuation")
     device = view.model.device
     sequences = [ids.to(device) for ids in sequences]
-    if view.context is not None:
-        cache = read_context(view)
-        answered = []
-        for ids in sequences:
-            logits = view.model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits
-            cache.crop(-len(ids))  # the next question follows the context alone
-            answered.append(_answered(logits[0], ids))
-        return answered
     answered = []
+    if view.context is not None or view.look_up is not None:
+        cache = read_context(view)
+        for place, ids in enumerate(sequences):
+            before = ids[:0]
+            if view.look_up is not None and answers is not None:
+                before = view.look_up(ids[: len(ids) - answers[place]].tolist()).to(device)
+            read = torch.cat([before, ids])
+            logits = view.model(input_ids=read[None], past_key_values=cache, use_cache=True).logits
+            cache.crop(-len(read))  # the next one follows the context alone
+            answered.append(_answered(logits[0, len(before) :], ids))
+        return answered
     for start in range(0, len(sequences), batch):
         rows = sequences[start : start + batch]
         # padding stands behind, where no token that counts attends to it
@@ -87,9 +102,10 @@ def _answered(logits: Tensor, ids: Tensor) -> Answered:
 
 @torch.no_grad()
 def read_context(view: View) -> DynamicCache:
-    """Keys and values of the context, read in pieces."""
-    assert view.context is not None
+    """Keys and values of the context, read in pieces; none where there is no context."""
     cache = DynamicCache(config=view.model.config)
+    if view.context is None:
+        return cache
     for piece in view.context.to(view.model.device).split(PIECE):
         view.model.base_model(input_ids=piece[None], past_key_values=cache, use_cache=True)
     return cache
@@ -149,12 +165,17 @@ def most_probable(view: View, prompts: Sequence[Sequence[int]], labels: Sequence
     queries, without examples and with one or two of each class in the context.
     """
     trie = Trie.of(labels)
+    return [int(scores.argmax()) for scores in log_probabilities(view, [(each, trie) for each in prompts])]
+
+
+def log_probabilities(view: View, asked: Sequence[tuple[Sequence[int], Trie]]) -> list[Tensor]:
+    """Log-probabilities [labels] (nats, summed over tokens) of each trie's labels behind its prompt."""
     shared = None if view.look_up is not None else _keys_and_values(view)
-    chosen = []
-    for prompt in prompts:
+    scores = []
+    for prompt, trie in asked:
         context = shared if view.look_up is None else _keys_and_values(view.before(prompt))
-        chosen.append(int(trie.scores(view.model, prompt, context).argmax()))
-    return chosen
+        scores.append(trie.scores(view.model, prompt, context))
+    return scores
 
 
 @torch.no_grad()

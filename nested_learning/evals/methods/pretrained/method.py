@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,6 +12,7 @@ from nested_learning.continual import Level
 from nested_learning.continual.class_head import HeadSettings
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained.base import Base
+from nested_learning.evals.methods.pretrained.passages import HAS_BM25, PassageStudent
 from nested_learning.evals.methods.pretrained.students import (
     ClassifierStudent,
     ExampleStudent,
@@ -19,6 +20,7 @@ from nested_learning.evals.methods.pretrained.students import (
     RetrievalStudent,
     Student,
     WindowStudent,
+    by_itself,
 )
 from nested_learning.evals.methods.pretrained.tuning import (
     HAS_PEFT,
@@ -29,8 +31,10 @@ from nested_learning.evals.methods.pretrained.tuning import (
     adapted,
     own_copy,
 )
+from nested_learning.optimizers.memory_forms import AdamMemory, GradientMemory
 
 KEPT = 2  # examples of each label that replay keeps
+RULES: dict[str, GradientMemory] = {"rms": AdamMemory((0.0, 0.99))}  # the gradient by its root mean square
 TAKEN_OVER = (0.2, 0.4)  # shares of the next faster level that slower ones take over at each write
 
 
@@ -47,6 +51,8 @@ class Teaching:
         weights: what fine-tuning trains: "all", or the "mlp"s, as levels do.
         examples: passages of one step of fine-tuning and its kind; None: a block.
         clip: largest norm of their gradients; None: no bound.
+        reading: positions of the context in which a text is read that is scored while it is learned, and
+            tokens of it that a new one begins with.
     """
 
     chunks: tuple[int, int, int]
@@ -56,6 +62,12 @@ class Teaching:
     weights: Literal["all", "mlp"] = "all"
     examples: int | None = None
     clip: float | None = None
+    reading: tuple[int, int] = (1024, 128)
+
+    @property
+    def levels_window(self) -> tuple[int, int] | None:
+        """Window of levels that are asked after they have read."""
+        return by_itself(self.chunks[0]) if self.alone else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,8 @@ class PretrainedMethod(Method):
         """The package that is missing, and how to get it; None: nothing."""
         if self.way == "lora" and not HAS_PEFT:
             return f"{self.name!r} needs peft: pip install peft"
+        if self.way == "passages" and not HAS_BM25:
+            return f"{self.name!r} needs bm25s: pip install bm25s"
         return None
 
 
@@ -124,7 +138,7 @@ def _classifier(
 
 
 def _steps(teaching: Teaching, lr: float) -> Steps:
-    return Steps(lr, teaching.chunks[0], teaching.examples, teaching.clip)
+    return Steps(lr, teaching.chunks[0], teaching.examples, teaching.clip, teaching.reading)
 
 
 def _fine_tuning(
@@ -136,8 +150,8 @@ def _fine_tuning(
 
 @contextmanager
 def _lora(base: Base, teaching: Teaching, seed: int, lr: float) -> Iterator[Student]:
-    with adapted(base.model) as (model, weights):
-        yield TunedStudent(model, weights, _steps(teaching, lr))
+    with adapted(base.model) as (_, weights):  # the adapters lie within the base model
+        yield TunedStudent(base.model, weights, _steps(teaching, lr))
 
 
 def _elastic(
@@ -173,7 +187,7 @@ def _levels(
     base: Base, teaching: Teaching, seed: int, levels: int, lr: float, share: float = 1.0
 ) -> AbstractContextManager[Student]:
     found = learning_levels(teaching, levels, lr, share)
-    return nullcontext(LevelStudent(base.model, found, teaching.alone))
+    return nullcontext(LevelStudent(base.model, found, teaching.levels_window))
 
 
 def _averaged_levels(
@@ -182,7 +196,42 @@ def _averaged_levels(
     """The slowest level answers, behind `kept` examples of each label."""
     examples = ExampleStudent(base.model, teaching.window, kept) if kept else None
     found = averaging_levels(teaching, lr, consolidate)
-    return nullcontext(LevelStudent(base.model, found, teaching.alone, [len(found) - 1], examples))
+    return nullcontext(LevelStudent(base.model, found, teaching.levels_window, [len(found) - 1], examples))
+
+
+def _stack(
+    base: Base, teaching: Teaching, seed: int, levels: list[dict[str, Any]], **learning: Any
+) -> AbstractContextManager[Student]:
+    """Levels as they are laid out, in the window of the task's `reading`."""
+    return nullcontext(LevelStudent(base.model, stacked(teaching, levels, learning), teaching.reading))
+
+
+def stacked(
+    teaching: Teaching, levels: Sequence[Mapping[str, Any]], learning: Mapping[str, Any]
+) -> list[Level]:
+    """Levels of `stack_levels` from their settings.
+
+    Args:
+        teaching: has the chunk sizes.
+        levels: settings of each Level; `chunk` is the index of its chunk size, and `rule` may be "rms".
+        learning: further settings of all that say no `lr`: those that learn from text.
+    """
+    found = []
+    for each in levels:
+        given = {**({} if "lr" in each else learning), **each}
+        size = teaching.chunks[given.pop("chunk")]
+        rule = given.pop("rule", "gd")
+        found.append(Level(size, rule=RULES.get(rule, rule), **given))
+    return found
+
+
+@contextmanager
+def _passages(
+    base: Base, teaching: Teaching, seed: int, over: str, size: int = 64, count: int = 6, **options: Any
+) -> Iterator[Student]:
+    """Passages are looked up, and the way `over` keeps the text besides, with its own options."""
+    with WAYS[over](base, teaching, seed, **options) as inner:
+        yield PassageStudent(inner, base.tokenizer, size, count)
 
 
 WAYS: dict[str, Way] = {
@@ -196,6 +245,8 @@ WAYS: dict[str, Way] = {
     "replay": _replay,
     "levels": _levels,
     "averaged levels": _averaged_levels,
+    "stack": _stack,
+    "passages": _passages,
 }
 
 NO_ADAPTATION = PretrainedMethod("no-adaptation", "nothing")

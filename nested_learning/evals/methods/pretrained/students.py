@@ -35,6 +35,14 @@ class Student:
     def learn(self, reading: Reading) -> None:
         """Read passages, once; the ids after the last whole chunk may be left."""
 
+    def read(self, ids: Tensor) -> Tensor:
+        """Next-token losses [T] (nats) of a text [T], each token scored before it is learned; NaN in front.
+
+        Raises:
+            ValueError: the student does not learn while it is scored.
+        """
+        raise ValueError(f"{type(self).__name__} does not learn while it reads: it is asked afterwards")
+
     def active(self) -> AbstractContextManager[View]:
         """The student to be asked, inside the scope."""
         return nullcontext(View(self.model))
@@ -181,8 +189,8 @@ class LevelStudent(Student):
     Args:
         model: the base model.
         levels: fast to slow. Passages are packed into blocks of the fastest chunk's length.
-        alone: each chunk of the fastest level is read from an empty context but for one token; else after
-            what came before it, as far as the default window goes.
+        window: positions of the context, and tokens of it that a new one begins with; `by_itself` reads each
+            chunk of the fastest level by itself. None: the default one.
         answers: indices of the levels that are in force when it is asked; None for all.
         examples: what stands before a prompt; None: nothing.
     """
@@ -191,14 +199,18 @@ class LevelStudent(Student):
         self,
         model: Any,
         levels: Sequence[Level],
-        alone: bool = False,
+        window: tuple[int, int] | None = None,
         answers: Sequence[int] | None = None,
         examples: ExampleStudent | None = None,
     ) -> None:
         super().__init__(model)
         self.block, self.answers, self.examples = levels[0].chunk_size, answers, examples
-        window = {"window": self.block + 1, "overlap": 1} if alone else {}
-        self.learner = stack_levels(model, levels=levels, **window)  # type: ignore[arg-type]
+        positions, overlap = window or (None, None)
+        self.learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
+
+    def read(self, ids: Tensor) -> Tensor:
+        losses: Tensor = self.learner.observe(ids)
+        return losses.cpu()
 
     def learn(self, reading: Reading) -> None:
         if self.examples is not None:
@@ -213,3 +225,8 @@ class LevelStudent(Student):
         context = None if self.examples is None else torch.tensor(self.examples.context(), dtype=torch.long)
         with self.learner.active(levels=self.answers) as model:
             yield View(model, context)
+
+
+def by_itself(chunk: int) -> tuple[int, int]:
+    """A window of `LevelStudent` in which each chunk sees itself and one token before it."""
+    return chunk + 1, 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nested_learning.continual.context import Context
 from nested_learning.continual.find import find_targets
 from nested_learning.evals.methods.pretrained.asking import View
 from nested_learning.evals.methods.pretrained.reading import Passage, Reading
@@ -38,12 +39,15 @@ class Steps:
         chunk: ids of a step, a block of passages.
         examples: passages of a step instead, each in a row of its own; None: blocks.
         clip: largest norm of the gradient of a mean loss; None: no bound.
+        window: positions of the context in which a text is read that is scored, and tokens of it that a new
+            one begins with.
     """
 
     lr: float
     chunk: int
     examples: int | None = None
     clip: float | None = None
+    window: tuple[int, int] = (1024, 128)
 
 
 class TunedStudent(Student):
@@ -69,16 +73,51 @@ class TunedStudent(Student):
 
     def learn(self, reading: Reading) -> None:
         for ids, targets in self.batches(reading):
-            for master, grad in zip(self.masters, self.gradients(ids, targets), strict=True):
-                master.grad = grad
-            self.penalise()
-            if self.steps.clip is not None:
-                nn.utils.clip_grad_norm_(self.masters, self.steps.clip)
-            self.optimizer.step()
-            self._publish(self.masters)
-            self.done += 1
-            if self.share is not None and self.done % AVERAGED == 0:
-                torch._foreach_lerp_(self.average, self.masters, self.share)
+            self.step(self.gradients(ids, targets))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Losses as of `Student.read`: a step after each chunk; keys and values stay as computed."""
+        positions, overlap = self.steps.window
+        ids = ids.to(self.model.device)
+        kept, context = ids[:0], Context()
+        found = [torch.full((1,), torch.nan)]
+        for chunk in ids.split(self.steps.chunk):
+            if len(kept) + len(chunk) > positions:
+                kept = kept[-overlap:]
+                context = self._read_again(kept[:-1])
+            kept = torch.cat([kept, chunk])
+            pairs = kept[len(context) :]
+            if len(pairs) < 2:  # a text of one token, or one that ends so: nothing new is predicted
+                continue
+            cache = context.open()
+            logits = self.model(input_ids=pairs[None, :-1], past_key_values=cache, use_cache=True).logits[0]
+            context = Context.closed(cache)
+            losses = cross_entropy(logits.float(), pairs[1:], reduction="none")
+            found.append(losses.detach().cpu())
+            self.step([grad.float() for grad in torch.autograd.grad(losses.mean(), self.parameters)])
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _read_again(self, ids: Tensor) -> Context:
+        """Keys and values of the tokens that a new window begins with, by the weights of now."""
+        cache = Context().open()
+        if not len(ids):
+            return Context()
+        self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Context.closed(cache)
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """A step of AdamW by gradients of the parameters, float32, to which the penalty's is added."""
+        for master, grad in zip(self.masters, gradients, strict=True):
+            master.grad = grad
+        self.penalise()
+        if self.steps.clip is not None:
+            nn.utils.clip_grad_norm_(self.masters, self.steps.clip)
+        self.optimizer.step()
+        self._publish(self.masters)
+        self.done += 1
+        if self.share is not None and self.done % AVERAGED == 0:
+            torch._foreach_lerp_(self.average, self.masters, self.share)
 
     def batches(self, reading: Reading) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and what each place is to predict, both [B, T], of each step in the order of reading."""

@@ -45,6 +45,7 @@ from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.facts.invented import BREAK, Fact, made_up_filler, make_facts, stream
 
+CLOZE_EACH, PARAPHRASED_EACH = "cloze of each fact", "paraphrased of each"  # 1 or 0, in order
 FILLER, OTHER = "tinyshakespeare.txt", "wikitext2_valid.txt"
 ANSWERS = 12  # of each relation, of which guessing is right in one
 RATES = {
@@ -122,13 +123,15 @@ def measure(
 ) -> Figures:
     """The figures of a model: recall, log-probability (nats per token of the answer), perplexities."""
     start = time.perf_counter()
-    answers = ask(view, [question.ids for question in asked], size.batch)
+    lengths = [question.answer for question in asked]
+    answers = ask(view, [question.ids for question in asked], size.batch, lengths)
     seconds = time.perf_counter() - start
     both = list(zip(asked, answers, strict=True))
     read = [_answer(question, answer) for question, answer in both if not question.paraphrased]
     rest = [_answer(question, answer) for question, answer in both if question.paraphrased]
     paraphrases = torch.cat([answer.losses for question, answer in both if question.paraphrased])
-    other_loss = torch.cat([answer.losses for answer in ask(view, other, size.batch // 4)]).mean()
+    unaided = View(view.model, view.context)  # nothing is looked up for a text that asks nothing
+    other_loss = torch.cat([answer.losses for answer in ask(unaided, other, max(1, size.batch // 4))]).mean()
     figures: dict[str, float] = {
         "cloze": _mean(hit for hit, _ in read),
         "cloze log p": _mean(log_p for _, log_p in read),
@@ -141,7 +144,8 @@ def measure(
     }
     figures["objective"] = (figures["cloze log p"] + figures["paraphrased log p"]) / 2 - figures["other loss"]
     # a run that diverged has no figure where it is not finite, which JSON cannot hold
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    finite: Figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {**finite, CLOZE_EACH: [hit for hit, _ in read], PARAPHRASED_EACH: [hit for hit, _ in rest]}
 
 
 def _answer(question: FactQuestion, answered: Answered) -> tuple[float, float]:

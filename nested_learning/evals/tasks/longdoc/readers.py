@@ -1,0 +1,83 @@
+"""Methods that read a long document: windows alone, and what learns within one.
+
+Another method is a line here: `reader` takes settings of Levels, with `chunk`, the index of the chunk size,
+in the place of `chunk_size`, and of settings that are tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nested_learning.evals.methods.pretrained import PretrainedMethod
+
+SHORT, DOUBLE, WHOLE = 0, 1, 2  # indices of the option `windows`
+ADAM: dict[str, Any] = {"chunk": 0, "rule": "adam"}
+AVERAGE: dict[str, Any] = {"chunk": 1, "lr": 0.0}  # what it takes over from the fast level stays
+ADAM_RATES = tuple({"lr": rate} for rate in (1e-4, 2e-4, 4e-4))
+RATES_OF_SGD = tuple({"lr": rate, "decay": decay} for rate, decay in ((0.1, 0.0), (0.3, 0.0), (0.3, 0.02)))
+RATES_OF_RMS = tuple({"lr": rate, "decay": decay} for rate, decay in ((3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.02)))
+
+
+@dataclass(frozen=True)
+class DocumentReader:
+    """A method with the window that it reads in.
+
+    Attributes:
+        method: the method.
+        window: index of the option `windows`.
+        grid: settings of which one is chosen on the tuning documents.
+    """
+
+    method: PretrainedMethod
+    window: int = SHORT
+    grid: Sequence[Mapping[str, Any]] = field(default_factory=lambda: [{}])
+
+
+def reader(
+    name: str, levels: Sequence[Mapping[str, Any]], window: int, grid: Sequence[Mapping[str, Any]]
+) -> DocumentReader:
+    """A reader with levels; they share the settings of the grid, but for those that say their `lr`."""
+    return DocumentReader(PretrainedMethod(name, "stack", options={"levels": list(levels)}), window, grid)
+
+
+def window(name: str, index: int) -> DocumentReader:
+    """A window alone: a level that never learns, so that all else is as it is for the others."""
+    return reader(name, [{"chunk": 0, "lr": 0.0}], index, [{}])
+
+
+SGD: dict[str, Any] = {"chunk": 0, "rule": "gd"}
+RMS: dict[str, Any] = {"chunk": 0, "rule": "rms", "clip": None}
+FAST: dict[str, Any] = {**ADAM, "decay": 0.2}
+SLOW: dict[str, Any] = {**AVERAGE, "consolidate": 0.4}
+
+WINDOW, WINDOW_DOUBLE, WINDOW_WHOLE = (
+    window("window-1k", SHORT),
+    window("window-2k", DOUBLE),
+    window("window-8k", WHOLE),
+)
+DYNAMIC = reader("dynamic-evaluation", [SGD], SHORT, RATES_OF_SGD)
+DYNAMIC_RMS = reader("dynamic-evaluation-rms", [RMS], SHORT, RATES_OF_RMS)
+DYNAMIC_WHOLE = reader("dynamic-evaluation-8k", [SGD], WHOLE, RATES_OF_SGD)
+LORA = DocumentReader(
+    PretrainedMethod("lora-reading", "lora"), SHORT, tuple({"lr": rate} for rate in (3e-4, 1e-3, 3e-3))
+)
+ONE_LEVEL = reader("one-level-reading", [ADAM], SHORT, ADAM_RATES)
+AVERAGED = reader("levels-average-reading", [FAST, SLOW], SHORT, ADAM_RATES)
+ONE_LEVEL_WHOLE = reader("one-level-reading-8k", [ADAM], WHOLE, ADAM_RATES)
+AVERAGED_WHOLE = reader("levels-average-reading-8k", [FAST, SLOW], WHOLE, ADAM_RATES)
+
+READERS = (
+    WINDOW,
+    WINDOW_DOUBLE,
+    WINDOW_WHOLE,
+    DYNAMIC,
+    DYNAMIC_RMS,
+    LORA,
+    ONE_LEVEL,
+    AVERAGED,
+    DYNAMIC_WHOLE,
+    ONE_LEVEL_WHOLE,
+    AVERAGED_WHOLE,
+)
