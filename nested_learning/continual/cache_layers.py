@@ -142,7 +142,7 @@ class StateLayer(LinearAttentionLayer):
         return recurrent_states
 
 
-class StateAndPastLayer(StateLayer, PastLayer):
+class StateAndPastLayer(StateLayer, PastLayer):  # type: ignore[misc, override]
     """A layer with attention and recurrence side by side."""
 
     def __init__(self, number_of_states: int = 1) -> None:
@@ -191,7 +191,7 @@ def state_layers(config: Any) -> list[CacheLayer] | None:
         if like is None:
             raise ValueError(f"{_what(config, kinds)}: a {type(layer).__name__} cannot be carried")
         states = getattr(layer, "number_of_states", None)
-        made.append(like(number_of_states=states) if issubclass(like, StateLayer) else like())
+        made.append(like(number_of_states=states) if issubclass(like, StateLayer) else like())  # type: ignore[arg-type]
     return made
 
 

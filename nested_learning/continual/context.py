@@ -57,6 +57,15 @@ class Context:
         layers = tuple({name: t[..., :length, :] for name, t in layer.items()} for layer in self.layers)
         return Context(layers, length) if length else Context()
 
+    def open(self) -> Cache:
+        """The cache of a model with attention alone, for one call with arguments of its own."""
+        cache = Cache(layer_class_to_replicate=PastLayer)
+        for past in self.layers:
+            layer = PastLayer()
+            layer.take(past)
+            cache.layers.append(layer)
+        return cache
+
     def to(self, dtype: torch.dtype) -> Context:
         """Context of equal keys and values in another precision."""
         layers = (
@@ -134,15 +143,13 @@ class ContextReader:
         """Read ids in one call of the model; the context after it hangs in the call's graph."""
         layers = state_layers(self._config)
         if layers is None:
-            layers = [PastLayer() for _ in context.layers]
-            cache = Cache(layer_class_to_replicate=PastLayer)
-            cache.layers.extend(layers)
+            cache = context.open()
         else:
-            cache = Cache(layers=layers)
-        for layer, past in zip(layers, context.layers, strict=bool(context.layers)):
-            layer.take(past)
+            cache = Cache(layers=layers)  # type: ignore[arg-type]
+            for layer, past in zip(layers, context.layers, strict=bool(context.layers)):
+                layer.take(past)
         output = module(input_ids=ids, **{self._argument: cache}, use_cache=True)
-        held = tuple(layer.held() for layer in cache.layers)
+        held = tuple(layer.held() for layer in cache.layers)  # type: ignore[union-attr]
         if not any(held):
             raise ValueError(
                 "the model put nothing into the cache it was given; expected a causal language model whose "

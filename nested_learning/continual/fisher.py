@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nested_learning._tensor_files import check_whole, read_tensors, write_tensors
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.files import fingerprint
-from nested_learning.continual.find import Target, check_weights, find_targets, memory_dtype
+from nested_learning.continual.find import Target, check_weights, find_targets, is_quantised, memory_dtype
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.continual.weights import Workspace
 from nested_learning.memory.state import Weights
@@ -85,7 +85,11 @@ class Fisher:
             raise ValueError("the background has no text of two tokens, and one token has none to predict")
         with Workspace.of(model).bare(), evaluating(model):
             targets = find_targets(model, modules)
-            check_weights(targets, {target.name for target in targets})
+            check_weights(targets)
+            if quantised := [target.name for target in targets if is_quantised(target.weight)]:
+                raise ValueError(
+                    f"{quantised[0]} is quantised and has no gradient; load the model in bfloat16"
+                )
             squares = _mean_squares(model, targets, sequences)
             return cls(_normalised(squares), fingerprint(model))
 

@@ -170,7 +170,9 @@ class Learner:
         """
         row, losses = self.memory.rows[index], []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
-            text = self.replayer and NamedText(self.replayer, source, label, begins=piece.start == 0)
+            text = None
+            if self.replayer is not None:
+                text = NamedText(self.replayer, source, label, begins=piece.start == 0)
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
                 losses.append(score_ahead(self.reader, row, ids[piece], learn[piece], text))
                 continue

@@ -137,6 +137,9 @@ class PerExpert:
             new[slot] = {field: torch.stack([each[field] for each in states]) for field in states[0]}
         return Step(directions, new, factor)
 
+    def empty(self, like: Tensor) -> dict[str, Tensor]:
+        return self.rule.empty(like)
+
 
 _NAMED: dict[str, Rule] = {
     "gd": PlainGradient(),

@@ -60,11 +60,6 @@ def describe_learner(learner: Learner) -> Iterator[Described]:
             )
 
 
-def _objective(level: Level) -> str:
-    of = level.average_of
-    return "the next-token loss" if of is None else f"½‖A − Δ{of + 1}‖²"
-
-
 def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
     """Parameters by the levels that learn on them."""
     levels: dict[str, list[int]] = defaultdict(list)
@@ -81,6 +76,8 @@ def _weights(learner: Learner) -> dict[tuple[int, ...], list[nn.Parameter]]:
 
 def _objective(level: Level) -> str:
     """What a level's write makes smaller, in a line."""
+    if level.average_of is not None:
+        return f"½‖A − Δ{level.average_of + 1}‖²"
     parts = ["the next-token loss"]
     if level.distill:
         parts.append(f"{level.distill:g} · KL from answers with the closing window to those without")

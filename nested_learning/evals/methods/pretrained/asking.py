@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from nested_learning.continual.context import Context
+from nested_learning.continual.context import Context, ContextReader
 from nested_learning.evals.methods.pretrained.trie import Trie
 
 PIECE = 512  # tokens of one pass over a context
@@ -183,7 +183,5 @@ def _keys_and_values(view: View) -> Context | None:
     """Keys and values of the context, read in one pass, for any number of prompts behind it."""
     if view.context is None or not len(view.context):
         return None
-    cache = Context().open()
     ids = view.context.to(view.model.device)
-    view.model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    return Context.closed(cache)
+    return ContextReader(view.model).read(view.model.base_model, ids[None], Context())[1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nested_learning.continual.context import Context
+from nested_learning.continual.context import Context, ContextReader
 from nested_learning.continual.find import find_targets
 from nested_learning.evals.methods.pretrained.asking import View
 from nested_learning.evals.methods.pretrained.reading import Passage, Reading
@@ -79,7 +79,7 @@ class TunedStudent(Student):
         """Losses as of `Student.read`: a step after each chunk; keys and values stay as computed."""
         positions, overlap = self.steps.window
         ids = ids.to(self.model.device)
-        kept, context = ids[:0], Context()
+        reader, kept, context = ContextReader(self.model), ids[:0], Context()
         found = [torch.full((1,), torch.nan)]
         for chunk in ids.split(self.steps.chunk):
             if len(kept) + len(chunk) > positions:
@@ -89,9 +89,7 @@ class TunedStudent(Student):
             pairs = kept[len(context) :]
             if len(pairs) < 2:  # a text of one token, or one that ends so: nothing new is predicted
                 continue
-            cache = context.open()
-            logits = self.model(input_ids=pairs[None, :-1], past_key_values=cache, use_cache=True).logits[0]
-            context = Context.closed(cache)
+            (logits,), context = reader.read(self.model, pairs[None, :-1], context)
             losses = cross_entropy(logits.float(), pairs[1:], reduction="none")
             found.append(losses.detach().cpu())
             self.step([grad.float() for grad in torch.autograd.grad(losses.mean(), self.parameters)])
@@ -100,11 +98,9 @@ class TunedStudent(Student):
     @torch.no_grad()
     def _read_again(self, ids: Tensor) -> Context:
         """Keys and values of the tokens that a new window begins with, by the weights of now."""
-        cache = Context().open()
         if not len(ids):
             return Context()
-        self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return Context.closed(cache)
+        return ContextReader(self.model).read(self.model.base_model, ids[None], Context())[1]
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """A step of AdamW by gradients of the parameters, float32, to which the penalty's is added."""
