@@ -16,6 +16,7 @@ SHORT, DOUBLE, WHOLE = 0, 1, 2  # indices of the option `windows`
 ADAM: dict[str, Any] = {"chunk": 0, "rule": "adam"}
 AVERAGE: dict[str, Any] = {"chunk": 1, "lr": 0.0}  # what it takes over from the fast level stays
 ADAM_RATES = tuple({"lr": rate} for rate in (1e-4, 2e-4, 4e-4))
+RANKED_RATES = tuple({"lr": rate} for rate in (5e-4, 1e-3, 2e-3))
 RATES_OF_SGD = tuple({"lr": rate, "decay": decay} for rate, decay in ((0.1, 0.0), (0.3, 0.0), (0.3, 0.02)))
 RATES_OF_RMS = tuple({"lr": rate, "decay": decay} for rate, decay in ((3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.02)))
 
@@ -65,6 +66,10 @@ LORA = DocumentReader(
 )
 ONE_LEVEL = reader("one-level-reading", [ADAM], SHORT, ADAM_RATES)
 AVERAGED = reader("levels-average-reading", [FAST, SLOW], SHORT, ADAM_RATES)
+RANKED = reader("rank-8-reading", [{**ADAM, "rank": 8}], SHORT, RANKED_RATES)  # what Learner.auto is
+SPARSE = reader("sparse-reading", [{**ADAM, "sparse": 0.05}], SHORT, ADAM_RATES)
+DISTILLED = reader("distilled-reading", [{**ADAM, "distill": 0.3}], SHORT, ADAM_RATES)
+REREAD = reader("rereading", [{**ADAM, "reread": 1}], SHORT, ADAM_RATES)
 ONE_LEVEL_WHOLE = reader("one-level-reading-8k", [ADAM], WHOLE, ADAM_RATES)
 AVERAGED_WHOLE = reader("levels-average-reading-8k", [FAST, SLOW], WHOLE, ADAM_RATES)
 
@@ -77,6 +82,10 @@ READERS = (
     LORA,
     ONE_LEVEL,
     AVERAGED,
+    RANKED,
+    SPARSE,
+    DISTILLED,
+    REREAD,
     DYNAMIC_WHOLE,
     ONE_LEVEL_WHOLE,
     AVERAGED_WHOLE,
