@@ -16,7 +16,7 @@ from nested_learning.cli.parsing import new_parser, parse
 if TYPE_CHECKING:
     from nested_learning.cli.dialogue import Dialogue
     from nested_learning.continual import Learner
-    from nested_learning.continual.sources import KnownSource
+    from nested_learning.continual.replaying.sources import KnownSource
 
 DESCRIPTION = """\
 Talk with a pretrained model that learns from the conversation.
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
 
     from nested_learning.cli.dialogue import Dialogue, load_pretrained
     from nested_learning.continual import Learner, Replay, reopen, stack_levels
-    from nested_learning.continual.retrieval import check_installed
+    from nested_learning.continual.replaying.retrieval import check_installed
 
     replay = None
     if config.replay:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
-from nested_learning.continual.sources import KnownSource
+from nested_learning.continual.replaying.sources import KnownSource
 
 NOTES = "What was said before:"
 

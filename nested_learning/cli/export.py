@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     values = parse(parser, argv)
 
     from nested_learning.cli.dialogue import load_pretrained
-    from nested_learning.continual.export import check_rank, unused
+    from nested_learning.continual.exporting.export import check_rank, unused
     from nested_learning.continual.reopen import reopen
 
     unused(values.output)  # before a large model is loaded

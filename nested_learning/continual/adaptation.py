@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.learner import Learner
+from nested_learning.continual.objectives.answers import KeptAnswers
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.study import study
 from nested_learning.memory.state import Weights

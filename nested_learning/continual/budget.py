@@ -11,7 +11,7 @@ import torch
 from nested_learning.continual.context import Context
 from nested_learning.continual.find import is_quantised, memory_dtype
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.replayer import Replayer
+from nested_learning.continual.replaying.replayer import Replayer
 from nested_learning.continual.units import SparseWrites
 from nested_learning.continual.writing import DeltaWriter
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context
-from nested_learning.continual.passage import KeptTokens
+from nested_learning.continual.objectives.answers import KeptAnswers
+from nested_learning.continual.objectives.passage import KeptTokens
+from nested_learning.continual.replaying.store import Store
 from nested_learning.continual.rules import RuleState
-from nested_learning.continual.store import Store
 from nested_learning.memory.state import Weights
 
 DOWN, UP = ":down", ":up"

@@ -23,8 +23,8 @@ from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.find import is_quantised
 from nested_learning.continual.plan import ReadingPlan
+from nested_learning.continual.replaying.saved_store import store_fields, store_tensors
 from nested_learning.continual.saved_rows import RESUME, SavedRows
-from nested_learning.continual.saved_store import store_fields, store_tensors
 from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from nested_learning.continual.averages import answering, check_chosen
 from nested_learning.continual.budget import Budget, budget
-from nested_learning.continual.class_head import ClassHead, HeadSettings
-from nested_learning.continual.classifier import Classifier
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.export import Exported, export
-from nested_learning.continual.hidden_features import HiddenFeatures
+from nested_learning.continual.exporting.export import Exported, export
 from nested_learning.continual.inputs import Batch, LearnMask, Names, TextOrIds, read_batch, read_names
+from nested_learning.continual.labels.class_head import ClassHead, HeadSettings
+from nested_learning.continual.labels.classifier import Classifier
+from nested_learning.continual.labels.hidden_features import HiddenFeatures
 from nested_learning.continual.level import Level
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.replay import Replay
-from nested_learning.continual.replayer import NamedText, Replayer
-from nested_learning.continual.retrieval import Insertion, Retrieved, Retriever
-from nested_learning.continual.sources import (
+from nested_learning.continual.replaying.replayer import NamedText, Replayer
+from nested_learning.continual.replaying.retrieval import Insertion, Retrieved, Retriever
+from nested_learning.continual.replaying.settings import Replay
+from nested_learning.continual.replaying.sources import (
     Forgotten,
     KnownSource,
     forget_source,

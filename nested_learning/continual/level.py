@@ -66,11 +66,11 @@ class Level:
             written, deltas and the rule's state are kept for units that were ever written, and a unit's state
             counts its own writes alone. None: all weights.
         reread: how often the level goes over its chunk again after it was written, each time at the weights
-            then in force, and writes again; see `continual.again`.
+            then in force, and writes again; see `objectives.again`.
         distill: λ. When a window closes, G gets λ times the gradient of the divergence from what the model
-            predicted with that window before it to what it predicts without; see `continual.distil`.
+            predicted with that window before it to what it predicts without; see `objectives.distil`.
         anchor_kl: μ. At the boundary, G gets μ times the gradient of the divergence from the base model's
-            predictions of background text (`stack_levels(background=…)`); see `continual.anchor_kl`.
+            predictions of background text (`stack_levels(background=…)`); see `objectives.anchor_kl`.
 
     Raises:
         ValueError: a value is out of its range, or two exclude each other.

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from nested_learning.continual.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import DeltaState, Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
+from nested_learning.continual.objectives.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.plan import ReadingPlan
-from nested_learning.continual.replay import Replay
-from nested_learning.continual.store import Store
+from nested_learning.continual.replaying.settings import Replay
+from nested_learning.continual.replaying.store import Store
 from nested_learning.continual.weights import Workspace, acting
 from nested_learning.continual.writing import DeltaWriter, relay
 from nested_learning.memory.state import Weights

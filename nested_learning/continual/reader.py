@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_learning.continual.anchors import NO_ANCHORS, Anchors
-from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import Context, ContextReader, checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Pairs
+from nested_learning.continual.objectives.anchors import NO_ANCHORS, Anchors
+from nested_learning.continual.objectives.answers import KeptAnswers
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter

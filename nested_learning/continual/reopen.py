@@ -11,7 +11,7 @@ from nested_learning._tensor_files import parse_json, read_tensors
 from nested_learning.continual.files import FORMAT
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
-from nested_learning.continual.replay import Replay
+from nested_learning.continual.replaying.settings import Replay
 from nested_learning.continual.stack import stack_levels
 
 READING = {"segment", "window", "overlap"}

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nested_learning.continual.answers import KeptAnswers
 from nested_learning.continual.context import GROWING, Context, ContextReader, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
-from nested_learning.continual.passage import KeptTokens
+from nested_learning.continual.objectives.answers import KeptAnswers
+from nested_learning.continual.objectives.passage import KeptTokens
 from nested_learning.continual.plan import ReadingPlan
-from nested_learning.continual.saved_store import SavedStore
+from nested_learning.continual.replaying.saved_store import SavedStore
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import HISTORY, DeltaWriter
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nested_learning.continual.anchors import Anchors
-from nested_learning.continual.distil import plan_distillation
 from nested_learning.continual.find import Target, check_weights, find_targets
-from nested_learning.continual.fisher import Fisher
 from nested_learning.continual.inputs import TextOrIds
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
+from nested_learning.continual.objectives.anchors import Anchors
+from nested_learning.continual.objectives.distil import plan_distillation
+from nested_learning.continual.objectives.fisher import Fisher
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.replay import Replay
+from nested_learning.continual.replaying.settings import Replay
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
@@ -40,7 +40,7 @@ def stack_levels(
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
     The model stays as it is: its class, its parameters, its generate. With learning rates of 0 the learner
-    computes exactly what the model computes.
+    computes exactly what the model computes. Long: it describes fourteen arguments.
 
     Args:
         model: any transformers causal language model whose layers all have attention, in any precision, also

@@ -6,13 +6,13 @@ import dataclasses
 
 from torch import Tensor
 
-from nested_learning.continual.again import reread
-from nested_learning.continual.anchor_kl import pulls
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.distil import distil
-from nested_learning.continual.passage import KeptTokens
+from nested_learning.continual.objectives.again import reread
+from nested_learning.continual.objectives.anchor_kl import pulls
+from nested_learning.continual.objectives.distil import distil
+from nested_learning.continual.objectives.passage import KeptTokens
 from nested_learning.continual.reader import Reader
-from nested_learning.continual.replayer import NamedText
+from nested_learning.continual.replaying.replayer import NamedText
 from nested_learning.continual.writing import Write, accumulate, learn_from
 from nested_learning.memory.state import Weights
 

@@ -362,6 +362,22 @@ def relay(writers: Sequence[DeltaWriter], row: Row, index: int) -> None:
             slower.add(row.levels[slower.index], row.levels[index].sums, slower.relayed)
 
 
+def _end_chunk(
+    writer: DeltaWriter, row: Row, row_index: int, pull: Weights | None, again: Replayed | None
+) -> Write:
+    """Write the level's chunk, which ends at the row's position, and let it follow faster levels."""
+    state, faster = row.levels[writer.index], writer.faster
+    if again is not None:  # after the sums were relayed: the slower level replays by itself
+        writer.replay(state, again.grads)
+    outcome = writer.write(state, pull)
+    write = Write(writer.index, row_index, row.position, *outcome, replayed=again.count if again else 0)
+    if faster and write.outcome == "written" and writer.level.consolidate:
+        writer.take_over(state, faster, row.levels[faster.index])
+    if (averaged := writer.averaged) and write.outcome == "written":
+        write = replace(write, truncation=writer.average(state, averaged, row.levels[averaged.index]))
+    return write
+
+
 def learn_from(
     writers: Sequence[DeltaWriter],
     row: Row,
@@ -403,23 +419,8 @@ def learn_from(
                 writer.add(state, pairs.grads, slots, last=is_last and pairs is lesson.inside)
         if is_last:
             relay(writers, row, writer.index)
-            again = (replayed or {}).get(writer.index)
-            if again is not None:  # after the sums were relayed: the slower level replays by itself
-                writer.replay(state, again.grads)
-            count = again.count if again else 0
-            write = Write(
-                writer.index,
-                row_index,
-                end,
-                *writer.write(state, (pulls or {}).get(writer.index)),
-                replayed=count,
-            )
-            if faster and write.outcome == "written" and writer.level.consolidate:
-                writer.take_over(state, faster, row.levels[faster.index])
-            if (averaged := writer.averaged) and write.outcome == "written":
-                error = writer.average(state, averaged, row.levels[averaged.index])
-                write = replace(write, truncation=error)
-            writes.append(write)
+            pull, again = (pulls or {}).get(writer.index), (replayed or {}).get(writer.index)
+            writes.append(_end_chunk(writer, row, row_index, pull, again))
     if any(write.outcome == "written" for write in writes):
         row.mark_changed()
     return writes

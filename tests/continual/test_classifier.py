@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nested_learning.continual import Level, stack_levels
-from nested_learning.continual.class_head import ClassHead, HeadSettings, RandomFeatures
+from nested_learning.continual.labels.class_head import ClassHead, HeadSettings, RandomFeatures
 from tests.continual.tiny_models import VOCAB, random_ids, tiny_model
 from tests.damage import check_refusal, damaged_content, read_file, write_checked
 

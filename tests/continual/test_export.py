@@ -237,7 +237,7 @@ class TestRefused:
         def fail(*arguments, **keywords):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("nested_learning.continual.adapter_folder.write_text", fail)
+        monkeypatch.setattr("nested_learning.continual.exporting.adapter_folder.write_text", fail)
         monkeypatch.setattr(type(learner.model), "from_pretrained", fail)
         with pytest.raises(OSError, match="disk is full"):
             learner.export(tmp_path / "out", **options)

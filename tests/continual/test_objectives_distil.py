@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nested_learning.continual import Level, stack_levels
-from nested_learning.continual.answers import KeptAnswers
+from nested_learning.continual.objectives.answers import KeptAnswers
 from tests.continual.objectives_oracle import ObjectivesOracle
 from tests.continual.test_invariances import assert_close_contents, assert_equal_contents
 from tests.continual.test_objectives_again import assert_learned_alike, kept, oracle_level

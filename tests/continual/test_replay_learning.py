@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nested_learning.continual import Level, Replay, stack_levels
-from nested_learning.continual.store import KeptExample, Store
+from nested_learning.continual.replaying.store import KeptExample, Store
 from tests.continual.oracle import Oracle
 from tests.continual.test_invariances import MODEL, assert_equal_contents, contents, learner_on
 from tests.continual.tiny_models import random_ids, tiny_model

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nested_learning.continual import Level, Replay, stack_levels
-from nested_learning.continual.retrieval import PASSAGE, Retriever, _joined
+from nested_learning.continual.replaying.retrieval import PASSAGE, Retriever, _joined
 from nested_learning.training.data import byte_tokenizer
 from tests.continual.test_invariances import MODEL
 from tests.continual.test_replay_learning import store_of

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from nested_learning.continual import Level
-from nested_learning.continual.class_head import HeadSettings
+from nested_learning.continual.labels.class_head import HeadSettings
 from nested_learning.evals import find_method, find_task
 from nested_learning.evals.data_files import data_folder
 from nested_learning.evals.methods.pretrained import Base, Reading

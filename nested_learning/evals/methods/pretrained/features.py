@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual.hidden_features import POOLINGS, pooled_states
+from nested_learning.continual.labels.hidden_features import POOLINGS, pooled_states
 
 DEPTHS = (0.33, 0.67, 1.0)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from nested_learning._errors import unknown
 from nested_learning.continual import Level
-from nested_learning.continual.class_head import HeadSettings
+from nested_learning.continual.labels.class_head import HeadSettings
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained.base import Base
 from nested_learning.evals.methods.pretrained.passages import HAS_BM25, PassageStudent

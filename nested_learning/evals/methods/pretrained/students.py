@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.continual import Level, stack_levels
-from nested_learning.continual.class_head import ClassHead, HeadSettings
+from nested_learning.continual.labels.class_head import ClassHead, HeadSettings
 from nested_learning.evals.methods.pretrained.asking import View, most_probable
 from nested_learning.evals.methods.pretrained.features import Features
 from nested_learning.evals.methods.pretrained.reading import Passage, Reading

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_learning.continual.again import read_again
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson
+from nested_learning.continual.objectives.again import read_again
 from nested_learning.continual.reader import Reader, gradients
 from nested_learning.continual.writing import DeltaWriter, accumulate
 from nested_learning.memory.state import Weights

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nested_learning.continual.store import KeptExample, Store
+from nested_learning.continual.replaying.store import KeptExample, Store
 from nested_learning.optimizers.checks import Bound, Choice
 
 CHOICES = ("random", "surprise", "label")

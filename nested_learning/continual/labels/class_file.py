@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nested_learning._tensor_files import check_whole, listed, read_tensors, write_tensors
-from nested_learning.continual.class_head import ClassHead, ClassSums, HeadSettings, RandomFeatures
 from nested_learning.continual.files import to_json
+from nested_learning.continual.labels.class_head import ClassHead, ClassSums, HeadSettings, RandomFeatures
 
 FORMAT, VERSION = "nested_learning.classifier", "1"
 

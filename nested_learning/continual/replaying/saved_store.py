@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual.store import REASONS, Count, KeptExample, NamedRun, Store, compact_dtype
+from nested_learning.continual.replaying.store import (
+    REASONS,
+    Count,
+    KeptExample,
+    NamedRun,
+    Store,
+    compact_dtype,
+)
 
 FIELDS = {"reason", "sources", "labels", "runs"}
 MOST_TOKENS = 2**53

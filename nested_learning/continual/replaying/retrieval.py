@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual.store import KeptExample, Store
+from nested_learning.continual.replaying.store import KeptExample, Store
 from nested_learning.optimizers.checks import COUNT
 
 PASSAGE = 128  # most tokens of a passage, where examples are not longer

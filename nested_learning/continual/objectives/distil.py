@@ -37,10 +37,10 @@ from dataclasses import replace
 
 import torch
 
-from nested_learning.continual.again import read_again
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.level import Level
+from nested_learning.continual.objectives.again import read_again
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader, gradients
 from nested_learning.continual.writing import accumulate

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from nested_learning.continual.files import fingerprint
-from nested_learning.continual.fisher import Fisher
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.continual.level import Level
+from nested_learning.continual.objectives.fisher import Fisher
 from nested_learning.continual.weights import Workspace
 
 

@@ -15,8 +15,8 @@ from nested_learning.continual.context import checkpointed, evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.reader import Reader, learned_sum
-from nested_learning.continual.replay import Replay
-from nested_learning.continual.store import KeptExample, compact_dtype
+from nested_learning.continual.replaying.settings import Replay
+from nested_learning.continual.replaying.store import KeptExample, compact_dtype
 from nested_learning.continual.writing import Write
 from nested_learning.memory.state import Weights
 

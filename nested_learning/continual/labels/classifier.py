@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nested_learning.continual.class_file import read_head, write_head
-from nested_learning.continual.class_head import ClassHead
 from nested_learning.continual.files import fingerprint, to_json
-from nested_learning.continual.hidden_features import HiddenFeatures
 from nested_learning.continual.inputs import TextOrIds, read_batch
+from nested_learning.continual.labels.class_file import read_head, write_head
+from nested_learning.continual.labels.class_head import ClassHead
+from nested_learning.continual.labels.hidden_features import HiddenFeatures
 from nested_learning.continual.weights import Workspace
 
 

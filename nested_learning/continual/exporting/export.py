@@ -14,9 +14,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from nested_learning._files import whole_folder
-from nested_learning.continual.adapter_folder import Factors, computing_with, lora_factors, write_adapter
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.exporting.adapter_folder import (
+    Factors,
+    computing_with,
+    lora_factors,
+    write_adapter,
+)
 from nested_learning.continual.find import Target
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.continual.reader import Reader

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.passage import KeptTokens
+from nested_learning.continual.objectives.passage import KeptTokens
 from nested_learning.continual.reader import Reader, gradients, learned_sum
 from nested_learning.continual.writing import DeltaWriter, Write, accumulate
 from nested_learning.memory.state import Weights

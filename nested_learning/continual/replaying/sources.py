@@ -13,7 +13,7 @@ from nested_learning._errors import unknown
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.memory import Memory
-from nested_learning.continual.store import REASONS, Count, Span, Store
+from nested_learning.continual.replaying.store import REASONS, Count, Span, Store
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Ways out: what was learned as a checkpoint or a LoRA adapter."""

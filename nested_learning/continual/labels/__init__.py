@@ -1,0 +1,1 @@
+"""Labels of texts: classifiers on the hidden states of a frozen model."""

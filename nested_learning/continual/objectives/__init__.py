@@ -1,0 +1,1 @@
+"""Objectives of levels beside the next token of their chunk: re-reading, closed windows, anchors."""

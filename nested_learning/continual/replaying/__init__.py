@@ -1,0 +1,1 @@
+"""Replay: what was read is kept, read again, forgotten, looked up."""
