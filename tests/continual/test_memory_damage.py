@@ -186,7 +186,7 @@ def cut(name, change):
         (cut("0/values/1", lambda t: t.to(torch.complex64)), "0/values/1 is torch.complex64"),
         (cut("0/values/1", lambda t: t.long()), "0/values/1 is torch.int64"),
         (cut(DOWN, lambda t: t.to(torch.int32)), "torch.int32"),
-        (cut(DOWN, lambda t: t.mT), "expected float32 or float64 of shape"),
+        (cut(DOWN, lambda t: t.mT), "expected bfloat16 or float32 or float64 of shape"),
         (lambda t, m: t.pop(DOWN), "one of the two factors"),
         (lambda t, m: t.pop(next(k for k in t if "/rule/mean/" in k)), "mean.* is missing"),
         (lambda t, m: t.update(more=torch.ones(1)), "unexpected tensors more"),

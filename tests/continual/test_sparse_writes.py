@@ -213,7 +213,7 @@ class TestMemory:
         ({f"0/0/units/{MLP}": lambda t: t.flip(0)}, "ascending"),
         ({f"0/0/units/{MLP}": lambda t: t + 24}, "from 0 to 23"),
         ({f"0/0/units/{MLP}": lambda t: t.int()}, "torch.int32"),
-        ({f"0/0/units/{MLP}": lambda t: t[:-1]}, "expected float32 or float64 of shape"),
+        ({f"0/0/units/{MLP}": lambda t: t[:-1]}, "expected bfloat16 or float32 or float64 of shape"),
         ({f"0/0/units/{MLP}": lambda t: t[:0]}, "ascending"),
         ({f"0/0/units/{MLP}": lambda t: t[0]}, "of shape"),
         ({f"0/0/units/{MLP}": lambda t: None}, "of shape"),
