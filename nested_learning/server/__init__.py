@@ -9,9 +9,9 @@ From the ground up:
 - `scheduler` runs all turns on one thread, user by user in a ring. Lessons that nobody waits for get a share
   of the time (the duty cycle) while requests are there; lessons that a request waits for are its work.
 - `journal` and `folder` are a user's files. What is to be learned is in the journal, flushed, before an
-  answer ends. The manifest names the file of the present memory, the memories to go back to, and the last entry of
-  the journal that they hold: it is replaced by a rename, which commits all of that at once. A user is deleted
-  by renaming the folder; what a crash leaves of it goes at the next start.
+  answer ends. The manifest names the file of the present memory, the memories to go back to, and the last
+  entry that they hold: it is replaced by a rename, which commits all of that at once. A user is deleted by
+  renaming the folder; what a crash leaves of it goes at the next start.
 - `user` is one user in memory: pending lessons in order, `versions` on their way to the disk. `memories`
   opens users on demand, closes those not used for longest, deletes, and replays journals at the start.
 - `service` admits and answers. `schemas`, `body`, `answers`, `forms`, `memory_routes`, `guard` and `app` are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from nested_learning.server.scheduler import Scheduler
 from nested_learning.server.settings import MIB, ServeSettings
 from nested_learning.server.user import UserMemory
 
+ROOM_SECONDS = 5.0  # that a request waits for other users' requests to end, where all room is taken
 LOG = logging.getLogger("nested_learning.server")
 
 
@@ -38,6 +40,7 @@ class Memories:
         self._undo = settings.undo
         self._users: OrderedDict[str, UserMemory] = OrderedDict()
         self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._arriving = 0  # users that are being loaded
         self._replaying: asyncio.Task[None] | None = None
 
     @property
@@ -112,15 +115,26 @@ class Memories:
             needed = folder.size([folder.manifest().current])
         except ValueError:
             needed = 0  # what is damaged is found, and said, by opening
-        self.make_room(needed, 1)
-        is_full = self._users and self.nbytes + needed > self._budget
-        if is_full or len(self._users) >= self._most:
-            message = "all room for memories is taken by users who are being answered; try again"
-            raise Refusal(503, message, "no_room", retry_after=2)
-        user = await UserMemory.open(self._mind, self._scheduler, folder, self._undo)
+        deadline = time.monotonic() + ROOM_SECONDS
+        while not self._has_room(needed):
+            if time.monotonic() > deadline:
+                message = "all room for memories is taken by users who are being answered; try again"
+                raise Refusal(503, message, "no_room", retry_after=2)
+            await asyncio.sleep(0.02)
+        self._arriving += 1
+        try:
+            user = await UserMemory.open(self._mind, self._scheduler, folder, self._undo)
+        finally:
+            self._arriving -= 1
         user.on_idle = self.make_room
         self._users[name] = user
         return user
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether one more user of a size can be loaded, once those who are idle are put away."""
+        self.make_room(needed, 1)
+        fits = not self._users or self.nbytes + needed <= self._budget
+        return fits and len(self._users) + self._arriving < self._most
 
     def make_room(self, needed: int = 0, places: int = 0) -> None:
         """Put away users who are idle, those not used for longest first, until the budget is kept.
@@ -130,7 +144,10 @@ class Memories:
             places: users that are to come.
         """
         for name, user in list(self._users.items()):
-            if self.nbytes + needed <= self._budget and len(self._users) + places <= self._most:
+            if (
+                self.nbytes + needed <= self._budget
+                and len(self._users) + self._arriving + places <= self._most
+            ):
                 return
             if user.is_idle:
                 del self._users[name]

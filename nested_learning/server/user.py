@@ -39,7 +39,7 @@ class UserMemory:
         pins: number of requests that use it.
         gone: whether it was deleted; nothing is learned or written any more.
         last: last lesson, for the user to look at: tokens, surprise, writes.
-        trouble: last thing that went wrong with learning or saving; None if nothing did since.
+        trouble: last thing that went wrong with the files; None once the memory was saved after it.
         on_idle: called when it may have become possible to put the user away.
     """
 
@@ -235,17 +235,17 @@ class UserMemory:
         """Take one lesson into the memory; None where it cannot be learned."""
         learned = None
         for attempt in range(TRIES if ids else 0):
-            turns = self.mind.learn(self.memory, ids)
-            self._job = self.scheduler.submit(self.folder.path.name, turns, lambda: self._waiting > 0)
             try:
+                turns = self.mind.learn(self.memory, ids)
+                self._job = self.scheduler.submit(self.folder.path.name, turns, lambda: self._waiting > 0)
                 learned = await asyncio.wrap_future(self._job.result)
                 break
             except JobCancelled:
                 if not self.gone:
                     raise
             except Exception as error:  # of the model or the machine: no lesson ends the server
-                self.trouble = f"a lesson could not be learned: {type(error).__name__}"
-                LOG.error("memory %s: try %d: %s", self.folder.path.name, attempt + 1, self.trouble)
+                what = f"try {attempt + 1}: a lesson could not be learned: {type(error).__name__}"
+                LOG.error("memory %s: %s", self.folder.path.name, what)
             finally:
                 self._job = None
             if self.gone:
@@ -253,7 +253,7 @@ class UserMemory:
         if learned is not None:
             self.past = begun(self.past, entry.conversation, self.current, self._undo_copies)
             self.current = MemoryVersion(entry.number, learned.memory)
-            self.last, self.trouble = learned, None
+            self.last = learned
             for write in learned.writes:
                 self.state.writes[write.level] += write.outcome == "written"
             self.state.changed = time.time()
@@ -348,6 +348,7 @@ class UserMemory:
                 self._saved.set()  # unless something changes while it is written
                 try:
                     await self._commit()
+                    self.trouble = None
                 except (OSError, ValueError) as error:
                     self._saved.clear()
                     self.trouble = f"the memory cannot be saved yet: {error}"

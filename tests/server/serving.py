@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,15 +81,30 @@ def served(folder: Path, mind: LevelMind | None = None, **options):
         assert not thread.is_alive(), "the server did not end"
 
 
-def client_of(address: str, **options):
-    return httpx.Client(base_url=address, timeout=60, **options)
+class PatientClient(httpx.Client):
+    """Sends again what the server has no room for, as clients do."""
+
+    def request(self, *args, **options):
+        for _ in range(100):
+            response = super().request(*args, **options)
+            if response.status_code != 503:
+                break
+            time.sleep(0.05)
+        return response
+
+
+def client_of(address: str, patient: bool = False):
+    return (PatientClient if patient else httpx.Client)(base_url=address, timeout=60)
+
+
+def conversation(*texts: str) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def chat(client, *texts: str, user: str = "anna", **options) -> dict:
-    """Send a conversation (texts of user and assistant in turn); the JSON of the answer."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-    body = {"model": "tiny", "messages": messages, "user": user, **options}
+    """Send a conversation; the JSON of the answer."""
+    body = {"model": "tiny", "messages": conversation(*texts), "user": user, **options}
     return client.post("/v1/chat/completions", json=body).raise_for_status().json()
 
 
@@ -98,3 +114,12 @@ def text_of(answer: dict) -> str:
 
 def memory_of(client, user: str = "anna") -> dict:
     return client.get("/v1/memories", params={"user": user}).raise_for_status().json()
+
+
+def settled(client, user: str = "anna") -> dict:
+    """The memory, once all that was told is learned."""
+    deadline = time.time() + 20
+    while (shown := memory_of(client, user))["pending_tokens"]:
+        assert time.time() < deadline, shown
+        time.sleep(0.01)
+    return shown
