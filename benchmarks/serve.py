@@ -1,33 +1,31 @@
 """Cost of serving: time to first token, tokens per second of one and of eight clients, a switch of users.
 
-python -m benchmarks.serve [--model NAME] [--rank R] [--json FILE] [--quick]
+python -m benchmarks.serve [--model NAME] [--dtype TYPE] [--rank R] [--json FILE] [--quick]
 
 One client and eight are compared with `Learner.generate` in the same process, in turns; each of the eight is
-a user with a memory of its own. MODEL is a folder or a name that transformers can load; without one, a random
-Llama of the size of SmolLM2-135M on bytes is measured, which costs what that model costs.
+a user with a memory of its own. MODEL is smollm2, random, a folder, or a downloaded name of the hub.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from http.client import HTTPConnection, HTTPResponse
 from statistics import median
 from typing import Any
 
-import httpx
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.harness import parser, record, show
-from nested_learning.cli.dialogue import load_pretrained
 from nested_learning.continual import Level, stack_levels
+from nested_learning.evals.methods.pretrained import lacking, load_base
+from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
 from nested_learning.server.mind import LevelMind
-from nested_learning.server.run import make_server
 from nested_learning.server.settings import MIB, ServeSettings
-from nested_learning.training.data import byte_tokenizer
 
 WANTED = {"one client": 0.9, "eight clients": 0.8, "switch, seconds": 0.2}
 TEXT = "The lighthouse of Varnholm was built in 1871 by two brothers who had never seen the sea. "
@@ -51,26 +49,6 @@ class Load:
 QUICK = Load(clients=3, tokens=8, repeats=2)
 
 
-def random_model(quick: bool) -> tuple[Any, Any]:
-    """A random Llama on bytes, and its tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    sizes: dict[str, int] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    if quick:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        vocab_size=49152 if not quick else len(tokenizer),
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=None,
-        **sizes,
-        **heads,
-    )
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
-
-
 class Client:
     """A user who asks for plain completions, which are never learned, again and again.
 
@@ -81,33 +59,38 @@ class Client:
     """
 
     def __init__(self, address: str, user: str, load: Load) -> None:
-        self._http = httpx.Client(base_url=address, timeout=600)
+        self._http = HTTPConnection(address.removeprefix("http://"), timeout=600)
         self._user, self._load = user, load
 
     def tell(self) -> None:
         """Have the user's memory written to, so that weights differ from those of others."""
-        body = {"text": f"{self._user}: {TEXT * 3}", "user": self._user}
-        self._http.post("/v1/memories/learn", json=body).raise_for_status()
+        body = {"text": f"{self._user}: {TEXT * 3}"}
+        self._post("/v1/memories/learn", body).read()
+
+    def _post(self, path: str, body: dict[str, Any]) -> HTTPResponse:
+        headers = {"content-type": "application/json"}
+        self._http.request("POST", path, json.dumps({**body, "user": self._user}), headers)
+        response = self._http.getresponse()
+        if response.status != 200:
+            raise RuntimeError(f"{path}: {response.status} {response.read().decode()}")
+        return response
 
     def ask(self) -> tuple[float, float, int]:
         """(seconds to the first token, seconds in all, tokens) of one answer."""
         body = {
             "model": "model",
             "prompt": TEXT,
-            "user": self._user,
             "max_tokens": self._load.tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         begun, first, tokens = time.perf_counter(), 0.0, 0
-        with self._http.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    first = first or time.perf_counter() - begun
-                    if '"completion_tokens":' in line:
-                        tokens = int(line.split('"completion_tokens":')[1].split(",")[0])
+        for line in self._post("/v1/completions", body):
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - begun
+                usage = json.loads(line.removeprefix(b"data: "))["usage"]
+                tokens = usage["completion_tokens"] if usage else tokens
         return first, time.perf_counter() - begun, tokens
 
 
@@ -150,13 +133,15 @@ def switch_seconds(mind: LevelMind, service: Any) -> float:
             model(input_ids=token, logits_to_keep=1)
         return time.perf_counter() - begun
 
-    found = [step(memory) - step(memory) for _ in range(8) for memory in memories]
+    found = [max(0.0, step(memory) - step(memory)) for _ in range(8) for memory in memories]
     mind._reader.workspace.keep = mind.kept
     return median(found[2:])
 
 
 def measured(model: Any, tokenizer: Any, rank: int | None, load: Load) -> dict[str, float]:
     """All figures of one model."""
+    from nested_learning.server.run import make_server  # of the extra `serve`
+
     levels = [Level(chunk, 0.01, rank=rank) for chunk in (32, 128, 512)]
     mind = LevelMind(lambda: stack_levels(model, tokenizer, levels=levels), 16384 * MIB)
     started, address = threading.Event(), []
@@ -187,9 +172,8 @@ def _figures(mind: LevelMind, service: Any, clients: list[Client], load: Load) -
         first, seconds, tokens = clients[0].ask()
         served.append((first, tokens / seconds))
         many.append(together(clients, 1))
-    generate, one, all_rate = (
-        median(rate for _, rate in rows) for rows in (plain, served, [(0, r) for r in many])
-    )
+    generate, one = (median(rate for _, rate in rows) for rows in (plain, served))
+    all_rate = median(many)
     return {
         "generate, tokens/s": generate,
         "one client, tokens/s": one,
@@ -202,19 +186,28 @@ def _figures(mind: LevelMind, service: Any, clients: list[Client], load: Load) -
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__)
-    options.add_argument("--model", help="folder or name of a model; default: a random one")
-    options.add_argument("--rank", type=int, default=0, help="rank of the deltas; 0 for full matrices")
-    given = options.parse_args()
-    load = QUICK if given.quick else Load(repeats=given.repeats or Load.repeats)
-    model, tokenizer = load_pretrained(given.model) if given.model else random_model(given.quick)
-    figures = measured(model, tokenizer, given.rank or None, load)
-    show(
-        f"{given.model or 'random Llama'}, rank {given.rank or 'full'}, {load.clients} clients, {load.tokens} tokens",
-        [{"figure": name, "value": value, "wanted": WANTED.get(name)} for name, value in figures.items()],
+    options.add_argument(
+        "--model", default=PACKAGED, help="smollm2, random, a folder, or a downloaded name of the hub"
     )
-    record(given.json, {"load": asdict(load), "rank": given.rank, "figures": figures})
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--rank", type=int, default=0, help="rank of the deltas; 0 for full matrices")
+    given = options.parse_args(argv)
+    name = RANDOM if given.quick and given.model == PACKAGED else given.model
+    if (problem := lacking(name)) is not None:
+        raise SystemExit(f"error: {problem}")
+    base = load_base(name)
+    load = QUICK if given.quick else Load(repeats=given.repeats or Load.repeats)
+    model = base.model.to(getattr(torch, given.dtype))
+    figures = measured(model, base.tokenizer, given.rank or None, load)
+    rank = given.rank or "full"
+    show(
+        f"{name}, {given.dtype}, rank {rank}: {load.clients} clients, {load.tokens} tokens each",
+        [{"figure": key, "value": value, "wanted": WANTED.get(key)} for key, value in figures.items()],
+    )
+    described = {"model": name, "dtype": given.dtype, "rank": rank, "load": asdict(load)}
+    return record({**described, "figures": figures}, given.json)
 
 
 if __name__ == "__main__":

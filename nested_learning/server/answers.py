@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +196,7 @@ class Answering:
 
     # The answer ----------------------------------------------------------------------------------------
 
-    async def _all_parts(self, prompts: list[tuple[list[int], Sampling]]) -> AsyncIterator[AnswerPart]:
+    async def _all_parts(self, prompts: list[tuple[list[int], Sampling]]) -> AsyncGenerator[AnswerPart, None]:
         for index, (prompt, sampling) in enumerate(prompts):
             async with aclosing(self._service.answer(self._user, prompt, sampling)) as parts:
                 async for part in parts:

@@ -8,7 +8,7 @@ from typing import Any
 UNFINISHED = "\ufffd"  # how a decoder shows bytes that are no character, or not yet
 
 
-class TextStream:
+class AnswerText:
     """Text of one answer, token by token. All that was handed out, joined, is the answer.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from nested_learning.continual import Snapshot
-from nested_learning.server.decoding import TextStream
+from nested_learning.server.decoding import AnswerText
 from nested_learning.server.mind import LevelMind
 from nested_learning.server.sampling import Sampler, Sampling, TokenLogprob
 
@@ -82,7 +82,7 @@ class Generation:
     def _answer(self, choice: int, logits: Tensor, cache: Cache) -> Generator[None, None, None]:
         sampling, length = self._sampling, self._prompt.shape[1]
         sampler = Sampler(sampling, choice, length, self._repetition_penalty)
-        text = TextStream(self._mind.tokenizer, sampling.stop)
+        text = AnswerText(self._mind.tokenizer, sampling.stop)
         ids, held = self._prompt, []
         for index in range(sampling.max_tokens):
             token = sampler.draw(ids, logits)
@@ -114,6 +114,6 @@ class Generation:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def text_finish(text: TextStream) -> str:
+def text_finish(text: AnswerText) -> str:
     """Reason of an answer's end at its last token: the end of the text may have had a stop text in it."""
     return "stop" if text.stopped else "length"

@@ -163,7 +163,11 @@ class Memories:
         async with self._lock_of(name):
             loaded = self._users.get(name)
             if loaded is not None:
-                await loaded.erase()
+                loaded.pins += 1  # so that it is not put away in the middle
+                try:
+                    await loaded.erase()
+                finally:
+                    loaded.pins -= 1
                 del self._users[name]
                 return
             folder = UserFolder(self._root, name)

@@ -62,6 +62,12 @@ def add_memory_routes(app: FastAPI, service: Service) -> None:
         await service.memories.erase(claimed(service, request))
         return {"object": "memory.deleted", "deleted": True}
 
+    add_file_routes(app, service)
+
+
+def add_file_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes of memory files to an application."""
+
     @app.get("/v1/memories/export", response_model=None)
     async def export(request: Request) -> FileResponse:
         name = claimed(service, request)

@@ -37,7 +37,7 @@ def chain(owner: str, turns: Sequence[Turn]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class ConversationPlace:
     """A request's place among the conversations.
 
     Args:
@@ -61,7 +61,7 @@ class KnownPrefixes:
     conversations: dict[str, str] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
 
-    def place(self, turns: Sequence[Turn], hashes: Sequence[str]) -> Place:
+    def place(self, turns: Sequence[Turn], hashes: Sequence[str]) -> ConversationPlace:
         """The place of a request. A conversation goes on only from its last message of the user: with an
         earlier one edited, another conversation begins."""
         known = next((n for n in range(len(hashes), 0, -1) if hashes[n - 1] in self.conversations), 0)
@@ -69,8 +69,8 @@ class KnownPrefixes:
         if known:
             conversation = self.conversations[hashes[known - 1]]
             if ends and self.heads.get(conversation) == ends[-1]:
-                return Place(known, conversation)
-        return Place(known, secrets.token_hex(8))
+                return ConversationPlace(known, conversation)
+        return ConversationPlace(known, secrets.token_hex(8))
 
     def add(self, conversation: str, hashes: Sequence[str], head: str | None) -> None:
         """Remember beginnings; `head` is the last of them that ends with a user's message, if any does."""

@@ -105,7 +105,8 @@ class Sampler:
 
     def draw(self, ids: Tensor, logits: Tensor) -> int:
         """The next token after ids [1, T], of logits [1, V] in float32 or float64."""
-        scores = self._processors(ids, logits)
+        given: Any = ids  # transformers' annotation wants the classes of old, LongTensor and FloatTensor
+        scores = self._processors(given, logits)
         if not self._draws:
             return int(scores.argmax())
         probabilities = scores.softmax(-1)[0].cpu()

@@ -48,7 +48,7 @@ class ClientRequest(BaseModel):
             )
 
 
-class StreamOptions(ClientRequest):
+class EventOptions(ClientRequest):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
@@ -60,7 +60,7 @@ class SampledRequest(ClientRequest):
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: EventOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)

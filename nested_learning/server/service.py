@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from nested_learning.server.generation import AnswerPart, Generation
@@ -143,7 +143,7 @@ class Service:
 
     async def answer(
         self, user: UserMemory, prompt: list[int], sampling: Sampling
-    ) -> AsyncIterator[AnswerPart]:
+    ) -> AsyncGenerator[AnswerPart, None]:
         """The parts of the answers to a prompt, under the user's memory of now.
 
         Raises:
@@ -161,7 +161,12 @@ class Service:
         except JobCancelled as error:
             raise Refusal(503, "the server is about to end", "shutting_down", retry_after=10) from error
         done = asyncio.wrap_future(job.result)
-        done.add_done_callback(lambda future: (future.exception(), parts.put_nowait(None)))
+
+        def end(future: asyncio.Future[None]) -> None:
+            future.exception()  # it is told by `await done`, if anybody is left who listens
+            parts.put_nowait(None)
+
+        done.add_done_callback(end)
         try:
             while (part := await parts.get()) is not None:
                 yield part
