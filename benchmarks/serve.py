@@ -193,12 +193,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--rank", type=int, default=0, help="rank of the deltas; 0 for full matrices")
+    options.add_argument("--tokens", type=int, default=Load.tokens, help="tokens of each answer")
     given = options.parse_args(argv)
     name = RANDOM if given.quick and given.model == PACKAGED else given.model
     if (problem := lacking(name)) is not None:
         raise SystemExit(f"error: {problem}")
     base = load_base(name)
-    load = QUICK if given.quick else Load(repeats=given.repeats or Load.repeats)
+    load = QUICK if given.quick else Load(tokens=given.tokens, repeats=given.repeats or Load.repeats)
     model = base.model.to(getattr(torch, given.dtype))
     figures = measured(model, base.tokenizer, given.rank or None, load)
     rank = given.rank or "full"
