@@ -59,8 +59,7 @@ class Client:
     """
 
     def __init__(self, address: str, user: str, load: Load) -> None:
-        self._http = HTTPConnection(address.removeprefix("http://"), timeout=600)
-        self._user, self._load = user, load
+        self._address, self._user, self._load = address.removeprefix("http://"), user, load
 
     def tell(self) -> None:
         """Have the user's memory written to, so that weights differ from those of others."""
@@ -69,8 +68,9 @@ class Client:
 
     def _post(self, path: str, body: dict[str, Any]) -> HTTPResponse:
         headers = {"content-type": "application/json"}
-        self._http.request("POST", path, json.dumps({**body, "user": self._user}), headers)
-        response = self._http.getresponse()
+        connection = HTTPConnection(self._address, timeout=600)
+        connection.request("POST", path, json.dumps({**body, "user": self._user}), headers)
+        response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"{path}: {response.status} {response.read().decode()}")
         return response

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_learning.cli.main import main
 from nested_learning.server.decoding import AnswerText
 from nested_learning.server.folder import Manifest, UserFolder, folder_name, prepare
 from nested_learning.server.journal import Entry, Journal
@@ -411,3 +412,22 @@ def test_settings_out_of_range(options):
 )
 def test_the_user_field_is_trusted_on_this_computer_alone(host, keys, trusted):
     assert ServeSettings(model="m", memories="f", host=host, keys=keys).trusts_user_field == trusted
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_keys(tmp_path, capsys):
+    keys = str(tmp_path / "keys")
+    options = ["--model", "m", "--memories", str(tmp_path), "--keys", keys, "--add_key", "anna"]
+    assert main(["serve", *options]) == 0
+    key = capsys.readouterr().out.strip()
+    assert KeyFile(keys).user(key) == "anna"
+
+
+def test_the_command_says_what_is_not_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nested_learning.cli.serve.find_spec", lambda name: None)
+    assert main(["serve", "--model", "m", "--memories", str(tmp_path)]) == 2
+    assert "pip install 'nested-learning-torch[serve]'" in capsys.readouterr().err
+    assert main(["serve", "--model", "m", "--memories", str(tmp_path), "--learn", "all"]) == 2
+    assert "one of user, assistant, both, none" in capsys.readouterr().err

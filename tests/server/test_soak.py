@@ -46,7 +46,10 @@ def ask(address: str, requests: int, seed: int, failures: list) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("requests", [10_000])
 def test_no_growth_beyond_the_budget(tmp_path, requests):
-    with served(tmp_path, make_mind(kept_weights=2**20), most_users=8, undo=2, memory_mb=8) as (address, service):
+    with served(tmp_path, make_mind(kept_weights=2**20), most_users=8, undo=2, memory_mb=8) as (
+        address,
+        service,
+    ):
         sizes, failures = [], []
         for part in range(5):
             threads = [
