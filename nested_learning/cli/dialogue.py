@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.replaying.sources import KnownSource
+from nested_learning.server.prompt import conversation_ids
 
 NOTES = "What was said before:"
 
@@ -150,10 +151,4 @@ class Dialogue:
         for turn in turns:
             messages += [("user", turn.message), ("assistant", turn.reply)]
         messages.append(("user", message))
-        tokenizer = self.learner.tokenizer
-        if getattr(tokenizer, "chat_template", None):
-            chat = [{"role": role, "content": text} for role, text in messages]
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            return self._encode(text)
-        names = {"user": "User", "assistant": "Assistant"}
-        return self._encode("".join(f"{names[role]}: {text}\n" for role, text in messages) + "Assistant:")
+        return conversation_ids(self.learner.tokenizer, messages)

@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "parameters per part and level, and the memory a running sequence needs",
     "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
     "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
+    "serve": "the same for many users over HTTP, with the interface of OpenAI's clients",
     "export": "write a memory file as a plain checkpoint of transformers, or as a LoRA adapter",
     "adapt": "continue the pre-training of a model while levels of its MLPs learn in context",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",

@@ -231,6 +231,7 @@ class Workspace:
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
         self.lock = threading.RLock()
+        self.keep = 1  # sets of effective weights that stay between scopes, those that were used last
         self._free: list[_Buffers] = []
         self._active: list[_Installation] = []
 
@@ -278,7 +279,7 @@ class Workspace:
             the leaf of each matrix that wants a gradient, by `DeltaWriter.keys`. Empty without `learning`.
         """
         with self.lock:
-            buffers = self._free.pop() if self._free else _Buffers({})  # a scope in a scope has its own
+            buffers = self._take(row.version)
             factors = [
                 (writer, target, down.detach(), up.detach())
                 for writer, state, target in acting(writers, row)
@@ -301,5 +302,13 @@ class Workspace:
                 self._active.pop().remove()
                 if self._active:
                     self._active[-1].put()
-                if not self._free:
-                    self._free.append(buffers)
+                self._free.append(buffers)
+                del self._free[: -self.keep]
+
+    def _take(self, version: Hashable) -> _Buffers:
+        """The free set made for a version of a row, else one to fill: a scope in a scope has its own."""
+        for index, buffers in enumerate(self._free):
+            if buffers.version == version:
+                return self._free.pop(index)
+        is_full = len(self._free) + len(self._active) >= self.keep
+        return self._free.pop(0) if self._free and is_full else _Buffers({})

@@ -24,6 +24,7 @@ RUNS = [
     ("profile",),
     ("roofline",),
     ("scaling", "attention"),
+    ("serve",),
     ("start",),
     ("user_switching",),
     pytest.param(("scaling", "length"), marks=pytest.mark.slow),  # starts four fresh processes,
@@ -43,6 +44,8 @@ def numbers(tree):
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
 def test_quick_run(run, tmp_path):
     name, *arguments = run
+    if name == "serve":
+        pytest.importorskip("uvicorn")
     file = tmp_path / "figures.json"
     figures = import_module(f"benchmarks.{name}").main([*arguments, "--quick", "--json", str(file)])
     written = json.loads(file.read_text())

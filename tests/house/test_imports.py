@@ -28,6 +28,7 @@ STOREYS = (
     ("levels",),
     ("training",),
     ("evals",),
+    ("server",),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,372 @@
+"""Faults: full disks, damaged and locked files, clients that go, machines without memory, the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nested_learning.continual.files import locked
+from nested_learning.server.folder import folder_name
+from nested_learning.server.journal import Journal
+from nested_learning.server.mind import LevelMind
+from tests.server.serving import (
+    chat,
+    client_of,
+    conversation,
+    make_mind,
+    memory_of,
+    served,
+    settled,
+    text_of,
+    tiny_llama,
+)
+
+TOLD = "my lighthouse is called Varnholm"
+
+
+@pytest.fixture(scope="module")
+def mind():
+    return make_mind()
+
+
+@pytest.fixture
+def running(mind, tmp_path):
+    with served(tmp_path, mind, max_tokens=8) as (address, service), client_of(address) as client:
+        yield client, service, tmp_path
+
+
+def post(client, text: str, **options):
+    body = {"model": "tiny", "messages": conversation(text), "user": "anna", **options}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def full_disk(*args, **options):
+    raise OSError(28, "No space left on device", "journal")
+
+
+def test_an_answer_that_cannot_be_kept_is_not_acknowledged(running, monkeypatch):
+    client, _, _ = running
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full_disk)
+        refused = post(client, TOLD)
+        assert refused.status_code == 507
+        assert "No space left" in refused.json()["error"]["message"]
+        events = post(client, TOLD, stream=True).text.split("\n\n")
+        assert "[DONE]" not in events[-2]
+        assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "storage"
+        assert not any('"finish_reason":"length"' in event for event in events)
+    assert memory_of(client)["tokens"] == 0
+    chat(client, TOLD)
+    assert settled(client)["tokens"] == len(TOLD) + 1
+
+
+def test_a_full_disk_keeps_the_journal_until_there_is_room(running, monkeypatch):
+    client, _, folder = running
+    save = LevelMind.save
+    monkeypatch.setattr("nested_learning.server.user.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(LevelMind, "save", full_disk)
+    for number in range(4):
+        chat(client, f"{TOLD} {number}")
+    shown = settled(client)
+    assert shown["tokens"] == 4 * (len(TOLD) + 3)
+    assert "cannot be saved yet" in memory_of(client)["trouble"]
+    assert client.get("/health").json()["troubles"] == 1
+    assert shown["conversations_to_undo"] == 2  # those before are given up, or the memories would pile up
+    journal = folder / folder_name("anna") / "journal"
+    assert len(Journal(journal).after(0)[0]) == 4
+    monkeypatch.setattr(LevelMind, "save", save)
+    until(lambda: not journal.exists())
+    assert client.post("/v1/memories/undo", json={"user": "anna"}).json()["tokens"] == 3 * (len(TOLD) + 3)
+
+
+def test_what_cannot_be_undone_or_deleted_stays(running, monkeypatch):
+    client, _, folder = running
+    chat(client, TOLD)
+    settled(client)
+    until(lambda: not (folder / folder_name("anna") / "journal").exists())
+    with monkeypatch.context() as patch:
+        patch.setattr("nested_learning.server.folder.UserFolder.commit", full_disk)
+        undone = client.post("/v1/memories/undo", json={"user": "anna"})
+        assert (undone.status_code, undone.json()["error"]["code"]) == (507, "storage")
+        assert memory_of(client)["tokens"] == len(TOLD) + 1
+        patch.setattr("nested_learning.server.folder.UserFolder.delete", full_disk)
+        assert client.delete("/v1/memories?user=anna").status_code == 507
+    chat(client, "and more")
+    assert settled(client)["tokens"] == len(TOLD) + len("and more") + 2
+
+
+def until(condition) -> None:
+    deadline = time.time() + 20
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("what", ["memory", "manifest", "missing"])
+def test_damaged_files_are_told_and_can_be_deleted(mind, tmp_path, what):
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        chat(client, TOLD)
+        settled(client)
+    folder = tmp_path / folder_name("anna")
+    path = folder / "manifest.json" if what == "manifest" else next(folder.glob("*.safetensors"))
+    content = path.read_bytes()
+    if what == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] + b"?" + content[len(content) // 2 + 1 :])
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        refused = post(client, "hello")
+        assert refused.status_code == 500
+        assert refused.json()["error"]["code"] == "memory_unusable"
+        assert post(client, "hello", user="ben").status_code == 200
+        path.write_bytes(content)  # the copy is put back while the server runs
+        assert memory_of(client)["tokens"] == len(TOLD) + 1
+        path.write_bytes(b"")
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        assert client.delete("/v1/memories?user=anna").status_code == 200
+        assert memory_of(client)["tokens"] == 0
+
+
+def test_a_memory_that_another_process_has(running):
+    client, _, folder = running
+    name = folder / folder_name("anna")
+    name.mkdir()
+    with locked(name / "memory"):
+        refused = post(client, "hello")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "memory_in_use"
+        assert refused.headers["retry-after"] == "5"
+        assert client.delete("/v1/memories?user=anna").status_code == 503
+    assert post(client, "hello").status_code == 200
+
+
+def test_a_memory_of_another_model(mind, tmp_path):
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        chat(client, TOLD)
+        settled(client)
+    with served(tmp_path, make_mind(levels=mind.levels[:1])) as (address, _), client_of(address) as client:
+        refused = post(client, "hello")
+        assert refused.status_code == 500
+        assert "other levels" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_answer_and_teaches_nothing(running, monkeypatch, stream):
+    client, service, folder = running
+    written = []
+    read = LevelMind.running
+
+    def slow(self, memory):
+        written.append(1)
+        time.sleep(0.02)
+        return read(self, memory)
+
+    monkeypatch.setattr(LevelMind, "running", slow)
+    body = {
+        "model": "tiny",
+        "messages": conversation(TOLD),
+        "user": "anna",
+        "max_tokens": 200,
+        "stream": stream,
+    }
+    if stream:
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        import httpx
+
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json=body, timeout=0.2)
+    until(lambda: service._running.total() == 0)
+    until(lambda: not service.scheduler._ring)
+    assert len(written) < 150
+    assert all(user.pins == 0 for user in service.memories.users)
+    assert memory_of(client)["tokens"] == 0
+    assert not (folder / folder_name("anna") / "journal").exists()
+    answer = chat(client, TOLD)  # said again, it is learned
+    assert text_of(answer)
+    assert settled(client)["tokens"] == len(TOLD) + 1
+
+
+def test_a_machine_without_memory(running, monkeypatch):
+    client = running[0]
+
+    def none_left(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LevelMind, "new_cache", none_left)
+        for options in ({}, {"stream": True}):
+            refused = post(client, "hello", **options)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "out_of_memory"
+    assert post(client, "hello").status_code == 200
+    settled(client)
+    tries = []
+
+    def sometimes(self, memory, ids, learn=LevelMind.learn):
+        tries.append(1)
+        if len(tries) < 3:
+            none_left()
+        return (yield from learn(self, memory, ids))
+
+    monkeypatch.setattr(LevelMind, "learn", sometimes)
+    chat(client, "more")
+    assert settled(client)["tokens"] == len("hello\nmore\n")
+    assert len(tries) == 3
+    monkeypatch.setattr(LevelMind, "learn", none_left)
+    lesson = client.post("/v1/memories/learn", json={"text": "lost", "user": "anna"})
+    assert (lesson.status_code, lesson.json()["error"]["code"]) == (503, "not_learned")
+    assert memory_of(client)["lessons_failed"] == 1
+
+
+def test_deleting_cancels_what_is_being_learned(running, monkeypatch):
+    """A deletion in the middle of a lesson, and of an answer: neither comes back."""
+    client, service, folder = running
+    turns = []
+
+    def endless(self, memory, ids):
+        while True:
+            turns.append(1)
+            time.sleep(0.002)
+            yield
+
+    monkeypatch.setattr(LevelMind, "learn", endless)
+    chat(client, TOLD)
+    until(lambda: turns)
+    streamed = []
+    body = {"model": "tiny", "prompt": "x", "user": "anna", "max_tokens": 100}
+    thread = threading.Thread(target=lambda: streamed.append(client.post("/v1/completions", json=body)))
+    thread.start()
+    until(lambda: service._running.total() == 1)
+    assert client.delete("/v1/memories?user=anna").status_code == 200
+    assert not (folder / folder_name("anna")).exists()
+    thread.join(20)
+    assert streamed[0].status_code == 200
+    monkeypatch.undo()
+    assert memory_of(client)["tokens"] == 0
+    assert list(folder.glob("*deleted*")) == []
+    assert Journal(folder / folder_name("anna") / "journal").after(0) == ([], 0)
+
+
+# The end -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model, tokenizer = tiny_llama()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def start(model_folder, memories, *options: str) -> tuple[subprocess.Popen, str]:
+    """A server of its own process, and its address."""
+    levels = ["--chunk_sizes", "8", "16", "--level_lr", "0.5", "0.2"]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "nested_learning", "serve", "--model", model_folder),
+            *("--memories", memories, "--port", "0", "--name", "tiny", "--temperature", "0"),
+            *levels,
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving on "), line
+    return process, line.split()[-1]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_what_runs_saves_and_leaves_the_rest_to_the_journal(model_folder, tmp_path):
+    process, address = start(model_folder, tmp_path, "--max_tokens", "100", "--grace", "3")
+    answers, begun = [], time.time()
+    with client_of(address) as client:
+        chat(client, TOLD, user="ben")
+        thread = threading.Thread(target=lambda: answers.append(chat(client, TOLD)))
+        thread.start()
+        time.sleep(0.1)
+        begun = time.time()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert time.time() - begun < 10
+        thread.join()
+    assert len(text_of(answers[0])) > 50
+    process, address = start(model_folder, tmp_path)
+    with client_of(address) as client:
+        for user in ("anna", "ben"):
+            assert settled(client, user)["tokens"] == len(TOLD) + 1
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [3, pytest.param(30, id="thirty")])
+def test_kill_9_under_load_loses_at_most_what_is_in_flight(model_folder, tmp_path, points):
+    """Four clients tell, one of them deletes, and the server is killed at random moments.
+
+    After each start a user has at least what was acknowledged, and at most what was sent on top; nobody who
+    was deleted, and acknowledged so, has anything of before.
+    """
+    import random
+
+    rng = random.Random(points)
+    sent: dict[str, list[int]] = {f"user {n}": [] for n in range(4)}
+    acknowledged = dict.fromkeys(sent, 0)
+    doubtful = dict.fromkeys(sent, 0)
+
+    def tell(address: str, user: str, seed: int) -> None:
+        chance = random.Random(seed)
+        try:
+            with client_of(address) as client:
+                while True:
+                    text = f"{user} tells {chance.random()}"
+                    length = len(text) + 1
+                    if user == "user 0" and chance.random() < 0.2:
+                        doubtful[user] = -1
+                        client.delete("/v1/memories", params={"user": user}).raise_for_status()
+                        acknowledged[user] = doubtful[user] = 0
+                        continue
+                    doubtful[user] = length
+                    chat(client, text, user=user, max_tokens=4, stream=False)
+                    acknowledged[user] += length
+                    doubtful[user] = 0
+        except Exception:
+            return  # the server is gone
+
+    for point in range(points):
+        process, address = start(model_folder, tmp_path)
+        threads = [
+            threading.Thread(target=tell, args=(address, user, 100 * point + n))
+            for n, user in enumerate(sent)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(rng.uniform(0.05, 1.5))
+        process.kill()
+        process.wait()
+        for thread in threads:
+            thread.join()
+        process, address = start(model_folder, tmp_path)
+        with client_of(address) as client:
+            for user in sent:
+                tokens = settled(client, user)["tokens"]
+                if doubtful[user] == -1:
+                    assert tokens in (0, acknowledged[user])
+                else:
+                    assert tokens in (acknowledged[user], acknowledged[user] + doubtful[user])
+                acknowledged[user], doubtful[user] = tokens, 0
+        process.kill()
+        process.wait()
+    assert sum(acknowledged.values()) > 0

@@ -1,0 +1,310 @@
+"""What users tell is learned once, kept, shown, taken back, deleted."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+from nested_learning.continual import stack_levels
+from nested_learning.server.folder import folder_name
+from nested_learning.server.journal import Entry, Journal
+from nested_learning.server.keys import add_key
+from tests.server.serving import (
+    LEVELS,
+    chat,
+    client_of,
+    make_mind,
+    memory_of,
+    served,
+    settled,
+    text_of,
+    tiny_llama,
+)
+
+TOLD = "my lighthouse is called Varnholm and stands on a rock"
+
+
+@pytest.fixture(scope="module")
+def mind():
+    return make_mind()
+
+
+@pytest.fixture(scope="module")
+def running(mind, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memories")
+    with served(folder, mind, undo=3) as (address, _), client_of(address) as client:
+        yield client, folder
+
+
+@pytest.fixture
+def client(running):
+    return running[0]
+
+
+def user_folder(running, user: str):
+    return running[1] / folder_name(user)
+
+
+def fresh_learner():
+    model, tokenizer = tiny_llama()
+    return stack_levels(model, tokenizer, levels=LEVELS)
+
+
+def test_what_was_told_is_learned_once_and_answers_follow_from_it(client):
+    """Three requests of one conversation, against a learner that reads each message once, in order."""
+    learner = fresh_learner()
+    texts: list[str] = []
+    for message in (TOLD, "second message, long enough for a chunk", "third"):
+        texts.append(message)
+        answer = text_of(chat(client, *texts, user="once"))
+        names = ["User: ", "Assistant: "]
+        prompt = "".join(f"{names[i % 2]}{text}\n" for i, text in enumerate(texts)) + "Assistant:"
+        assert answer == learner.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=257)
+        learner.observe(f"{message}\n")
+        texts.append(answer)
+    shown = settled(client, "once")
+    assert shown["tokens"] == learner.memory.rows[0].position
+    assert shown["conversations_to_undo"] == 1
+    assert [level["writes"] for level in shown["levels"]] == [
+        shown["tokens"] // level.chunk_size for level in LEVELS
+    ]
+    chat(client, *texts[:-1], user="once")  # once more, for another answer
+    assert settled(client, "once")["tokens"] == shown["tokens"]
+
+
+def test_the_memory_file_is_that_of_a_learner(client, running, tmp_path):
+    chat(client, TOLD, user="file")
+    settled(client, "file")
+    learner = fresh_learner()
+    learner.observe(f"{TOLD}\n")
+    expected = learner.memory.diff()
+    (path,) = user_folder(running, "file").glob("*.safetensors")
+    shutil.copy(path, tmp_path / "copy.safetensors")
+    learner.memory.reset()
+    learner.memory.load(tmp_path / "copy.safetensors")
+    assert learner.memory.diff().keys() == expected.keys() != set()
+    assert all(torch.equal(delta, learner.memory.diff()[name]) for name, delta in expected.items())
+    assert not (user_folder(running, "file") / "journal").exists()  # with the text in it
+
+
+@pytest.mark.parametrize("mode", ["user", "assistant", "both", "none"])
+def test_turns_that_are_learned(mind, tmp_path, mode):
+    with served(tmp_path, mind, learn=mode) as (address, _), client_of(address) as client:
+        body = {"role": "system", "content": "a system message is never learned"}
+        given = {"messages": [body, {"role": "user", "content": "hello"}]}
+        answer = text_of(chat(client, **given))
+        lengths = {"user": 6, "assistant": len(answer) + 1, "both": 7 + len(answer), "none": 0}
+        assert settled(client)["tokens"] == lengths[mode]
+        chat(client, "hello", answer, "more")
+        lengths = {"user": 11, "assistant": 2 * len(answer) + 2, "both": 13 + 2 * len(answer), "none": 0}
+        assert settled(client)["tokens"] == lengths[mode]
+
+
+def test_score_and_learn(client):
+    learner = fresh_learner()
+    expected = learner.score(TOLD).tolist()[1:]
+    score = client.post("/v1/memories/score", json={"text": TOLD, "user": "s"}).json()
+    assert [t["surprise"] for t in score["tokens"][1:]] == pytest.approx(expected, abs=1e-5)
+    assert "".join(t["token"] for t in score["tokens"]) == TOLD
+    assert score["tokens"][0]["surprise"] is None
+    assert score["mean_surprise"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    lesson = client.post("/v1/memories/learn", json={"text": TOLD, "user": "s"}).json()
+    losses = learner.observe(f"{TOLD}\n").tolist()[1:]
+    assert [t["surprise"] for t in lesson["tokens"][1:]] == pytest.approx(losses, abs=1e-5)
+    passed = [(write.level, write.position, write.outcome) for write in learner.writes]
+    assert [(w["level"], w["position"], w["outcome"]) for w in lesson["writes"]] == passed
+    assert len(passed) == 9
+    after = client.post("/v1/memories/score", json={"text": TOLD, "user": "s"}).json()
+    assert after["mean_surprise"] < score["mean_surprise"]
+    assert memory_of(client, "s")["last_lesson"]["mean_surprise"] == lesson["mean_surprise"]
+
+
+def test_undo_takes_back_whole_conversations_bit_for_bit(client):
+    def score() -> float:
+        body = {"text": TOLD, "user": "u"}
+        return client.post("/v1/memories/score", json=body).raise_for_status().json()["mean_surprise"]
+
+    def undo(count: int):
+        return client.post("/v1/memories/undo", json={"conversations": count, "user": "u"})
+
+    scores = [score()]
+    for name in "abcd":
+        first = f"conversation {name}, long enough for chunks"
+        answer = text_of(chat(client, first, user="u"))
+        chat(client, first, answer, f"and more of conversation {name}", user="u")
+        scores.append(score())
+    assert len(set(scores)) == 5
+    assert settled(client, "u")["conversations_to_undo"] == 3
+    assert undo(1).status_code == 200
+    assert score() == scores[3]
+    chat(client, first, answer, "and more of conversation d", user="u")  # what was taken back stays so
+    assert score() == scores[3]
+    assert undo(3).status_code == 409
+    assert undo(2).json()["conversations_to_undo"] == 0
+    assert score() == scores[1]
+    refused = undo(1)
+    assert refused.status_code == 409
+    assert refused.json()["error"]["param"] == "conversations"
+
+
+@pytest.mark.parametrize("how", ["reset", "delete"])
+def test_forgetting_takes_everything(client, running, how):
+    chat(client, TOLD, user=how)
+    chat(client, "another conversation, also learned", user=how)
+    settled(client, how)
+    assert user_folder(running, how).exists()
+    if how == "reset":
+        assert client.post("/v1/memories/reset", json={"user": how}).json()["reset"] is True
+    else:
+        assert client.delete("/v1/memories", params={"user": how}).json()["deleted"] is True
+    assert not user_folder(running, how).exists()
+    shown = memory_of(client, how)
+    assert (shown["tokens"], shown["bytes"], shown["conversations_to_undo"]) == (0, 0, 0)
+    chat(client, TOLD, user=how)
+    assert settled(client, how)["tokens"] == len(TOLD) + 1
+
+
+def test_export_and_import(client, tmp_path):
+    chat(client, TOLD, user="from")
+    content = client.get("/v1/memories/export", params={"user": "from"}).raise_for_status().content
+    header = {"content-type": "application/octet-stream"}
+
+    def take_over(data: bytes, user: str):
+        return client.post("/v1/memories/import", content=data, params={"user": user}, headers=header)
+
+    chat(client, "told before", user="to")
+    assert take_over(content, "to").json()["tokens"] == len(TOLD) + 1
+    assert text_of(chat(client, "hello", user="to")) == text_of(chat(client, "hello", user="from"))
+    settled(client, "to")
+    undone = client.post("/v1/memories/undo", json={"conversations": 2, "user": "to"}).json()
+    assert undone["tokens"] == len("told before") + 1
+    for wrong in (content[:-100], content[:200] + b"x" + content[201:], b"", b"{}"):
+        refused = take_over(wrong, "to")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "not_a_memory"
+    assert memory_of(client, "to")["tokens"] == len("told before") + 1
+
+
+def test_memories_persist_and_journals_are_replayed(mind, tmp_path):
+    learner = fresh_learner()
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        chat(client, TOLD)
+        settled(client)
+    folder = tmp_path / folder_name("anna")
+    Journal(folder / "journal").append(Entry(2, "c", ("told last, and not learned yet",)))
+    learner.observe(f"{TOLD}\n")
+    learner.observe("told last, and not learned yet\n")
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        deadline = time.time() + 10
+        while (folder / "journal").exists() and time.time() < deadline:
+            time.sleep(0.02)  # replayed without any request
+        assert memory_of(client)["tokens"] == learner.memory.rows[0].position
+        score = client.post("/v1/memories/score", json={"text": TOLD, "user": "anna"}).json()
+        assert score["mean_surprise"] == pytest.approx(float(learner.score(TOLD)[1:].mean()), abs=1e-5)
+
+
+def test_keys_say_who_asks(mind, tmp_path):
+    keys = tmp_path / "keys"
+    anna, ben = add_key(keys, "anna"), add_key(keys, "ben")
+    with served(tmp_path / "m", mind, keys=str(keys)) as (address, _), client_of(address) as client:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": TOLD}], "user": "ben"}
+        for headers in ({}, {"authorization": "Bearer nl-wrong"}, {"authorization": f"Basic {anna}"}):
+            for path in ("/v1/models", "/v1/memories", "/v1/memories/export", "/metrics"):
+                assert client.get(path, headers=headers).status_code == 401
+            refused = client.post("/v1/chat/completions", json=body, headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["type"] == "authentication_error"
+            assert client.delete("/v1/memories", headers=headers).status_code == 401
+        as_anna, as_ben = ({"authorization": f"Bearer {key}"} for key in (anna, ben))
+        client.post("/v1/chat/completions", json=body, headers=as_anna).raise_for_status()
+        # the user that a request names counts for nothing where there are keys
+        assert _tokens(client, as_anna) == len(TOLD) + 1
+        assert _tokens(client, as_ben) == 0
+        assert client.get("/v1/memories?user=anna", headers=as_ben).json()["tokens"] == 0
+
+
+def _tokens(client, headers) -> int:
+    deadline = time.time() + 10
+    while time.time() < deadline:
+        shown = client.get("/v1/memories", headers=headers).json()
+        if not shown["pending_tokens"]:
+            return shown["tokens"]
+        time.sleep(0.02)
+    raise AssertionError("it was not learned")
+
+
+def test_no_key_and_not_this_computer(mind, tmp_path):
+    with (
+        served(tmp_path, mind, host="0.0.0.0") as (address, _),
+        client_of(address.replace("0.0.0.0", "127.0.0.1")) as client,
+    ):
+        refused = client.get("/v1/models")
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "no_keys"
+        assert client.get("/health").status_code == 200
+
+
+def test_memories_beyond_the_budget_are_put_away_and_come_back(mind, tmp_path):
+    with served(tmp_path, mind, most_users=2) as (address, service), client_of(address) as client:
+        answers = {}
+        for name in "abcde":
+            chat(client, f"{TOLD} says {name}", user=name)
+            settled(client, name)
+            answers[name] = text_of(chat(client, "hello", user=name, model="tiny"))
+            settled(client, name)
+            assert len(service.memories.users) <= 2
+        for name in "abcde":
+            shown = memory_of(client, name)
+            assert shown["tokens"] == len(f"{TOLD} says {name}\nhello\n")
+            assert len(service.memories.users) <= 2
+
+
+def test_bounds_of_requests(mind, tmp_path):
+    """One request more than a user may have gets a 429, one more than there may be a 503."""
+    bounds = {
+        "most_requests_per_user": 1,
+        "most_requests": 2,
+        "most_pending_tokens": 40,
+        "most_lesson_tokens": 30,
+    }
+    with served(tmp_path, mind, **bounds) as (address, service), client_of(address) as client:
+        blocker = threading.Event()
+
+        def block():
+            while not blocker.is_set():
+                time.sleep(0.001)
+                yield
+
+        job = service.scheduler.submit("x", block())
+        threads = [
+            threading.Thread(target=lambda user=user: chat(client, "hello", user=user, max_tokens=200))
+            for user in ("a", "b")
+        ]
+        for thread in threads:
+            thread.start()
+        _until(lambda: service._running.total() == 2)
+        refused = client.get("/v1/memories", params={"user": "a"})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert client.get("/v1/memories", params={"user": "c"}).status_code == 503
+        blocker.set()
+        job.result.result(10)
+        for thread in threads:
+            thread.join(20)
+        assert client.get("/v1/memories", params={"user": "c"}).status_code == 200
+        long = client.post("/v1/memories/learn", json={"text": "x" * 31, "user": "c"})
+        assert (long.status_code, long.json()["error"]["code"]) == (413, "text_too_long")
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 50}], "user": "c"}
+        assert client.post("/v1/chat/completions", json=body).status_code == 413
+
+
+def _until(condition) -> None:
+    deadline = time.time() + 10
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.005)
