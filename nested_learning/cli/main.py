@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
     "info": "parameters per part and level, and the memory a running sequence needs",
     "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
+    "lens": "a page on what a model does with a text: surprise, memories, writes, what was learned",
     "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
     "adapt": "continue the pre-training of a model while levels of its MLPs learn in context",
     "compare": "train several presets on the same batches, side by side, and tabulate the results",

@@ -66,7 +66,9 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
             levels=tuple(_level(level) for level in learner.levels),
             writes=writes,
             norms=norms,
-            relative={name: norm / float(targets[name].weight.norm()) for name, norm in norms.items()},
+            relative={
+                name: norm / float(targets[name].weight.detach().norm()) for name, norm in norms.items()
+            },
             layers={name: targets[name].layer for name in norms},
             units=_units(learner, diff, targets),
             predictions=compared.predictions,
@@ -75,8 +77,8 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
 
 
 def _units(learner: Learner, diff: Weights, targets: dict[str, Target]) -> dict[str, Array]:
-    """Per weight the norm of each hidden unit's change: of rows [out] where out is not the model's width, else
-    of columns [in] where in is not, else of rows."""
+    """Per weight the norm of each hidden unit's change: of rows [out] where out is not the model's width,
+    else of columns [in] where in is not, else of rows."""
     width = getattr(learner.model.config, "hidden_size", None)
     found = {}
     for name, D in diff.items():
@@ -102,7 +104,8 @@ class _Comparison:
         for start, first, stop in _windows(len(ids), window, min(learner.reader.plan.overlap, window // 2)):
             told = ids[first:stop]
             base, now = (
-                self._log_probabilities(ids[start : stop - 1], len(told), row, chosen) for chosen in ([], None)
+                self._log_probabilities(ids[start : stop - 1], len(told), row, chosen)
+                for chosen in ([], None)
             )
             divergence = F.kl_div(base, now, reduction="none", log_target=True).sum(-1)
             losses = (-p.gather(1, told.unsqueeze(1)).squeeze(1) for p in (base, now))
@@ -143,7 +146,9 @@ def _line(learner: Learner) -> str:
     model = learner.model
     name = getattr(model.config, "name_or_path", "") or ""
     label = f" {name}" if name else ""
-    return f"{type(model).__name__}{label}, {model.num_parameters():,} parameters, {len(learner.levels)} levels"
+    return (
+        f"{type(model).__name__}{label}, {model.num_parameters():,} parameters, {len(learner.levels)} levels"
+    )
 
 
 def _level(level: Level) -> str:

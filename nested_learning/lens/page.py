@@ -72,7 +72,7 @@ def _data(reading: Reading) -> dict[str, Any]:
             ("prediction moved, KL(after ‖ before)", "nats", learned.divergence),
         ]
     measures += [(f"surprise, {trace.name}", "‖M(k) − v̂‖", trace.surprise) for trace in reading.memories]
-    timeline = [_level_line(trace) for trace in reading.levels]
+    timeline = _level_lines(reading.levels)
     if reading.learned is not None:
         timeline += _learner_lines(reading.learned)
     return {
@@ -133,12 +133,22 @@ def _spectrum(values: Array) -> list[list[list[float | None]]]:
     return [[_list(line) for line in head.T] for head in _heads(chosen)]
 
 
+def _level_lines(traces: Iterable[LevelTrace]) -> list[dict[str, Any]]:
+    """A line per level that learns and layer, and one per level for all layers where it does not."""
+    lines: dict[tuple[int | None, int, int], dict[str, Any]] = {}
+    for trace in traces:
+        key = trace.layer if trace.learns else None, trace.level, trace.chunk_size
+        lines.setdefault(key, _level_line(trace))
+    return list(lines.values())
+
+
 def _level_line(trace: LevelTrace) -> dict[str, Any]:
+    where = f"layer {trace.layer}, " if trace.learns else ""
     every = f"level {trace.level + 1}, every {trace.chunk_size:,} tokens"
     note = "writes in context" if trace.learns else "written by the optimizer alone, not by reading"
     sizes = _list(trace.sizes) if trace.learns else [None] * len(trace.positions)
     texts = [f"write of norm {_number(size)}" if size is not None else "boundary" for size in sizes]
-    label = f"CMS, layer {trace.layer}, {every}"
+    label = f"CMS, {where}{every}"
     marks = list(zip(trace.positions.tolist(), sizes, texts, strict=True))
     return {"label": label, "note": note, "marks": marks}
 
@@ -150,7 +160,8 @@ def _learner_lines(learned: LearnedTrace) -> list[dict[str, Any]]:
             (
                 write.position,
                 _rounded(write.gradient_norm) if write.outcome == "written" else None,
-                f"{write.outcome}, mean loss {_number(write.loss)}, gradient norm {_number(write.gradient_norm)}",
+                f"{write.outcome}, mean loss {_number(write.loss)}, "
+                f"gradient norm {_number(write.gradient_norm)}",
             )
             for write in learned.writes
             if write.level == index

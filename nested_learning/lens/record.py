@@ -37,8 +37,8 @@ def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any =
         ids: [T] at least two token ids.
         tokenizer: shows the tokens' texts; None: their ids.
 
-    Returns: the recording. Memories are looked at at most 64 times, and asked for at most 48 keys, both spread
-        evenly over the text.
+    Returns: the recording. Memories are looked at before the text and at most 64 times in it, and asked for
+        at most 48 keys, both spread evenly.
 
     Raises:
         ValueError: another model, or ids that are not [T], T ≥ 2, or outside of the vocabulary.
@@ -59,6 +59,8 @@ def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any =
         steps = {watch.layer.system.step for watch in watches}
         cuts = _cuts(count, steps | {size for size in writes.sizes if size})
         moments = _spread(cuts[1:])
+        for watch in watches:
+            watch.look()
         before: Tensor | None = None  # logits [1, V] after the last token of the piece before
         for start, stop in pairwise(cuts):
             piece = ids[start:stop].to(model.device)
@@ -78,7 +80,7 @@ def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any =
         tokens=words(tokenizer, ids.tolist()),
         ids=ids.cpu().numpy(),
         loss=np.concatenate([[np.nan], loss]),
-        moments=np.array(sorted(moments), dtype=np.int64),
+        moments=np.array([0, *sorted(moments)], dtype=np.int64),
         memories=tuple(watch.trace() for watch in watches),
         levels=tuple(writes.traces(count)),
         system=levels(model),
@@ -98,9 +100,9 @@ def _spread(stops: Sequence[int]) -> set[int]:
 
 
 def _line(model: HopeForCausalLM) -> str:
-    config = model.config
-    mixers = ", ".join(dict.fromkeys(config.layer_mixers))
-    return f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(config.layer_mixers)} × {mixers}"
+    mixers = model.config.layer_mixers
+    layers = f"{len(mixers)} × {', '.join(dict.fromkeys(mixers))}"
+    return f"{type(model).__name__}, {model.num_parameters():,} parameters, {layers}"
 
 
 class _Writes:
@@ -108,9 +110,7 @@ class _Writes:
 
     def __init__(self, blocks: Any, update: str) -> None:
         self.blocks, self.update = blocks, update
-        self.sizes = {
-            level.chunk_size for block in blocks if block.cms.learns for level in block.cms.levels
-        }
+        self.sizes = {level.chunk_size for block in blocks if block.cms.learns for level in block.cms.levels}
         self._before: dict[tuple[int, int], Weights] = {}
         self._found: dict[tuple[int, int], dict[int, float]] = {}
 

@@ -64,7 +64,7 @@ class MemoryWatch:
         self._now.append({**found, "key": s.k[0].transpose(0, 1), "target": target[0].transpose(0, 1)})
 
     def end_piece(self, count: int, look: bool) -> None:
-        """Note the last `count` tokens of the calls since the last piece, and look at the state if asked to."""
+        """Note the last `count` tokens of the calls since the last piece; `look` at the memory after them."""
         joined = {
             name: torch.cat([call[name] for call in self._now])[-count:] for name in self._now[0]
         }  # [count, …]
@@ -78,7 +78,7 @@ class MemoryWatch:
         self._target.append(joined["target"][chosen].transpose(0, 1))
         self.tokens += count
         if look:
-            self._look()
+            self.look()
 
     def trace(self) -> MemoryTrace:
         """Everything that was noted."""
@@ -100,10 +100,9 @@ class MemoryWatch:
             **looks,
         )
 
-    def _look(self) -> None:
-        """Recall of the probes so far, distance from the start and singular values, of the current weights."""
-        assert self.state is not None  # a piece was read
-        weights = self._weights(self.state.current)
+    def look(self) -> None:
+        """Note recall of the probes so far, distance from the start and singular values of the weights now."""
+        weights = self._initial if self.state is None else self._weights(self.state.current)
         moved = {name: W - self._initial[name] for name, W in weights.items()}
         self._looks["distance"].append(_norms(moved))
         for name, W in weights.items():
@@ -111,16 +110,22 @@ class MemoryWatch:
             known = bool(last.isfinite().all())
             values = torch.linalg.svdvals(last) if known else last.new_full(_ranks(last), torch.nan)
             self._singular[name].append(_array(values))
+        recall, cosine = self._answers()
+        for name, values in (("recall", recall), ("cosine", cosine)):
+            whole = np.full(len(self.probes), np.nan, dtype=np.float64)
+            whole[: len(values)] = values
+            self._looks[name].append(whole)
+
+    def _answers(self) -> tuple[Array, Array]:
+        """Recall and cosine of the probes so far."""
+        if self.state is None:
+            return np.zeros(0), np.zeros(0)
         key, target = torch.cat(self._key, 1), torch.cat(self._target, 1)
         now = dataclasses.replace(self.state, anchor=self.state.current)  # what `recall` reads
         answer = self.layer.recall(key.unsqueeze(0), now)[0]
-        size = target.square().sum((0, 2))
+        size, length = target.square().sum((0, 2)), answer.square().sum((0, 2))
         recall = 1 - (answer - target).square().sum((0, 2)) / size
-        cosine = (answer * target).sum((0, 2)) * (answer.square().sum((0, 2)) * size).rsqrt()
-        for name, values in (("recall", recall), ("cosine", cosine)):
-            whole = np.full(len(self.probes), np.nan, dtype=np.float64)
-            whole[: len(values)] = _array(values)
-            self._looks[name].append(whole)
+        return _array(recall), _array((answer * target).sum((0, 2)) * (length * size).rsqrt())
 
     def _weights(self, stored: Weights) -> Weights:
         """The weights [N, H, out, in] of the one row."""

@@ -18,20 +18,22 @@ def words(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     if tokenizer is None:
         return tuple(f"{index} " for index in ids)
     found: list[str] = []
-    before: list[int] = []  # the tokens before `open`: a decoder may drop the space of the first word it is given
-    open: list[int] = []
+    before: list[
+        int
+    ] = []  # the tokens before `unfinished`: a decoder may drop the space of the first word it is given
+    unfinished: list[int] = []
     for index in ids:
-        open.append(index)
-        text = _decode(tokenizer, before + open)
+        unfinished.append(index)
+        text = _decode(tokenizer, before + unfinished)
         start = _decode(tokenizer, before) if before else ""
-        new = text[len(start) :] if text.startswith(start) else _decode(tokenizer, open)
-        if new.endswith(UNKNOWN) and len(open) < LONGEST_CHARACTER:
+        new = text[len(start) :] if text.startswith(start) else _decode(tokenizer, unfinished)
+        if new.endswith(UNKNOWN) and len(unfinished) < LONGEST_CHARACTER:
             found.append("")
             continue
         found.append(new)
-        before, open = open, []
-    if open:
-        found[-1] = _decode(tokenizer, open)
+        before, unfinished = unfinished, []
+    if unfinished:
+        found[-1] = _decode(tokenizer, unfinished)
     return tuple(found)
 
 

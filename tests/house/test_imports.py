@@ -27,7 +27,7 @@ STOREYS = (
     ("continual",),
     ("levels",),
     ("training",),
-    ("evals",),
+    ("evals", "lens"),
     ("cli",),
     ("__main__",),
 )

@@ -27,8 +27,8 @@ def signals_at(layer: MemoryLayer, x: Tensor, state: MemoryState | None = None) 
         x: [B, T, hidden_size], all of them real.
         state: of rows that stand at one place within their chunks; None for the initial memories.
 
-    Returns: keys, values, queries [B, H, T, head_dim] and gates [B, H, T], and the targets v̂ of the memory that
-        is read out [B, H, T, head_dim], in the precision of the states.
+    Returns: keys, values, queries [B, H, T, head_dim] and gates [B, H, T], and the targets v̂ of the memory
+        that is read out [B, H, T, head_dim], in the precision of the states.
 
     Raises:
         ValueError: when x or the state does not fit, or rows stand at different places.
@@ -38,8 +38,8 @@ def signals_at(layer: MemoryLayer, x: Tensor, state: MemoryState | None = None) 
         layer.check_state(state, x)
         if state.position.unique().numel() > 1:
             raise ValueError(
-                f"rows stand at different places of their chunks, {state.position.tolist()}; take them one by "
-                "one: state.slice_rows"
+                f"rows stand at different places of their chunks, {state.position.tolist()}; take them one "
+                "by one: state.slice_rows"
             )
     parts, step = [], layer.system.step
     while x.shape[1]:

@@ -158,7 +158,7 @@
     const all = series.flatMap((s) => [...s.ys, ...(s.low || []), ...(s.high || [])]).filter((v) => v !== null);
     let low = Math.min(...all), high = Math.max(...all);
     if (!all.length) [low, high] = [0, 1];
-    if (low >= 0 && low < 0.5 * high) low = 0;
+    if (low >= 0 && low < 0.7 * high) low = 0;
     if (high === low) high = low + (Math.abs(low) || 1);
     const paintIt = (ctx, width, tall) => {
       const [x, y] = axes(ctx, width, tall, [low, high], xEnd, "tokens");

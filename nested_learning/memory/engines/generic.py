@@ -124,10 +124,8 @@ def step(
     return y, {name: W for name, (W, _) in after.items()}, momentum, surprise
 
 
-def signals_and_target(
-    system: MemorySystem, anchor: Weights, inputs: Inputs
-) -> tuple[Signals, Tensor]:
-    """Signals of tokens within one chunk, and v̂ [B, H, C, d] of the memory that is read out, as `step` has them.
+def signals_and_target(system: MemorySystem, anchor: Weights, inputs: Inputs) -> tuple[Signals, Tensor]:
+    """Signals of tokens within one chunk, as `step` has them, and v̂ [B, H, C, d] of the memory that is read out.
 
     Args:
         anchor: as in a state, before the retention's map.
