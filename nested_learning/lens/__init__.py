@@ -9,15 +9,15 @@ from nested_learning.lens.of_learner import record_learner
 from nested_learning.lens.page import page
 from nested_learning.lens.record import record
 from nested_learning.lens.recording import Recording
-from nested_learning.lens.traces import LearnedTrace, LevelTrace, MemoryTrace, Prediction, Reading
+from nested_learning.lens.traces import LearnedTrace, LevelTrace, MemoryTrace, Prediction, Traces
 
 __all__ = [
     "LearnedTrace",
     "LevelTrace",
     "MemoryTrace",
     "Prediction",
-    "Reading",
     "Recording",
+    "Traces",
     "lens",
     "page",
     "record",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nested_learning._files import write_bytes
+from nested_learning._files import replacing, write_bytes
 from nested_learning.lens.page import picture
-from nested_learning.lens.traces import Array, LearnedTrace, MemoryTrace, Reading
+from nested_learning.lens.traces import Array, LearnedTrace, MemoryTrace, Traces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ FONT_SIZE = 8
 ADVANCE = 0.602  # width of a character of DejaVu Sans Mono by its size
 
 
-def save_figures(reading: Reading, folder: Path) -> list[Path]:
+def save_figures(reading: Traces, folder: Path) -> list[Path]:
     """Write the pictures of a reading into a folder that is there; their paths.
 
     levels.png, text.png, tokens.png (loss and surprise by position), and where there is such a thing
@@ -38,10 +37,9 @@ def save_figures(reading: Reading, folder: Path) -> list[Path]:
     paths = [folder / "levels.png"]
     write_bytes(paths[0], picture(reading.system))
     for name, figure in figures.items():
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=110)
         paths.append(folder / f"{name}.png")
-        write_bytes(paths[-1], content.getvalue())
+        with replacing(paths[-1]) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
     return paths
 
 
@@ -52,7 +50,7 @@ def _figure(rows: int, width: float, height: float, columns: int = 1) -> tuple[F
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _text(reading: Reading) -> Figure:
+def _text(reading: Traces) -> Figure:
     """The beginning of the text, each character on the colour of its token's loss."""
     from matplotlib.figure import Figure
 
@@ -85,7 +83,7 @@ def _text(reading: Reading) -> Figure:
     return figure
 
 
-def _tokens(reading: Reading) -> Figure:
+def _tokens(reading: Traces) -> Figure:
     """Loss and each memory's surprise by position, smoothed where there are many tokens."""
     figure, all_axes = _figure(1 + bool(reading.memories), 9.0, 2.6 * (1 + bool(reading.memories)))
     lines = {"loss": reading.loss}
@@ -110,7 +108,7 @@ def _smooth(values: Array, points: int = 200) -> tuple[Array, Array]:
     return np.array(middles), np.array([float(values[inside].mean()) for inside in known if len(inside)])
 
 
-def _memory(trace: MemoryTrace, reading: Reading) -> Figure:
+def _memory(trace: MemoryTrace, reading: Traces) -> Figure:
     """Recall, singular values, distance and gates of one memory layer."""
     figure, axes = _figure(2, 11.0, 7.0, columns=3)
     figure.suptitle(f"{trace.name}, {trace.kind}, chunks of {trace.chunk_size}")
@@ -140,7 +138,7 @@ def _memory(trace: MemoryTrace, reading: Reading) -> Figure:
     return figure
 
 
-def _writes(reading: Reading) -> Figure:
+def _writes(reading: Traces) -> Figure:
     """Boundaries of the CMS levels, and the sizes of their writes where they learn."""
     traces = [trace for trace in reading.levels if len(trace.positions)]
     figure, all_axes = _figure(len(traces), 9.0, 0.6 + 1.1 * len(traces))

@@ -103,10 +103,9 @@ class _Comparison:
         window = min(learner.reader.plan.window, LONGEST_WINDOW)
         for start, first, stop in _windows(len(ids), window, min(learner.reader.plan.overlap, window // 2)):
             told = ids[first:stop]
-            base, now = (
-                self._log_probabilities(ids[start : stop - 1], len(told), row, chosen)
-                for chosen in ([], None)
-            )
+            seen, count = ids[start : stop - 1], len(told)
+            base = self._log_probabilities(seen, count, row, levels=[])
+            now = self._log_probabilities(seen, count, row, levels=None)
             divergence = F.kl_div(base, now, reduction="none", log_target=True).sum(-1)
             losses = (-p.gather(1, told.unsqueeze(1)).squeeze(1) for p in (base, now))
             parts.append((*(_array(part) for part in losses), _array(divergence)))
@@ -122,9 +121,9 @@ class _Comparison:
         candidates.sort(key=lambda prediction: -prediction.divergence)
         self.predictions = tuple(candidates[:PREDICTIONS])
 
-    def _log_probabilities(self, ids: Tensor, count: int, row: int, chosen: list[int] | None) -> Tensor:
+    def _log_probabilities(self, ids: Tensor, count: int, row: int, levels: list[int] | None) -> Tensor:
         """Log-probabilities [count, V] after the last `count` of ids."""
-        logits = self.learner.logits(ids.unsqueeze(0), row=row, levels=chosen)[0, -count:]
+        logits = self.learner.logits(ids.unsqueeze(0), row=row, levels=levels)[0, -count:]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _likeliest(self, log_probabilities: Tensor) -> tuple[tuple[str, float], ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from nested_learning.lens.traces import Array, LearnedTrace, LevelTrace, MemoryTrace, Reading
+from nested_learning.lens.traces import Array, LearnedTrace, LevelTrace, MemoryTrace, Traces
 from nested_learning.levels import NestedSystem
 
 BINS = 400  # points of a curve over tokens
@@ -22,7 +22,7 @@ UNITS = 128  # hidden units of a layer, those that changed most
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the singular values, from the largest to the smallest
 
 
-def page(reading: Reading) -> str:
+def page(reading: Traces) -> str:
     """The page of a reading, whole: opens from a file, asks nothing of a network.
 
     Every text of the reading is escaped; values are rounded to three digits.
@@ -59,7 +59,7 @@ def picture(system: NestedSystem) -> bytes:
         return path.read_bytes()
 
 
-def _data(reading: Reading) -> dict[str, Any]:
+def _data(reading: Traces) -> dict[str, Any]:
     """Values for the page's script."""
     measures = [("loss", "nats", reading.loss)]
     if reading.learned is not None:

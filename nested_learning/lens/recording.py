@@ -9,14 +9,14 @@ from pathlib import Path
 from nested_learning._files import write_text
 from nested_learning.lens.figures import save_figures
 from nested_learning.lens.page import page
-from nested_learning.lens.traces import Reading
+from nested_learning.lens.traces import Traces
 
 PAGE = "lens.html"
 FRAME_HEIGHT = 900  # pixels, in a notebook
 
 
-class Recording(Reading):
-    """Everything that was seen while a model read a text; see `Reading` for its fields.
+class Recording(Traces):
+    """Everything that was seen while a model read a text; see `Traces` for its fields.
 
     A notebook shows it as the page.
     """

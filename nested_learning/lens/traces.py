@@ -122,7 +122,7 @@ class LearnedTrace:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Traces:
     """Everything that was seen while a model read a text of T tokens.
 
     Attributes:

@@ -101,7 +101,7 @@ class MemoryWatch:
         )
 
     def look(self) -> None:
-        """Note recall of the probes so far, distance from the start and singular values of the weights now."""
+        """Note recall of the probes so far, distance from the start, and singular values, as they are now."""
         weights = self._initial if self.state is None else self._weights(self.state.current)
         moved = {name: W - self._initial[name] for name, W in weights.items()}
         self._looks["distance"].append(_norms(moved))

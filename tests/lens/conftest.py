@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nested_learning import HopeConfig, HopeForCausalLM
+from tests.training.conftest import blank_plots, drawn  # noqa: F401 - fixtures
 
 VOCAB = 31
 

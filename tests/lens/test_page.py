@@ -127,7 +127,7 @@ def test_a_notebook_has_the_page_in_a_frame(learner_recording):
     assert html.unescape(inner) == page(learner_recording)
 
 
-def test_saving_writes_page_and_pictures(hope, ids, tmp_path, learner_recording):
+def test_saving_writes_page_and_pictures(hope, ids, tmp_path, learner_recording, drawn):
     model = hope(["titans", "attention"], num_hidden_layers=2, cms_update="regression")
     written = record(model, ids).save(tmp_path / "new" / "folder")
     names = ["lens.html", "levels.png", "text.png", "tokens.png", "layers.0.mixer.png", "writes.png"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def signals_at(layer: MemoryLayer, x: Tensor, state: MemoryState | None = None) 
         count = x.shape[1] if layer.system.exact else step - position % step
         parts.append(_within_a_chunk(layer, x[:, :count], state))
         if count < x.shape[1]:
-            state = cast(MemoryState, layer.forward(x[:, :count], state)[1])
+            state = layer.forward(x[:, :count], state)[1]
         x = x[:, count:]
     joined: Any = pytree.tree_map(lambda *t: None if t[0] is None else torch.cat(t, dim=2), *parts)
     return joined

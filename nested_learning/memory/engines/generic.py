@@ -125,7 +125,7 @@ def step(
 
 
 def signals_and_target(system: MemorySystem, anchor: Weights, inputs: Inputs) -> tuple[Signals, Tensor]:
-    """Signals of tokens within one chunk, as `step` has them, and v̂ [B, H, C, d] of the memory that is read out.
+    """Signals of tokens within one chunk, as in `step`, and v̂ [B, H, C, d] of the memory that is read out.
 
     Args:
         anchor: as in a state, before the retention's map.
