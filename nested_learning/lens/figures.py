@@ -74,9 +74,10 @@ def _text(reading: Traces) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, COLUMNS), ylim=(len(lines), 0))
     axes.axis("off")
     if np.isfinite(grid).any():
-        high = float(np.nanpercentile(grid, 98))
+        low, high = np.nanpercentile(grid, (2, 98))
+        pale = 0.6 * (high - low) + 1e-6  # letters stay legible on the darkest
         extent = (0, COLUMNS, len(lines), 0)
-        axes.imshow(grid, aspect="auto", extent=extent, cmap="Oranges", vmin=0, vmax=high * 1.6 or 1)
+        axes.imshow(grid, aspect="auto", extent=extent, cmap="Oranges", vmin=low, vmax=high + pale)
     for row, line in enumerate(lines):
         shown = line.replace("$", r"\$")  # a dollar would begin a formula
         axes.text(0, row + 0.5, shown, family="monospace", fontsize=FONT_SIZE, va="center")
@@ -160,6 +161,7 @@ def _learned(learned: LearnedTrace) -> Figure:
         layers[layer] = float(np.hypot(layers.get(layer, 0.0), learned.norms[name]))
     figure, ((bars, units),) = _figure(1, 9.0, 3.4, columns=2)
     bars.bar(list(layers), list(layers.values()))
+    bars.xaxis.get_major_locator().set_params(integer=True)
     bars.set(xlabel="layer", ylabel="‖Δ‖", title="change of the layers' weights")
     for name, norms in learned.units.items():
         units.plot(np.sort(norms)[::-1], linewidth=0.7, label=name)

@@ -42,7 +42,7 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
     if batch.kind != "one" or len(batch.rows[0]) < 2:
         got = f"{len(batch.rows)} of them" if batch.kind != "one" else "one token"
         raise ValueError(f"expected one text, or ids [T], of at least two tokens; got {got}")
-    ids = batch.rows[0]
+    ids, start = batch.rows[0], learner.memory.row(row).position
     with learner.adaptation_scope():
         loss = learner.observe(ids, row=row)
         writes = tuple(learner.writes)
@@ -60,6 +60,7 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
         levels=(),
         system=levels(learner),
         learned=LearnedTrace(
+            start=start,
             before=compared.before,
             after=compared.after,
             divergence=compared.divergence,

@@ -158,7 +158,7 @@ def _learner_lines(learned: LearnedTrace) -> list[dict[str, Any]]:
     for index, line in enumerate(learned.levels):
         marks = [
             (
-                write.position,
+                write.position - learned.start,
                 _rounded(write.gradient_norm) if write.outcome == "written" else None,
                 f"{write.outcome}, mean loss {_number(write.loss)}, "
                 f"gradient norm {_number(write.gradient_norm)}",

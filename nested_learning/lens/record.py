@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,12 @@ PROBES, MOMENTS = 48, 64
 
 
 @torch.no_grad()
-def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any = None) -> Recording:
+def record(
+    model: HopeForCausalLM,
+    ids: Tensor | Sequence[int],
+    tokenizer: Any = None,
+    progress: Callable[[int], object] | None = None,
+) -> Recording:
     """Let a model read ids and note what its memories and levels do.
 
     The text is read from the start, in pieces that end at the boundaries of memories and levels, the state
@@ -36,6 +41,7 @@ def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any =
         model: a Hope model with any mixers; layers without a memory show in the loss alone.
         ids: [T] at least two token ids.
         tokenizer: shows the tokens' texts; None: their ids.
+        progress: called with the number of tokens of each piece when it is read.
 
     Returns: the recording. Memories are looked at before the text and at most 64 times in it, and asked for
         at most 48 keys, both spread evenly.
@@ -74,6 +80,8 @@ def record(model: HopeForCausalLM, ids: Tensor | Sequence[int], tokenizer: Any =
             for watch in watches:
                 watch.end_piece(stop - start, stop in moments)
             writes.note(cache, start, stop)
+            if progress is not None:
+                progress(stop - start)
     loss = torch.cat(losses).to(torch.float64).numpy()
     return Recording(
         model=_line(model),

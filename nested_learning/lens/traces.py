@@ -97,11 +97,12 @@ class LearnedTrace:
     """Trace of a learner: its base model, the reading, and the base model with what was learned.
 
     Attributes:
+        start: tokens that its memory had read before this text.
         before, after: [T] next-token losses in nats of the base model and of the model with all deltas, both
             with the same context; NaN for the first token.
         divergence: [T] KL(after ‖ before) of the prediction of each token, in nats.
         levels: a line on each level, fast to slow.
-        writes: reports of the boundaries passed.
+        writes: reports of the boundaries passed; their positions count from the memory's first token.
         norms: Frobenius norm of each weight's change, by its name in the base model.
         relative: the same divided by the norm of the weight.
         layers: index of the layer of each weight.
@@ -109,6 +110,7 @@ class LearnedTrace:
         predictions: those that moved most, the furthest first.
     """
 
+    start: int
     before: Array
     after: Array
     divergence: Array

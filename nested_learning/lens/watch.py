@@ -28,8 +28,8 @@ class MemoryWatch:
         probes: [P] indices of tokens whose keys are asked for again, rising.
 
     Attributes:
-        counts: whether calls of the layer are readings of the text: a CMS that learns from the loss runs the
-            layers again.
+        counts: whether calls of the layer are readings of the text, which ask for the surprise: a CMS that
+            learns from the loss runs the layers again, and does not.
     """
 
     def __init__(self, name: str, index: int, layer: MemoryLayer, probes: Tensor) -> None:
@@ -143,7 +143,7 @@ def watching(blocks: Any, probes: Tensor) -> Iterator[list[MemoryWatch]]:
                 for name, module in block.named_modules()
                 if isinstance(module, MemoryLayer)
             ]
-            if not inside:
+            if not inside or not getattr(block.mixer, "has_surprise", False):
                 continue
             for watch in inside:
                 hook = watch.layer.register_forward_hook(watch, with_kwargs=True)
@@ -156,14 +156,14 @@ def watching(blocks: Any, probes: Tensor) -> Iterator[list[MemoryWatch]]:
 
 
 class _Switch:
-    """Hooks of a block: what runs in its forward pass counts, unless that runs something else (`within`)."""
+    """Hooks of a block: its forward passes count that are asked for the surprise."""
 
     def __init__(self, watches: list[MemoryWatch]) -> None:
         self.watches = watches
 
     def on(self, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         for watch in self.watches:
-            watch.counts = options.get("within") is None
+            watch.counts = options.get("return_surprise", False)
 
     def off(self, module: Any, args: Any, output: Any) -> None:
         for watch in self.watches:

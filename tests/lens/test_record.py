@@ -159,21 +159,27 @@ def test_writes_of_levels_are_the_changes_of_their_weights(hope, ids, update):
             assert size == pytest.approx(found[trace.level][position], rel=1e-7)
 
 
+LEARNING = {"cms_levels": [{"chunk_size": 4}, {"chunk_size": 8}], "cms_variant": "nested"}
+
+
 @pytest.mark.parametrize(
-    ("mixer", "more"),
+    ("mixer", "more", "fields"),
     [
-        ("self_modifying_titans", {"chunk_size": CHUNK, "projection_chunk_size": 8}),
-        ("gated_deltanet", {"chunk_size": CHUNK}),
-        ("oja", {"chunk_size": CHUNK}),
-        ("memora", {"chunk_size": CHUNK}),
-        ("attention", {}),
-        ("mac", {"segment": CHUNK, "persistent_tokens": 2}),
-        ("mag", {"window": 6, "persistent_tokens": 3, "memory_options": {"chunk_size": CHUNK}}),
-        ("mal", {"window": 6, "persistent_tokens": 3, "memory_options": {"chunk_size": CHUNK}}),
+        ("titans", {"chunk_size": CHUNK}, {**LEARNING, "cms_update": "lm"}),
+        ("mag", {"window": 6}, {**LEARNING, "cms_update": "regression"}),
+        ("titans", {"chunk_size": CHUNK}, {"segment_size": 6}),
+        ("self_modifying_titans", {"chunk_size": CHUNK, "projection_chunk_size": 8}, {}),
+        ("gated_deltanet", {"chunk_size": CHUNK}, {}),
+        ("oja", {"chunk_size": CHUNK}, {}),
+        ("memora", {"chunk_size": CHUNK}, {}),
+        ("attention", {}, {}),
+        ("mac", {"segment": CHUNK, "persistent_tokens": 2}, {}),
+        ("mag", {"window": 6, "persistent_tokens": 3, "memory_options": {"chunk_size": CHUNK}}, {}),
+        ("mal", {"window": 6, "persistent_tokens": 3, "memory_options": {"chunk_size": CHUNK}}, {}),
     ],
 )
-def test_the_recorded_run_is_the_model_alone(hope, ids, mixer, more):
-    model = hope(mixer, mixer_options={mixer: more}).train()
+def test_the_recorded_run_is_the_model_alone(hope, ids, mixer, more, fields):
+    model = hope(mixer, mixer_options={mixer: more}, **fields).train()
     recording = record(model, ids)
     assert model.training
     model.eval()
@@ -194,6 +200,17 @@ def test_the_recorded_run_is_the_model_alone(hope, ids, mixer, more):
         assert np.array_equal(trace.surprise, torch.cat(surprise, 1)[0].numpy())
         assert trace.eta.shape == trace.alpha.shape == (27, 2)
         assert np.isfinite(trace.recall[-1]).all()
+
+
+def test_a_model_in_half_precision_is_recorded_in_that_of_its_states(hope, ids):
+    model = hope("self_modifying_titans", mixer_options={"self_modifying_titans": {"chunk_size": 32}})
+    model = model.to(torch.bfloat16)
+    recording = record(model, ids)
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=True, output_surprise=True).logits[0, :-1].float()
+    alone = F.cross_entropy(logits, ids[1:], reduction="none")
+    assert torch.equal(torch.from_numpy(recording.loss[1:]), alone.double())
+    assert len(np.unique(recording.memories[0].eta)) == recording.memories[0].eta.size
 
 
 def test_a_hybrid_shows_each_memory_and_the_loss_of_all(hope, ids):
