@@ -83,11 +83,9 @@ def _units(learner: Learner, diff: Weights, targets: dict[str, Target]) -> dict[
     width = getattr(learner.model.config, "hidden_size", None)
     found = {}
     for name, D in diff.items():
-        if D.dim() != 2:
-            continue
-        D = D.T if targets[name].transposed else D
-        inward = D.shape[0] == width and D.shape[1] != width
-        found[name] = _array(torch.linalg.vector_norm(D, dim=0 if inward else 1))
+        D = D.mT if targets[name].transposed else D
+        inward = D.shape[-2] == width and D.shape[-1] != width
+        found[name] = _array(torch.linalg.vector_norm(D, dim=-2 if inward else -1).flatten())
     return found
 
 
@@ -149,6 +147,11 @@ def _line(learner: Learner) -> str:
     return (
         f"{type(model).__name__}{label}, {model.num_parameters():,} parameters, {len(learner.levels)} levels"
     )
+
+
+def _size(weight: Tensor) -> float:
+    """Frobenius norm of a base weight; NaN of one that is quantised."""
+    return float(weight.detach().norm()) if weight.is_floating_point() else math.nan
 
 
 def _level(level: Level) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -59,40 +59,54 @@ def record(
         raise ValueError(f"ids must be [T] integers, T at least 2, got {ids.dtype} {list(ids.shape)}")
     blocks, count = model.model.layers, len(ids)
     probes = torch.linspace(0, count - 1, min(count, PROBES)).round().long()
-    cache, writes = HopeCache(model.config), _Writes(blocks, model.config.cms_update)
-    losses: list[Tensor] = []
+    writes, losses = _Writes(blocks, model.config.cms_update), []
     with evaluating(model), watching(blocks, probes) as watches:
-        steps = {watch.layer.system.step for watch in watches}
-        cuts = _cuts(count, steps | {size for size in writes.sizes if size})
-        moments = _spread(cuts[1:])
         for watch in watches:
             watch.look()
-        before: Tensor | None = None  # logits [1, V] after the last token of the piece before
-        for start, stop in pairwise(cuts):
-            piece = ids[start:stop].to(model.device)
-            output = model(piece.unsqueeze(0), past_key_values=cache, use_cache=True, output_surprise=True)
-            assert output.logits is not None
-            logits = output.logits[0]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            told = logits[:-1] if before is None else torch.cat([before, logits[:-1]])
-            losses.append(F.cross_entropy(told, piece[-len(told) :], reduction="none").cpu())
-            before = logits[-1:]
+        steps = {watch.layer.system.step for watch in watches}
+        cuts = _cuts(count, steps | writes.sizes)
+        moments = _spread(cuts[1:])
+        for start, stop, loss, cache in _read(model, ids, cuts):
+            losses.append(loss)
             for watch in watches:
                 watch.end_piece(stop - start, stop in moments)
             writes.note(cache, start, stop)
             if progress is not None:
                 progress(stop - start)
-    loss = torch.cat(losses).to(torch.float64).numpy()
     return Recording(
         model=_line(model),
         tokens=words(tokenizer, ids.tolist()),
         ids=ids.cpu().numpy(),
-        loss=np.concatenate([[np.nan], loss]),
+        loss=np.concatenate([[np.nan], torch.cat(losses).to(torch.float64).numpy()]),
         moments=np.array([0, *sorted(moments)], dtype=np.int64),
         memories=tuple(watch.trace() for watch in watches),
         levels=tuple(writes.traces(count)),
         system=levels(model),
     )
+
+
+def _read(
+    model: HopeForCausalLM, ids: Tensor, cuts: Sequence[int]
+) -> Iterator[tuple[int, int, Tensor, HopeCache]]:
+    """Read ids [T] piece by piece: (start, stop, the losses of the piece's tokens, the cache after it).
+
+    The text's first token, which nothing predicts, has no loss.
+    """
+    cache, before = HopeCache(model.config), None  # logits [1, V] after the last token so far
+    for start, stop in pairwise(cuts):
+        piece = ids[start:stop].to(model.device)
+        output = model(piece.unsqueeze(0), past_key_values=cache, use_cache=True, output_surprise=True)
+        assert output.logits is not None
+        logits = output.logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        told = logits[:-1] if before is None else torch.cat([before, logits[:-1]])
+        before = logits[-1:]
+        yield (
+            start,
+            stop,
+            F.cross_entropy(told, piece[len(piece) - len(told) :], reduction="none").cpu(),
+            cache,
+        )
 
 
 def _cuts(count: int, sizes: Iterable[int]) -> list[int]:

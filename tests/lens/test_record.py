@@ -168,6 +168,7 @@ LEARNING = {"cms_levels": [{"chunk_size": 4}, {"chunk_size": 8}], "cms_variant":
         ("titans", {"chunk_size": CHUNK}, {**LEARNING, "cms_update": "lm"}),
         ("mag", {"window": 6}, {**LEARNING, "cms_update": "regression"}),
         ("titans", {"chunk_size": CHUNK}, {"segment_size": 6}),
+        ("titans", {"chunk_size": 1}, {}),
         ("self_modifying_titans", {"chunk_size": CHUNK, "projection_chunk_size": 8}, {}),
         ("gated_deltanet", {"chunk_size": CHUNK}, {}),
         ("oja", {"chunk_size": CHUNK}, {}),
