@@ -100,13 +100,8 @@ def _read(
         logits = output.logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         told = logits[:-1] if before is None else torch.cat([before, logits[:-1]])
-        before = logits[-1:]
-        yield (
-            start,
-            stop,
-            F.cross_entropy(told, piece[len(piece) - len(told) :], reduction="none").cpu(),
-            cache,
-        )
+        before, came = logits[-1:], piece[len(piece) - len(told) :]
+        yield start, stop, F.cross_entropy(told, came, reduction="none").cpu(), cache
 
 
 def _cuts(count: int, sizes: Iterable[int]) -> list[int]:
