@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     _LAYERS = ("Attention", "ContinuumMemorySystem", "SelfModifyingTitans", "Titans")
     _MODELS = ("PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset")
-    _FOLDERS = ("continual", "layers", "levels", "memory", "models", "ops", "optimizers", "training")
+    _FOLDERS = ("continual", "layers", "lens", "levels", "memory", "models", "ops", "optimizers", "training")
     __getattr__, __dir__ = names_on_first_use(
         __name__,
         {

@@ -56,7 +56,7 @@ def test_api_pages_name_what_is_public():
         public_names("nested_learning.training")
 
 
-@pytest.mark.parametrize("page", ["start.md"])
+@pytest.mark.parametrize("page", ["start.md", "lens.md"])
 def test_code_of_the_guides_runs(page):
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": page}

@@ -31,6 +31,7 @@ PACKAGES = (
     ("nested_learning.optimizers", "Optimizers"),
     ("nested_learning.levels", "Levels"),
     ("nested_learning.continual", "Continual learning"),
+    ("nested_learning.lens", "Lens"),
     ("nested_learning.training.data", "Data"),
     ("nested_learning.evals", "Evaluations"),
 )

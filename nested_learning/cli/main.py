@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
     "info": "parameters per part and level, and the memory a running sequence needs",
     "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
+    "lens": "a page on what a model does with a text: surprise, memories, writes, what was learned",
     "chat": "talk with a pretrained model that learns from the conversation and keeps its memory in a file",
     "serve": "the same for many users over HTTP, with the interface of OpenAI's clients",
     "export": "write a memory file as a plain checkpoint of transformers, or as a LoRA adapter",

@@ -27,7 +27,7 @@ STOREYS = (
     ("continual",),
     ("levels",),
     ("training",),
-    ("evals",),
+    ("evals", "lens"),
     ("server",),
     ("cli",),
     ("__main__",),

@@ -124,6 +124,17 @@ def step(
     return y, {name: W for name, (W, _) in after.items()}, momentum, surprise
 
 
+def signals_and_target(system: MemorySystem, anchor: Weights, inputs: Inputs) -> tuple[Signals, Tensor]:
+    """Signals of tokens within one chunk, as in `step`, and v̂ [B, H, C, d] of the memory that is read out.
+
+    Args:
+        anchor: as in a state, before the retention's map.
+    """
+    weights = {name: system.retention.weights(A) for name, A in anchor.items()}
+    s = signals(system, weights, inputs)
+    return s, _targets(system, weights, s)[1][:, -1]
+
+
 class MatrixWrite(NamedTuple):
     """Writes of a chunk's tokens into one matrix, before the learning rate."""
 

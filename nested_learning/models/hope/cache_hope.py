@@ -49,7 +49,7 @@ class Columns:
         return self.new
 
 
-class Recording:
+class ReadCalls:
     """The cache as it was and the tokens read since: all that `HopeCache.crop` needs.
 
     Attributes:
@@ -122,7 +122,7 @@ class HopeCache:
         self.states: dict[str, State] = {}
         self.tokens_seen: Tensor | None = None
         self.prefix_hash: Tensor | None = None
-        self.recording: Recording | None = None
+        self.recording: ReadCalls | None = None
         self._columns = Columns()
 
     def __repr__(self) -> str:
@@ -242,7 +242,7 @@ class HopeCache:
         self.states, self._columns = other.states, other._columns
         self.tokens_seen, self.prefix_hash = other.tokens_seen, other.prefix_hash
         if self.recording is not None:  # what it holds is of other rows or other tokens
-            self.recording = Recording()
+            self.recording = ReadCalls()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i continue from row beam_idx[i]."""
@@ -263,7 +263,7 @@ class HopeCache:
     def activate_past_recording(self) -> None:
         """Keep from here on what `crop` needs; transformers calls it before speculative decoding."""
         if self.recording is None:
-            self.recording = Recording()
+            self.recording = ReadCalls()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last columns that were fed, as if they had never been.
@@ -289,7 +289,7 @@ class HopeCache:
             )
         if recording is None:
             return
-        self.recording = Recording()
+        self.recording = ReadCalls()
         if tokens_to_remove:
             assert recording.before is not None
             self._become(recording.before)
