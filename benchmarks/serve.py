@@ -9,18 +9,21 @@ a user with a memory of its own. MODEL is smollm2, random, a folder, or a downlo
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness import parser, record, show
+from benchmarks.serve_load import TEXT
 from nested_learning.continual import Level, stack_levels
 from nested_learning.evals.methods.pretrained import lacking, load_base
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
@@ -28,7 +31,6 @@ from nested_learning.server.mind import LevelMind
 from nested_learning.server.settings import MIB, ServeSettings
 
 WANTED = {"one client": 0.9, "eight clients": 0.8, "switch, seconds": 0.2}
-TEXT = "The lighthouse of Varnholm was built in 1871 by two brothers who had never seen the sea. "
 
 
 @dataclass(frozen=True)
@@ -49,66 +51,12 @@ class Load:
 QUICK = Load(clients=3, tokens=8, repeats=2)
 
 
-class Client:
-    """A user who asks for plain completions, which are never learned, again and again.
-
-    Args:
-        address: address of the server.
-        user: name of the user.
-        load: sizes.
-    """
-
-    def __init__(self, address: str, user: str, load: Load) -> None:
-        self._address, self._user, self._load = address.removeprefix("http://"), user, load
-
-    def tell(self) -> None:
-        """Have the user's memory written to, so that weights differ from those of others."""
-        body = {"text": f"{self._user}: {TEXT * 3}"}
-        self._post("/v1/memories/learn", body).read()
-
-    def _post(self, path: str, body: dict[str, Any]) -> HTTPResponse:
-        headers = {"content-type": "application/json"}
-        connection = HTTPConnection(self._address, timeout=600)
-        connection.request("POST", path, json.dumps({**body, "user": self._user}), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"{path}: {response.status} {response.read().decode()}")
-        return response
-
-    def ask(self) -> tuple[float, float, int]:
-        """(seconds to the first token, seconds in all, tokens) of one answer."""
-        body = {
-            "model": "model",
-            "prompt": TEXT,
-            "max_tokens": self._load.tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        begun, first, tokens = time.perf_counter(), 0.0, 0
-        for line in self._post("/v1/completions", body):
-            if line.startswith(b"data: {"):
-                first = first or time.perf_counter() - begun
-                usage = json.loads(line.removeprefix(b"data: "))["usage"]
-                tokens = usage["completion_tokens"] if usage else tokens
-        return first, time.perf_counter() - begun, tokens
-
-
-def together(clients: list[Client], repeats: int) -> float:
-    """Tokens per second of all clients together."""
-    counts: list[int] = []
-
-    def run(client: Client) -> None:
-        for _ in range(repeats):
-            counts.append(client.ask()[2])
-
-    threads = [threading.Thread(target=run, args=(client,)) for client in clients]
-    begun = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.perf_counter() - begun)
+def by_clients(address: str, clients: int, load: Load, what: str) -> dict[str, Any]:
+    """What the clients of another process have found; see `serve_load`."""
+    script = str(Path(__file__).with_name("serve_load.py"))
+    options = [address, str(clients), str(load.tokens), what]
+    done = subprocess.run([sys.executable, script, *options], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def in_process(learner: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
@@ -152,26 +100,24 @@ def measured(model: Any, tokenizer: Any, rank: int | None, load: Load) -> dict[s
         thread.start()
         try:
             started.wait()
-            clients = [Client(address[0], f"user {n}", load) for n in range(load.clients)]
-            for client in clients:
-                client.tell()
-                client.ask()
-            return _figures(mind, server._service, clients, load)
+            by_clients(address[0], load.clients, load, "tell")
+            by_clients(address[0], load.clients, load, "ask")
+            return _figures(mind, server._service, address[0], load)
         finally:
             server.should_exit = True
             thread.join()
 
 
-def _figures(mind: LevelMind, service: Any, clients: list[Client], load: Load) -> dict[str, float]:
+def _figures(mind: LevelMind, service: Any, address: str, load: Load) -> dict[str, float]:
     learner = mind._make_learner()
     learner.memory.restore(service.memories.users[0].memory)
     ids = torch.tensor(mind.encode(TEXT))
     plain, served, many = [], [], []
     for _ in range(load.repeats):  # in turns, so that a busy moment meets all
         plain.append(in_process(learner, ids, load.tokens))
-        first, seconds, tokens = clients[0].ask()
-        served.append((first, tokens / seconds))
-        many.append(together(clients, 1))
+        found = by_clients(address, 1, load, "ask")
+        served.append((found["first"], found["rate"]))
+        many.append(by_clients(address, load.clients, load, "ask")["rate"])
     generate, one = (median(rate for _, rate in rows) for rows in (plain, served))
     all_rate = median(many)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -169,7 +170,7 @@ def report(lesson: Learned) -> Answer:
             "level": write.level,
             "position": write.position,
             "outcome": write.outcome,
-            "loss": write.loss if write.loss == write.loss else None,
+            "loss": write.loss if math.isfinite(write.loss) else None,
         }
         for write in lesson.writes
     ]

@@ -56,7 +56,7 @@ class LevelMind:
         self.tokenizer = learner.tokenizer
         self.levels = learner.levels
         self._reader = learner.reader
-        self.empty: Snapshot = learner.memory.snapshot()
+        self.empty: Snapshot = self._complete(learner.memory.snapshot())
         size = learner.info().effective_weights
         self.kept = max(1, kept_weights // size) if size else 2**31
         self._reader.workspace.keep = self.kept
@@ -139,7 +139,13 @@ class LevelMind:
             _lock_file(path).unlink(missing_ok=True)
         if len(learner.memory.rows) != 1:
             raise ValueError(f"{path} holds {len(learner.memory.rows)} rows, expected the memory of one user")
-        return learner.memory.snapshot()
+        return self._complete(learner.memory.snapshot())
+
+    def _complete(self, memory: Snapshot) -> Snapshot:
+        """The memory with the factors of low-rank levels that were never written, which come into being when
+        a memory is first put into force: other threads may be reading it by then."""
+        with self.running(memory):
+            return memory
 
     def nbytes(self, memory: Snapshot) -> int:
         """Bytes of a memory."""

@@ -93,7 +93,7 @@ def check_canaries(folder, users: dict[str, str], caplog) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clients", "requests"), [(4, 2), pytest.param(8, 125, marks=pytest.mark.slow)], ids=["few", "1,000"]
+    ("clients", "requests"), [(4, 2), pytest.param(8, 125, marks=pytest.mark.slow)], ids=["few", "1000"]
 )
 def test_canaries(tmp_path, caplog, clients, requests):
     """Each user tells a secret and learns it well; nobody else's answers, scores or files show it.

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from nested_learning.continual import stack_levels
+from nested_learning.continual import Level, stack_levels
 from nested_learning.server.folder import folder_name
 from nested_learning.server.journal import Entry, Journal
 from nested_learning.server.keys import add_key
@@ -246,6 +246,31 @@ def test_no_key_and_not_this_computer(mind, tmp_path):
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "no_keys"
         assert client.get("/health").status_code == 200
+
+
+def test_low_rank_levels(tmp_path):
+    levels = (Level(8, 0.5, rank=2), Level(16, 0.2, rank=2))
+    model, tokenizer = tiny_llama()
+    learner = stack_levels(model, tokenizer, levels=levels)
+    expected = learner.generate(
+        "User: hello\nAssistant:", max_new_tokens=12, do_sample=False, pad_token_id=257
+    )
+    mind = make_mind(levels)
+    size = mind.nbytes(mind.empty)
+    assert size > 0  # the factors are there before any other thread looks
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        assert text_of(chat(client, "hello", user="ben")) == expected
+        chat(client, TOLD)
+        learner.observe(f"{TOLD}\n")
+        expected = learner.generate(
+            "User: what?\nAssistant:", max_new_tokens=12, do_sample=False, pad_token_id=257
+        )
+        assert text_of(chat(client, "what?")) == expected
+    assert mind.nbytes(mind.empty) == size
+    learner.observe("what?\n")
+    with served(tmp_path, make_mind(levels)) as (address, _), client_of(address) as client:
+        score = client.post("/v1/memories/score", json={"text": TOLD, "user": "anna"}).json()
+        assert score["mean_surprise"] == pytest.approx(float(learner.score(TOLD)[1:].mean()), abs=1e-5)
 
 
 def test_memories_beyond_the_budget_are_put_away_and_come_back(mind, tmp_path):
