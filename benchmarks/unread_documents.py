@@ -206,10 +206,10 @@ def document(files: list[Candidate], part: str) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("releases", type=Path, help="folder of wheels and source archives of old releases")
-    folder = parser.parse_args().releases
+    folder = parser.parse_args(arguments).releases
     found = unread(folder)
     base = load_base("smollm2")
     tokens = {each.path: len(base.ids(each.content.decode("utf-8", "replace"))) for each in found}

@@ -187,7 +187,10 @@ LAST = {
     "info": ["/no/such/model"],
     "levels": ["/no/such/model"],
     "chat": ["--model", "/no/such/model"],
+    "serve": ["--model", "/no/such/model"],
+    "export": ["--model", "/no/such/model"],
     "adapt": ["--model", "/no/such/model"],
+    "lens": ["/no/such/model", "--text", "/no/such/text"],
     "eval": ["no-such-task"],
 }
 

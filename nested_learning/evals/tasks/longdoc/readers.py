@@ -7,7 +7,7 @@ in the place of `chunk_size`, and of settings that are tuned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nested_learning.evals.methods.pretrained import PretrainedMethod
@@ -29,11 +29,13 @@ class DocumentReader:
         method: the method.
         window: index of the option `windows`.
         grid: settings of which one is chosen on the tuning documents.
+        read_again: share of a window that the next one begins with; None: all but the task's stride.
     """
 
     method: PretrainedMethod
     window: int = SHORT
     grid: Sequence[Mapping[str, Any]] = field(default_factory=lambda: [{}])
+    read_again: float | None = None
 
 
 def reader(
@@ -68,7 +70,10 @@ ONE_LEVEL = reader("one-level-reading", [ADAM], SHORT, ADAM_RATES)
 AVERAGED = reader("levels-average-reading", [FAST, SLOW], SHORT, ADAM_RATES)
 RANKED = reader("rank-8-reading", [{**ADAM, "rank": 8}], SHORT, RANKED_RATES)  # what Learner.auto is
 SPARSE = reader("sparse-reading", [{**ADAM, "sparse": 0.05}], SHORT, ADAM_RATES)
-DISTILLED = reader("distilled-reading", [{**ADAM, "distill": 0.3}], SHORT, ADAM_RATES)
+# What the second half of a window is taught is what the first half told, so that less is read again.
+DISTILLED = replace(
+    reader("distilled-reading", [{**ADAM, "distill": 0.3}], SHORT, ADAM_RATES), read_again=0.25
+)
 REREAD = reader("rereading", [{**ADAM, "reread": 1}], SHORT, ADAM_RATES)
 ONE_LEVEL_WHOLE = reader("one-level-reading-8k", [ADAM], WHOLE, ADAM_RATES)
 AVERAGED_WHOLE = reader("levels-average-reading-8k", [FAST, SLOW], WHOLE, ADAM_RATES)

@@ -219,7 +219,8 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         positions = self.options.windows[reader.window]
         whole = reader.window == len(self.options.windows) - 1
         stride = self.options.whole_stride if whole else self.options.stride
-        reading = (positions, positions - stride)
+        kept = positions - stride if reader.read_again is None else int(reader.read_again * positions)
+        reading = (positions, kept)
         return Teaching(self.chunks, positions, rule="adam", alone=False, clip=1.0, reading=reading)
 
     def run(self, method: Method, seed: int) -> Figures:

@@ -90,7 +90,7 @@ class MonthOptions:
     seeds: int = 5
 
 
-class Answer(dict[str, float]):
+class ScoredValues(dict[str, float]):
     """Log-probability of each value of a topic behind its question, summed over its tokens, nats."""
 
     @property
@@ -103,14 +103,15 @@ class Answer(dict[str, float]):
         return self[value] - fmean(log_p for other, log_p in self.items() if other != value)
 
 
-def answers(view: View, asked: Sequence[Asked], base: Base) -> list[Answer]:
+def answers(view: View, asked: Sequence[Asked], base: Base) -> list[ScoredValues]:
     """Every value of each question's topic, scored behind it."""
     values = [each.topic.values.split() for each in asked]
     tries = [Trie.of([base.ids(f" {value}") for value in each]) for each in values]
     prompts = [base.ids(each.prompt) for each in asked]
     scores = log_probabilities(view, list(zip(prompts, tries, strict=True)))
     return [
-        Answer(zip(each, found.tolist(), strict=True)) for each, found in zip(values, scores, strict=True)
+        ScoredValues(zip(each, found.tolist(), strict=True))
+        for each, found in zip(values, scores, strict=True)
     ]
 
 
