@@ -237,13 +237,13 @@ class LongFactsTask(OfPretrained[LongFactsOptions]):
 
     def claims(self) -> Sequence[Claim]:
         def ahead(text: str, figure: str, *order: str, **how: Any) -> Ahead:
-            return Ahead(text, "issue 20", f"{figure} {OFTEN}", order, **how)
+            return Ahead(text, "ours", f"{figure} {OFTEN}", order, **how)
 
         by_fact: dict[str, Any] = {"unit": "facts"}
         found: list[Claim] = []
         for level in (ONE_LEVEL.name, AVERAGED.name):
             found += [
-                Reaches(f"{level} recalls 0.35 of the facts", "issue 20", level, {self.headline: 0.35}),
+                Reaches(f"{level} recalls 0.35 of the facts", "ours", level, {self.headline: 0.35}),
                 ahead(f"{level} damages a third as much as fine-tuning at most", "damage", level,
                       FINE_TUNING.name, higher=False, factor=3.0),
                 *(

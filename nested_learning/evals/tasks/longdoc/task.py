@@ -253,7 +253,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
     def claims(self) -> Sequence[Claim]:
         def below(text: str, better: DocumentReader, worse: DocumentReader, margin: float) -> Ahead:
             order = (better.method.name, worse.method.name)
-            return Ahead(text, "issue 20", BITS, order, higher=False, margin=margin, unit="documents")
+            return Ahead(text, "ours", BITS, order, higher=False, margin=margin, unit="documents")
 
         first, _, last = (f"{each:,}" for each in self.options.windows)
         found: list[Claim] = []

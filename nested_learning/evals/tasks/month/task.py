@@ -256,7 +256,7 @@ class MonthTask(OfPretrained[MonthOptions]):
 
     def claims(self) -> Sequence[Claim]:
         def ahead(text: str, figure: str, *order: str, **how: Any) -> Ahead:
-            return Ahead(text, "issue 20", figure, order, **how)
+            return Ahead(text, "ours", figure, order, **how)
 
         found: list[Claim] = []
         for level in (ONE_LEVEL.name, AVERAGED.name):
@@ -266,8 +266,8 @@ class MonthTask(OfPretrained[MonthOptions]):
                     for other in (NO_ADAPTATION, IN_CONTEXT, FINE_TUNING, LORA)
                 ),
                 Reaches(f"after {level} the latest value is the likelier one for most that was corrected",
-                        "issue 20", level, {"latest over old": 0.75}),
-                Reaches(f"nothing leaks by {level} from one user to the other (0.1 nats at most)", "issue 20",
+                        "ours", level, {"latest over old": 0.75}),
+                Reaches(f"nothing leaks by {level} from one user to the other (0.1 nats at most)", "ours",
                         level, {LEAK: 0.1}, higher=False),
                 ahead(f"{level} leaks less than one fine-tuned model for both", LEAK, level, SHARED.name,
                       higher=False),
