@@ -34,7 +34,6 @@ PACKAGES = (
     ("nested_learning.lens", "Lens"),
     ("nested_learning.training.data", "Data"),
     ("nested_learning.evals", "Evaluations"),
-    ("nested_learning.lens", "Lens"),
 )
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)(?P<path>[^)\s#]+)(?:#(?P<anchor>[^)\s]+))?(?=\))")
