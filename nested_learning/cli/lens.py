@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from nested_learning.cli.level_flags import add_level_flags, levels_of
+from nested_learning.cli.level_flags import LEVEL_FLAGS, add_level_flags, gives_levels, levels_of
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -21,17 +21,17 @@ See what a model does with a text: one HTML page that needs no network, and pict
 MODEL is a folder of a Hope model, the --output folder of a completed run, or a pretrained model of another
 kind: a folder written by save_pretrained, or a name that transformers can download. The page of a Hope model
 has the text coloured by loss and by the surprise of each memory layer, what each memory stores, learning
-rates and retentions, the writes of CMS levels. A pretrained model gets levels, as in `chat`, and learns from
+rates and retentions, the writes of CMS levels. A pretrained model gets the levels below and learns from
 the text: the page compares it with what it was, in its predictions and its weights. --memory FILE starts from
-what a conversation left; the file stays as it is.
+what a conversation left, with the file's levels unless flags name others; the file stays as it is.
 
 examples:
   nested-learning lens runs/first --text book.txt
   nested-learning lens runs/first --text - --png pictures --max_tokens 2000 < book.txt
-  nested-learning lens SmolLM2-135M-Instruct --text notes.txt --chunk_sizes 32 128 --memory anna.safetensors
+  nested-learning lens SmolLM2-135M-Instruct --text notes.txt --memory anna.safetensors
 """
 PAGE = "lens.html"
-OF_LEARNERS = ("chunk_sizes", "level_lr", "layers", "rule", "rank", "memory")
+OF_LEARNERS = (*LEVEL_FLAGS, "memory")
 
 
 def run(argv: list[str]) -> int:
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     writable(values.output)  # refused before a long text is read
     if values.png is not None and Path(values.png).exists() and not Path(values.png).is_dir():
         raise ValueError(f"--png takes a folder, but {values.png} is something else")
-    recording = _record(values, parser, _text(values.text))
+    recording = _record(values, parser, _text(values.text), gives_levels(argv))
     write_text(values.output, page(recording))
     say(f"written: {values.output} ({human_bytes(Path(values.output).stat().st_size)})")
     if values.png is not None:
@@ -75,7 +75,7 @@ def _text(name: str) -> str:
         raise ValueError(f"the text {name!r} is not in UTF-8 ({error}); convert it first") from error
 
 
-def _record(values: Namespace, parser: ArgumentParser, text: str) -> Recording:
+def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bool) -> Recording:
     from transformers import AutoConfig
 
     from nested_learning.lens import lens
@@ -89,10 +89,10 @@ def _record(values: Namespace, parser: ArgumentParser, text: str) -> Recording:
                 f"{name} is a preset, whose weights are random; train one, "
                 f"`nested-learning train --preset {name}`, and give the folder of the run"
             )
-        return _learner_recording(name, values, text)
+        return _learner_recording(name, values, text, own_levels)
     folder = str(saved_folder(name))
     if not isinstance(AutoConfig.from_pretrained(folder, local_files_only=True), HopeConfig):
-        return _learner_recording(folder, values, text)
+        return _learner_recording(folder, values, text, own_levels)
     defaults = parser.get_defaults()
     given = [f"--{flag}" for flag in OF_LEARNERS if values[flag] != defaults[flag]]
     if given:
@@ -109,14 +109,16 @@ def _record(values: Namespace, parser: ArgumentParser, text: str) -> Recording:
         return lens(model, text, tokenizer, max_tokens=values.max_tokens, progress=bar.update)
 
 
-def _learner_recording(name: str, values: Namespace, text: str) -> Recording:
+def _learner_recording(name: str, values: Namespace, text: str, own_levels: bool) -> Recording:
     from nested_learning.cli.dialogue import load_pretrained
-    from nested_learning.continual import stack_levels
+    from nested_learning.continual import reopen, stack_levels
     from nested_learning.lens import lens
 
     levels = levels_of(values)
     model: Any
     model, tokenizer = load_pretrained(name)
+    if values.memory is not None and not own_levels:
+        return lens(reopen(values.memory, model, tokenizer), text, max_tokens=values.max_tokens)
     learner = stack_levels(model, tokenizer, levels=levels)
     if values.memory is not None:
         learner.memory.load(values.memory)

@@ -1,4 +1,4 @@
-"""The flags of `chat` and `adapt` that describe levels on a pretrained model."""
+"""The flags of `chat`, `adapt`, `serve` and `lens` that describe levels on a pretrained model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr
     )
 
 
-LEVEL_FLAGS = ("chunk_sizes", "level_lr", "layers", "rule", "rank")
+LEVEL_FLAGS = ("chunk_sizes", *_LEARNING, *_ALL)
 
 
 def gives_levels(argv: Sequence[str]) -> bool:

@@ -129,12 +129,11 @@ def _memory(trace: MemoryTrace, reading: Traces) -> Figure:
     distance.set(title="distance from the initial state", xlabel="tokens read", ylim=(0, None))
     for axis in (singular, distance):
         axis.legend(fontsize=7)
-    rates = {"η": trace.eta, "α": trace.alpha} | ({} if trace.mu is None else {"μ": trace.mu})
-    for axis, (name, values) in zip(gates, rates.items(), strict=False):
+    for axis, (name, values) in zip(gates, trace.rates.items(), strict=False):
         for head in values.T:
             axis.plot(*_smooth(head), linewidth=0.8)
         axis.set(title=f"{name}, a line per head", xlabel="token")
-    for axis in gates[len(rates) :]:
+    for axis in gates[len(trace.rates) :]:
         axis.axis("off")
     return figure
 
@@ -156,9 +155,7 @@ def _writes(reading: Traces) -> Figure:
 
 def _learned(learned: LearnedTrace) -> Figure:
     """Norm of each layer's change, and of its hidden units, those that changed most first."""
-    layers: dict[int, float] = {}
-    for name, layer in learned.layers.items():
-        layers[layer] = float(np.hypot(layers.get(layer, 0.0), learned.norms[name]))
+    layers = learned.layer_norms
     figure, ((bars, units),) = _figure(1, 9.0, 3.4, columns=2)
     bars.bar(list(layers), list(layers.values()))
     bars.xaxis.get_major_locator().set_params(integer=True)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.continual import Learner, Level
-from nested_learning.continual.find import Target
+from nested_learning.continual.find import Target, is_quantised
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.lens.recording import Recording
-from nested_learning.lens.traces import Array, LearnedTrace, Prediction
+from nested_learning.lens.traces import Array, LearnedTrace, Prediction, as_array
 from nested_learning.lens.words import word, words
 from nested_learning.levels import levels
 from nested_learning.memory.state import Weights
@@ -54,7 +54,7 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
         model=_line(learner),
         tokens=words(learner.tokenizer, ids.tolist()),
         ids=ids.cpu().numpy(),
-        loss=_array(loss),
+        loss=as_array(loss),
         moments=np.zeros(0, dtype=np.int64),
         memories=(),
         levels=(),
@@ -67,9 +67,7 @@ def record_learner(learner: Learner, text_or_ids: TextOrIds, row: int = 0) -> Re
             levels=tuple(_level(level) for level in learner.levels),
             writes=writes,
             norms=norms,
-            relative={
-                name: norm / float(targets[name].weight.detach().norm()) for name, norm in norms.items()
-            },
+            relative={name: norm / _size(targets[name].weight) for name, norm in norms.items()},
             layers={name: targets[name].layer for name in norms},
             units=_units(learner, diff, targets),
             predictions=compared.predictions,
@@ -85,7 +83,7 @@ def _units(learner: Learner, diff: Weights, targets: dict[str, Target]) -> dict[
     for name, D in diff.items():
         D = D.mT if targets[name].transposed else D
         inward = D.shape[-2] == width and D.shape[-1] != width
-        found[name] = _array(torch.linalg.vector_norm(D, dim=-2 if inward else -1).flatten())
+        found[name] = as_array(torch.linalg.vector_norm(D, dim=-2 if inward else -1).flatten())
     return found
 
 
@@ -107,7 +105,7 @@ class _Comparison:
             now = self._log_probabilities(seen, count, row, levels=None)
             divergence = F.kl_div(base, now, reduction="none", log_target=True).sum(-1)
             losses = (-p.gather(1, told.unsqueeze(1)).squeeze(1) for p in (base, now))
-            parts.append((*(_array(part) for part in losses), _array(divergence)))
+            parts.append((*(as_array(part) for part in losses), as_array(divergence)))
             most = divergence.nan_to_num().topk(min(PREDICTIONS, len(told))).indices.tolist()
             candidates += [
                 Prediction(first + i, float(divergence[i]), self._likeliest(base[i]), self._likeliest(now[i]))
@@ -150,14 +148,13 @@ def _line(learner: Learner) -> str:
 
 
 def _size(weight: Tensor) -> float:
-    """Frobenius norm of a base weight; NaN of one that is quantised."""
-    return float(weight.detach().norm()) if weight.is_floating_point() else math.nan
+    """Frobenius norm of a base weight; NaN of one that is quantised, or zero."""
+    return math.nan if is_quantised(weight) else float(weight.detach().norm()) or math.nan
 
 
 def _level(level: Level) -> str:
+    if level.average_of is not None:
+        of = f"average of level {level.average_of + 1}, rate {level.rate:g}"
+        return f"every {level.chunk_size:,} tokens, {of}"
     rule = level.rule if isinstance(level.rule, str) else type(level.rule).__name__
     return f"every {level.chunk_size:,} tokens, lr {level.lr:g}, {rule}"
-
-
-def _array(x: Tensor) -> Array:
-    return x.detach().cpu().to(torch.float64).numpy()

@@ -86,7 +86,6 @@ def _data(reading: Traces) -> dict[str, Any]:
 
 
 def _memory(trace: MemoryTrace) -> dict[str, Any]:
-    rates = {"η": trace.eta, "α": trace.alpha} | ({} if trace.mu is None else {"μ": trace.mu})
     return {
         "name": trace.name,
         "kind": trace.kind,
@@ -94,7 +93,7 @@ def _memory(trace: MemoryTrace) -> dict[str, Any]:
         "memories": list(trace.memories),
         "heads": trace.eta.shape[1],
         "starts": _starts(len(trace.eta)).tolist(),
-        "rates": {name: _binned(values) for name, values in rates.items()},
+        "rates": {name: _binned(values) for name, values in trace.rates.items()},
         "probes": trace.probes.tolist(),
         "recall": [_list(row) for row in trace.recall],
         "cosine": [_list(row) for row in trace.cosine],
@@ -173,13 +172,15 @@ def _learner_lines(learned: LearnedTrace) -> list[dict[str, Any]]:
 
 def _by_layer(learned: LearnedTrace) -> list[dict[str, Any]]:
     """Per layer the norm of its weights' change, and each weight's; a share of the largest layer as width."""
-    layers: dict[int, dict[str, Any]] = {}
-    for name, index in sorted(learned.layers.items(), key=lambda item: item[1]):
-        layer = layers.setdefault(index, {"layer": index, "norm": 0.0, "weights": []})
-        layer["norm"] = math.hypot(layer["norm"], learned.norms[name])
-        layer["weights"].append((name, learned.norms[name], learned.relative[name]))
-    most = max((layer["norm"] for layer in layers.values()), default=0.0) or 1.0
-    return [{**layer, "share": round(100 * layer["norm"] / most, 1)} for layer in layers.values()]
+    norms = learned.layer_norms
+    most = max(norms.values(), default=0.0) or 1.0
+    weights: dict[int, list[tuple[str, float, float]]] = {layer: [] for layer in norms}
+    for name, layer in learned.layers.items():
+        weights[layer].append((name, learned.norms[name], learned.relative[name]))
+    return [
+        {"layer": layer, "norm": norm, "weights": weights[layer], "share": round(100 * norm / most, 1)}
+        for layer, norm in norms.items()
+    ]
 
 
 def _units(learned: LearnedTrace) -> list[dict[str, Any]]:

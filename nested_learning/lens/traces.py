@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nested_learning.continual.writing import Write
     from nested_learning.levels import NestedSystem
 
 Array = NDArray[np.floating]
+
+
+def as_array(x: Tensor) -> Array:
+    """A tensor's numbers in float64."""
+    return x.detach().cpu().double().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,11 @@ class MemoryTrace:
     singular_values: dict[str, Array]
     distance: Array
     initial_norm: Array
+
+    @property
+    def rates(self) -> dict[str, Array]:
+        """Rates of each token [T, H] by letter; μ where there is a momentum."""
+        return {"η": self.eta, "α": self.alpha} | ({} if self.mu is None else {"μ": self.mu})
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +117,7 @@ class LearnedTrace:
         levels: a line on each level, fast to slow.
         writes: reports of the boundaries passed; their positions count from the memory's first token.
         norms: Frobenius norm of each weight's change, by its name in the base model.
-        relative: the same divided by the norm of the weight.
+        relative: the same divided by the norm of the weight, NaN where that has none.
         layers: index of the layer of each weight.
         units: by weight, the norm of the change of each hidden unit's row or column.
         predictions: those that moved most, the furthest first.
@@ -121,6 +134,14 @@ class LearnedTrace:
     layers: dict[str, int]
     units: dict[str, Array]
     predictions: tuple[Prediction, ...]
+
+    @property
+    def layer_norms(self) -> dict[int, float]:
+        """Norm of the change of each layer's weights together, by its index, rising."""
+        found: dict[int, float] = {}
+        for name, layer in sorted(self.layers.items(), key=lambda item: item[1]):
+            found[layer] = math.hypot(found.get(layer, 0.0), self.norms[name])
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.memory.signals_at import signals_at
-from nested_learning.lens.traces import Array, MemoryTrace
+from nested_learning.lens.traces import Array, MemoryTrace, as_array
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import Weights
 
@@ -71,7 +71,7 @@ class MemoryWatch:
         self._now = []
         for name, parts in self._noted.items():
             if name in joined:
-                parts.append(_array(joined[name]))
+                parts.append(as_array(joined[name]))
         inside = (self.probes >= self.tokens) & (self.probes < self.tokens + count)
         chosen = (self.probes[inside] - self.tokens).to(joined["key"].device)
         self._key.append(joined["key"][chosen].transpose(0, 1))
@@ -109,7 +109,7 @@ class MemoryWatch:
             last = W[-1].cpu()
             known = bool(last.isfinite().all())
             values = torch.linalg.svdvals(last) if known else last.new_full(_ranks(last), torch.nan)
-            self._singular[name].append(_array(values))
+            self._singular[name].append(as_array(values))
         recall, cosine = self._answers()
         for name, values in (("recall", recall), ("cosine", cosine)):
             whole = np.full(len(self.probes), np.nan, dtype=np.float64)
@@ -125,7 +125,7 @@ class MemoryWatch:
         answer = self.layer.recall(key.unsqueeze(0), now)[0]
         size, length = target.square().sum((0, 2)), answer.square().sum((0, 2))
         recall = 1 - (answer - target).square().sum((0, 2)) / size
-        return _array(recall), _array((answer * target).sum((0, 2)) * (length * size).rsqrt())
+        return as_array(recall), as_array((answer * target).sum((0, 2)) * (length * size).rsqrt())
 
     def _weights(self, stored: Weights) -> Weights:
         """The weights [N, H, out, in] of the one row."""
@@ -170,13 +170,9 @@ class _Switch:
             watch.counts = False
 
 
-def _array(x: Tensor) -> Array:
-    return x.detach().cpu().to(torch.float64).numpy()
-
-
 def _norms(weights: Weights) -> Array:
     """[N, H] Frobenius norms over all matrices [N, H, out, in]."""
-    return _array(torch.stack([W.square().sum((-2, -1)) for W in weights.values()]).sum(0).sqrt())
+    return as_array(torch.stack([W.square().sum((-2, -1)) for W in weights.values()]).sum(0).sqrt())
 
 
 def _ranks(W: Tensor) -> tuple[int, int]:

@@ -83,6 +83,18 @@ def test_a_pretrained_model_learns_from_the_text_and_its_memory_file_stays(llama
     assert "model.layers.1.mlp.down_proj.weight" in written
 
 
+def test_without_flags_the_levels_are_those_of_the_file(llama_folder, text, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(llama_folder).eval()
+    learner = stack_levels(model, byte_tokenizer(), levels=[Level(8, 0.1, rule="adam", rank=2)])
+    learner.observe("a daisy is a daisy")
+    learner.memory.save(tmp_path / "anna")
+    page = tmp_path / "page.html"
+    options = ["--text", text, "--memory", str(tmp_path / "anna"), "--output", str(page)]
+    assert main(["lens", llama_folder, *options]) == 0
+    assert "every 8 tokens, lr 0.1, adam" in page.read_text(encoding="utf-8")
+    assert "other levels" in refused(capsys, llama_folder, *options, *LEVELS)
+
+
 def test_bad_input_is_told_in_a_sentence(hope_folder, llama_folder, text, tmp_path, capsys):
     assert "no text is given: --text FILE" in refused(capsys, hope_folder)
     assert "is a preset, whose weights are random" in refused(capsys, "hope-tiny", "--text", text)
@@ -91,6 +103,7 @@ def test_bad_input_is_told_in_a_sentence(hope_folder, llama_folder, text, tmp_pa
     assert "--chunk_sizes, --level_lr describe levels" in refused(
         capsys, hope_folder, "--text", text, *LEVELS
     )
+    assert "--sparse describe" in refused(capsys, hope_folder, "--text", text, "--sparse", "0.1")
     assert "--memory describe" in refused(capsys, hope_folder, "--text", text, "--memory", "x")
     assert "no memory file" in refused(capsys, llama_folder, "--text", text, "--memory", "x.safetensors")
     assert "there is no folder" in refused(capsys, hope_folder, "--text", text, "--output", "no/where.html")

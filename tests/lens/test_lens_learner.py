@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,15 @@ def test_a_text_longer_than_the_window_and_bad_input():
             record_learner(learner, wrong)
     with pytest.raises(ValueError, match="no tokenizer"):
         lens(learner, "text")
+
+
+def test_an_average_is_told_and_a_weight_without_a_norm_has_no_share():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    learner = stack_levels(model, levels=[Level(4, 0.3), Level(8, average_of=0, rate=0.5)])
+    learned = record_learner(learner, random_ids(20)).learned
+    assert learned.levels[1] == "every 8 tokens, average of level 1, rate 0.5"
+    shares = {name.split(".", 2)[2]: share for name, share in learned.relative.items()}
+    assert math.isnan(shares["0.mlp.up_proj.weight"])
+    assert shares["1.mlp.up_proj.weight"] > 0

@@ -47,7 +47,8 @@ def tokens_of_oracle(layer, x, make_token, adaptive=None):
 )
 def test_gates_and_recall_are_those_of_the_token_loop(hope, ids, mixer, momentum):
     model = hope(mixer, mixer_options={mixer: {"chunk_size": CHUNK, "momentum": momentum}})
-    trace = record(model, ids).memories[0]
+    recording = record(model, ids)
+    trace = recording.memories[0]
     block = model.model.layers[0]
     with torch.no_grad():
         x = block.mixer_norm(model.model.embed_tokens(ids))
@@ -63,7 +64,6 @@ def test_gates_and_recall_are_those_of_the_token_loop(hope, ids, mixer, momentum
     if momentum:
         np.testing.assert_allclose(trace.mu, expected(lambda t: t.log_mu.exp()), rtol=1e-9)
 
-    recording = record(model, ids)
     assert recording.moments.tolist() == [0, *range(CHUNK, 27, CHUNK), 27]
     assert np.isnan(trace.recall[0]).all()
     for place, moment in enumerate(recording.moments[1:], 1):
