@@ -24,11 +24,12 @@ import torch
 
 from benchmarks.harness import parser, record, show
 from benchmarks.serve_load import TEXT
+from nested_learning._files import MIB
 from nested_learning.continual import Level, stack_levels
 from nested_learning.evals.methods.pretrained import lacking, load_base
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
 from nested_learning.server.mind import LevelMind
-from nested_learning.server.settings import MIB, ServeSettings
+from nested_learning.server.settings import ServeSettings
 
 WANTED = {"one client": 0.9, "eight clients": 0.8, "switch, seconds": 0.2}
 
@@ -99,7 +100,8 @@ def measured(model: Any, tokenizer: Any, rank: int | None, load: Load) -> dict[s
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
-            started.wait()
+            if not started.wait(60):
+                raise RuntimeError("the server has not started within a minute")
             by_clients(address[0], load.clients, load, "tell")
             by_clients(address[0], load.clients, load, "ask")
             return _figures(mind, server._service, address[0], load)
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = options.parse_args(argv)
     name = RANDOM if given.quick and given.model == PACKAGED else given.model
     if (problem := lacking(name)) is not None:
-        raise SystemExit(f"error: {problem}")
+        options.error(problem)
     base = load_base(name)
     load = QUICK if given.quick else Load(tokens=given.tokens, repeats=given.repeats or Load.repeats)
     model = base.model.to(getattr(torch, given.dtype))

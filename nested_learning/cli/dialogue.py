@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
+from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.replaying.sources import KnownSource
-from nested_learning.server.prompt import conversation_ids
+from nested_learning.server.prompt import newest_ids
 
 NOTES = "What was said before:"
 
@@ -132,23 +133,16 @@ class Dialogue:
 
     def _prompt(self, message: str) -> torch.Tensor:
         """Ids [T] of the conversation with the message, its oldest turns left out until it fits."""
-        positions = getattr(self.learner.model.config, "max_position_embeddings", None) or 2**31
+        positions = most_positions(self.learner.model)
         room = positions - self.generation.get("max_new_tokens", 0)
         notes = self.learner.retrieve(message, self.retrieve).text if self.retrieve else ""
         shown = [f"{NOTES}\n{notes}\n{message}"] if notes else []
+        turns = [pair for turn in self._turns for pair in (("user", turn.message), ("assistant", turn.reply))]
         for text in (*shown, message):
-            for first in range(len(self._turns) + 1):
-                ids = self._formatted(self._turns[first:], text)
-                if len(ids) <= room:
-                    return torch.tensor(ids)
+            ids = newest_ids(self.learner.tokenizer, [*turns, ("user", text)], room)
+            if len(ids) <= room:
+                return torch.tensor(ids)
         raise ValueError(
             f"the message has {len(ids)} tokens with its frame, but the model reads {positions} positions "
             f"and {positions - room} are for the answer; write a shorter one"
         )
-
-    def _formatted(self, turns: list[_Turn], message: str) -> list[int]:
-        messages = []
-        for turn in turns:
-            messages += [("user", turn.message), ("assistant", turn.reply)]
-        messages.append(("user", message))
-        return conversation_ids(self.learner.tokenizer, messages)

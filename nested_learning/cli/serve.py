@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from nested_learning._files import MIB
 from nested_learning.cli.level_flags import add_level_flags, levels_of
 from nested_learning.cli.output import say
 from nested_learning.cli.parsing import new_parser, parse
-from nested_learning.server.settings import MIB, ServeSettings
+from nested_learning.server.settings import ServeSettings
 
 DESCRIPTION = """\
 A server whose model remembers each user, with the HTTP interface that OpenAI's clients speak.

@@ -65,7 +65,7 @@ def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMa
         rows, kind = [convert(item) for item in given], "list"
     else:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}")
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = vocabulary_size(model)
     rows = [_checked(row, vocab_size).to(model.device) for row in rows]
     if learn_mask is None:
         return Batch(rows, [torch.ones(len(row), dtype=torch.bool) for row in rows], kind)
@@ -132,3 +132,14 @@ def _checked(ids: Tensor, vocab_size: int) -> Tensor:
     if low < 0 or high >= vocab_size:
         raise ValueError(f"ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
     return ids.long()
+
+
+def vocabulary_size(model: Any) -> int:
+    """Number of ids that a model reads."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def most_positions(model: Any) -> int:
+    """Most tokens that a model reads at once; 2³¹ where its configuration does not say."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 2**31

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from nested_learning.continual.inputs import vocabulary_size
 from nested_learning.server.forms import AnswerForm, event
 from nested_learning.server.generation import AnswerPart
 from nested_learning.server.prefixes import Turn, chain
@@ -18,9 +19,8 @@ from nested_learning.server.refusal import Refusal, invalid
 from nested_learning.server.sampling import Sampling, spread
 from nested_learning.server.schemas import ChatRequest, CompletionRequest, SampledRequest, parsed
 from nested_learning.server.service import Service
+from nested_learning.server.settings import MODES
 from nested_learning.server.user import UserMemory
-
-MODES = {"user": {"user"}, "assistant": {"assistant"}, "both": {"user", "assistant"}, "none": set()}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ConversationNews:
         place = user.state.known.place(turns, hashes)
         return cls(turns, hashes, place.known, place.conversation)
 
-    def texts(self, roles: set[str], answer: str | None = None) -> list[str]:
+    def texts(self, roles: frozenset[str], answer: str | None = None) -> list[str]:
         """New texts of these roles, the answer of now among them."""
         turns = self.turns[self.known :] + ([] if answer is None else [("assistant", answer)])
         return [text for role, text in turns if role in roles and text.strip()]
@@ -131,7 +131,7 @@ class Answering:
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         prompts = [mind.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
-        vocab_size = mind.model.get_input_embeddings().weight.shape[0]
+        vocab_size = vocabulary_size(mind.model)
         if not prompts or not all(prompts):
             raise invalid("a prompt has no tokens", "prompt")
         if any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
@@ -187,7 +187,7 @@ class Answering:
         return spread(f"{self._service.settings.seed}/{place}")
 
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
-        vocab_size = self._service.mind.model.get_input_embeddings().weight.shape[0]
+        vocab_size = vocabulary_size(self._service.mind.model)
         for token, value in given.items():
             if not token.isdecimal() or int(token) >= vocab_size or not -100 <= value <= 100:
                 message = f"logit_bias has {token}: {value}; expected ids below {vocab_size} and -100 to 100"

@@ -15,9 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from nested_learning.server.answers import Answering
-from nested_learning.server.body import read_json
 from nested_learning.server.guard import Guard
-from nested_learning.server.memory_routes import add_memory_routes, claimed
+from nested_learning.server.memory_routes import add_memory_routes, claimed, told
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.service import Service
 
@@ -111,11 +110,9 @@ def model_entry(service: Service) -> dict[str, Any]:
 
 async def answer(service: Service, request: Request, is_chat: bool) -> Response:
     """Answer a chat or a completion."""
-    authorization = request.headers.get("authorization")
-    service.identify(authorization, None)  # before anything is read
-    body = await read_json(request, service.settings.most_body_kb * 1024)
+    body = await told(service, request)
     named = body.get("user") if isinstance(body, dict) else None
-    user = service.identify(authorization, named if isinstance(named, str) else None)
+    user = service.identify(request.headers.get("authorization"), named if isinstance(named, str) else None)
     answering = Answering(service, body, is_chat, user)
     try:
         await unless_gone(request, answering.begin())

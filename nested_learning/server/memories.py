@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from nested_learning._files import MIB
 from nested_learning.server.folder import UserFolder, folder_name, prepare
 from nested_learning.server.mind import LevelMind
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.scheduler import Scheduler
-from nested_learning.server.settings import MIB, ServeSettings
+from nested_learning.server.settings import ServeSettings
 from nested_learning.server.user import UserMemory
 
 ROOM_SECONDS = 5.0  # that a request waits for other users' requests to end, where all room is taken
@@ -112,8 +113,8 @@ class Memories:
     async def _open(self, name: str) -> UserMemory:
         folder = UserFolder(self._root, name)
         try:
-            needed = folder.size([folder.manifest().current])
-        except ValueError:
+            needed = folder.size([(await asyncio.to_thread(folder.manifest)).current])
+        except (ValueError, OSError):
             needed = 0  # what is damaged is found, and said, by opening
         deadline = time.monotonic() + ROOM_SECONDS
         while not self._has_room(needed):
@@ -179,4 +180,4 @@ class Memories:
             except ValueError as error:
                 raise Refusal(503, str(error), "memory_in_use", retry_after=5) from error
             except OSError as error:
-                raise Refusal(507, f"it cannot be deleted: {error.strerror}", "storage") from error
+                raise Refusal(507, f"it cannot be deleted: {error.strerror or error}", "storage") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 import time
@@ -13,13 +14,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
+from nested_learning._files import MIB
 from nested_learning.server.body import read_body, read_json
 from nested_learning.server.mind import Learned
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.schemas import MemoryRequest, TextRequest, UndoRequest, parsed
 from nested_learning.server.service import Service
-from nested_learning.server.settings import MIB
-from nested_learning.server.user import UserMemory
+from nested_learning.server.user import UserMemory, unwritten
 
 Answer = dict[str, Any]
 
@@ -31,8 +32,7 @@ def add_memory_routes(app: FastAPI, service: Service) -> None:
         kind: type[MemoryRequest], act: Callable[[Service, UserMemory, Any], Awaitable[Answer]]
     ) -> Callable[[Request], Awaitable[Answer]]:
         async def route(request: Request) -> Answer:
-            service.identify(request.headers.get("authorization"), None)  # before anything is read
-            values = parsed(kind, await read_json(request, service.settings.most_body_kb * 1024))
+            values = parsed(kind, await told(service, request))
             name = service.identify(request.headers.get("authorization"), values.user)
             with service.admitted(name):
                 async with service.memories.using(name) as user:
@@ -53,8 +53,7 @@ def add_memory_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/memories/reset", response_model=None)
     async def reset(request: Request) -> Answer:
-        service.identify(request.headers.get("authorization"), None)
-        values = parsed(MemoryRequest, await read_json(request, service.settings.most_body_kb * 1024))
+        values = parsed(MemoryRequest, await told(service, request))
         await service.memories.erase(service.identify(request.headers.get("authorization"), values.user))
         return {"object": "memory.reset", "reset": True}
 
@@ -90,9 +89,17 @@ def add_file_routes(app: FastAPI, service: Service) -> None:
                             request, service.settings.memory_mb * MIB, file.write, "application/octet-stream"
                         )
                     await user.take_over(path)
+                except OSError as error:
+                    raise unwritten(error) from error
                 finally:
                     path.unlink(missing_ok=True)
                 return description(service, user)
+
+
+async def told(service: Service, request: Request) -> object:
+    """The JSON body of a request whose key, where one is needed, is known before anything is read."""
+    service.identify(request.headers.get("authorization"), None)
+    return await read_json(request, service.settings.most_body_kb * 1024)
 
 
 def claimed(service: Service, request: Request) -> str:
@@ -102,7 +109,7 @@ def claimed(service: Service, request: Request) -> str:
 
 async def learn(service: Service, user: UserMemory, values: TextRequest) -> Answer:
     """Learn a text; it can be undone like a conversation."""
-    tokens = len(service.mind.lesson_ids([values.text]))
+    tokens = len(await asyncio.to_thread(service.mind.lesson_ids, [values.text]))
     check_length(service, tokens)
     service.check_lesson(user, tokens)
     service.metrics.told_tokens.inc(tokens)
@@ -117,7 +124,7 @@ async def learn(service: Service, user: UserMemory, values: TextRequest) -> Answ
 
 async def score(service: Service, user: UserMemory, values: TextRequest) -> Answer:
     """Next-token losses of a text; nothing is learned."""
-    ids = service.mind.encode(values.text)
+    ids = await asyncio.to_thread(service.mind.encode, values.text)
     check_length(service, len(ids))
     await user.caught_up()
     surprise = await service.score(user, ids)

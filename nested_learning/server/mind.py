@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache
 
 from nested_learning.continual import Learner, Snapshot, Write
+from nested_learning.continual.averages import answering
+from nested_learning.continual.inputs import most_positions
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Learned:
 class LevelMind:
     """A pretrained model with levels of deltas; a memory is a `Snapshot` of a learner of one row.
 
-    All methods but `save` and `load` run the model or hand out its parts: the scheduler's thread calls them.
+    `learn`, `score` and `running` run the model: the scheduler's thread calls them, and `load` for a moment.
 
     Args:
         make_learner: makes a learner on the one base model, with the levels and the way of reading that all
@@ -64,7 +66,7 @@ class LevelMind:
     @property
     def positions(self) -> int:
         """Most tokens of a prompt and its answer."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        return most_positions(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that goes on from another."""
@@ -94,7 +96,7 @@ class LevelMind:
 
     def score(self, memory: Snapshot, ids: list[int]) -> Generator[None, None, list[float | None]]:
         """Next-token losses of ids as a text of its own, as of `Learner.score`; nothing is learned."""
-        row = memory.rows[0].unread()
+        row = memory.rows[0].only(answering(self.levels)).unread()
         given = torch.tensor(ids, device=self.model.device)
         learn = torch.zeros(len(ids), dtype=torch.bool)
         losses: list[float] = []
@@ -112,7 +114,8 @@ class LevelMind:
     @contextmanager
     def running(self, memory: Snapshot) -> Iterator[Any]:
         """The model runs with a memory inside the scope, without gradients."""
-        with torch.no_grad(), self._reader.workspace.installed(self._reader.writers, memory.rows[0]):
+        row = memory.rows[0].only(answering(self.levels))
+        with torch.no_grad(), self._reader.workspace.installed(self._reader.writers, row):
             yield self.model
 
     def new_cache(self) -> DynamicCache:
@@ -144,14 +147,14 @@ class LevelMind:
     def _complete(self, memory: Snapshot) -> Snapshot:
         """The memory with the factors of low-rank levels that were never written, which come into being when
         a memory is first put into force: other threads may be reading it by then."""
-        with self.running(memory):
+        with torch.no_grad(), self._reader.workspace.installed(self._reader.writers, memory.rows[0]):
             return memory
 
     def nbytes(self, memory: Snapshot) -> int:
         """Bytes of a memory."""
-        tensors = [t for row in memory.rows for level in row.levels for t in level.tensors()]
+        tensors = {id(t): t for row in memory.rows for level in row.levels for t in level.tensors()}
         contexts = sum(row.context.nbytes for row in memory.rows)
-        return contexts + sum(t.numel() * t.element_size() for t in tensors)
+        return contexts + sum(t.numel() * t.element_size() for t in tensors.values())
 
     def tokens_read(self, memory: Snapshot) -> int:
         """Number of tokens that a memory was made of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,25 @@ def conversation_ids(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> lis
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def newest_ids(tokenizer: Any, messages: Sequence[tuple[str, str]], room: int) -> list[int]:
+    """Ids of a conversation whose oldest turns are left out until it has `room` tokens at most, or nothing
+    but the last message is left; system messages stay. Fewer turns make no more tokens."""
+    turns = [index for index, (role, _) in enumerate(messages) if role != "system"]
+    # templates want a user's message first
+    starts = [n for n in range(len(turns)) if not n or messages[turns[n]][0] == "user"]
+
+    def ids_from(first: int) -> list[int]:
+        dropped = set(turns[:first])
+        kept = [message for index, message in enumerate(messages) if index not in dropped]
+        return conversation_ids(tokenizer, kept)
+
+    ids = ids_from(0)
+    if len(ids) > room and len(starts) > 1:
+        at = bisect_left(starts, True, 1, key=lambda first: len(ids_from(first)) <= room)
+        ids = ids_from(starts[min(at, len(starts) - 1)])
+    return ids
+
+
 def fitting_ids(
     tokenizer: Any, messages: Sequence[tuple[str, str]], positions: int, for_answer: int
 ) -> list[int]:
@@ -42,15 +62,9 @@ def fitting_ids(
     Raises:
         ValueError: the last message alone does not fit.
     """
-    turns = [index for index, (role, _) in enumerate(messages) if role != "system"]
-    for first in range(len(turns)):
-        dropped = set(turns[:first])
-        kept = [message for index, message in enumerate(messages) if index not in dropped]
-        if first and messages[turns[first]][0] != "user":  # templates want a user's message first
-            continue
-        ids = conversation_ids(tokenizer, kept)
-        if len(ids) <= positions - for_answer:
-            return ids
+    ids = newest_ids(tokenizer, messages, positions - for_answer)
+    if len(ids) <= positions - for_answer:
+        return ids
     raise ValueError(
         f"the last message has {len(ids)} tokens with its frame and the system's messages, but the model "
         f"reads {positions} positions, of which {for_answer} are for the answer; send a shorter one"

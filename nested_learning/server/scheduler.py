@@ -86,11 +86,6 @@ class DutyCycle:
         spent = self._spent[False] + self._last
         return spent < self._share * (spent + self._spent[True])
 
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Time (that somebody waited for, that nobody did) since the last `begin`."""
-        return self._spent[True], self._spent[False]
-
 
 class Scheduler:
     """The thread and its ring of users.

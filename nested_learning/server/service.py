@@ -48,9 +48,7 @@ class Service:
         )
         self.metrics.watch("memory_bytes", "bytes of loaded memories", lambda: self.memories.nbytes)
         self.metrics.watch(
-            "pending_tokens",
-            "tokens that wait to be learned",
-            lambda: sum(user.pending_tokens for user in self.memories.users),
+            "pending_tokens", "tokens that wait to be learned", lambda: self.memories.pending_tokens
         )
 
     async def start(self) -> None:

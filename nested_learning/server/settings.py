@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 from nested_learning._checks import check_types, require
 
-LEARN = ("user", "assistant", "both", "none")
-MIB = 2**20
+# Roles whose messages are learned, by the value of `learn`.
+MODES: dict[str, frozenset[str]] = {
+    "user": frozenset(("user",)),
+    "assistant": frozenset(("assistant",)),
+    "both": frozenset(("user", "assistant")),
+    "none": frozenset(),
+}
 
 
 @dataclass(kw_only=True)
@@ -75,7 +80,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.learn in LEARN, "learn", self.learn, f"one of {', '.join(LEARN)}")
+        require(self.learn in MODES, "learn", self.learn, f"one of {', '.join(MODES)}")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
         require(0 < self.duty < 1, "duty", self.duty, "a share between 0 and 1")

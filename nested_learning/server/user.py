@@ -83,7 +83,7 @@ class UserMemory:
             raise Refusal(503, message, "memory_in_use", retry_after=5) from error
         except OSError as error:
             raise Refusal(
-                507, f"the folder of memories cannot be used: {error.strerror}", "storage"
+                507, f"the folder of memories cannot be used: {error.strerror or error}", "storage"
             ) from error
         try:
             user = cls(mind, scheduler, folder, undo, held)
@@ -137,7 +137,7 @@ class UserMemory:
     @property
     def is_idle(self) -> bool:
         """Whether it can be put away without losing or delaying anything."""
-        return not (self.pins or self.pending) and self._saved.is_set()
+        return not (self.pins or self.pending or self._saving) and self._saved.is_set()
 
     @property
     def pending_tokens(self) -> int:
@@ -163,7 +163,8 @@ class UserMemory:
     async def settled(self) -> None:
         """Wait until nothing is left to learn or to save, without hurry."""
         await self._quiet.wait()
-        await self._saved.wait()
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
 
     async def remember(
         self, conversation: str, texts: Sequence[str], hashes: Sequence[str] = (), head: str | None = None
@@ -313,7 +314,9 @@ class UserMemory:
             try:
                 await asyncio.to_thread(self.mind.save, self.memory, path)
             except OSError as error:
-                raise Refusal(507, f"the memory cannot be written: {error.strerror}", "storage") from error
+                raise Refusal(
+                    507, f"the memory cannot be written: {error.strerror or error}", "storage"
+                ) from error
         return path
 
     async def _load_file(self, name: str | None) -> Snapshot:
@@ -333,7 +336,9 @@ class UserMemory:
             await self._commit()
         except OSError as error:
             self.current, self.past, self.state.changed, self.last = old
-            raise Refusal(507, f"the memory cannot be written: {error.strerror}", "storage") from error
+            raise Refusal(
+                507, f"the memory cannot be written: {error.strerror or error}", "storage"
+            ) from error
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -374,6 +379,7 @@ class UserMemory:
         """
         async with self._committing:
             current, past, applied = self.current, self.past, self.state.applied
+            writes, changed, failed = list(self.state.writes), self.state.changed, self.state.failed
             for version in (*(before for _, before in past), current):
                 if version.is_unsaved and not self.gone:
                     path = self.folder.new_file(version.number)
@@ -389,9 +395,9 @@ class UserMemory:
                     current=current.file,
                     undo=[(conversation, before.file) for conversation, before in past],
                     known=self.state.known,
-                    writes=list(self.state.writes),
-                    changed=self.state.changed,
-                    failed=self.state.failed,
+                    writes=writes,
+                    changed=changed,
+                    failed=failed,
                 )
                 await asyncio.to_thread(self._put_in_force, manifest)
             for _, before in past:
@@ -456,6 +462,11 @@ class UserMemory:
         """Let other processes have it."""
         self.gone = True
         self._held.close()
+
+
+def unwritten(error: OSError) -> Refusal:
+    """The refusal of what cannot be put on the disk."""
+    return Refusal(507, f"the memory cannot be written: {error.strerror or error}", "storage")
 
 
 def _unusable(error: Exception) -> str:

@@ -123,3 +123,11 @@ def settled(client, user: str = "anna") -> dict:
         assert time.time() < deadline, shown
         time.sleep(0.01)
     return shown
+
+
+def until(condition) -> None:
+    """Wait until something has come true."""
+    deadline = time.time() + 20
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)

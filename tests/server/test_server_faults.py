@@ -26,6 +26,7 @@ from tests.server.serving import (
     settled,
     text_of,
     tiny_llama,
+    until,
 )
 
 TOLD = "my lighthouse is called Varnholm"
@@ -86,6 +87,42 @@ def test_a_full_disk_keeps_the_journal_until_there_is_room(running, monkeypatch)
     assert client.post("/v1/memories/undo", json={"user": "anna"}).json()["tokens"] == 3 * (len(TOLD) + 3)
 
 
+def test_a_user_is_kept_while_the_memory_is_being_written(running, monkeypatch):
+    """What is on its way to the disk must not be put away: another process could open the folder."""
+    client, service, _ = running
+    save, go_on, begun = LevelMind.save, threading.Event(), threading.Event()
+
+    def slow(self, memory, path):
+        begun.set()
+        assert go_on.wait(20)
+        save(self, memory, path)
+
+    monkeypatch.setattr(LevelMind, "save", slow)
+    chat(client, TOLD)
+    settled(client)
+    assert begun.wait(20)
+    (user,) = service.memories.users
+    try:
+        assert not user.pending
+        assert not user.is_idle
+    finally:
+        go_on.set()
+    until(lambda: user.is_idle)
+
+
+def test_an_import_that_the_disk_has_no_room_for_is_told(running, monkeypatch):
+    client, _, _ = running
+    chat(client, TOLD)
+    settled(client)
+    exported = client.get("/v1/memories/export?user=anna").content
+    monkeypatch.setattr("nested_learning.server.memory_routes.read_body", full_disk)
+    body = {"content": exported, "headers": {"content-type": "application/octet-stream"}}
+    refused = client.post("/v1/memories/import?user=anna", **body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage")
+    assert "None" not in refused.json()["error"]["message"]
+    assert memory_of(client)["tokens"] == len(TOLD) + 1
+
+
 def test_what_cannot_be_undone_or_deleted_stays(running, monkeypatch):
     client, _, folder = running
     chat(client, TOLD)
@@ -100,13 +137,6 @@ def test_what_cannot_be_undone_or_deleted_stays(running, monkeypatch):
         assert client.delete("/v1/memories?user=anna").status_code == 507
     chat(client, "and more")
     assert settled(client)["tokens"] == len(TOLD) + len("and more") + 2
-
-
-def until(condition) -> None:
-    deadline = time.time() + 20
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("what", ["memory", "manifest", "missing"])

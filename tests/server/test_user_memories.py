@@ -23,6 +23,7 @@ from tests.server.serving import (
     settled,
     text_of,
     tiny_llama,
+    until,
 )
 
 TOLD = "my lighthouse is called Varnholm and stands on a rock"
@@ -52,6 +53,23 @@ def user_folder(running, user: str):
 def fresh_learner():
     model, tokenizer = tiny_llama()
     return stack_levels(model, tokenizer, levels=LEVELS)
+
+
+def test_an_average_answers_in_its_levels_place(tmp_path):
+    """As in `Learner.score` and `generate`: the raw level is in force while it learns alone."""
+    levels = (Level(8, 0.5), Level(16, average_of=0, rate=0.2))
+    model, tokenizer = tiny_llama()
+    learner = stack_levels(model, tokenizer, levels=levels)
+    learner.observe(f"{TOLD}\n")
+    asked = "a lighthouse on a rock"
+    with served(tmp_path, make_mind(levels)) as (address, _), client_of(address) as client:
+        told = client.post("/v1/memories/learn", json={"text": TOLD, "user": "anna"})
+        assert told.status_code == 200
+        scored = client.post("/v1/memories/score", json={"text": asked, "user": "anna"}).json()["tokens"]
+    averaged, raw = learner.score(asked), learner.score(asked, levels=[0])
+    assert not torch.allclose(averaged[1:], raw[1:])
+    found = torch.tensor([each["surprise"] for each in scored[1:]])
+    torch.testing.assert_close(found, averaged[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_told_is_learned_once_and_answers_follow_from_it(client):
@@ -311,7 +329,7 @@ def test_bounds_of_requests(mind, tmp_path):
         ]
         for thread in threads:
             thread.start()
-        _until(lambda: service._running.total() == 2)
+        until(lambda: service._running.total() == 2)
         refused = client.get("/v1/memories", params={"user": "a"})
         assert refused.status_code == 429
         assert refused.headers["retry-after"]
@@ -326,10 +344,3 @@ def test_bounds_of_requests(mind, tmp_path):
         assert (long.status_code, long.json()["error"]["code"]) == (413, "text_too_long")
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 50}], "user": "c"}
         assert client.post("/v1/chat/completions", json=body).status_code == 413
-
-
-def _until(condition) -> None:
-    deadline = time.time() + 10
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.005)
