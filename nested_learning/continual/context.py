@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nested_learning.continual.cache_layers import PastLayer, state_layers
+from nested_learning.continual.inputs import vocabulary_size
 
 GROWING = ("keys", "values")  # tensors of a layer that have one entry per token
 
@@ -65,14 +66,6 @@ class Context:
             layer.take(past)
             cache.layers.append(layer)
         return cache
-
-    def to(self, dtype: torch.dtype) -> Context:
-        """Context of equal keys and values in another precision."""
-        layers = (
-            {name: t.to(dtype) if name in GROWING else t for name, t in layer.items()}
-            for layer in self.layers
-        )
-        return Context(tuple(layers), self.length)
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +132,11 @@ class ContextReader:
         layers = tuple({name: t.detach() for name, t in layer.items()} for layer in context.layers)
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], Context(layers, len(context))
 
+    @torch.no_grad()
+    def context_of(self, model: Any, tokens: Tensor) -> Context:
+        """Context of tokens [n] read from position 0 on, without gradient, by the model without its head."""
+        return self.read(model.base_model, tokens[None], Context())[1] if len(tokens) else Context()
+
     def _read(self, module: Any, ids: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Read ids in one call of the model; the context after it hangs in the call's graph."""
         layers = state_layers(self._config)
@@ -169,7 +167,7 @@ class ContextReader:
         """
         if not self.has_states:
             return
-        vocab_size = model.get_input_embeddings().weight.shape[0]
+        vocab_size = vocabulary_size(model)
         ids = torch.arange(9, device=model.device)[None] * 7 % vocab_size
         difference = 0.0
         with evaluating(model):

@@ -139,10 +139,7 @@ class Reader:
 
     def context_of(self, tokens: Tensor) -> Context:
         """Context of tokens [n] read from position 0 on with the weights in force, without gradient."""
-        if not len(tokens):
-            return Context()
-        with torch.no_grad():  # by the model without its head: nobody asks for these logits
-            return self.contexts.read(self.model.base_model, tokens[None], Context())[1]
+        return self.contexts.context_of(self.model, tokens)
 
     @contextmanager
     def learning(self, row: Row) -> Iterator[Weights]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from nested_learning.evals.data_files import missing_files
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import PretrainedMethod, lacking
 from nested_learning.evals.methods.pretrained.base import RANDOM
@@ -59,3 +60,27 @@ class OfPretrained(Task[OptionsT]):
             if problem := method.lacking():
                 words.append(f"Without {method.name}: {problem}.")
         return words
+
+
+class ReadsText(OfPretrained[OptionsT]):
+    """A task of running text, whose options name a folder (`data`) and how many rates are tried (`rates`).
+
+    Attributes:
+        grids: learning rates by method.
+        files: what the folder has to have.
+    """
+
+    grids: ClassVar[Mapping[str, Sequence[float]]]
+    files: ClassVar[tuple[str, ...]]
+
+    def unfit(self, method: PretrainedMethod) -> str | None:
+        known = sorted({*self.grids, *(each.name for each in self.chosen)})
+        return None if method.name in known else f"{method.name!r} needs examples; {self.name} takes {known}"
+
+    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
+        options: Any = self.options
+        return [{"lr": rate} for rate in self.grids.get(method.name, ())[: options.rates]] or [{}]
+
+    def missing(self) -> str | None:
+        options: Any = self.options
+        return super().missing() or missing_files(options.data, self.files)

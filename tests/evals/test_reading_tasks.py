@@ -339,7 +339,7 @@ def test_answers_and_leaks_by_hand(base, model):
     ids = torch.tensor(prompt + base.ids(f" {value}"))
     [asked] = ask(plain, [ids], 1)
     assert first[value] == pytest.approx(-float(asked.losses[len(prompt) - 1 :].sum()), rel=1e-4)
-    found = scored(month, plain, plain, base)
+    found = scored(month, plain, answers(plain, month.foreign, base), base)
     assert found["leak"] == [0.0] * 3
     assert len(found["recall"]) == len(month.asked)
     assert len(found["correction"]) == len(month.asked) // 3
@@ -351,6 +351,7 @@ def test_each_user_has_a_learner_of_his_own():
     level = find_method("one-level").at({"lr": 0.01})
     figures = task.run(level, 0)
     assert figures["damage"] != 0.0
+    assert figures["leak"] != 0.0  # of the base model as it was, not of what the level made of it
     assert figures == {**task.run(level, 0), "seconds": figures["seconds"]}
     shared = task.run(find_method("fine-tuning-shared").at({"lr": 0.01}), 0)
     alone = task.run(find_method("fine-tuning").at({"lr": 0.01}), 0)

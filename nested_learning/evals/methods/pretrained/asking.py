@@ -178,10 +178,8 @@ def log_probabilities(view: View, asked: Sequence[tuple[Sequence[int], Trie]]) -
     return scores
 
 
-@torch.no_grad()
 def _keys_and_values(view: View) -> Context | None:
     """Keys and values of the context, read in one pass, for any number of prompts behind it."""
     if view.context is None or not len(view.context):
         return None
-    ids = view.context.to(view.model.device)
-    return ContextReader(view.model).read(view.model.base_model, ids[None], Context())[1]
+    return ContextReader(view.model).context_of(view.model, view.context.to(view.model.device))

@@ -84,7 +84,7 @@ class TunedStudent(Student):
         for chunk in ids.split(self.steps.chunk):
             if len(kept) + len(chunk) > positions:
                 kept = kept[-overlap:]
-                context = self._read_again(kept[:-1])
+                context = reader.context_of(self.model, kept[:-1])
             kept = torch.cat([kept, chunk])
             pairs = kept[len(context) :]
             if len(pairs) < 2:  # a text of one token, or one that ends so: nothing new is predicted
@@ -94,13 +94,6 @@ class TunedStudent(Student):
             found.append(losses.detach().cpu())
             self.step([grad.float() for grad in torch.autograd.grad(losses.mean(), self.parameters)])
         return torch.cat(found)
-
-    @torch.no_grad()
-    def _read_again(self, ids: Tensor) -> Context:
-        """Keys and values of the tokens that a new window begins with, by the weights of now."""
-        if not len(ids):
-            return Context()
-        return ContextReader(self.model).read(self.model.base_model, ids[None], Context())[1]
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """A step of AdamW by gradients of the parameters, float32, to which the penalty's is added."""

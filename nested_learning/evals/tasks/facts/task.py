@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.evals.claims import Ahead, Claim
-from nested_learning.evals.data_files import MADE_UP, missing_files, read_text
+from nested_learning.evals.data_files import MADE_UP, read_text
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import (
     Base,
@@ -39,7 +39,7 @@ from nested_learning.evals.methods.pretrained.method import (
     ONE_LEVEL,
     THREE_LEVELS,
 )
-from nested_learning.evals.of_pretrained import OfPretrained
+from nested_learning.evals.of_pretrained import ReadsText
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
@@ -110,36 +110,51 @@ def questions(facts: Sequence[Fact], base: Base) -> list[FactQuestion]:
     return found
 
 
-def other_text(text: str, size: FactsOptions, base: Base) -> list[Tensor]:
+def texts(data: str) -> tuple[str, str]:
+    """The filler and the other text of the option `data`."""
+    if data == MADE_UP:
+        return made_up_filler()
+    return read_text(data, FILLER), read_text(data, OTHER)
+
+
+def other_text(text: str, tokens: int, piece: int, base: Base) -> list[Tensor]:
     """Pieces of the second half of a text."""
-    ids = base.ids(text[len(text) // 2 :][: 16 * size.other_tokens])[: size.other_tokens]
-    if len(ids) < size.other_tokens:
-        raise ValueError(f"{OTHER} is too short for {size.other_tokens} tokens of damage")
-    return list(torch.tensor(ids).split(size.piece))
+    ids = base.ids(text[len(text) // 2 :][: 16 * tokens])[:tokens]
+    if len(ids) < tokens:
+        raise ValueError(f"{OTHER} is too short for {tokens} tokens of damage")
+    return list(torch.tensor(ids).split(piece))
 
 
-def measure(
-    view: View, asked: Sequence[FactQuestion], other: Sequence[Tensor], size: FactsOptions
-) -> Figures:
+def other_loss(view: View, pieces: Sequence[Tensor], batch: int) -> float:
+    """Mean loss on other text, nats per token; nothing is looked up for a text that asks nothing."""
+    unaided = View(view.model, view.context)
+    return float(torch.cat([answer.losses for answer in ask(unaided, pieces, batch)]).mean())
+
+
+def of_pieces(batch: int) -> int:
+    """Pieces of other text in one pass where so many questions are, which are shorter."""
+    return max(1, batch // 4)
+
+
+def measure(view: View, asked: Sequence[FactQuestion], other: Sequence[Tensor], batch: int) -> Figures:
     """The figures of a model: recall, log-probability (nats per token of the answer), perplexities."""
     start = time.perf_counter()
     lengths = [question.answer for question in asked]
-    answers = ask(view, [question.ids for question in asked], size.batch, lengths)
+    answers = ask(view, [question.ids for question in asked], batch, lengths)
     seconds = time.perf_counter() - start
     both = list(zip(asked, answers, strict=True))
     read = [_answer(question, answer) for question, answer in both if not question.paraphrased]
     rest = [_answer(question, answer) for question, answer in both if question.paraphrased]
     paraphrases = torch.cat([answer.losses for question, answer in both if question.paraphrased])
-    unaided = View(view.model, view.context)  # nothing is looked up for a text that asks nothing
-    other_loss = torch.cat([answer.losses for answer in ask(unaided, other, max(1, size.batch // 4))]).mean()
+    loss = other_loss(view, other, of_pieces(batch))
     figures: dict[str, float] = {
         "cloze": _mean(hit for hit, _ in read),
         "cloze log p": _mean(log_p for _, log_p in read),
         "paraphrased": _mean(hit for hit, _ in rest),
         "paraphrased log p": _mean(log_p for _, log_p in rest),
         "paraphrase perplexity": _exp(float(paraphrases.mean())),
-        "other loss": float(other_loss),
-        "other perplexity": _exp(float(other_loss)),
+        "other loss": loss,
+        "other perplexity": _exp(loss),
         "seconds of asking": seconds,
     }
     figures["objective"] = (figures["cloze log p"] + figures["paraphrased log p"]) / 2 - figures["other loss"]
@@ -167,7 +182,7 @@ def _exp(loss: float) -> float:
 
 
 @register_task
-class FactsTask(OfPretrained[FactsOptions]):
+class FactsTask(ReadsText[FactsOptions]):
     """Facts that are read once in a long text are asked in a new window."""
 
     name = "facts"
@@ -201,18 +216,7 @@ class FactsTask(OfPretrained[FactsOptions]):
     }
     headline = "cloze"
     chosen = (NO_ADAPTATION, IN_CONTEXT, FINE_TUNING, LORA, ONE_LEVEL, THREE_LEVELS)
-
-    def unfit(self, method: PretrainedMethod) -> str | None:
-        known = {*RATES, NO_ADAPTATION.name, IN_CONTEXT.name}
-        if method.name in known:
-            return None
-        return f"{method.name!r} needs examples; {self.name} reads a running text with {sorted(known)}"
-
-    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        return [{"lr": rate} for rate in RATES.get(method.name, ())[: self.options.rates]] or [{}]
-
-    def missing(self) -> str | None:
-        return super().missing() or missing_files(self.options.data, (FILLER, OTHER))
+    grids, files = RATES, (FILLER, OTHER)
 
     def teaching(self) -> Teaching:
         """Circumstances of all methods; fine-tuning and LoRA see each chunk by itself, as training does."""
@@ -221,19 +225,16 @@ class FactsTask(OfPretrained[FactsOptions]):
     def run(self, method: Method, seed: int) -> Figures:
         assert isinstance(method, PretrainedMethod)
         options, base = self.options, load_base(self.options.model)
-        if options.data == MADE_UP:
-            filler, other = made_up_filler()
-        else:
-            filler, other = (read_text(options.data, name) for name in (FILLER, OTHER))
+        filler, other = texts(options.data)
         facts = make_facts(options.facts, seed)
         text = stream(facts, options.reads, filler, options.tokens, base, seed)
-        pieces = other_text(other, options, base)
+        pieces = other_text(other, options.other_tokens, options.piece, base)
         with method.open(base, self.teaching(), seed) as student:
             start = time.perf_counter()
             student.learn(Reading((Passage(tuple(text.tolist())),)))
             seconds = time.perf_counter() - start
             with student.active() as view:
-                figures = measure(view, questions(facts, base), pieces, options)
+                figures = measure(view, questions(facts, base), pieces, options.batch)
         return {**figures, "seconds": seconds, "parameters": base.parameters}
 
     def tune(self, method: Method, seed: int) -> Figures:

@@ -7,6 +7,7 @@ nats per token. Rates are chosen at the shortest of the three lengths.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.evals.claims import Ahead, Claim, Reaches
-from nested_learning.evals.data_files import MADE_UP, missing_files, read_text
+from nested_learning.evals.data_files import MADE_UP
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import (
     Base,
@@ -31,11 +32,11 @@ from nested_learning.evals.methods.pretrained import (
 from nested_learning.evals.methods.pretrained.asking import View
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
 from nested_learning.evals.methods.pretrained.method import FINE_TUNING, LORA, NO_ADAPTATION, ONE_LEVEL
-from nested_learning.evals.of_pretrained import OfPretrained
+from nested_learning.evals.of_pretrained import ReadsText
 from nested_learning.evals.registry import register_method, register_task
 from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
-from nested_learning.evals.tasks.facts.invented import BREAK, made_up_filler, make_facts, stream
+from nested_learning.evals.tasks.facts.invented import BREAK, make_facts, stream
 from nested_learning.evals.tasks.facts.task import (
     ANSWERS,
     CLOZE_EACH,
@@ -43,10 +44,12 @@ from nested_learning.evals.tasks.facts.task import (
     OTHER,
     PARAPHRASED_EACH,
     RATES,
-    FactsOptions,
     measure,
+    of_pieces,
+    other_loss,
     other_text,
     questions,
+    texts,
 )
 
 ONCE, OFTEN = "once", "often"  # how often a fact was told: the ends of the figures' names
@@ -105,10 +108,6 @@ class LongFactsOptions:
     rates: int = 3
     seeds: int = 3
 
-    def asking(self) -> FactsOptions:
-        """The options of the task `facts` that asking takes."""
-        return FactsOptions(other_tokens=self.other_tokens, piece=self.piece, batch=self.batch)
-
 
 SMOKE = LongFactsOptions(
     model=RANDOM,
@@ -153,7 +152,7 @@ def told_early(
     return torch.cat(parts)
 
 
-class LongFactsTask(OfPretrained[LongFactsOptions]):
+class LongFactsTask(ReadsText[LongFactsOptions]):
     """Facts that are told early in a long text are asked at its end."""
 
     columns: ClassVar[Mapping[str, str]] = {
@@ -167,6 +166,7 @@ class LongFactsTask(OfPretrained[LongFactsOptions]):
         "seconds of asking": "seconds of asking",
     }
     headline = f"cloze {OFTEN}"
+    grids, files = GRIDS, (FILLER, OTHER)
     chosen = (
         NO_ADAPTATION,
         SHORT_CONTEXT,
@@ -179,16 +179,6 @@ class LongFactsTask(OfPretrained[LongFactsOptions]):
         AVERAGED,
         PASSAGES_LEVEL,
     )
-
-    def unfit(self, method: PretrainedMethod) -> str | None:
-        known = sorted({*GRIDS, *(each.name for each in self.chosen)})
-        return None if method.name in known else f"{method.name!r} needs examples; {self.name} takes {known}"
-
-    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        return [{"lr": rate} for rate in GRIDS.get(method.name, ())[: self.options.rates]] or [{}]
-
-    def missing(self) -> str | None:
-        return super().missing() or missing_files(self.options.data, (FILLER, OTHER))
 
     def teaching(self, method: Method) -> Teaching:
         """Circumstances of a method: the long context is that of the method of its name alone."""
@@ -209,13 +199,10 @@ class LongFactsTask(OfPretrained[LongFactsOptions]):
         """Figures after reading `tokens` tokens that tell the facts once, and others that do so often."""
         assert isinstance(method, PretrainedMethod)
         options, base = self.options, load_base(self.options.model)
-        if options.data == MADE_UP:
-            filler, other = made_up_filler()
-        else:
-            filler, other = (read_text(options.data, name) for name in (FILLER, OTHER))
-        facts, asking = make_facts(options.facts, seed), options.asking()
-        asked, pieces = questions(facts, base), other_text(other, asking, base)
-        before = measure(View(base.model), asked[:3], pieces, asking)["other loss"]
+        filler, other = texts(options.data)
+        facts = make_facts(options.facts, seed)
+        asked, pieces = questions(facts, base), other_text(other, options.other_tokens, options.piece, base)
+        before = other_loss(View(base.model), pieces, of_pieces(options.batch))
         found: Figures = {"seconds": 0.0, "seconds of asking": 0.0, "parameters": base.parameters}
         for often, reads in ((ONCE, 1), (OFTEN, options.reads)):
             text = told_early(facts, reads, filler, (tokens, options.told_within), base, seed)
@@ -224,10 +211,10 @@ class LongFactsTask(OfPretrained[LongFactsOptions]):
                 student.learn(Reading((Passage(tuple(text.tolist())),)))
                 found["seconds"] += time.perf_counter() - start
                 with student.active() as view:
-                    figures = measure(view, asked, pieces, asking)
+                    figures = measure(view, asked, pieces, options.batch)
             found["seconds of asking"] += figures.pop("seconds of asking")
             loss = figures["other loss"]
-            figures["damage"] = None if loss is None or before is None else loss - before
+            figures["damage"] = None if loss is None or not math.isfinite(before) else loss - before
             found |= {f"{name} {often}": value for name, value in figures.items()}
         return found
 

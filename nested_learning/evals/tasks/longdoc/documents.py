@@ -139,7 +139,7 @@ def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[UnreadDocum
 
     Args:
         option: the option.
-        counts: short, long and tuning documents, at most.
+        counts: short, long and tuning documents of a folder, or made up; the manifest is given whole.
 
     Raises:
         ValueError: a folder has too few.
@@ -153,11 +153,7 @@ def documents_of(option: str, counts: tuple[int, int, int]) -> tuple[UnreadDocum
         )
     if option:
         return of_folder(option, counts)
-    by_part = {"short": counts[0], "long": counts[1], "tuning": counts[2]}
-    kept: list[UnreadDocument] = []
-    for part, count in by_part.items():
-        kept += [each for each in manifest() if each.part == part][:count]
-    return tuple(kept)
+    return manifest()
 
 
 def listed(documents: Sequence[UnreadDocument]) -> str:

@@ -203,7 +203,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         """
         options = self.options
         counts = (options.short, options.long, options.tuning)
-        given = documents_of(options.documents, (SHORT, LONG, TUNING) if not options.documents else counts)
+        given = documents_of(options.documents, counts)
         kept: list[UnreadDocument] = []
         absent: list[str] = []
         for part, count in zip(("short", "long", "tuning"), counts, strict=True):

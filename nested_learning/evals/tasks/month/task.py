@@ -18,10 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-import torch
-
 from nested_learning.evals.claims import Ahead, Claim, Reaches
-from nested_learning.evals.data_files import MADE_UP, missing_files, read_text
+from nested_learning.evals.data_files import MADE_UP, read_text
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import (
     Base,
@@ -32,7 +30,7 @@ from nested_learning.evals.methods.pretrained import (
     Teaching,
     load_base,
 )
-from nested_learning.evals.methods.pretrained.asking import View, ask, log_probabilities
+from nested_learning.evals.methods.pretrained.asking import View, log_probabilities
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
 from nested_learning.evals.methods.pretrained.method import (
     FINE_TUNING,
@@ -42,12 +40,12 @@ from nested_learning.evals.methods.pretrained.method import (
     ONE_LEVEL,
 )
 from nested_learning.evals.methods.pretrained.trie import Trie
-from nested_learning.evals.of_pretrained import OfPretrained
+from nested_learning.evals.of_pretrained import ReadsText
 from nested_learning.evals.registry import register_method, register_task
 from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.facts.invented import made_up_filler
-from nested_learning.evals.tasks.facts.task import OTHER, FactsOptions, other_text
+from nested_learning.evals.tasks.facts.task import OTHER, other_loss, other_text
 from nested_learning.evals.tasks.facts_long.task import AVERAGED, GRIDS, PASSAGES_ALONE, PASSAGES_LEVEL
 from nested_learning.evals.tasks.month.conversations import Asked, Month, two_months
 
@@ -56,6 +54,7 @@ RATES = {**GRIDS, SHARED.name: GRIDS[FINE_TUNING.name]}
 VALUES = 12  # of each topic, of which guessing is right in one
 RECALL, LEAK = "recall", "leak"
 QUESTIONS = "questions"
+PIECES = 4  # of other text in one pass
 EACH = "recall of each"  # 1 or 0, in order
 
 register_method(SHARED)
@@ -115,18 +114,17 @@ def answers(view: View, asked: Sequence[Asked], base: Base) -> list[ScoredValues
     ]
 
 
-def scored(month: Month, view: View, plain: View, base: Base) -> dict[str, list[float]]:
+def scored(month: Month, view: View, before: Sequence[ScoredValues], base: Base) -> dict[str, list[float]]:
     """Figures of a user, each with its value for each question.
 
     Args:
         month: of the user.
         view: the model after the month.
-        plain: the base model, for leaks.
+        before: what the base model says of the other user, for leaks; asked while no level is in force.
         base: has the tokenizer.
     """
     own = list(zip(month.asked, answers(view, month.asked, base), strict=True))
     foreign = list(zip(month.foreign, answers(view, month.foreign, base), strict=True))
-    before = answers(plain, month.foreign, base)
     corrected = [(each, answer) for each, answer in own if each.before is not None]
     return {
         RECALL: [float(answer.likeliest == each.value) for each, answer in own],
@@ -144,11 +142,12 @@ def scored(month: Month, view: View, plain: View, base: Base) -> dict[str, list[
 
 
 @register_task
-class MonthTask(OfPretrained[MonthOptions]):
+class MonthTask(ReadsText[MonthOptions]):
     """Two users talk to one base model for a month, and are asked."""
 
     name = "month"
     title = "a month of two users on one base model: recall, corrections, leaks, damage"
+    version = 2
     budgets: ClassVar[Mapping[str, MonthOptions]] = {
         "smoke": MonthOptions(
             model=RANDOM,
@@ -176,6 +175,7 @@ class MonthTask(OfPretrained[MonthOptions]):
         "seconds": "of reading",
     }
     headline = RECALL
+    grids, files = RATES, (OTHER,)
     chosen = (
         NO_ADAPTATION,
         IN_CONTEXT,
@@ -188,16 +188,6 @@ class MonthTask(OfPretrained[MonthOptions]):
         PASSAGES_LEVEL,
     )
 
-    def unfit(self, method: PretrainedMethod) -> str | None:
-        known = sorted({*RATES, *(each.name for each in self.chosen)})
-        return None if method.name in known else f"{method.name!r} needs examples; {self.name} takes {known}"
-
-    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        return [{"lr": rate} for rate in RATES.get(method.name, ())[: self.options.rates]] or [{}]
-
-    def missing(self) -> str | None:
-        return super().missing() or missing_files(self.options.data, (OTHER,))
-
     def teaching(self) -> Teaching:
         """Circumstances of all methods; a context begins anew with each chunk but for one before it."""
         reading = (2 * self.chunks[0], self.chunks[0])
@@ -208,10 +198,9 @@ class MonthTask(OfPretrained[MonthOptions]):
         options, base = self.options, load_base(self.options.model)
         months = two_months(options.conversations, options.topics, seed)
         plain = View(base.model)
-        size = FactsOptions(other_tokens=options.other_tokens)
         text = made_up_filler()[1] if options.data == MADE_UP else read_text(options.data, OTHER)
-        pieces = other_text(text, replace(size, piece=options.piece), base)
-        before = self._loss(plain, pieces)
+        pieces = other_text(text, options.other_tokens, options.piece, base)
+        before, unread = other_loss(plain, pieces, PIECES), [answers(plain, m.foreign, base) for m in months]
         found: list[dict[str, list[float]]] = []
         losses = []
         with ExitStack() as scope:
@@ -221,10 +210,10 @@ class MonthTask(OfPretrained[MonthOptions]):
                 for month, student in zip(months, students, strict=True):
                     student.learn(Reading((Passage(tuple(base.ids(month.conversations[day]))),)))
             seconds = time.perf_counter() - start
-            for month, student in zip(months, students, strict=True):
+            for month, student, plainly in zip(months, students, unread, strict=True):
                 with student.active() as view:
-                    found.append(scored(month, view, plain, base))
-                    losses.append(self._loss(View(view.model, view.context), pieces))
+                    found.append(scored(month, view, plainly, base))
+                    losses.append(other_loss(view, pieces, PIECES))
         joined = {name: [value for user in found for value in user[name]] for name in found[0]}
         figures: Figures = {name: _finite_mean(values) for name, values in joined.items()}
         figures["damage"] = _finite_mean([loss - before for loss in losses])
@@ -239,10 +228,6 @@ class MonthTask(OfPretrained[MonthOptions]):
             own = replace(base, model=copy.deepcopy(base.model)) if method.way == "lora" else base
             students.append(scope.enter_context(method.open(own, self.teaching(), seed)))
         return students
-
-    def _loss(self, view: View, pieces: Sequence[torch.Tensor]) -> float:
-        answered = ask(view, pieces, 4)
-        return float(torch.cat([each.losses for each in answered]).mean())
 
     def tune(self, method: Method, seed: int) -> Figures:
         """The mean log-probability of the latest values less the damage, in the place of the headline."""
