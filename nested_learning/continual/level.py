@@ -19,7 +19,6 @@ INDEX = Bound(integer=True)
 DESCRIBED_ALWAYS = frozenset(
     ("chunk_size", "lr", "layers", "rule", "clip", "rank", "gate", "gate_quantile", "consolidate", "decay")
 )
-TIMES = Bound(integer=True)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Level:
         NON_NEGATIVE.check("lr", self.lr)
         SHARE.check("consolidate", self.consolidate)
         SHARE.check("decay", self.decay)
-        TIMES.check("reread", self.reread)
+        INDEX.check("reread", self.reread)
         NON_NEGATIVE.check("distill", self.distill)
         NON_NEGATIVE.check("anchor_kl", self.anchor_kl)
         self._check_that_it_learns("reread", "distill", "anchor_kl")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.level import Level
 
 DEFAULT_WINDOW = 1024
@@ -49,8 +50,7 @@ class ReadingPlan:
         Raises:
             ValueError: a segment of one token, or a window that does not fit.
         """
-        positions = getattr(model.config, "max_position_embeddings", None)
-        limit = positions if isinstance(positions, int) and positions > 0 else 2**31
+        limit = most_positions(model)
         fast = levels[0].chunk_size
         if segment is None:
             segment = max(2, min(fast, limit // 2))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from nested_learning.continual.context import GROWING, Context, ContextReader, evaluating
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
 from nested_learning.continual.find import memory_dtype
+from nested_learning.continual.inputs import vocabulary_size
 from nested_learning.continual.objectives.answers import KeptAnswers
 from nested_learning.continual.objectives.passage import KeptTokens
 from nested_learning.continual.plan import ReadingPlan
@@ -175,7 +176,7 @@ class SavedRows:
 
     @property
     def _vocab_size(self) -> int:
-        return int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        return vocabulary_size(self._model)
 
     def _check_place(self, position: int, begins_at: int) -> None:
         """A segment begins at a pause of the plan and has not reached the next one."""

@@ -26,7 +26,7 @@ CHUNKS = 64  # chunks that the running background remembers, about
 
 @dataclass(frozen=True)
 class UnitPlace:
-    """UnitPlace of the units in one weight.
+    """Place of a hidden layer's units in one weight.
 
     Args:
         axis: dimension of the stored weight along which the units lie.

@@ -179,9 +179,13 @@ class DeltaWriter:
             torch.zeros(*target.stack, outputs, rank, dtype=memory_dtype(weight), device=weight.device),
         )
 
+    def by_slot(self, grads: Weights) -> Weights:
+        """Gradients by slot, of those by key that there are."""
+        return {slot: grads[key] for slot, key in self.keys.items() if key in grads}
+
     def add(self, state: DeltaState, grads: Weights, slots: Collection[str], *, last: bool = False) -> None:
         """Add the gradients (by key) of some slots to the chunk's sums; `last` if they end the chunk."""
-        new = {slot: grads[key] for slot, key in self.keys.items() if slot in slots and key in grads}
+        new = {slot: g for slot, g in self.by_slot(grads).items() if slot in slots}
         if not new:
             return
         if last and not state.sums:  # the chunk was one segment: no need for a copy
@@ -192,10 +196,7 @@ class DeltaWriter:
 
     def replay(self, state: DeltaState, grads: Weights) -> None:
         """Add gradients (by key) of kept examples. The sums may be tensors that other levels have as well."""
-        for slot, key in self.keys.items():
-            if key in grads:
-                g = grads[key].to(torch.promote_types(grads[key].dtype, torch.float32))
-                state.sums[slot] = g + state.sums[slot] if slot in state.sums else g
+        state.sums = _total(state.sums, self.by_slot(grads))
 
     def write(
         self, state: DeltaState, pull: Weights | None = None, *, again: bool = False

@@ -9,13 +9,14 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from nested_learning.cli.dialogue import Dialogue
 from nested_learning.cli.main import main
 from nested_learning.continual import AUTO, Level, stack_levels
 from nested_learning.continual.files import locked
 from nested_learning.training.data import byte_tokenizer
+from tests.continual.tiny_models import byte_llama
 from tests.damage import read_file
 
 LEVELS = ["--chunk_sizes", "4", "8", "--level_lr", "0.5", "0.1"]
@@ -25,19 +26,8 @@ GREEDY = ["--temperature", "0", "--max_new_tokens", "5"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    model, tokenizer = byte_llama(max_position_embeddings=64)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from nested_learning.cli.main import main
 from nested_learning.continual import Level, reopen, stack_levels
 from nested_learning.optimizers.memory_forms import MomentumMemory
 from nested_learning.training.data import byte_tokenizer
+from tests.continual.tiny_models import byte_llama
 from tests.damage import read_file
 
 IDS = torch.arange(2, 40)[None]
@@ -21,18 +22,9 @@ IDS = torch.arange(2, 40)[None]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    model, tokenizer = byte_llama(layers=3)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return path
 
 

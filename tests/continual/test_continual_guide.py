@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nested_learning.training.data import byte_tokenizer
+from tests.continual.tiny_models import byte_llama
 
 PAGE = Path(__file__).parents[2] / "docs" / "continual.md"
 
@@ -17,18 +16,9 @@ def test_every_block_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
     monkeypatch.chdir(tmp_path)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    model, tokenizer = byte_llama(hidden=48, layers=3)
     namespace = {
-        "model": AutoModelForCausalLM.from_config(config).eval(),
+        "model": model,
         "tokenizer": tokenizer,
         "text": "The lighthouse of Varnholm was built by Ilse Brandt. " * 3,
         "other_text": "Bread is made of flour, water and salt. " * 3,

@@ -157,6 +157,16 @@ class TestAnAdapter:
         assert report.truncated > 0.01
         assert report.difference > 0
 
+    def test_ranks_beyond_the_width(self, tmp_path):
+        """Two ranks of 12 in maps of 16 to 24 make a core that is not square, brought to a rank of 20."""
+        learner = learned("llama", (Level(4, 0.3, rank=12), Level(8, 0.2, rank=12)))
+        report = learner.export(tmp_path / "out", lora_rank=20)
+        assert report.truncated == pytest.approx(0.0, abs=1e-12)  # no matrix has more than 16
+        for name, delta in learner.memory.diff().items():
+            a, b = factors(tmp_path / "out", name)
+            assert a.shape[0] == b.shape[1] == 20
+            torch.testing.assert_close(b @ a, delta)
+
     @pytest.mark.parametrize(("rank", "exact"), [(16, True), (1, False)])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     @pytest.mark.parametrize("modules", [None, ["0.mlp.up_proj", "1.mlp.down_proj"]])

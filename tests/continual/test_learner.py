@@ -9,26 +9,12 @@ import torch
 
 from nested_learning.continual import Level, stack_levels
 from nested_learning.training.data import byte_tokenizer
-from tests.continual.tiny_models import CONFIGS, random_ids, tiny_model
+from tests.continual.tiny_models import CONFIGS, byte_llama, random_ids, tiny_model
 
 
 @pytest.fixture(scope="module")
 def text_model():
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+    return byte_llama(pad_token_id=byte_tokenizer().pad_token_id)
 
 
 def learner_on(text_model, *levels):

@@ -78,29 +78,40 @@ def test_once_read_again_the_chunk_is_less_surprising():
     assert len(losses) == 4
 
 
-def test_the_way_in_which_a_text_comes_does_not_matter():
-    ids, mask = random_ids(75), random_ids(75, seed=3) > 20
-    whole, pieces = learner_on(), learner_on()
+def check_pieces(learner_on, everything):
+    """A text in pieces teaches what the whole teaches; `everything` gives the contents of a learner."""
+    ids, mask, pieces = random_ids(75), random_ids(75, seed=3) > 20, [1, 12, 9, 30, 2, 21]
+    whole, streamed = learner_on(), learner_on()
     surprise = whole.observe(ids, learn_mask=mask)
-    parts = zip(ids.split([1, 12, 9, 30, 2, 21]), mask.split([1, 12, 9, 30, 2, 21]), strict=True)
-    found = torch.cat([pieces.observe(part, learn_mask=shown) for part, shown in parts])
+    parts = zip(ids.split(pieces), mask.split(pieces), strict=True)
+    found = torch.cat([streamed.observe(part, learn_mask=shown) for part, shown in parts])
     torch.testing.assert_close(found, surprise, equal_nan=True)
-    assert_close_contents(kept(pieces), kept(whole))
+    assert_close_contents(everything(streamed), everything(whole))
+
+
+def rows_and_a_file(learner_on, everything, length, path):
+    """(a learner of two rows, one of the first row, one that loaded the first's file, ids to go on with)."""
+    first, more = random_ids(2, length), random_ids(2, 17, seed=1)
+    learner, alone, loaded = learner_on(), learner_on(), learner_on()
+    learner.observe(first)
+    alone.observe(first[0])
+    before = everything(learner)
+    assert_equal_contents(before, everything(alone))
+    with learner.adaptation_scope():
+        learner.observe(more)
+    assert_equal_contents(everything(learner), before)
+    learner.memory.save(path)
+    loaded.memory.load(path)
+    assert_equal_contents(everything(loaded), before)
+    return learner, alone, loaded, more
+
+
+def test_the_way_in_which_a_text_comes_does_not_matter():
+    check_pieces(learner_on, kept)
 
 
 def test_rows_scopes_copies_and_files_go_on_alike(tmp_path):
-    first, more = random_ids(2, 43), random_ids(2, 17, seed=1)
-    learner, alone = learner_on(), learner_on()
-    learner.observe(first)
-    alone.observe(first[0])
-    before = kept(learner)
-    assert_equal_contents(before, kept(alone))
-    with learner.adaptation_scope():
-        learner.observe(more)
-    assert_equal_contents(kept(learner), before)
-    learner.memory.save(tmp_path / "memory")
-    loaded = learner_on()
-    loaded.memory.load(tmp_path / "memory")
+    learner, _, loaded, more = rows_and_a_file(learner_on, kept, 43, tmp_path / "memory")
     copies = [loaded, copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))]
     expected = learner.observe(more)
     for other in copies:

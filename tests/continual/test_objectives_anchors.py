@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from nested_learning.continual import Fisher, Level, stack_levels
-from nested_learning.training.data import byte_tokenizer
 from tests.continual.objectives_oracle import ObjectivesOracle
 from tests.continual.test_invariances import assert_equal_contents
 from tests.continual.test_objectives_again import assert_learned_alike, oracle_level
 from tests.continual.test_objectives_distil import everything
-from tests.continual.tiny_models import VOCAB, random_ids, tiny_model
+from tests.continual.tiny_models import VOCAB, byte_llama, random_ids, tiny_model
 from tests.damage import read_file, write_checked
 
 MODEL = tiny_model()
@@ -177,19 +176,7 @@ def test_a_fisher_file_is_what_was_saved_or_refused(tmp_path, fisher):
 
 
 def test_background_as_text_and_its_budget():
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model, tokenizer = byte_llama(16, 24, 1)
     fisher = Fisher.of(model, "Some text of before.", tokenizer)
     levels = [Level(8, 0.1, anchor_kl=1.0, decay=0.1)]
     learner = stack_levels(model, tokenizer, levels=levels, background=["Old.", "Older."], fisher=fisher)

@@ -12,7 +12,13 @@ from nested_learning.continual import Level, stack_levels
 from nested_learning.continual.objectives.answers import KeptAnswers
 from tests.continual.objectives_oracle import ObjectivesOracle
 from tests.continual.test_invariances import assert_close_contents, assert_equal_contents
-from tests.continual.test_objectives_again import assert_learned_alike, kept, oracle_level
+from tests.continual.test_objectives_again import (
+    assert_learned_alike,
+    check_pieces,
+    kept,
+    oracle_level,
+    rows_and_a_file,
+)
 from tests.continual.tiny_models import VOCAB, random_ids, tiny_model
 from tests.damage import read_file, write_checked
 
@@ -92,32 +98,13 @@ def test_a_window_distils_even_into_a_chunk_without_tokens_to_learn():
     assert [write.outcome for write in learner.writes if write.level == 1] == ["written", "masked"]
 
 
-@pytest.mark.parametrize("pieces", [[1, 12, 9, 30, 2, 21]])
-def test_the_way_in_which_a_text_comes_does_not_matter(pieces):
-    ids, mask = random_ids(75), random_ids(75, seed=3) > 20
-    whole, streamed = learner_on(), learner_on()
-    surprise = whole.observe(ids, learn_mask=mask)
-    parts = zip(ids.split(pieces), mask.split(pieces), strict=True)
-    found = torch.cat([streamed.observe(part, learn_mask=shown) for part, shown in parts])
-    torch.testing.assert_close(found, surprise, equal_nan=True)
-    assert_close_contents(everything(streamed), everything(whole))
+def test_the_way_in_which_a_text_comes_does_not_matter():
+    check_pieces(learner_on, everything)
 
 
 @pytest.mark.parametrize("length", [17, 43])
 def test_rows_scopes_copies_and_files_go_on_alike(tmp_path, length):
-    first, more = random_ids(2, length), random_ids(2, 17, seed=1)
-    learner, alone = learner_on(), learner_on()
-    learner.observe(first)
-    alone.observe(first[0])
-    before = everything(learner)
-    assert_equal_contents(before, everything(alone))
-    with learner.adaptation_scope():
-        learner.observe(more)
-    assert_equal_contents(everything(learner), before)
-    learner.memory.save(tmp_path / "memory")
-    loaded = learner_on()
-    loaded.memory.load(tmp_path / "memory")
-    assert_equal_contents(everything(loaded), before)
+    learner, alone, loaded, more = rows_and_a_file(learner_on, everything, length, tmp_path / "memory")
     expected = learner.observe(more)
     for other in (loaded, copy.deepcopy(alone), pickle.loads(pickle.dumps(alone))):
         given = more if other is loaded else more[0]

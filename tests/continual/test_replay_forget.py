@@ -101,6 +101,20 @@ def carried(learner, source, why):
 
 
 class TestCarried:
+    def test_what_waits_to_be_read_again_goes(self):
+        """Neither at a boundary, by `Level.reread`, nor in the file: the weights alone carry it."""
+        learner = learner_of(SMALL, [Level(8, 0.1), Level(32, 0.1, reread=1)])
+        read(learner)
+        secret = random_ids(20, seed=77)
+        learner.observe(secret, source="secret")
+        row = learner.memory.rows[0]
+        assert torch.equal(row.levels[1].read.tokens[-10:], secret[-10:])
+        carried(learner, "secret", "dropped examples")
+        kept = [state.read for state in learner.memory.rows[0].levels]
+        assert kept == [None, None]
+        learner.observe(random_ids(40, seed=3))
+        assert any(write.reread for write in learner.writes)
+
     def test_the_store_was_full(self):
         learner = read(learner_of(SMALL))
         kept = sum(len(e) for e in store_of(learner).examples if e.source == "a")

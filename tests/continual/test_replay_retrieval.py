@@ -9,14 +9,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nested_learning.continual import Level, Replay, stack_levels
 from nested_learning.continual.replaying.retrieval import PASSAGE, Retriever, _joined
-from nested_learning.training.data import byte_tokenizer
 from tests.continual.test_invariances import MODEL
 from tests.continual.test_replay_learning import store_of
-from tests.continual.tiny_models import random_ids
+from tests.continual.tiny_models import byte_llama, random_ids
 
 TEXTS = {
     "anna": "Anna lives in Varnholm. Her cat is called Miezi.\n",
@@ -28,18 +26,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+    return byte_llama(16, 24, 1)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from nested_learning.training.data import byte_tokenizer
+
 VOCAB = 61
 _COMMON = {"vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
 _LLAMA = {**_COMMON, "intermediate_size": 24, "num_key_value_heads": 1, "tie_word_embeddings": False}
@@ -48,3 +50,13 @@ def tiny_model(family: str = "llama", layers: int = 2, dtype: torch.dtype = torc
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def byte_llama(width: int = 32, hidden: int = 64, layers: int = 2, **fields):
+    """A Llama on bytes without special tokens of its own, in evaluation mode, and the tokenizer."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes, **special, **fields)
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer

@@ -76,7 +76,7 @@ def _factors(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int
         return Factors(pad(down, (0, 0, 0, missing)), pad(up, (0, missing)), norm, 0.0)
     else:  # up · down = Q_u (R_u R_dᵀ) Q_dᵀ: the singular values are those of a small matrix
         outer, inner = torch.linalg.qr(up), torch.linalg.qr(down.T)
-        left, values, right = torch.linalg.svd(outer.R @ inner.R.T)
+        left, values, right = torch.linalg.svd(outer.R @ inner.R.T, full_matrices=False)
         left, right = outer.Q @ left, right @ inner.Q.T
     return _largest(left, values, right, rank)
 

@@ -23,7 +23,7 @@ from nested_learning.continual.exporting.adapter_folder import (
     write_adapter,
 )
 from nested_learning.continual.find import Target
-from nested_learning.continual.inputs import TextOrIds, read_batch
+from nested_learning.continual.inputs import TextOrIds, read_batch, vocabulary_size
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.weights import acting
 from nested_learning.continual.writing import DeltaWriter
@@ -197,7 +197,7 @@ def _probe(given: TextOrIds | None, tokenizer: Any, model: Any, row: Row) -> Ten
     if given is None:
         if len(row.tokens):
             return row.tokens[None, -PROBE_TOKENS:]
-        vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        vocab_size = vocabulary_size(model)
         return torch.arange(0, vocab_size, max(1, vocab_size // 32), device=model.device)[None, :32]
     batch = read_batch(given, tokenizer, model)
     if len(batch.rows) != 1:

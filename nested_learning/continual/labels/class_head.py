@@ -169,7 +169,7 @@ class ClassHead:
     mapped: RandomFeatures | None = None
     waiting: Tensor | None = None
     waiting_labels: list[str] = field(default_factory=list)
-    _solved: tuple[ClassSums, RandomFeatures | None, Tensor, Tensor] | None = None
+    _solved: tuple[RandomFeatures | None, Tensor, Tensor] | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -213,21 +213,21 @@ class ClassHead:
         """
         if not self.labels:
             raise ValueError("no label was learned yet: give examples to `learn` first")
-        _, mapped, root, means = self._solution()
+        mapped, root, means = self._solution()
         x = x if mapped is None else mapped.of(x)
         whitened = torch.linalg.solve_triangular(root, x.T, upper=False).T
         return torch.cdist(whitened, means).square() * -0.5
 
     def means_whitened(self) -> Tensor:
         """Means [C, D] in the coordinates in which the shared covariance is the identity."""
-        return self._solution()[3]
+        return self._solution()[2]
 
-    def _solution(self) -> tuple[ClassSums, RandomFeatures | None, Tensor, Tensor]:
-        """Sums, random features, Cholesky factor of the covariance, and the means that it whitens."""
+    def _solution(self) -> tuple[RandomFeatures | None, Tensor, Tensor]:
+        """Random features, Cholesky factor of the covariance, and the means that it whitens."""
         if self._solved is None:
             mapped, sums = (self.mapped, self.sums) if self.sums is not None else self._early()
             assert sums is not None
             root = torch.linalg.cholesky(sums.covariance(self.settings.shrinkage))
             means = torch.linalg.solve_triangular(root, sums.means.T, upper=False).T
-            self._solved = sums, mapped, root, means
+            self._solved = mapped, root, means
         return self._solved

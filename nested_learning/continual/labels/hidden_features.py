@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nested_learning.continual.context import evaluating
+from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.reader import Reader
 
@@ -31,10 +32,9 @@ def pooled_states(
     Returns:
         for each text states [D] by (layer, pooling), float32 (float64 of a float64 model), on the CPU.
     """
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    for row, text in zip(ids, texts, strict=True):  # a text does not see what fills it up behind
-        row[: len(text)] = torch.as_tensor(text)
-    states = model.base_model(input_ids=ids.to(model.device), output_hidden_states=True).hidden_states
+    rows = [torch.as_tensor(text, device=model.device) for text in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # a text does not see what fills it up behind
+    states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
     found: list[dict[tuple[int, str], Tensor]] = [{} for _ in texts]
     for layer in dict.fromkeys(layers):
         for row, text in enumerate(texts):
@@ -72,9 +72,8 @@ class HiddenFeatures:
 
     def of(self, texts: Sequence[Tensor]) -> Tensor:
         """Features [B, D] of texts of ids [T], float64, on the CPU. ValueError for one that is too long."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = max(map(len, texts))
-        if isinstance(limit, int) and 0 < limit < longest:
+        limit, longest = most_positions(self.model), max(map(len, texts))
+        if longest > limit:
             raise ValueError(f"a text has {longest} tokens, the model {limit} positions; give a part of it")
         found = []
         with self._running(), evaluating(self.model):

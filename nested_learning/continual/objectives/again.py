@@ -102,4 +102,4 @@ def _chunk_gradient(
         first = max(len(passage) - writer.level.chunk_size, 0)
         read_again(reader, passage.tokens, first, read)
     loss = float(torch.stack(parts).sum()) if parts else 0.0
-    return {slot: grads[key] for slot, key in writer.keys.items() if key in grads}, loss
+    return writer.by_slot(grads), loss

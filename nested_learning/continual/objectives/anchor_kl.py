@@ -73,4 +73,4 @@ def _pull(reader: Reader, writer: DeltaWriter, row: Row, piece: Tensor) -> Weigh
             return context
 
         read_again(reader, piece, 0, read)
-    return {slot: grads[key] for slot, key in writer.keys.items() if key in grads}
+    return writer.by_slot(grads)

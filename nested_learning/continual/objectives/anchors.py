@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -25,16 +26,20 @@ class Background:
     """
 
     texts: tuple[Tensor, ...]
+    _pieces: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)  # by their length
 
     def piece(self, length: int, number: int) -> Tensor:
         """Piece `number`, from 0 on, again from the start after the last: texts cut into `length` tokens.
 
         What is left of a text makes a shorter piece, if it has two tokens.
         """
-        pieces = [piece for text in self.texts for piece in text.split(length) if len(piece) > 1]
+        if length not in self._pieces:
+            cut = (piece for text in self.texts for piece in text.split(length))
+            self._pieces[length] = [piece for piece in cut if len(piece) > 1]
+        pieces = self._pieces[length]
         return pieces[number % len(pieces)]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the texts, by which a memory file knows them."""
         digest = hashlib.sha256()

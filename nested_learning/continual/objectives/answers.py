@@ -39,7 +39,7 @@ class KeptAnswers:
 
     @classmethod
     def joined(cls, parts: Sequence[KeptAnswers]) -> KeptAnswers:
-        """KeptAnswers of several runs of tokens, one after the other."""
+        """Answers of several runs of tokens, one after the other."""
         columns = zip(*((part.ids, part.log_probs, part.rest) for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 

@@ -76,7 +76,7 @@ def distil(reader: Reader, row: Row) -> dict[int, Weights]:
             return context
 
         read_again(reader, tokens, overlap - 1, read)
-    return {w.index: {slot: grads[key] for slot, key in w.keys.items() if key in grads} for w in writers}
+    return {w.index: w.by_slot(grads) for w in writers}
 
 
 def plan_distillation(plan: ReadingPlan, levels: Sequence[Level], top_k: int | None) -> ReadingPlan:

@@ -17,7 +17,7 @@ from nested_learning._tensor_files import check_whole, read_tensors, write_tenso
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.files import fingerprint
 from nested_learning.continual.find import Target, check_weights, find_targets, is_quantised, memory_dtype
-from nested_learning.continual.inputs import TextOrIds, read_batch
+from nested_learning.continual.inputs import TextOrIds, most_positions, read_batch
 from nested_learning.continual.weights import Workspace
 from nested_learning.memory.state import Weights
 from nested_learning.optimizers.checks import Bound
@@ -74,8 +74,7 @@ class Fisher:
                 quantised, or gradients that are all zero or not finite.
         """
         LENGTH.check("length", length)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(positions, int) and 0 < positions < length:
+        if length > (positions := most_positions(model)):
             raise ValueError(
                 f"length is {length}, but the model has {positions} positions; choose a shorter one"
             )

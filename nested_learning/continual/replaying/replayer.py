@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested_learning.continual.context import checkpointed, evaluating
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.inputs import vocabulary_size
 from nested_learning.continual.lesson import Lesson, Replayed
-from nested_learning.continual.reader import Reader, learned_sum
+from nested_learning.continual.reader import Reader, gradients, learned_sum
 from nested_learning.continual.replaying.settings import Replay
 from nested_learning.continual.replaying.store import KeptExample, compact_dtype
-from nested_learning.continual.writing import Write
+from nested_learning.continual.writing import Write, accumulate
 from nested_learning.memory.state import Weights
 
 
@@ -42,7 +41,7 @@ class Replayer:
             )
         self.reader = reader
         self.settings = settings
-        vocab_size = int(reader.model.get_input_embeddings().weight.shape[0])
+        vocab_size = vocabulary_size(reader.model)
         self.dtype = compact_dtype(vocab_size)
 
     # Reading again -------------------------------------------------------------------------------------
@@ -56,12 +55,10 @@ class Replayer:
         drawn = self._drawn(row, lesson)
         if not drawn:
             return {}
-        reader, found = self.reader, {}
-        again = checkpointed(reader.model) if reader.plan.gradient_checkpointing else nullcontext()
-        installed = reader.workspace.installed(reader.writers, row, learning=True)
-        with installed as leaves, evaluating(reader.model), again:
+        found: dict[int, Replayed] = {}
+        with self.reader.learning(row) as leaves:
             for index, examples in drawn.items():
-                own = {key: leaves[key] for key in reader.writers[index].keys.values()}
+                own = {key: leaves[key] for key in self.reader.writers[index].keys.values()}
                 loss, grads = self._gradients(examples, own)
                 if math.isfinite(loss):
                     count = sum(example.learned for example in examples)
@@ -98,12 +95,8 @@ class Replayer:
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
                 loss = learned_sum(losses, learn.flatten())
-                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                accumulate(grads, gradients(loss, leaves))
             total = total + loss.detach()
-            for key, g in zip(leaves, found, strict=True):
-                if g is not None:
-                    g = g.to(torch.promote_types(g.dtype, torch.float32))
-                    grads[key] = grads[key] + g if key in grads else g
         return float(total), grads
 
     # Keeping -------------------------------------------------------------------------------------------

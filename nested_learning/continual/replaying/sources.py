@@ -144,8 +144,8 @@ def texts_read(row: Row, store: Store) -> list[Text]:
 def strike_out(row: Row, store: Store, source: str | None) -> int:
     """Take a source out of the row's store and window, and leave its weights; returns the tokens taken out.
 
-    Attention begins anew. Tokens of the source that wait for the end of their segment are not learned;
-    token 0 stands in their place.
+    Attention and re-reading begin anew. Tokens of the source that wait for the end of their segment are not
+    learned; token 0 stands in their place.
     """
     kept = store.without(source)
     taken = store.tokens - kept.tokens
@@ -154,6 +154,8 @@ def strike_out(row: Row, store: Store, source: str | None) -> int:
         if span.run.source == source:
             tokens[own], learn[own] = 0, False
             taken += span.end - span.start
+    for state in row.levels:
+        state.read = None  # it may hold the source
     row.tokens, row.learn = tokens[row.start :], learn[row.start :]
     row.start, row.context, row.resume, row.answers, row.store = 0, Context(), None, None, kept
     return taken
