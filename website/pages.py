@@ -101,12 +101,10 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     from mkdocs.structure.files import File  # the rest of this file is tested without mkdocs
 
-    sources = {file.src_uri: (file.src_uri, "docs") for file in files.documentation_pages()}
-    texts = [(posixpath.join("docs", posixpath.dirname(uri)), ROOT / "docs" / uri) for uri in sources]
+    uris = [file.src_uri for file in files.documentation_pages()]
+    texts = [(posixpath.join("docs", posixpath.dirname(uri)), ROOT / "docs" / uri) for uri in uris]
     texts += [(posixpath.dirname(path), ROOT / path) for path in PAGES]
-    linked = sorted(
-        {path for folder, file in texts for path in linked_files(folder, file.read_text("utf-8"))}
-    )
+    linked = {path for folder, file in texts for path in linked_files(folder, file.read_text("utf-8"))}
     for path, name in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / path).read_text(encoding="utf-8")))
     for path in sorted(linked):
