@@ -13,10 +13,18 @@ from nested_learning._version import __version__
 
 if TYPE_CHECKING:
     from nested_learning.layers import Attention, ContinuumMemorySystem, SelfModifyingTitans, Titans
-    from nested_learning.models import PRESETS, HopeCache, HopeConfig, HopeForCausalLM, HopeModel, preset
+    from nested_learning.models import (
+        PRESETS,
+        HopeCache,
+        HopeConfig,
+        HopeForCausalLM,
+        HopeModel,
+        preset,
+        pretrained,
+    )
 else:
     _LAYERS = ("Attention", "ContinuumMemorySystem", "SelfModifyingTitans", "Titans")
-    _MODELS = ("PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset")
+    _MODELS = ("PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset", "pretrained")
     _FOLDERS = ("continual", "layers", "lens", "levels", "memory", "models", "ops", "optimizers", "training")
     __getattr__, __dir__ = names_on_first_use(
         __name__,
@@ -42,4 +50,5 @@ __all__ = [
     "Titans",
     "__version__",
     "preset",
+    "pretrained",
 ]

@@ -13,18 +13,20 @@ from nested_learning._precision import loading_dtype
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.replaying.sources import KnownSource
+from nested_learning.models.packaged import or_packaged
 from nested_learning.server.prompt import newest_ids
 
 NOTES = "What was said before:"
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:
-    """(model on its device, tokenizer) of a folder or a name, in the precision it was saved in; in float32
-    where that is bfloat16, which this CPU has no instructions for.
+    """(model on its device, tokenizer) of a folder, a trained model of the package or a name of the hub, in
+    the precision it was saved in; in float32 where that is bfloat16, which this CPU has no instructions for.
 
     Raises:
         OSError, ValueError: there is none, or it is no causal language model.
     """
+    name = or_packaged(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = PartialState().device
     dtype = loading_dtype(AutoConfig.from_pretrained(name), device)

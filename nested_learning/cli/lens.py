@@ -80,9 +80,10 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bo
 
     from nested_learning.lens import lens
     from nested_learning.models import PRESETS, HopeConfig
+    from nested_learning.models.packaged import or_packaged
     from nested_learning.training.models import saved_folder
 
-    name = values.model
+    name = or_packaged(values.model)
     if not Path(name).is_dir():
         if name in PRESETS:
             raise ValueError(

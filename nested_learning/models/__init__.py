@@ -1,6 +1,16 @@
 """Models for transformers."""
 
 from nested_learning.models.hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
+from nested_learning.models.packaged import Pretrained, pretrained
 from nested_learning.models.presets import PRESETS, preset
 
-__all__ = ["PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset"]
+__all__ = [
+    "PRESETS",
+    "HopeCache",
+    "HopeConfig",
+    "HopeForCausalLM",
+    "HopeModel",
+    "Pretrained",
+    "preset",
+    "pretrained",
+]

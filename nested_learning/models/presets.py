@@ -71,6 +71,22 @@ def transformer_tiny(**overrides: Any) -> HopeConfig:
     return _tiny(overrides, mixer="attention", cms_levels=levels, cms_expansion=ATTENTION_EXPANSION)
 
 
+def _small(overrides: dict[str, Any], **fields: Any) -> HopeConfig:
+    """hope-tiny's or transformer-tiny's layers at twice the width, for a BPE of 4,096 ids."""
+    return _tiny(overrides, **{"vocab_size": 4096, "pad_token_id": 1, "hidden_size": 256, **fields})
+
+
+def hope_small(**overrides: Any) -> HopeConfig:
+    """About 5M parameters on a BPE of 4,096 ids; `nested_learning.pretrained` has it trained."""
+    return _small(overrides, mixer="self_modifying_titans")
+
+
+def transformer_small(**overrides: Any) -> HopeConfig:
+    """The Transformer of hope-small's size; `nested_learning.pretrained` has it trained."""
+    levels = [{"chunk_size": 512}]
+    return _small(overrides, mixer="attention", cms_levels=levels, cms_expansion=ATTENTION_EXPANSION)
+
+
 # Memories of the table in the place of attention: expansion of the MLPs that leads to hope-tiny's number of
 # parameters, and options beside the chunk length.
 _BASELINES: dict[str, tuple[float, dict[str, Any]]] = {
@@ -137,6 +153,8 @@ PRESETS: dict[str, Callable[..., HopeConfig]] = {
     "hope-tiny": hope_tiny,
     "hope-attention-tiny": hope_attention_tiny,
     "transformer-tiny": transformer_tiny,
+    "hope-small": hope_small,
+    "transformer-small": transformer_small,
     "hope-340m": hope_340m,
     "hope-760m": hope_760m,
     "hope-1.3b": hope_1b3,

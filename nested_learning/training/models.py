@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from nested_learning._errors import unknown
 from nested_learning.models import PRESETS, HopeConfig, HopeForCausalLM, preset
+from nested_learning.models.packaged import or_packaged, packaged_names
 from nested_learning.training.config_file import load_config
 from nested_learning.training.run_folder import YAML_SUFFIXES, RunFolder
 
@@ -51,18 +52,21 @@ def preset_or_yaml(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def saved_folder(path: str | Path) -> Path:
-    """The folder with the config.json: `path` itself, or the `model/` of the run in `path`.
+    """The folder with the config.json: `path` itself, the `model/` of the run in `path`, or that of a trained
+    model of the package.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is none of them, or the package is damaged.
     """
+    path = or_packaged(str(path))
     for folder in (Path(path), RunFolder(path).model):
         if (folder / "config.json").is_file():
             return folder
     kind = "holds no saved model (no config.json)" if Path(path).is_dir() else "is not a folder"
     raise ValueError(
         f"{str(path)!r} {kind}. Give the folder of a model written by save_pretrained, "
-        "or the --output folder of a completed `nested-learning train`."
+        "the --output folder of a completed `nested-learning train`, or a trained model of the package "
+        f"({', '.join(packaged_names())})."
     )
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._errors import unknown
 from nested_learning.evals.methods.pretrained.base import RANDOM, is_downloaded, random_llama
+from nested_learning.models.packaged import packaged_names
 from nested_learning.training.data import byte_tokenizer
 from nested_learning.training.data.download import given_file
 from nested_learning.training.models import saved_folder
@@ -23,14 +24,14 @@ def missing_model(name: str) -> str | None:
     """How to get a model that is not on this machine; None where it is here.
 
     Args:
-        name: "random", a folder that `save_pretrained` or `nested-learning train` wrote, or a name of the
-            hub, which is looked up in the local cache alone.
+        name: "random", a trained model of the package, a folder that `save_pretrained` or `nested-learning
+            train` wrote, or a name of the hub, which is looked up in the local cache alone.
     """
     if not name:
         return "no model is named: set the option `model` to a folder that save_pretrained wrote"
     if name == RANDOM:
         return None
-    if Path(name).is_dir():
+    if name in packaged_names() or Path(name).is_dir():
         try:
             saved_folder(name)
         except ValueError as error:
@@ -59,7 +60,8 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
         raise ValueError(problem)
     if name == RANDOM:
         return random_llama(positions=512).eval(), byte_tokenizer()
-    source = str(saved_folder(name)) if Path(name).is_dir() else name
+    local = name in packaged_names() or Path(name).is_dir()
+    source = str(saved_folder(name)) if local else name
     model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(source, local_files_only=True)
 
