@@ -94,7 +94,9 @@ def write_packaged(model: HopeForCausalLM, tokenizer: PreTrainedTokenizerBase, f
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
-        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(new)
+        stored = copy.deepcopy(model)
+        stored.to(dtype=torch.bfloat16)
+        stored.save_pretrained(new)
         tokenizer.save_pretrained(new)
         files = sorted(path for path in new.iterdir() if path.is_file())
         sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
