@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -94,8 +94,8 @@ def write_packaged(model: HopeForCausalLM, tokenizer: PreTrainedTokenizerBase, f
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
-        stored = copy.deepcopy(model)
-        stored.to(dtype=torch.bfloat16)
+        stored: Any = copy.deepcopy(model)
+        stored.to(torch.bfloat16)
         stored.save_pretrained(new)
         tokenizer.save_pretrained(new)
         files = sorted(path for path in new.iterdir() if path.is_file())
