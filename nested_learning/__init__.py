@@ -18,13 +18,25 @@ if TYPE_CHECKING:
         HopeCache,
         HopeConfig,
         HopeForCausalLM,
+        HopeLayer,
+        HopeLayerState,
         HopeModel,
         preset,
         pretrained,
     )
 else:
     _LAYERS = ("Attention", "ContinuumMemorySystem", "SelfModifyingTitans", "Titans")
-    _MODELS = ("PRESETS", "HopeCache", "HopeConfig", "HopeForCausalLM", "HopeModel", "preset", "pretrained")
+    _MODELS = (
+        "PRESETS",
+        "HopeCache",
+        "HopeConfig",
+        "HopeForCausalLM",
+        "HopeLayer",
+        "HopeLayerState",
+        "HopeModel",
+        "preset",
+        "pretrained",
+    )
     _FOLDERS = ("continual", "layers", "lens", "levels", "memory", "models", "ops", "optimizers", "training")
     __getattr__, __dir__ = names_on_first_use(
         __name__,
@@ -45,6 +57,8 @@ __all__ = [
     "HopeCache",
     "HopeConfig",
     "HopeForCausalLM",
+    "HopeLayer",
+    "HopeLayerState",
     "HopeModel",
     "SelfModifyingTitans",
     "Titans",

@@ -1,6 +1,13 @@
 """Models for transformers."""
 
-from nested_learning.models.hope import HopeCache, HopeConfig, HopeForCausalLM, HopeModel
+from nested_learning.models.hope import (
+    HopeCache,
+    HopeConfig,
+    HopeForCausalLM,
+    HopeLayer,
+    HopeLayerState,
+    HopeModel,
+)
 from nested_learning.models.packaged import Pretrained, pretrained
 from nested_learning.models.presets import PRESETS, preset
 
@@ -9,6 +16,8 @@ __all__ = [
     "HopeCache",
     "HopeConfig",
     "HopeForCausalLM",
+    "HopeLayer",
+    "HopeLayerState",
     "HopeModel",
     "Pretrained",
     "preset",

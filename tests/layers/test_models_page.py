@@ -45,7 +45,8 @@ def test_its_exact_rows_are_those_compared_as_exact():
     assert {MIXERS[name].__name__ for name in exact} == compared
 
 
-def test_python_blocks_run():
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block writes a file
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     assert blocks
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from nested_learning.models.hope.classification_hope import (
     HopeForTokenClassification,
 )
 from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.models.hope.layer_hope import HopeLayer, HopeLayerState
 from nested_learning.models.hope.modeling_hope import HopeForCausalLM, HopeModel
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
 from nested_learning.models.hope.register_hope import register
@@ -20,6 +21,8 @@ __all__ = [
     "HopeForQuestionAnswering",
     "HopeForSequenceClassification",
     "HopeForTokenClassification",
+    "HopeLayer",
+    "HopeLayerState",
     "HopeModel",
     "HopePreTrainedModel",
 ]

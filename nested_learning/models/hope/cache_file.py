@@ -18,11 +18,31 @@ from nested_learning.models.hope.expected_states import ExpectedState, expected_
 if TYPE_CHECKING:
     from nested_learning.models.hope.configuration_hope import HopeConfig
 
-FORMAT = "nested_learning.hope_cache"
-VERSION = "3"
-# Metadata that the checksum of a file covers, where the file does not list it.
-CHECKED = {"2": ("fingerprint", "columns", "states")}
 MOST = 2**63 - 1
+
+
+class FileForm(NamedTuple):
+    """A kind of file of states.
+
+    Attributes:
+        name: class whose values it holds, for messages.
+        kind: name of the file, for messages.
+        format: format that its metadata names.
+        version: version that is written.
+        checked: for each earlier version that can be read, the metadata that the checksum of a file covers
+            which does not list it.
+    """
+
+    name: str
+    kind: str
+    format: str
+    version: str
+    checked: Mapping[str, tuple[str, ...]]
+
+
+CACHE = FileForm(
+    "HopeCache", "cache", "nested_learning.hope_cache", "3", {"2": ("fingerprint", "columns", "states")}
+)
 
 
 class Saved(NamedTuple):
@@ -56,8 +76,8 @@ def write_cache(
     # Fields may share memory (an anchor is the current weight until the next boundary); files may not.
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": CACHE.format,
+        "version": CACHE.version,
         "fingerprint": config.fingerprint(),
         "columns": str(saved.columns),
         "states": json.dumps(index),
@@ -67,17 +87,34 @@ def write_cache(
 
 def read_cache(path: str | os.PathLike[str], config: HopeConfig) -> Saved:
     """The content of a file, on the CPU; errors as `HopeCache.load`."""
-    tensors, metadata = read_tensors(path, "cache")
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file, but not a saved HopeCache")
+    tensors, metadata = read_of_model(path, CACHE, config)
+    try:
+        return _content(config, tensors, metadata)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {what}") from error
+
+
+def read_of_model(
+    path: str | os.PathLike[str], form: FileForm, config: HopeConfig
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata) of a whole file of states that a model of `config` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another file, another version, damaged, or of another configuration.
+    """
+    tensors, metadata = read_tensors(path, form.kind)
+    if metadata.get("format") != form.format:
+        raise ValueError(f"{path} is a safetensors file, but not a saved {form.name}")
     version = metadata.get("version")
-    if version not in (VERSION, *CHECKED):
+    if version not in (form.version, *form.checked):
         raise ValueError(
-            f"{path} has cache format version {version!r}, this package reads "
-            f"{', '.join(map(repr, (*CHECKED, VERSION)))}"
+            f"{path} has {form.kind} format version {version!r}, this package reads "
+            f"{', '.join(map(repr, (*form.checked, form.version)))}"
         )
     try:
-        check_whole(tensors, metadata, CHECKED.get(version))
+        check_whole(tensors, metadata, form.checked.get(version))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if metadata.get("fingerprint") != config.fingerprint():
@@ -86,11 +123,7 @@ def read_cache(path: str | os.PathLike[str], config: HopeConfig) -> Saved:
             f"{str(metadata.get('fingerprint'))[:12]}…, this model has {config.fingerprint()[:12]}…); "
             "load it with the model that wrote it"
         )
-    try:
-        return _content(config, tensors, metadata)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged: {what}") from error
+    return tensors, metadata
 
 
 def _content(config: HopeConfig, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Saved:
@@ -130,12 +163,12 @@ def _columns(text: str) -> int:
 def _state(name: str, kind: str, fields: dict[str, Tensor], expected: ExpectedState, columns: int) -> State:
     if kind != expected.kind.__name__:
         raise ValueError(f"state {name} is a {kind}, the model's is a {expected.kind.__name__}")
-    state = _complete(expected.kind.from_tensors(fields), name)
+    state = complete(expected.kind.from_tensors(fields), name)
     expected.check(name, fields, columns)
     return state
 
 
-def _complete(state: State, name: str) -> State:
+def complete(state: State, name: str) -> State:
     """`state`, unless a field is absent that its class does not declare optional."""
     for field in dataclasses.fields(state):  # type: ignore[arg-type]
         if getattr(state, field.name) is None and "None" not in str(field.type):

@@ -94,21 +94,27 @@ class HopePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for every module, children first. The functions of `init` leave loaded weights alone."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=weight_std(module, self.config))
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                init.zeros_(bias)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, LevelWriter) and module.log_lr is not None:
-            init.constant_(module.log_lr, math.log(module.level.option("lr")))
-        elif isinstance(module, ContinuumMemorySystem):
-            for weights in module.head_weights:
-                init.ones_(weights)
-        elif isinstance(module, HopeBlock) and hasattr(module.mixer, "reset_parameters"):
-            _reset_unloaded(module.mixer)
+        """Called for every module, children first."""
+        init_module(module, self.config)
+
+
+@torch.no_grad()
+def init_module(module: nn.Module, config: HopeConfig) -> None:
+    """Initialise a module whose children are done. The functions of `init` leave loaded weights alone."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        init.normal_(module.weight, std=weight_std(module, config))
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            init.zeros_(bias)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, LevelWriter) and module.log_lr is not None:
+        init.constant_(module.log_lr, math.log(module.level.option("lr")))
+    elif isinstance(module, ContinuumMemorySystem):
+        for weights in module.head_weights:
+            init.ones_(weights)
+    elif isinstance(module, HopeBlock) and hasattr(module.mixer, "reset_parameters"):
+        _reset_unloaded(module.mixer)
 
 
 def _reset_unloaded(mixer: nn.Module) -> None:
