@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nested_learning._precision import bfloat16_is_slow
 from nested_learning.ops import newton_schulz
 from nested_learning.ops.norm import magnitude
 from nested_learning.optimizers.base import BaseOptimizer, Group, Params, divisible, entry
@@ -35,6 +36,13 @@ MAX_STACKED = 2**24  # elements that one batched Newton-Schulz may hold, per int
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
+def _iteration_dtype(work: torch.dtype, device: torch.device) -> torch.dtype:
+    """What "auto" iterates in: bfloat16 is enough, but on some CPUs 20 times as slow as float32."""
+    if work == torch.float64:
+        return work
+    return torch.float32 if bfloat16_is_slow(device) else torch.bfloat16
+
+
 def orthogonalise(matrices: list[Tensor], iteration: str, steps: int, dtype: str, eps: float) -> list[Tensor]:
     """Newton-Schulz of each matrix; matrices of one shape, or of its transpose, run as one batch."""
     results: list[Tensor] = list(matrices)
@@ -42,7 +50,7 @@ def orthogonalise(matrices: list[Tensor], iteration: str, steps: int, dtype: str
     for i, M in enumerate(matrices):
         batches[min(M.shape), max(M.shape), M.device, M.dtype].append(i)
     for (short, long, _, work), members in batches.items():
-        run_in = (work if work == torch.float64 else torch.bfloat16) if dtype == "auto" else DTYPES[dtype]
+        run_in = _iteration_dtype(work, matrices[members[0]].device) if dtype == "auto" else DTYPES[dtype]
         size = max(1, MAX_STACKED // (short * long))
         for part in (members[i : i + size] for i in range(0, len(members), size)):
             wide = [matrices[i].to(run_in) for i in part]
@@ -127,7 +135,8 @@ class OrthogonalMomentum(_MatrixRule):
         iteration: "quintic" (Muon's) or "cubic" (eq 44, whose result is not orthogonal: see
             `ops.newton_schulz.cubic`; it needs `ns_steps` of about 100).
         ns_steps: iterations.
-        ns_dtype: "bfloat16", "float32", "float64", or "auto": float64 for float64 parameters, else bfloat16.
+        ns_dtype: "bfloat16", "float32", "float64", or "auto": float64 for float64 parameters, else
+            bfloat16, or float32 on a CPU that has no instructions for bfloat16.
         ns_eps: smallest norm that is divided by.
         adjust_lr: "original" √max(1, rows/cols), "match_rms_adamw" 0.2√max(rows, cols), or "none".
         adamw_only: train this group by AdamW.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nested_learning.ops import newton_schulz
-from nested_learning.optimizers import M3, OrthogonalMomentum
+from nested_learning.optimizers import M3, OrthogonalMomentum, matrix
 from nested_learning.optimizers.matrix import MAX_STACKED, orthogonalise
 
 SHAPES = [(4, 6), (6, 4), (4, 6), (5, 5)]
@@ -167,3 +167,17 @@ def test_bad_options():
         OrthogonalMomentum([p], nesterov=1)
     with pytest.raises(ValueError, match="iteration must be one of quintic, cubic"):
         OrthogonalMomentum([p], iteration="svd")
+
+
+@pytest.mark.parametrize("cls", [OrthogonalMomentum, M3])
+def test_auto_iterates_in_float32_where_bfloat16_is_slow(cls, monkeypatch):
+    def after(slow: bool, **options: str) -> list[torch.Tensor]:
+        monkeypatch.setattr(matrix, "bfloat16_is_slow", lambda device: slow)
+        params = parameters(torch.float32)
+        train(cls(params, lr=0.02, **options), params, steps=3)
+        return params
+
+    for slow, dtype in ((True, "float32"), (False, "bfloat16")):
+        for auto, named in zip(after(slow), after(slow, ns_dtype=dtype), strict=True):
+            assert torch.equal(auto, named)
+    assert any(not torch.equal(a, b) for a, b in zip(after(True), after(False), strict=True))
