@@ -4,10 +4,12 @@ import copy
 import json
 
 import pytest
+from torch import nn
 from transformers import AutoConfig
 
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers import CMSLevel
+from nested_learning.layers.registry import MIXERS
 from tests.models.small_models import small_config, small_model
 
 
@@ -196,3 +198,30 @@ def test_levels_may_be_objects(tmp_path):
     assert config.cms_levels == [{"chunk_size": 2, "expansion": 1.0}, levels[1]]
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).cms_levels == config.cms_levels
+
+
+def test_layers_are_built_once_for_a_check_that_is_repeated_and_values_are_still_looked_at(monkeypatch):
+    built = []
+
+    def factory(hidden_size: int, num_heads: int, size: object = 1) -> nn.Module:
+        built.append(size)
+        if size is True or size == 7:
+            raise ValueError("not that size")
+        return nn.Identity()
+
+    monkeypatch.setitem(MIXERS, "counted", factory)
+    config = small_config(["counted", "counted"])
+    for size in (1, 1.0, [1], (1,)):  # equal or nearly, but not the same
+        config.mixer_options = {"counted": {"size": size}}
+        config.validate()
+        config.validate()
+    assert built == [1, 1, 1.0, [1], (1,)]  # the first by default
+    for size in (True, 7, 7):
+        config.mixer_options = {"counted": {"size": size}}
+        with pytest.raises(ValueError, match="not that size"):
+            config.validate()
+    assert built[-3:] == [True, 7, 7]
+    config.mixer_options = {"counted": {"size": {1, 2}}}
+    for _ in range(2):
+        config.validate()
+    assert built[-2:] == [{1, 2}] * 2  # nothing of JSON: it could have changed

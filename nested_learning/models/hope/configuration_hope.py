@@ -10,7 +10,6 @@ import math
 import os
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -19,7 +18,7 @@ from nested_learning._errors import unknown
 from nested_learning.layers.cms import CMSLevel, ContinuumMemorySystem
 from nested_learning.layers.cms.level import learning_levels, parse_levels
 from nested_learning.layers.memory import set_compile_step, set_recompute
-from nested_learning.layers.registry import MIXERS, build_mixer, check_mixer_options
+from nested_learning.layers.registry import MIXERS, check_mixer_options
 from nested_learning.models.hope.adapters_hope import tell_peft
 from nested_learning.models.hope.auto_hope import auto_map, write_code
 from nested_learning.models.hope.checks_hope import (
@@ -28,6 +27,7 @@ from nested_learning.models.hope.checks_hope import (
     check_shared_fields,
     refusals,
 )
+from nested_learning.models.hope.meta_hope import built_on_meta
 
 # Keys without a dataclass field that PreTrainedConfig itself understands, or that config.json may hold.
 _BASE_KEYS = frozenset(
@@ -199,8 +199,8 @@ class HopeConfig(PreTrainedConfig):
             check_numbers(name, getattr(self, name))
         self._check_sizes()
         self._check_mixers()
-        with torch.device("meta"), refusals("the continuum memory system"):
-            self.build_cms()
+        with refusals("the continuum memory system"):
+            built_on_meta(ContinuumMemorySystem, **self._of_cms())
         if self.cms_meta_gradient not in META_GRADIENTS:
             raise unknown("cms_meta_gradient:", str(self.cms_meta_gradient), META_GRADIENTS)
         if self.cms_meta_gradient == "exact" and self.cms_update != "lm":
@@ -211,16 +211,7 @@ class HopeConfig(PreTrainedConfig):
 
     def build_cms(self) -> ContinuumMemorySystem:
         """The continuum memory system of one block."""
-        return ContinuumMemorySystem(
-            self.hidden_size,
-            self.cms_levels or [],
-            variant=self.cms_variant,
-            update=self.cms_update,
-            activation=self.cms_activation,
-            expansion=self.cms_expansion,
-            norm_eps=self.norm_eps,
-            nested_gradient=self.cms_nested_gradient,
-        )
+        return ContinuumMemorySystem(**self._of_cms())
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the fields that decide what a state means: not the weights, not the vocabulary.
@@ -285,6 +276,18 @@ class HopeConfig(PreTrainedConfig):
                 )
             raise unknown("key of HopeConfig:", key, self._field_names())
 
+    def _of_cms(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.hidden_size,
+            "levels": self.cms_levels or [],
+            "variant": self.cms_variant,
+            "update": self.cms_update,
+            "activation": self.cms_activation,
+            "expansion": self.cms_expansion,
+            "norm_eps": self.norm_eps,
+            "nested_gradient": self.cms_nested_gradient,
+        }
+
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "segment_size"):
             value = getattr(self, name)
@@ -338,8 +341,9 @@ class HopeConfig(PreTrainedConfig):
     def _build_on_meta(self, name: str) -> nn.Module:
         """The layer knows best which values it accepts: build it without memory and let it complain."""
         options = self.options_of(name)
-        with torch.device("meta"), refusals(f"mixer {name!r} with options {shown(options)}", always=True):
-            return build_mixer(name, self.hidden_size, self.num_heads, options)
+        with refusals(f"mixer {name!r} with options {shown(options)}", always=True):
+            sizes = {"hidden_size": self.hidden_size, "num_heads": self.num_heads}
+            return built_on_meta(MIXERS[name], **sizes, **options)
 
     def _unusual_options(self, name: str) -> dict[str, Any]:
         """The options of a mixer that differ from its defaults."""
