@@ -16,6 +16,7 @@ from nested_learning.cli.errors import DEBUG, message_of, unknown_command
 COMMANDS = {
     "train": "train a model on text; it is saved as a Hugging Face folder",
     "generate": "continue a prompt with a saved model; save and load the state of a conversation",
+    "score": "bits per byte of a text under a trained model, by position, with and without its carried state",
     "info": "parameters per part and level, and the memory a running sequence needs",
     "levels": "a model and its optimizer as a nested system: who learns what, how often, from whom",
     "lens": "a page on what a model does with a text: surprise, memories, writes, what was learned",

@@ -60,6 +60,23 @@ def load_corpus(
     max_bytes: int | None = None,
     text_column: str = DEFAULT_COLUMN,
 ) -> Corpus:
+    """The documents of a source, split into training and validation.
+
+    Args:
+        source, max_bytes, text_column: see `load_documents`.
+        validation_fraction: share of the validation part, in (0, 0.5]. Ten documents or more are split
+            whole, by a hash of their names; of fewer, each gives its tail.
+
+    Raises:
+        ValueError: as `load_documents`.
+    """
+    documents = load_documents(source, max_bytes=max_bytes, text_column=text_column)
+    return split_documents(documents, validation_fraction)
+
+
+def load_documents(
+    source: str, *, max_bytes: int | None = None, text_column: str = DEFAULT_COLUMN
+) -> list[Document]:
     """The documents of a source that is read into memory.
 
     Args:
@@ -67,8 +84,6 @@ def load_corpus(
             .csv, .tsv, .parquet), a folder (all files under it, hidden ones left out) or a glob (`**` crosses
             folders). Files may be compressed (.gz, .bz2, .xz; .zst where zstandard is installed). A text file
             is a document, and each row of a file of rows is one.
-        validation_fraction: share of the validation part, in (0, 0.5]. Ten documents or more are split
-            whole, by a hash of their names; of fewer, each gives its tail.
         max_bytes: stop reading after so many bytes of UTF-8 text; the last document is cut.
         text_column: the column of a file of rows with the text; see `rows.row_texts`.
 
@@ -86,7 +101,7 @@ def load_corpus(
     kept = _limit(documents, max_bytes)
     if not kept:
         raise ValueError(f"the text of {source!r} is empty; give a file, folder or glob with text in it")
-    return split_documents(kept, validation_fraction)
+    return kept
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> Corpus:
