@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,14 @@ class ReadCalls:
         self.before: HopeCache | None = None
         self.calls: list[Tokens] = []
         self.reader: Blocks | LMUpdate
+
+    def copy(self) -> ReadCalls:
+        """The same calls, to which others may be added."""
+        new = ReadCalls()
+        new.before, new.calls = self.before, list(self.calls)
+        if self.calls:
+            new.reader = self.reader
+        return new
 
     @property
     def columns(self) -> int:
@@ -144,7 +153,7 @@ class HopeCache:
         """Bytes of the layers' states; a tensor that several fields share counts once."""
         return held_bytes(t for state in self.states.values() for t in state.tensors())
 
-    def check(self, config: HopeConfig, rows: int) -> None:
+    def check(self, config: HopeConfig, rows: int | None) -> None:
         """Take `config` for the cache's own, if it is that of a model which can go on with `rows` rows.
 
         Raises:
@@ -294,6 +303,24 @@ class HopeCache:
             assert recording.before is not None
             self._become(recording.before)
             recording.read_again(self, kept + tokens_to_remove)
+
+    @contextmanager
+    def adaptation_scope(self) -> Iterator[HopeCache]:
+        """Whatever the cache learns inside is undone on leaving, bit for bit, also after an exception.
+
+        States are values, so nothing is copied: on leaving, the cache has the states and counts of rows again
+        that it had. Scopes may be nested. Clones made inside stay as they are.
+
+        Yields:
+            the cache itself.
+        """
+        before, recording = self.clone(), self.recording
+        kept = None if recording is None else recording.copy()
+        try:
+            yield self
+        finally:
+            self._become(before)
+            self.recording = kept
 
     # File ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from nested_learning._precision import warn_of_slow_bfloat16
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.models.hope.block_hope import HopeBlock
+from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
 
@@ -80,6 +82,35 @@ class HopePreTrainedModel(PreTrainedModel):
         if self._compiled_blocks is None or self._compiled_blocks.config != config:
             self._compiled_blocks = CompiledBlocks(copy.copy(config))
         return partial(self.__call__, compiled=self._compiled_blocks)
+
+    @contextmanager
+    def adaptation_scope(self, cache: HopeCache | None = None) -> Iterator[HopeCache]:
+        """Whatever the model's memories learn inside with `cache` is undone on leaving, bit for bit.
+
+        Also after an exception. It is the cache that learns from what is read, so pass it on: to calls as
+        `past_key_values`, which `generate` takes too (where rows are multiplied, as by beams, generate
+        advances a copy). Nothing is copied. Scopes may be nested. Weights that an optimizer changes inside
+        stay changed.
+
+        Args:
+            cache: the cache of the rows that go on; None for a new one, empty again on leaving.
+
+        Yields:
+            the cache.
+
+        Raises:
+            ValueError: it is no `HopeCache`, or that of a model with another configuration.
+        """
+        if cache is None:
+            cache = HopeCache(self.config)
+        if not isinstance(cache, HopeCache):
+            raise ValueError(
+                f"adaptation_scope takes the HopeCache whose learning is to be undone, got "
+                f"{type(cache).__name__}: model(ids, use_cache=True).past_key_values is one"
+            )
+        cache.check(self.config, cache.batch_size)
+        with cache.adaptation_scope():
+            yield cache
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
