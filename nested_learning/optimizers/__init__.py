@@ -11,6 +11,7 @@ from nested_learning.optimizers.memory_forms import (
     GradientMemory,
     MemoryOptimizer,
     MomentumMemory,
+    PreconditionedMomentumMemory,
     adagrad_optimum,
     adam_optimum,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "NestedOptimizer",
     "OrthogonalMomentum",
     "PreconditionedMomentum",
+    "PreconditionedMomentumMemory",
     "adagrad_optimum",
     "adam_optimum",
     "build",

@@ -19,9 +19,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nested_learning.ops import newton_schulz
 from nested_learning.ops.norm import magnitude
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, divisible
-from nested_learning.optimizers.checks import FRACTION, NON_NEGATIVE, TWO_DECAYS
+from nested_learning.optimizers.base import (
+    BaseOptimizer,
+    Group,
+    Params,
+    as_matrix,
+    divisible,
+    matrix_shape,
+    unit_matrix,
+)
+from nested_learning.optimizers.checks import DECAY, FRACTION, NON_NEGATIVE, TWO_DECAYS, Bound, Choice
 
 
 class GradientMemory(Protocol):
@@ -152,6 +161,126 @@ class AdaGradMemory:
         return state.grad / (_sqrt(state.total) + divisible(self.eps, state.total.dtype))
 
 
+# P of a preconditioned momentum, and the range of ζ in which a learned one is stable.
+PRECONDITIONERS = Choice(("identity", "diagonal", "learned"))
+PRECONDITION_LR = Bound(high=2.0, open_high=True)
+
+
+class DiagonalState(NamedTuple):
+    momentum: Tensor
+    square: Tensor
+    step: Tensor
+
+
+class LearnedState(NamedTuple):
+    momentum: Tensor
+    preconditioner: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PreconditionedMomentumMemory:
+    """Momentum with a preconditioner, eq 47: m ← α m + P g, u = m.
+
+    The same as the optimizer `PreconditionedMomentum`, whose docstring has each P and how a tensor that is no
+    matrix becomes one. Gradients flow back to every gradient that was written, to a given P, and through
+    every step of a learned one. `torch.func.vmap` runs a batch of them, each row with a state of its own.
+    State: m, 1×; with "diagonal" v too and the number of writes (0-D); with "learned" P, min(out, in)².
+
+    Args:
+        momentum: α.
+        preconditioner: "identity", "diagonal" or "learned".
+        given: P in its place, (out, out) or of the parameter's shape; a tensor that may require a gradient,
+            part of the memory and not of its state.
+        beta2: decay of v ("diagonal").
+        eps: ε ("diagonal").
+        precondition_lr: ζ ("learned").
+
+    Raises:
+        ValueError: an option is out of its range, `given` comes with another preconditioner than "identity",
+            or does not fit the parameter (`init`).
+    """
+
+    momentum: float = 0.9
+    preconditioner: str = "identity"
+    given: Tensor | None = None
+    beta2: float = 0.999
+    eps: float = 1e-8
+    precondition_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        FRACTION.check("momentum", self.momentum)
+        PRECONDITIONERS.check("preconditioner", self.preconditioner)
+        DECAY.check("beta2", self.beta2)
+        NON_NEGATIVE.check("eps", self.eps)
+        PRECONDITION_LR.check("precondition_lr", self.precondition_lr)
+        if self.given is not None and self.preconditioner != "identity":
+            raise ValueError(
+                f"a given preconditioner takes the place of {self.preconditioner!r}: leave preconditioner "
+                "away, or given"
+            )
+
+    def init(self, like: Tensor) -> MomentumState | DiagonalState | LearnedState:
+        zeros = torch.zeros_like(like)
+        if self.given is not None and like.ndim:  # 0-D: only the names of the fields are asked for
+            check_given(self.given, like)
+        if self.preconditioner == "diagonal":
+            return DiagonalState(zeros, torch.zeros_like(like), like.new_zeros(()))
+        if self.preconditioner == "learned":
+            side = min(matrix_shape(like))
+            return LearnedState(zeros, torch.eye(side, dtype=like.dtype, device=like.device))
+        return MomentumState(zeros)
+
+    def update(
+        self, state: MomentumState | DiagonalState | LearnedState, grad: Tensor
+    ) -> MomentumState | DiagonalState | LearnedState:
+        kept = self.momentum * state.momentum
+        if isinstance(state, DiagonalState):
+            square = self.beta2 * state.square + (1 - self.beta2) * grad * grad
+            step = state.step + 1
+            scale = _sqrt(square / _one_minus_power(self.beta2, step)) + divisible(self.eps, grad.dtype)
+            return DiagonalState(kept + grad / scale, square, step)  # eq 47: m ← α m + P g
+        if isinstance(state, LearnedState):
+            P, value = learned_preconditioner(self.precondition_lr, state.preconditioner, grad)
+            return LearnedState(kept + value, P)
+        return MomentumState(kept + (grad if self.given is None else given_value(self.given, grad)))
+
+    def read(self, state: MomentumState | DiagonalState | LearnedState) -> Tensor:
+        return state.momentum
+
+
+def check_given(P: Tensor, p: Tensor) -> None:
+    """ValueError unless P is a preconditioner for a parameter like p: of its shape, or (out, out)."""
+    out = matrix_shape(p)[0]
+    if P.shape not in (p.shape, (out, out)):
+        raise ValueError(
+            f"a given preconditioner has the shape of its parameter {tuple(p.shape)} or ({out}, {out}), got "
+            f"shape {tuple(P.shape)}"
+        )
+
+
+def given_value(P: Tensor, g: Tensor) -> Tensor:
+    """P g with a matrix P (out, out), or P ⊙ g with a P of g's shape."""
+    G = as_matrix(g)
+    if P.shape == (G.shape[0], G.shape[0]):
+        return (P @ G).view_as(g)
+    return P * g
+
+
+def learned_preconditioner(zeta: float, P: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """P after one step of eq 41 with the L2 objective, and P g; on gᵀ where g is tall, so that P is smaller.
+
+    Where g is zero P stays, and nothing flows back.
+    """
+    G = as_matrix(g)
+    G = G.mT if G.shape[0] > G.shape[1] else G
+    present = (G != 0).any()
+    unit = unit_matrix(torch.where(present, G, 1))  # the norm of 0 has no derivative
+    value = unit_matrix(newton_schulz.quintic(unit))
+    P = torch.where(present, torch.addmm(P, P @ unit - value, unit.mT, alpha=-zeta), P)  # eq 41
+    result = P @ G
+    return P, (result if result.shape == as_matrix(g).shape else result.mT).reshape(g.shape)
+
+
 def _sqrt(square: Tensor) -> Tensor:
     """√ with the derivative 0 at 0 instead of NaN (an element whose gradients were all zero)."""
     positive = square > 0
@@ -199,7 +328,7 @@ def _in_units(grads: Tensor, ridge: float, dim: int | tuple[int, ...]) -> tuple[
 class MemoryOptimizer(BaseOptimizer):
     """Any gradient memory as an optimizer: state ← update(state, g), W ← (1 − lr·wd)W − lr·read(state).
 
-    Acts element by element, on parameters of every shape. State: the memory's state.
+    Acts on parameters of every shape, element by element where the memory does. State: the memory's state.
 
     Args:
         params: parameters or groups.

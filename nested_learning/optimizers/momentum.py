@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nested_learning.ops import newton_schulz
 from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
@@ -38,10 +37,16 @@ from nested_learning.optimizers.checks import (
     FINITE,
     FRACTION,
     NON_NEGATIVE,
-    Bound,
     Check,
     Choice,
     Each,
+)
+from nested_learning.optimizers.memory_forms import (
+    PRECONDITION_LR,
+    PRECONDITIONERS,
+    check_given,
+    given_value,
+    learned_preconditioner,
 )
 from nested_learning.optimizers.sharded import whole
 
@@ -52,10 +57,10 @@ class _MomentumRule(BaseOptimizer):
     options: ClassVar[dict[str, Check]] = {
         **BaseOptimizer.options,
         "momentum": FRACTION,
-        "preconditioner": Choice(("identity", "diagonal", "learned")),
+        "preconditioner": PRECONDITIONERS,
         "beta2": DECAY,
         "eps": NON_NEGATIVE,
-        "precondition_lr": Bound(high=2.0, open_high=True),
+        "precondition_lr": PRECONDITION_LR,
     }
     parameter_shaped = ("momentum", "square")
 
@@ -64,13 +69,12 @@ class _MomentumRule(BaseOptimizer):
         given: Mapping[Tensor, Tensor] = arguments["given"] or {}
         known = {p for group in self.param_groups for p in group["params"]}
         for p, P in given.items():
-            out = matrix_shape(p)[0]
-            if p not in known or P.shape not in (p.shape, (out, out)):
-                what = f"shape {tuple(P.shape)}" if p in known else "one for a parameter of no group"
+            if p not in known:
                 raise ValueError(
-                    f"a given preconditioner has the shape of its parameter {tuple(p.shape)} or "
-                    f"({out}, {out}), got {what}"
+                    "a given preconditioner is for a parameter of a group, got one of shape "
+                    f"{tuple(P.shape)} for a parameter of no group"
                 )
+            check_given(P, p)
             self.state[p]["given"] = whole(P.detach()).to(p.device, work_dtype(p), copy=True)
         if given:  # so that no parameter's state is there without the others', see `_is_probe`
             for group in self.param_groups:
@@ -103,20 +107,14 @@ class _MomentumRule(BaseOptimizer):
 
 def _precondition(group: Group, state: dict[str, Any], g: Tensor) -> Tensor:
     if "given" in state:
-        return _given(state["given"], g)
+        return given_value(state["given"], g)
     if group["preconditioner"] == "diagonal":
         return _diagonal(group["beta2"], group["eps"], state, g)
     if group["preconditioner"] == "learned":
-        return _learned(group["precondition_lr"], state, g)
+        P, value = learned_preconditioner(group["precondition_lr"], state["preconditioner"], g)
+        state["preconditioner"].copy_(P)
+        return value
     return g
-
-
-def _given(P: Tensor, g: Tensor) -> Tensor:
-    """P g with a matrix P (out, out), or P ⊙ g with a P of g's shape."""
-    G = as_matrix(g)
-    if P.shape == (G.shape[0], G.shape[0]):
-        return (P @ G).view_as(g)
-    return P * g
 
 
 def _diagonal(beta2: float, eps: float, state: dict[str, Any], g: Tensor) -> Tensor:
@@ -125,18 +123,6 @@ def _diagonal(beta2: float, eps: float, state: dict[str, Any], g: Tensor) -> Ten
     state["step"] += 1
     correction = 1 - beta2 ** state["step"]
     return g / (square / correction).sqrt_().add_(divisible(eps, g.dtype))
-
-
-def _learned(zeta: float, state: dict[str, Any], g: Tensor) -> Tensor:
-    """One step of eq 41 with the L2 objective, then P g; on gᵀ where g is tall, so that P is the smaller."""
-    G = as_matrix(g)
-    G = G.mT if G.shape[0] > G.shape[1] else G
-    P: Tensor = state["preconditioner"]
-    unit = unit_matrix(G)
-    value = unit_matrix(newton_schulz.quintic(unit))
-    P.addmm_(P @ unit - value, unit.mT, alpha=-zeta)  # eq 41: P ← P − ζ (P ĝ − V) ĝᵀ
-    result = P @ G
-    return (result if result.shape == as_matrix(g).shape else result.mT).reshape(g.shape)
 
 
 class PreconditionedMomentum(_MomentumRule):

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 
 def test_every_block_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     x, y = torch.ones(4, 3), torch.ones(4, 2)
     given = {
         "model": nn.Linear(3, 2),
