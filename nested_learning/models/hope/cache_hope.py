@@ -65,7 +65,7 @@ class ReadCalls:
         self.reader: Blocks | LMUpdate
 
     def copy(self) -> ReadCalls:
-        """The same calls, to which others may be added."""
+        """A record of the same calls, to which others may be added."""
         new = ReadCalls()
         new.before, new.calls = self.before, list(self.calls)
         if self.calls:
