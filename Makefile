@@ -7,7 +7,7 @@ SITE := $(VENV)/.installed-site
 # A worker per core, four at most: each loads PyTorch.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow gpu conformance docs lint setup clean
+.PHONY: demo test test-slow gpu conformance docs dist lint setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,9 @@ demo: $(STAMP)  ## train Hope on real text for about three minutes and generate 
 
 docs: $(SITE)  ## build the documentation site into site/, links checked; open site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
+
+dist:  ## wheel and sdist of the commit, each tried in an empty environment, into dist/
+	@$(PYTHON) -m release build --output dist
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
