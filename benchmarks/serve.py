@@ -28,7 +28,7 @@ from nested_learning._files import MIB
 from nested_learning.continual import Level, stack_levels
 from nested_learning.evals.methods.pretrained import lacking, load_base
 from nested_learning.evals.methods.pretrained.base import PACKAGED, RANDOM
-from nested_learning.server.mind import LevelMind
+from nested_learning.server.level_mind import LevelMind
 from nested_learning.server.settings import ServeSettings
 
 WANTED = {"one client": 0.9, "eight clients": 0.8, "switch, seconds": 0.2}

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._precision import loading_dtype
-from nested_learning._tensor_files import parse_json
-from nested_learning.models import HopeCache, HopeForCausalLM
+from nested_learning.models import HopeCache, HopeConfig, HopeForCausalLM
+from nested_learning.models.hope.session_hope import HopeSession
+from nested_learning.models.packaged import or_packaged
 from nested_learning.training.data import load_tokenizer
 from nested_learning.training.models import any_config, saved_folder
 
-PENDING = "pending_ids"  # metadata key: ids that belong to the text but were not fed to the model yet
+
+def is_hope(name: str) -> bool:
+    """Whether a name stands for a Hope model that is here: its folder, a run's, or one of the package.
+
+    Raises:
+        ValueError: it is a folder without a model, or the package is damaged.
+    """
+    name = or_packaged(name)
+    if not Path(name).is_dir():
+        return False
+    return isinstance(AutoConfig.from_pretrained(saved_folder(name), local_files_only=True), HopeConfig)
 
 
 def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
@@ -72,18 +82,17 @@ class Conversation:
         """
         if path is None:
             return cls(model, tokenizer, HopeCache(model.config), [])
-        cache = HopeCache.load(path, model, device=model.device)
-        if cache.batch_size != 1:
-            raise ValueError(f"{path} holds {cache.batch_size} texts side by side, expected one conversation")
-        with safe_open(path, framework="pt") as file:
-            pending = _read_pending(path, (file.metadata() or {}).get(PENDING, "[]"), model.config.vocab_size)
-        return cls(model, tokenizer, cache, pending)
+        session = HopeSession.load(path, model)
+        return cls(model, tokenizer, session.cache, list(session.pending))
 
     @property
     def tokens_seen(self) -> int:
         """Number of tokens of the text so far."""
-        read = 0 if self.cache.tokens_seen is None else int(self.cache.tokens_seen[0])
-        return read + len(self.pending)
+        return self._session.length
+
+    @property
+    def _session(self) -> HopeSession:
+        return HopeSession(self.cache, tuple(self.pending))
 
     def generate(self, prompt: str, **options: Any) -> list[int]:
         """Ids of the continuation after the text so far and the prompt.
@@ -117,19 +126,4 @@ class Conversation:
             ValueError: nothing was read yet, or the path is that of a folder, a device or a pipe.
             OSError: the file cannot be written; an earlier one of that name is left as it was.
         """
-        self.cache.save(path, {PENDING: json.dumps(self.pending)})
-
-
-def _read_pending(path: str, text: str, vocab_size: int) -> list[int]:
-    """The ids that were not fed yet. ValueError for anything but a list of ids of the vocabulary."""
-    try:
-        pending = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: its {PENDING} is no JSON: {error}") from error
-    is_list = isinstance(pending, list) and all(type(i) is int and 0 <= i < vocab_size for i in pending)
-    if not is_list:
-        raise ValueError(
-            f"{path} is damaged: its {PENDING} is {text[:60]}, expected a list of ids from 0 to "
-            f"{vocab_size - 1}"
-        )
-    return pending  # type: ignore[return-value]
+        self._session.save(path)

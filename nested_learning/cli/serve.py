@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from nested_learning._files import MIB
-from nested_learning.cli.level_flags import add_level_flags, levels_of
+from nested_learning.cli.level_flags import LEVEL_FLAGS, add_level_flags, gives_levels, levels_of
 from nested_learning.cli.output import say
 from nested_learning.cli.parsing import new_parser, parse
 from nested_learning.server.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from nested_learning.continual.level import Level
+    from nested_learning.server.mind import Mind
+
 DESCRIPTION = """\
 A server whose model remembers each user, with the HTTP interface that OpenAI's clients speak.
 
-MODEL is a folder written by save_pretrained, or a name that transformers can download. Each user has a memory
-of deltas on its MLPs, in a folder of its own below --memories. The turns of a conversation are learned after
-its answer; /v1/memories shows what was learned, takes it back, and deletes it. A page to talk is at /.
+MODEL is a folder written by save_pretrained, the --output folder of a completed run, a trained model of the
+package, or a name that transformers can download. Each user has a memory, in a folder of its own below
+--memories: deltas on the model's MLPs, or of a Hope model, which has memories itself, their states. The turns
+of a conversation are learned after its answer; /v1/memories shows what was learned, takes it back, and deletes
+it. A page to talk is at /.
 
 examples:
   nested-learning serve --model SmolLM2-135M-Instruct --memories memories/
+  nested-learning serve --model runs/first --memories memories/
   nested-learning serve --model my-model --memories memories/ --keys keys.txt --add_key anna
   nested-learning serve --model my-model --memories memories/ --keys keys.txt --host 0.0.0.0
 """
@@ -44,11 +52,35 @@ def run(argv: list[str]) -> int:
     if missing:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'nested-learning-torch[serve]'")
 
-    from nested_learning.cli.dialogue import load_pretrained
-    from nested_learning.continual import stack_levels
-    from nested_learning.server.mind import LevelMind
     from nested_learning.server.run import serve
 
-    model, tokenizer = load_pretrained(settings.model)
-    mind = LevelMind(lambda: stack_levels(model, tokenizer, levels=levels), settings.weights_mb * MIB)
-    return serve(mind, settings)
+    return serve(load_mind(settings, levels, gives_levels(argv)), settings)
+
+
+def load_mind(settings: ServeSettings, levels: tuple[Level, ...], own_levels: bool) -> Mind:
+    """The model of the settings with its way of remembering.
+
+    Args:
+        settings: the server's settings.
+        levels: levels of a pretrained model that is no Hope model.
+        own_levels: whether the command line has described them.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it is a Hope model and levels were described.
+    """
+    from nested_learning.cli.conversation import is_hope, load_model
+    from nested_learning.cli.dialogue import load_pretrained
+    from nested_learning.continual import stack_levels
+    from nested_learning.models import HopeForCausalLM
+    from nested_learning.server.hope_mind import HopeMind
+    from nested_learning.server.level_mind import LevelMind
+
+    model, tokenizer = (load_model if is_hope(settings.model) else load_pretrained)(settings.model)
+    if not isinstance(model, HopeForCausalLM):
+        return LevelMind(lambda: stack_levels(model, tokenizer, levels=levels), settings.weights_mb * MIB)
+    if own_levels:
+        raise ValueError(
+            f"{settings.model} is a Hope model, whose memories have speeds of their own; leave out the flags "
+            f"of levels (--{', --'.join(LEVEL_FLAGS)})"
+        )
+    return HopeMind(model, tokenizer)

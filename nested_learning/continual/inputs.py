@@ -11,6 +11,7 @@ from torch import Tensor
 
 LearnMask = Tensor | Sequence[Any]
 Names = str | Sequence[str | None] | None
+UNBOUNDED = 2**31  # positions of a model that does not say how many it has
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
@@ -140,6 +141,6 @@ def vocabulary_size(model: Any) -> int:
 
 
 def most_positions(model: Any) -> int:
-    """Most tokens that a model reads at once; 2³¹ where its configuration does not say."""
+    """Most tokens that a model reads at once; `UNBOUNDED` where its configuration does not say."""
     found = getattr(model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else 2**31
+    return found if isinstance(found, int) and found > 0 else UNBOUNDED

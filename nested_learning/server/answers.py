@@ -14,7 +14,7 @@ from nested_learning.continual.inputs import vocabulary_size
 from nested_learning.server.forms import AnswerForm, event
 from nested_learning.server.generation import AnswerPart
 from nested_learning.server.prefixes import Turn, chain
-from nested_learning.server.prompt import fitting_ids
+from nested_learning.server.prompt import fitting_ids, turn_ends
 from nested_learning.server.refusal import Refusal, invalid
 from nested_learning.server.sampling import Sampling, spread
 from nested_learning.server.schemas import ChatRequest, CompletionRequest, SampledRequest, parsed
@@ -116,7 +116,7 @@ class Answering:
         mind = service.mind
         for_answer = self._most_tokens(0)
         try:
-            ids = await asyncio.to_thread(fitting_ids, mind.tokenizer, turns, mind.positions, for_answer)
+            ids = await asyncio.to_thread(fitting_ids, mind.tokenizer, turns, service.positions, for_answer)
         except ValueError as error:
             raise invalid(str(error), "messages", "context_length_exceeded") from error
         self._news = ConversationNews.of(self._user, turns)
@@ -140,7 +140,7 @@ class Answering:
         if len(prompts) * (self._request.n or 1) > most:
             raise invalid(f"at most {most} answers to one request", "prompt")
         for prompt in prompts:
-            room = mind.positions - self._most_tokens(len(prompt))
+            room = self._service.positions - self._most_tokens(len(prompt))
             if len(prompt) > room:
                 message = f"the prompt has {len(prompt)} tokens, there is room for {room} with its answer"
                 raise invalid(message, "prompt", "context_length_exceeded")
@@ -148,14 +148,14 @@ class Answering:
 
     def _most_tokens(self, prompt_length: int) -> int:
         """Most tokens of the answer: those asked for, or the default, which gives way to the prompt."""
-        settings, positions = self._service.settings, self._service.mind.positions
+        settings, positions = self._service.settings, self._service.positions
         asked, name = self._request.longest
         if asked is None:
             return max(1, min(settings.max_tokens, positions // 2, positions - prompt_length))
         if asked > settings.most_new_tokens:
             raise invalid(f"{name} is {asked}, at most {settings.most_new_tokens} here", name)
         if asked >= positions:
-            message = f"{name} is {asked}, but the model has {positions} positions for prompt and answer"
+            message = f"{name} is {asked}, but there are {positions} positions for prompt and answer"
             raise invalid(message, name, "context_length_exceeded")
         return asked
 
@@ -173,7 +173,7 @@ class Answering:
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=self._bias(request.logit_bias or {}),
-            stop=request.stops,
+            stop=(*request.stops, *(turn_ends(self.form.tokenizer) if self.form.is_chat else ())),
             top_logprobs=request.top,
         )
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
-from nested_learning.continual import Snapshot
 from nested_learning.server.decoding import AnswerText
-from nested_learning.server.mind import LevelMind
+from nested_learning.server.mind import MemoryValue, Mind
 from nested_learning.server.sampling import Sampler, Sampling, TokenLogprob
 
 
@@ -49,8 +47,8 @@ class Generation:
 
     def __init__(
         self,
-        mind: LevelMind,
-        memory: Snapshot,
+        mind: Mind,
+        memory: MemoryValue,
         prompt: list[int],
         sampling: Sampling,
         emit: Callable[[AnswerPart], None],
@@ -62,24 +60,22 @@ class Generation:
         self._sampling = sampling
         self._emit = emit
         self._prefill = prefill
-        config = mind.model.generation_config
-        ends = config.eos_token_id
-        self._ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
-        self._repetition_penalty = config.repetition_penalty or 1.0
+        self._ends = mind.ends
+        self._repetition_penalty = mind.model.generation_config.repetition_penalty or 1.0
 
     def turns(self) -> Generator[None, None, None]:
         """The turns: pieces of the prompt, then tokens, choice by choice."""
-        cache: Cache = self._mind.new_cache()
-        pieces = self._prompt.split(self._prefill, dim=1)
+        cache, first = self._mind.start(self._memory, self._prompt[0].tolist())
+        pieces = self._prompt.new_tensor([first]).split(self._prefill, dim=1)
         for piece in pieces[:-1]:
             self._read(piece, cache)
             yield
         logits = self._read(pieces[-1], cache)
         for choice in range(self._sampling.n):
             is_last = choice == self._sampling.n - 1
-            yield from self._answer(choice, logits, cache if is_last else copy.deepcopy(cache))
+            yield from self._answer(choice, logits, cache if is_last else self._mind.branch(cache))
 
-    def _answer(self, choice: int, logits: Tensor, cache: Cache) -> Generator[None, None, None]:
+    def _answer(self, choice: int, logits: Tensor, cache: Any) -> Generator[None, None, None]:
         sampling, length = self._sampling, self._prompt.shape[1]
         sampler = Sampler(sampling, choice, length, self._repetition_penalty)
         text = AnswerText(self._mind.tokenizer, sampling.stop)
@@ -103,14 +99,12 @@ class Generation:
             yield
             last = torch.tensor([[token]], device=ids.device)
             ids = torch.cat([ids, last], dim=1)
-            logits = self._read(last, cache)
+            logits = self._read(last, cache, is_answer=True)
         self._emit(AnswerPart(choice, text.end(), tuple(held), 1, "stop"))
 
-    def _read(self, ids: Tensor, cache: Cache) -> Tensor:
+    def _read(self, ids: Tensor, cache: Any, is_answer: bool = False) -> Tensor:
         """Logits [1, V] after ids [1, T], which the cache takes in; float32, or float64."""
-        with self._mind.running(self._memory) as model:
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1]
+        logits = self._mind.read(self._memory, cache, ids, is_answer=is_answer)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

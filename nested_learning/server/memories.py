@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from nested_learning._files import MIB
 from nested_learning.server.folder import UserFolder, folder_name, prepare
-from nested_learning.server.mind import LevelMind
+from nested_learning.server.mind import Mind
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.scheduler import Scheduler
 from nested_learning.server.settings import ServeSettings
@@ -32,7 +32,7 @@ class Memories:
         settings: the server's settings.
     """
 
-    def __init__(self, mind: LevelMind, scheduler: Scheduler, settings: ServeSettings) -> None:
+    def __init__(self, mind: Mind, scheduler: Scheduler, settings: ServeSettings) -> None:
         self._mind = mind
         self._scheduler = scheduler
         self._root = Path(settings.memories)

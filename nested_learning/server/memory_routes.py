@@ -88,7 +88,7 @@ def add_file_routes(app: FastAPI, service: Service) -> None:
                         await read_body(
                             request, service.settings.memory_mb * MIB, file.write, "application/octet-stream"
                         )
-                    await user.take_over(path)
+                    await user.take_over(path, service.check_memory)
                 except OSError as error:
                     raise unwritten(error) from error
                 finally:
@@ -152,7 +152,7 @@ def description(service: Service, user: UserMemory) -> Answer:
     """Everything that a user can know of the memory."""
     state = user.state
     levels = [
-        {"chunk_size": level.chunk_size, "lr": level.lr, "writes": writes}
+        {"name": level.name, "chunk_size": level.chunk_size, "lr": level.lr, "writes": writes}
         for level, writes in zip(service.mind.levels, state.writes, strict=True)
     ]
     return {
@@ -181,7 +181,7 @@ def report(lesson: Learned) -> Answer:
         }
         for write in lesson.writes
     ]
-    return {**surprises(lesson.tokens, lesson.surprise), "writes": writes}
+    return {**surprises(lesson.tokens, lesson.surprise), "written": lesson.written, "writes": writes}
 
 
 def surprises(words: list[str], losses: list[float | None]) -> Answer:

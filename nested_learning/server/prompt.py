@@ -6,6 +6,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from nested_learning.training.data.tokenizers import CHAT_TEMPLATE
+
+# Names before the messages, where the tokenizer has no chat template: "User: Hello\nAssistant:".
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -28,6 +31,15 @@ def conversation_ids(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> lis
     else:
         text = "".join(f"{NAMES[role]}: {text}\n" for role, text in messages) + "Assistant:"
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def turn_ends(tokenizer: Any) -> tuple[str, ...]:
+    """Texts before which an answer ends: where messages are told apart by names alone, the next user's name.
+
+    Models that were trained on text alone go on with both parts of a conversation, and write no end.
+    """
+    by_names = getattr(tokenizer, "chat_template", None) in (None, "", CHAT_TEMPLATE)
+    return (f"\n{NAMES['user']}:",) if by_names else ()
 
 
 def newest_ids(tokenizer: Any, messages: Sequence[tuple[str, str]], room: int) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import uvicorn
 
 from nested_learning.server.app import make_app
-from nested_learning.server.mind import LevelMind
+from nested_learning.server.mind import Mind
 from nested_learning.server.service import Service
 from nested_learning.server.settings import ServeSettings
 
@@ -43,7 +43,7 @@ class LoopServer(uvicorn.Server):
 
 
 def make_server(
-    mind: LevelMind, settings: ServeSettings, on_start: Callable[[str], None] = lambda address: None
+    mind: Mind, settings: ServeSettings, on_start: Callable[[str], None] = lambda address: None
 ) -> tuple[LoopServer, socket.socket]:
     """(server, bound socket); `server.run(sockets=[socket])` runs it until it is told to end.
 
@@ -81,7 +81,7 @@ def make_server(
     return LoopServer(config, service, on_start), bound
 
 
-def serve(mind: LevelMind, settings: ServeSettings) -> int:
+def serve(mind: Mind, settings: ServeSettings) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
+from nested_learning.continual.inputs import UNBOUNDED
 from nested_learning.server.generation import AnswerPart, Generation
 from nested_learning.server.keys import KeyFile
 from nested_learning.server.memories import Memories
 from nested_learning.server.metrics import ServerMetrics
-from nested_learning.server.mind import LevelMind
+from nested_learning.server.mind import MemoryValue, Mind
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.sampling import Sampling
 from nested_learning.server.scheduler import JobCancelled, Scheduler
@@ -34,7 +35,7 @@ class Service:
         ValueError, OSError: the file of keys cannot be read.
     """
 
-    def __init__(self, mind: LevelMind, settings: ServeSettings) -> None:
+    def __init__(self, mind: Mind, settings: ServeSettings) -> None:
         self.mind, self.settings = mind, settings
         self.scheduler = Scheduler(settings.duty, mind.kept, settings.turn_tokens)
         self.memories = Memories(mind, self.scheduler, settings)
@@ -125,8 +126,26 @@ class Service:
             if not self._running[user]:
                 del self._running[user]
 
+    @property
+    def positions(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        given = self.mind.positions
+        return self.settings.most_positions if given >= UNBOUNDED else given
+
+    def check_memory(self, memory: MemoryValue, more: int = 0) -> None:
+        """Refuse a memory that keeps every token, and would keep too many with `more` (413)."""
+        most = self.settings.most_memory_tokens
+        if self.mind.grows and (tokens := self.mind.tokens_read(memory) + more) > most:
+            message = (
+                f"this model's memory keeps every token, and would have {tokens}, at most {most}: undo "
+                "conversations, or reset it"
+            )
+            raise Refusal(413, message, "memory_full")
+
     def check_lesson(self, user: UserMemory, tokens: int) -> None:
-        """Refuse a lesson that is too long (413), or too many of them at once (429)."""
+        """Refuse a lesson that is too long or finds the memory full (413), or too many at once (429)."""
+        if tokens:
+            self.check_memory(user.memory, user.pending_tokens + tokens)
         most = self.settings.most_pending_tokens
         if tokens > most:
             message = f"{tokens} tokens are to be learned, at most {most} at once"

@@ -45,6 +45,8 @@ class ServeSettings:
         most_body_kb: largest body of a request, in kilobytes (2^10 bytes); not of an imported memory
         most_new_tokens: longest answer that a request may ask for
         most_choices: most answers to one request (`n`)
+        most_positions: tokens of a prompt and its answer where the model has no bound of its own (Hope)
+        most_memory_tokens: tokens of a memory that keeps every one (Hope with softmax attention)
         most_lesson_tokens: longest text that one request may have learned or scored
         most_pending_tokens: tokens of one user that may wait to be learned
         grace: seconds that running requests get to end when the server is told to stop
@@ -74,6 +76,8 @@ class ServeSettings:
     most_body_kb: int = 1024
     most_new_tokens: int = 4096
     most_choices: int = 8
+    most_positions: int = 8192
+    most_memory_tokens: int = 32768
     most_lesson_tokens: int = 8192
     most_pending_tokens: int = 32768
     grace: float = 5.0

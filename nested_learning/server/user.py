@@ -8,12 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from operator import add
 from pathlib import Path
 
-from nested_learning.continual import Snapshot
 from nested_learning.server.folder import Manifest, UserFolder
 from nested_learning.server.journal import Entry
-from nested_learning.server.mind import Learned, LevelMind
+from nested_learning.server.mind import Learned, MemoryValue, Mind
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.scheduler import Job, JobCancelled, Scheduler
 from nested_learning.server.versions import MemoryVersion, Past, PendingLesson, begun
@@ -44,7 +44,7 @@ class UserMemory:
     """
 
     def __init__(
-        self, mind: LevelMind, scheduler: Scheduler, folder: UserFolder, undo: int, held: ExitStack
+        self, mind: Mind, scheduler: Scheduler, folder: UserFolder, undo: int, held: ExitStack
     ) -> None:
         self.mind, self.scheduler, self.folder = mind, scheduler, folder
         self._undo_copies, self._held = undo, held
@@ -69,7 +69,7 @@ class UserMemory:
         self._closing = asyncio.Event()
 
     @classmethod
-    async def open(cls, mind: LevelMind, scheduler: Scheduler, folder: UserFolder, undo: int) -> UserMemory:
+    async def open(cls, mind: Mind, scheduler: Scheduler, folder: UserFolder, undo: int) -> UserMemory:
         """The user of a folder, whose lessons in the journal begin to be learned.
 
         Raises:
@@ -129,7 +129,7 @@ class UserMemory:
     # What is there -------------------------------------------------------------------------------------
 
     @property
-    def memory(self) -> Snapshot:
+    def memory(self) -> MemoryValue:
         """The memory with all lessons that are complete."""
         assert self.current.memory is not None
         return self.current.memory
@@ -255,8 +255,7 @@ class UserMemory:
             self.past = begun(self.past, entry.conversation, self.current, self._undo_copies)
             self.current = MemoryVersion(entry.number, learned.memory)
             self.last = learned
-            for write in learned.writes:
-                self.state.writes[write.level] += write.outcome == "written"
+            self.state.writes = list(map(add, self.state.writes, learned.written))
             self.state.changed = time.time()
         self.state.failed += bool(ids) and learned is None
         self.state.applied = entry.number
@@ -285,8 +284,12 @@ class UserMemory:
                 await self._replace(before, self.past[:-count])
                 return
 
-    async def take_over(self, path: Path) -> None:
+    async def take_over(self, path: Path, check: Callable[[MemoryValue], None]) -> None:
         """Replace the memory by that of a file; it can be undone like a conversation.
+
+        Args:
+            path: path of the file.
+            check: raises a refusal of its own where the memory is not wanted.
 
         Raises:
             Refusal: it is no memory of this model (400), or it cannot be written (507).
@@ -297,6 +300,7 @@ class UserMemory:
             except ValueError as error:
                 message = str(error).replace(str(path), "the file")
                 raise Refusal(400, message, "not_a_memory") from error
+        check(memory)
         while True:
             await self.caught_up()
             async with self._changing:
@@ -307,19 +311,20 @@ class UserMemory:
                     return
 
     async def export(self) -> Path:
-        """A new file with the memory, which the caller removes. Refusal where it cannot be written (507)."""
+        """A new file with the memory, which the caller removes. Refusal where it cannot be written (507), or
+        there is none (409)."""
         await self.caught_up()
         path = self.folder.transfer_file()
         with self.scheduler.visiting():
             try:
                 await asyncio.to_thread(self.mind.save, self.memory, path)
+            except ValueError as error:
+                raise Refusal(409, f"there is nothing to export: {error}", "nothing_to_export") from error
             except OSError as error:
-                raise Refusal(
-                    507, f"the memory cannot be written: {error.strerror or error}", "storage"
-                ) from error
+                raise unwritten(error) from error
         return path
 
-    async def _load_file(self, name: str | None) -> Snapshot:
+    async def _load_file(self, name: str | None) -> MemoryValue:
         assert name is not None
         with self.scheduler.visiting():
             try:
@@ -336,9 +341,7 @@ class UserMemory:
             await self._commit()
         except OSError as error:
             self.current, self.past, self.state.changed, self.last = old
-            raise Refusal(
-                507, f"the memory cannot be written: {error.strerror or error}", "storage"
-            ) from error
+            raise unwritten(error) from error
 
     # Saving --------------------------------------------------------------------------------------------
 

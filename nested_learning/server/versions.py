@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from nested_learning.continual import Snapshot
 from nested_learning.server.journal import Entry
-from nested_learning.server.mind import Learned, LevelMind
+from nested_learning.server.mind import Learned, MemoryValue, Mind
 
 MOST_UNSAVED = 2  # versions to go back to that wait for a disk that is full
 
@@ -24,12 +23,12 @@ class MemoryVersion:
     """
 
     number: int
-    memory: Snapshot | None
+    memory: MemoryValue | None
     file: str | None = None
     is_empty: bool = False
     _size: int | None = None
 
-    def nbytes(self, mind: LevelMind) -> int:
+    def nbytes(self, mind: Mind) -> int:
         """Bytes of it here."""
         if self.memory is None:
             return 0

@@ -17,7 +17,10 @@ pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 
 from nested_learning.continual import Level, stack_levels  # noqa: E402
-from nested_learning.server.mind import LevelMind  # noqa: E402
+from nested_learning.models import HopeCache, HopeForCausalLM, preset  # noqa: E402
+from nested_learning.server.hope_mind import HopeMind  # noqa: E402
+from nested_learning.server.level_mind import LevelMind  # noqa: E402
+from nested_learning.server.mind import Mind  # noqa: E402
 from nested_learning.server.run import make_server  # noqa: E402
 from nested_learning.server.settings import ServeSettings  # noqa: E402
 from nested_learning.training.data import byte_tokenizer  # noqa: E402
@@ -45,11 +48,32 @@ def tiny_llama(positions: int = 256):
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8.0)
-        # Only letters can be written: every other token's logit is the smallest one.
-        keep = torch.zeros(len(tokenizer), 1)
-        keep[97:123] = 1
-        model.lm_head.weight.mul_(keep)
+    write_letters(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def write_letters(model) -> None:
+    """Let a model write letters alone: every other token's logit is the smallest one."""
+    head = model.lm_head.weight
+    head.mul_(torch.zeros(len(head), 1).index_fill_(0, torch.arange(97, 123), 1.0))
+
+
+def tiny_hope(seed: int = 0, **options):
+    """A Hope model on bytes, as above: self-modifying Titans with chunks of 8 and 16 tokens."""
+    torch.manual_seed(seed)
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_heads": 2,
+        "mixer_options": {"self_modifying_titans": {"chunk_size": 8, "projection_chunk_size": 16}},
+        "initializer_scale": 2.0,
+        "tie_word_embeddings": False,
+        **options,
+    }
+    model = HopeForCausalLM(preset("hope-tiny", **fields)).eval()
+    write_letters(model)
+    return model, byte_tokenizer()
 
 
 def make_mind(levels=LEVELS, positions: int = 256, kept_weights: int = 2**30) -> LevelMind:
@@ -57,8 +81,74 @@ def make_mind(levels=LEVELS, positions: int = 256, kept_weights: int = 2**30) ->
     return LevelMind(lambda: stack_levels(model, tokenizer, levels=levels), kept_weights)
 
 
+def make_hope_mind(**options) -> HopeMind:
+    return HopeMind(*tiny_hope(**options))
+
+
+MINDS = {"levels": make_mind, "hope": make_hope_mind}
+
+
+class LevelReader:
+    """What a mind of levels is to do, by a learner."""
+
+    def __init__(self, levels=LEVELS) -> None:
+        model, tokenizer = tiny_llama()
+        self.learner = stack_levels(model, tokenizer, levels=levels)
+
+    @property
+    def tokens(self) -> int:
+        return self.learner.memory.rows[0].position
+
+    def learn(self, text: str) -> list[float]:
+        """Losses of the line's tokens but the first, which is learned."""
+        return self.learner.observe(f"{text}\n").tolist()[1:]
+
+    def score(self, text: str) -> list[float]:
+        return self.learner.score(text).tolist()[1:]
+
+    def answer(self, prompt: str, tokens: int = 12) -> str:
+        return self.learner.generate(prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=257)
+
+
+class HopeReader:
+    """What a Hope mind is to do, by the model alone: it reads one text, to which lines are added."""
+
+    def __init__(self, **options) -> None:
+        self.model, self.tokenizer = tiny_hope(**options)
+        self.ids = [self.tokenizer.eos_token_id]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) - 1
+
+    def learn(self, text: str) -> list[float]:
+        """As above."""
+        found = self.score(f"{text}\n")
+        self.ids += self.tokenizer.encode(f"{text}\n", add_special_tokens=False)
+        return found
+
+    @torch.no_grad()
+    def score(self, text: str) -> list[float]:
+        new = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = torch.tensor([self.ids + new])
+        logits = self.model(ids).logits[0, -len(new) : -1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, -len(new) + 1 :], reduction="none").tolist()
+
+    @torch.no_grad()
+    def answer(self, prompt: str, tokens: int = 12) -> str:
+        ids = torch.tensor([self.ids + self.tokenizer.encode(prompt, add_special_tokens=False)])
+        options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 257}
+        cache = HopeCache(self.model.config)
+        return self.tokenizer.decode(
+            self.model.generate(ids, past_key_values=cache, **options)[0, ids.shape[1] :]
+        )
+
+
+READERS = {"levels": LevelReader, "hope": HopeReader}
+
+
 @contextmanager
-def served(folder: Path, mind: LevelMind | None = None, **options):
+def served(folder: Path, mind: Mind | None = None, **options):
     """The address of a running server, and the service behind it, as (address, service)."""
     options = {"model": "tiny", "temperature": 0.0, "max_tokens": 12, **options}
     settings = ServeSettings(memories=str(folder), port=0, **options)

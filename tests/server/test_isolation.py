@@ -10,9 +10,24 @@ import threading
 import pytest
 
 from nested_learning.server.folder import folder_name
-from tests.server.serving import chat, client_of, conversation, make_mind, served, settled, text_of
+from tests.server.serving import (
+    MINDS,
+    chat,
+    client_of,
+    conversation,
+    make_hope_mind,
+    make_mind,
+    served,
+    settled,
+    text_of,
+)
 
 LETTERS = string.ascii_lowercase
+
+
+def one_kept():
+    """A mind that keeps the weights of one user ready."""
+    return make_mind(kept_weights=1)
 
 
 def words(seed: int, length: int = 24) -> str:
@@ -62,20 +77,22 @@ def all_at_once(address: str, users: list[str], rounds: int) -> dict[str, list]:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "kept"),
+    ("make", "rounds"),
     [
-        pytest.param(1, 2**30, id="few"),
-        pytest.param(12, 2**30, id="many", marks=pytest.mark.slow),
-        pytest.param(12, 1, id="weights-of-one-user-alone", marks=pytest.mark.slow),
+        pytest.param(make_mind, 1, id="few"),
+        pytest.param(make_hope_mind, 1, id="few-hope"),
+        pytest.param(make_mind, 12, id="many", marks=pytest.mark.slow),
+        pytest.param(make_hope_mind, 12, id="many-hope", marks=pytest.mark.slow),
+        pytest.param(one_kept, 12, id="weights-of-one-user-alone", marks=pytest.mark.slow),
     ],
 )
-def test_answers_are_bit_equal_whether_others_are_there_or_not(tmp_path, rounds, kept):
+def test_answers_are_bit_equal_whether_others_are_there_or_not(tmp_path, make, rounds):
     users = [f"user {n}" for n in range(8 if rounds > 1 else 4)]
     options = {"most_users": len(users) - 1}  # so that some are put away meanwhile
-    with served(tmp_path / "all", make_mind(kept_weights=kept), **options) as (address, _):
+    with served(tmp_path / "all", make(), **options) as (address, _):
         together = all_at_once(address, users, rounds)
     for n in (0, 3):
-        with served(tmp_path / f"alone {n}", make_mind()) as (address, _):
+        with served(tmp_path / f"alone {n}", make_mind() if make is one_kept else make()) as (address, _):
             assert talk(address, users[n], rounds, n) == together[users[n]]
     assert together[users[0]] != together[users[1]]
 
@@ -92,10 +109,11 @@ def check_canaries(folder, users: dict[str, str], caplog) -> None:
         assert canary not in caplog.text
 
 
+@pytest.mark.parametrize("make", MINDS.values(), ids=list(MINDS))
 @pytest.mark.parametrize(
     ("clients", "requests"), [(4, 2), pytest.param(8, 125, marks=pytest.mark.slow)], ids=["few", "1000"]
 )
-def test_canaries(tmp_path, caplog, clients, requests):
+def test_canaries(tmp_path, caplog, make, clients, requests):
     """Each user tells a secret and learns it well; nobody else's answers, scores or files show it.
 
     An answer cannot quote a canary here: with a random model it would be chance. So the answers of a user
@@ -104,7 +122,7 @@ def test_canaries(tmp_path, caplog, clients, requests):
     caplog.set_level(logging.DEBUG)
     users = {f"teller-{n}": f"CANARY-{n}-{words(n, 12).replace(' ', 'x')}" for n in range(clients - 1)}
     folder = tmp_path / "together"
-    with served(folder, make_mind(), most_users=clients - 1) as (address, service):
+    with served(folder, make(), most_users=clients - 1) as (address, service):
 
         def tell(user: str, canary: str) -> None:
             with client_of(address, patient=True) as client:
@@ -141,7 +159,7 @@ def test_canaries(tmp_path, caplog, clients, requests):
             assert not any(user in metrics or canary in metrics for user, canary in users.items())
         assert service._running.total() == 0
         check_canaries(folder, users, caplog)
-    with served(tmp_path / "alone", make_mind()) as (address, _):
+    with served(tmp_path / "alone", make()) as (address, _):
         assert untold(address, requests) == quiet
 
 

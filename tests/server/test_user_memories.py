@@ -14,7 +14,9 @@ from nested_learning.server.folder import folder_name
 from nested_learning.server.journal import Entry, Journal
 from nested_learning.server.keys import add_key
 from tests.server.serving import (
-    LEVELS,
+    MINDS,
+    READERS,
+    LevelReader,
     chat,
     client_of,
     make_mind,
@@ -29,9 +31,19 @@ from tests.server.serving import (
 TOLD = "my lighthouse is called Varnholm and stands on a rock"
 
 
+@pytest.fixture(scope="module", params=list(MINDS))
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def mind():
-    return make_mind()
+def mind(kind):
+    return MINDS[kind]()
+
+
+@pytest.fixture
+def reader(kind):
+    return READERS[kind]()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +60,6 @@ def client(running):
 
 def user_folder(running, user: str):
     return running[1] / folder_name(user)
-
-
-def fresh_learner():
-    model, tokenizer = tiny_llama()
-    return stack_levels(model, tokenizer, levels=LEVELS)
 
 
 def test_an_average_answers_in_its_levels_place(tmp_path):
@@ -72,41 +79,42 @@ def test_an_average_answers_in_its_levels_place(tmp_path):
     torch.testing.assert_close(found, averaged[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_told_is_learned_once_and_answers_follow_from_it(client):
-    """Three requests of one conversation, against a learner that reads each message once, in order."""
-    learner = fresh_learner()
+def test_what_was_told_is_learned_once_and_answers_follow_from_it(client, mind, reader):
+    """Three requests of one conversation, against a reader that learns each message once, in order."""
     texts: list[str] = []
     for message in (TOLD, "second message, long enough for a chunk", "third"):
         texts.append(message)
         answer = text_of(chat(client, *texts, user="once"))
         names = ["User: ", "Assistant: "]
         prompt = "".join(f"{names[i % 2]}{text}\n" for i, text in enumerate(texts)) + "Assistant:"
-        assert answer == learner.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=257)
-        learner.observe(f"{message}\n")
+        assert answer == reader.answer(prompt)
+        reader.learn(message)
         texts.append(answer)
     shown = settled(client, "once")
-    assert shown["tokens"] == learner.memory.rows[0].position
+    assert shown["tokens"] == reader.tokens
     assert shown["conversations_to_undo"] == 1
     assert [level["writes"] for level in shown["levels"]] == [
-        shown["tokens"] // level.chunk_size for level in LEVELS
+        shown["tokens"] // level.chunk_size for level in mind.levels
     ]
     chat(client, *texts[:-1], user="once")  # once more, for another answer
     assert settled(client, "once")["tokens"] == shown["tokens"]
 
 
-def test_the_memory_file_is_that_of_a_learner(client, running, tmp_path):
-    chat(client, TOLD, user="file")
-    settled(client, "file")
-    learner = fresh_learner()
+def test_the_memory_file_is_that_of_a_learner(tmp_path):
+    with served(tmp_path, make_mind()) as (address, _), client_of(address) as client:
+        chat(client, TOLD, user="file")
+        settled(client, "file")
+    learner = LevelReader().learner
     learner.observe(f"{TOLD}\n")
     expected = learner.memory.diff()
-    (path,) = user_folder(running, "file").glob("*.safetensors")
+    folder = tmp_path / folder_name("file")
+    (path,) = folder.glob("*.safetensors")
     shutil.copy(path, tmp_path / "copy.safetensors")
     learner.memory.reset()
     learner.memory.load(tmp_path / "copy.safetensors")
     assert learner.memory.diff().keys() == expected.keys() != set()
     assert all(torch.equal(delta, learner.memory.diff()[name]) for name, delta in expected.items())
-    assert not (user_folder(running, "file") / "journal").exists()  # with the text in it
+    assert not (folder / "journal").exists()  # with the text in it
 
 
 @pytest.mark.parametrize("mode", ["user", "assistant", "both", "none"])
@@ -122,22 +130,27 @@ def test_turns_that_are_learned(mind, tmp_path, mode):
         assert settled(client)["tokens"] == lengths[mode]
 
 
-def test_score_and_learn(client):
-    learner = fresh_learner()
-    expected = learner.score(TOLD).tolist()[1:]
+def test_score_and_learn(client, kind, mind, reader):
+    expected = reader.score(TOLD)
     score = client.post("/v1/memories/score", json={"text": TOLD, "user": "s"}).json()
     assert [t["surprise"] for t in score["tokens"][1:]] == pytest.approx(expected, abs=1e-5)
     assert "".join(t["token"] for t in score["tokens"]) == TOLD
-    assert score["tokens"][0]["surprise"] is None
-    assert score["mean_surprise"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    # a text that levels learn has nothing before it; that of a Hope model begins with a token of its own
+    assert (score["tokens"][0]["surprise"] is None) == (kind == "levels")
+    known = [t["surprise"] for t in score["tokens"] if t["surprise"] is not None]
+    assert score["mean_surprise"] == pytest.approx(sum(known) / len(known), abs=1e-5)
     lesson = client.post("/v1/memories/learn", json={"text": TOLD, "user": "s"}).json()
-    losses = learner.observe(f"{TOLD}\n").tolist()[1:]
+    losses = reader.learn(TOLD)
     assert [t["surprise"] for t in lesson["tokens"][1:]] == pytest.approx(losses, abs=1e-5)
-    passed = [(write.level, write.position, write.outcome) for write in learner.writes]
-    assert [(w["level"], w["position"], w["outcome"]) for w in lesson["writes"]] == passed
-    assert len(passed) == 9
+    assert lesson["written"] == [(len(TOLD) + 1) // level.chunk_size for level in mind.levels]
+    if kind == "levels":
+        passed = [(write.level, write.position, write.outcome) for write in reader.learner.writes]
+        assert [(w["level"], w["position"], w["outcome"]) for w in lesson["writes"]] == passed
+        assert len(passed) == 9
     after = client.post("/v1/memories/score", json={"text": TOLD, "user": "s"}).json()
-    assert after["mean_surprise"] < score["mean_surprise"]
+    if kind == "levels":  # a model with random weights has not learned how to learn
+        assert after["mean_surprise"] < score["mean_surprise"]
+    assert after["mean_surprise"] != score["mean_surprise"]
     assert memory_of(client, "s")["last_lesson"]["mean_surprise"] == lesson["mean_surprise"]
 
 
@@ -207,22 +220,22 @@ def test_export_and_import(client, tmp_path):
     assert memory_of(client, "to")["tokens"] == len("told before") + 1
 
 
-def test_memories_persist_and_journals_are_replayed(mind, tmp_path):
-    learner = fresh_learner()
+def test_memories_persist_and_journals_are_replayed(mind, reader, tmp_path):
     with served(tmp_path, mind) as (address, _), client_of(address) as client:
         chat(client, TOLD)
         settled(client)
     folder = tmp_path / folder_name("anna")
     Journal(folder / "journal").append(Entry(2, "c", ("told last, and not learned yet",)))
-    learner.observe(f"{TOLD}\n")
-    learner.observe("told last, and not learned yet\n")
+    for text in (TOLD, "told last, and not learned yet"):
+        reader.learn(text)
     with served(tmp_path, mind) as (address, _), client_of(address) as client:
         deadline = time.time() + 10
         while (folder / "journal").exists() and time.time() < deadline:
             time.sleep(0.02)  # replayed without any request
-        assert memory_of(client)["tokens"] == learner.memory.rows[0].position
+        assert memory_of(client)["tokens"] == reader.tokens
         score = client.post("/v1/memories/score", json={"text": TOLD, "user": "anna"}).json()
-        assert score["mean_surprise"] == pytest.approx(float(learner.score(TOLD)[1:].mean()), abs=1e-5)
+        found = [t["surprise"] for t in score["tokens"][1:]]
+        assert found == pytest.approx(reader.score(TOLD), abs=1e-5)
 
 
 def test_keys_say_who_asks(mind, tmp_path):
