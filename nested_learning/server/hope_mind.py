@@ -87,7 +87,7 @@ class HopeMind(Mind):
                 following = text[0, piece.start + 1 : piece.stop + 1]
                 losses += F.cross_entropy(logits, following, reduction="none").tolist()
             yield
-        # Also adds up the columns, which a cache does when it is asked: the memory is read by several threads.
+        # A cache adds up its columns when it is asked for them; afterwards several threads may ask.
         cache.get_seq_length()
         missing = [float("nan")] * (len(ids) - len(losses))
         return numbers([*missing, *losses][-len(ids) :])
@@ -140,8 +140,8 @@ class HopeMind(Mind):
         theirs, ours = loaded.notes.get(WEIGHTS), self._notes[WEIGHTS]
         if theirs not in (None, ours):
             raise ValueError(
-                f"{path} belongs to a model with other weights (fingerprint {str(theirs)[:12]}…, this one has "
-                f"{ours[:12]}…): load it with the model that has read it"
+                f"{path} belongs to a model with other weights (fingerprint {str(theirs)[:12]}…, this one "
+                f"has {ours[:12]}…): load it with the model that has read it"
             )
         return dataclasses.replace(loaded, notes=self._notes)
 

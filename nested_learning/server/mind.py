@@ -1,4 +1,4 @@
-"""A model and its way of remembering, as the server sees it: memories are values, which learning takes and gives."""
+"""A model and its way of remembering: memories are values, which learning takes and gives."""
 
 from __future__ import annotations
 
