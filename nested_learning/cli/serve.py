@@ -20,9 +20,9 @@ A server whose model remembers each user, with the HTTP interface that OpenAI's 
 
 MODEL is a folder written by save_pretrained, the --output folder of a completed run, a trained model of the
 package, or a name that transformers can download. Each user has a memory, in a folder of its own below
---memories: deltas on the model's MLPs, or of a Hope model, which has memories itself, their states. The turns
-of a conversation are learned after its answer; /v1/memories shows what was learned, takes it back, and deletes
-it. A page to talk is at /.
+--memories: deltas on the model's MLPs, or of a Hope model, which has memories itself, their states. The
+turns of a conversation are learned after its answer; /v1/memories shows what was learned, takes it back,
+and deletes it. A page to talk is at /.
 
 examples:
   nested-learning serve --model SmolLM2-135M-Instruct --memories memories/

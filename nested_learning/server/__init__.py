@@ -2,9 +2,9 @@
 
 From the ground up:
 
-- `mind` is a model and its way of remembering. A memory is a value: learning takes one and gives the next, in
-  turns of at most one chunk, so that half a lesson is never a memory. `level_mind` has a pretrained model with
-  levels of deltas, `hope_mind` a Hope model, whose memory is its cache.
+- `mind` is a model and its way of remembering. A memory is a value: learning takes one and gives the next,
+  in turns of at most one chunk, so that half a lesson is never a memory. `level_mind` has a pretrained model
+  with levels of deltas, `hope_mind` a Hope model, whose memory is its cache.
 - `sampling`, `decoding` and `generation` write an answer token by token, in turns of one token, with keys and
   values of its own, under the memory that its user had when the request came.
 - `scheduler` runs all turns on one thread, user by user in a ring. Lessons that nobody waits for get a share
