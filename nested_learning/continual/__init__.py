@@ -11,6 +11,8 @@ from nested_learning.continual.objectives.fisher import Fisher
 from nested_learning.continual.reopen import reopen
 from nested_learning.continual.replaying.settings import Replay
 from nested_learning.continual.stack import stack_levels
+from nested_learning.continual.starts.learn import learn_starts
+from nested_learning.continual.starts.starts import Starts
 from nested_learning.continual.writing import Write
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "Memory",
     "Replay",
     "Snapshot",
+    "Starts",
     "Write",
+    "learn_starts",
     "reopen",
     "stack_levels",
 ]

@@ -79,8 +79,9 @@ class Adapter:
         return torch.stack([self._read(self._inner, row) for row in ids]).mean()
 
     def _read(self, reader: Reader, ids: Tensor) -> Tensor:
-        """Mean loss of the pairs of ids [T], read from empty deltas."""
-        row, learn = Row.new(len(reader.writers), ids.device), torch.ones(len(ids), dtype=torch.bool)
+        """Mean loss of the pairs of ids [T], read from where the levels begin."""
+        row = Row.new((writer.new_state() for writer in reader.writers), ids.device)
+        learn = torch.ones(len(ids), dtype=torch.bool)
         losses = []
         for piece, ends in reader.plan.pieces(0, len(ids)):
             if ends:

@@ -115,11 +115,14 @@ class ContextReader:
         self.has_states = state_layers(model.config) is not None
         self.stepwise = False
 
-    def read(self, module: Any, ids: Tensor, context: Context) -> tuple[Tensor, Context]:
+    def read(
+        self, module: Any, ids: Tensor, context: Context, *, attached: bool = False
+    ) -> tuple[Tensor, Context]:
         """Read ids [1, n] after `context` with the model, or with its body.
 
         Returns:
-            logits [1, n, V] (of the body its last hidden states), and the context then, cut from the graph.
+            logits [1, n, V] (of the body its last hidden states), and the context then, cut from the graph
+            unless it is to stay `attached`.
 
         Raises:
             ValueError: the model did not use the cache as attention and recurrent layers do.
@@ -129,6 +132,8 @@ class ContextReader:
         for part in parts:
             output, context = self._read(module, part, context)
             outputs.append(output)
+        if attached:
+            return torch.cat(outputs, dim=1), context
         layers = tuple({name: t.detach() for name, t in layer.items()} for layer in context.layers)
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], Context(layers, len(context))
 

@@ -136,9 +136,10 @@ class Row:
     resume: Context | None = None
 
     @classmethod
-    def new(cls, num_levels: int, device: torch.device) -> Row:
+    def new(cls, levels: Iterable[DeltaState], device: torch.device) -> Row:
+        """A row that has read nothing, with these states of its levels."""
         return cls(
-            [DeltaState() for _ in range(num_levels)],
+            list(levels),
             position=0,
             tokens=torch.empty(0, dtype=torch.long, device=device),
             learn=torch.empty(0, dtype=torch.bool),

@@ -29,7 +29,7 @@ from nested_learning.continual.writing import DeltaWriter
 
 FORMAT = "nested_learning.continual_memory"
 VERSION, WITHOUT_CHECKSUM = "2", "1"
-OPTIONAL = ("background", "fisher")  # parts of an identity that most learners do not have
+OPTIONAL = ("background", "fisher", "starts")  # parts of an identity that most learners do not have
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
 
 
@@ -219,7 +219,8 @@ def _row_numbers(row: Row) -> dict[str, Any]:
 def _mismatch(path: Path, key: str, theirs: str | None, ours: str | None) -> str:
     if key in OPTIONAL:
         one, other = (f"the {key} {digest[:12]}…" if digest else f"no {key}" for digest in (theirs, ours))
-        return f"{path} was written by a learner with {one}; this learner has {other}"
+        hint = "; stack_levels takes the file of the right ones as starts=…" if key == "starts" else ""
+        return f"{path} was written by a learner with {one}; this learner has {other}{hint}"
     if key == "fingerprint":
         return (
             f"{path} belongs to another base model (fingerprint {str(theirs)[:12]}…, this one has "

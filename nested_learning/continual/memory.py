@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from nested_learning.continual.averages import answering
-from nested_learning.continual.deltas import DeltaState, Row
+from nested_learning.continual.deltas import Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
 from nested_learning.continual.objectives.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.replaying.settings import Replay
 from nested_learning.continual.replaying.store import Store
+from nested_learning.continual.starts.starts import Starts
 from nested_learning.continual.weights import Workspace, acting
 from nested_learning.continual.writing import DeltaWriter, relay
 from nested_learning.memory.state import Weights
@@ -73,6 +74,11 @@ class Memory:
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
     @property
+    def starts(self) -> Starts | None:
+        """The learned rates and starts that rows begin with; None where levels begin at zero."""
+        return self._anchors.starts
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing was read yet."""
         return all(row.position == 0 for row in self.rows)
@@ -98,7 +104,7 @@ class Memory:
 
     def new_row(self) -> Row:
         """A row that has read nothing."""
-        row = Row.new(len(self._writers), self._model.device)
+        row = Row.new((writer.new_state() for writer in self._writers), self._model.device)
         row.store = None if self._replay is None else Store()
         return row
 
@@ -121,7 +127,8 @@ class Memory:
     def reset(self, level: int | None = None) -> None:
         """Forget everything, or the delta, the unfinished chunk's sums and the rule's state of one level.
 
-        What an average took from a level stays with the average.
+        A level with learned starts goes back to its start. What an average took from a level stays with the
+        average.
 
         Args:
             level: index of the level, 0 is the fastest; None for all, the place in the text included.
@@ -137,7 +144,8 @@ class Memory:
         for row in self.rows:
             relay(self._writers, row, level)  # sums that the slower level has yet to add
             # averages of the level are products with its drawn factors
-            row.levels[level] = DeltaState(drawn=row.levels[level].drawn)
+            drawn, row.levels[level] = row.levels[level].drawn, self._writers[level].new_state()
+            row.levels[level].drawn = drawn
             row.store = row.store and row.store.incomplete("reset")
             row.mark_changed()
 

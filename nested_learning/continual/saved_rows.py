@@ -91,7 +91,7 @@ class SavedRows:
         # a file without a mask is of a time when everything was learned
         learn = self._left.pop(f"{prefix}mask", torch.ones(length, dtype=torch.bool))
         _check(f"{prefix}mask", learn, (torch.bool,), (length,))
-        row = Row.new(len(self._writers), self._model.device)
+        row = Row.new((DeltaState() for _ in self._writers), self._model.device)
         row.position, row.start, row.tokens, row.learn = position, start, tokens.to(self._model.device), learn
         layers, lengths = numbers["context_layers"], numbers.get("read", [None, None])
         if not isinstance(lengths, list) or len(lengths) != 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from nested_learning.continual.objectives.fisher import Fisher
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.replaying.settings import Replay
+from nested_learning.continual.starts.starts import Starts
 from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
@@ -36,11 +38,12 @@ def stack_levels(
     distill_top_k: int | None = None,
     background: TextOrIds | None = None,
     fisher: Fisher | None = None,
+    starts: Starts | str | os.PathLike[str] | None = None,
 ) -> Learner:
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
     The model stays as it is: its class, its parameters, its generate. With learning rates of 0 the learner
-    computes exactly what the model computes. Long: it describes fourteen arguments.
+    computes exactly what the model computes. Long: it describes fifteen arguments.
 
     Args:
         model: any transformers causal language model whose layers all have attention, in any precision, also
@@ -68,18 +71,23 @@ def stack_levels(
         background: text for levels with `anchor_kl`, as `Learner.observe` takes it: a text, ids, or a list
             of them.
         fisher: Fisher diagonal of background text, which scales the decay of each weight; see `Fisher`.
+        starts: rates and starts that `learn_starts` has found for these levels on this model, or their file.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
-            increase, layers out of range, a rank too large, or a window that does not fit.
+            increase, layers out of range, a rank too large, a window that does not fit, or starts of
+            another model or of other levels.
+        FileNotFoundError: there is no such file of starts.
     """
     levels = check_levels(levels)
     model = _base_model(model)
     workspace = Workspace.of(model)
     with workspace.bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
-    anchors = Anchors.checked(model, tokenizer, levels, background, fisher)
-    writers = _writers(levels, targets, seed, fisher)
+    if not (starts is None or isinstance(starts, Starts)):
+        starts = Starts.load(starts)
+    anchors = Anchors.checked(model, tokenizer, levels, background, fisher, starts)
+    writers = _writers(levels, targets, seed, fisher, starts)
     check_weights([target for writer in writers for target in writer.targets])
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
     plan = plan_distillation(plan, levels, distill_top_k)
@@ -90,7 +98,11 @@ def stack_levels(
 
 
 def _writers(
-    levels: Sequence[Level], targets: Sequence[Target], seed: int, fisher: Fisher | None
+    levels: Sequence[Level],
+    targets: Sequence[Target],
+    seed: int,
+    fisher: Fisher | None,
+    starts: Starts | None,
 ) -> list[DeltaWriter]:
     num_layers = len({target.layer for target in targets})
     scale = fisher.diagonal if fisher else None
@@ -100,7 +112,9 @@ def _writers(
         own = [target for target in targets if target.layer in chosen]
         faster = [writer for writer in writers if writer.averaged is None]
         averaged = None if level.average_of is None else writers[level.average_of]
-        writers.append(DeltaWriter(index, level, own, seed, faster[-1] if faster else None, averaged, scale))
+        fast = faster[-1] if faster else None
+        start = starts.of_level(index, [target.name for target in own]) if starts else None
+        writers.append(DeltaWriter(index, level, own, seed, fast, averaged, scale, start))
     return writers
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -251,13 +251,18 @@ class SparseWrites:
         return torch.searchsorted(joined, units)
 
     def put(
-        self, state: DeltaState, chosen: Chosen, directions: Weights, step: float, rule: RuleState
+        self,
+        state: DeltaState,
+        chosen: Chosen,
+        directions: Weights,
+        steps: Mapping[str, float],
+        rule: RuleState,
     ) -> None:
-        """Δ ← Δ + step · directions on the chosen units, and the new states of the rule there."""
+        """Δ ← Δ + step · direction on the chosen units of each slot, and the rule's new states there."""
         for slot, direction in directions.items():
             at = chosen.positions[self.layer_of[slot].name]
             delta = state.deltas[slot]
-            delta.index_add_(0, at, direction.to(delta.dtype), alpha=step)
+            delta.index_add_(0, at, direction.to(delta.dtype), alpha=steps[slot])
         for slot, stored in rule.items():
             at, kept = chosen.positions[self.layer_of[slot].name], state.rule[slot]
             state.rule[slot] = {field: kept[field].index_copy(0, at, new) for field, new in stored.items()}

@@ -287,23 +287,52 @@ class Workspace:
                 if writer.averaged is None or target.name + UP in state.deltas
                 for down, up in [writer.factors(state, target)]
             ]
-            model = self._model()
-            assert model is not None  # whoever reads with it holds it
-            installation = _Installation(buffers.effective(writers, row, learning), factors, model)
-            # One installation at a time: that of the scope around this one steps aside until this one ends.
-            if self._active:
-                self._active[-1].remove()
-            self._active.append(installation)
+            installation = self._installation(buffers.effective(writers, row, learning), factors)
+            leaves = installation.leaves(writers) if learning else {}
             try:
-                leaves = installation.leaves(writers) if learning else {}
-                installation.put()
-                yield leaves
+                with self._put(installation):
+                    yield leaves
             finally:
-                self._active.pop().remove()
-                if self._active:
-                    self._active[-1].put()
                 self._free.append(buffers)
                 del self._free[: -self.keep]
+
+    @contextmanager
+    def placed(
+        self,
+        weights: dict[Target, Tensor],
+        factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]],
+    ) -> Iterator[None]:
+        """The base model runs with these tensors inside the scope, and gradients flow into their graph.
+
+        Args:
+            weights: W_base + Σ Δ of full deltas in the place of W_base; of a quantised weight Σ Δ alone.
+            factors: of each low-rank delta its writer, its weight, `down` [r, in] and `up` [out, r].
+        """
+        with self.lock, self._put(self._installation(weights, factors)):
+            yield
+
+    def _installation(
+        self,
+        weights: dict[Target, Tensor],
+        factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]],
+    ) -> _Installation:
+        model = self._model()
+        assert model is not None  # whoever reads with it holds it
+        return _Installation(weights, factors, model)
+
+    @contextmanager
+    def _put(self, installation: _Installation) -> Iterator[None]:
+        # One installation at a time: that of the scope around this one steps aside until this one ends.
+        if self._active:
+            self._active[-1].remove()
+        self._active.append(installation)
+        try:
+            installation.put()
+            yield
+        finally:
+            self._active.pop().remove()
+            if self._active:
+                self._active[-1].put()
 
     def _take(self, version: Hashable) -> _Buffers:
         """The free set made for a version of a row, else one to fill: a scope in a scope has its own."""

@@ -16,6 +16,7 @@ from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.level import Level
 from nested_learning.continual.rules import resolve_rule
+from nested_learning.continual.starts.starts import LevelStart, check_tensors, start_values
 from nested_learning.continual.units import SparseDelta, SparseWrites
 from nested_learning.memory.state import Weights
 from nested_learning.ops.norm import magnitude
@@ -63,6 +64,7 @@ class DeltaWriter:
         faster: writer of the next faster level that is no average; None for the fastest.
         averaged: writer of the level that this one averages; None if it is no average.
         fisher: scale of the decay for each weight, by the targets' names; None for 1.
+        start: learned rates and start of the level; None for those of its settings, and zero.
 
     Attributes:
         number: number of faster levels that are no averages.
@@ -77,6 +79,8 @@ class DeltaWriter:
             pass over them per chunk, not per segment. (The fastest level keeps no sums worth the name: its
             chunk is one segment as a rule.)
         direct: all other slots.
+        rates: factor of the level's `lr` by slot; 1 where there is none.
+        begin: state of a row that has read nothing, never written to.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class DeltaWriter:
         faster: DeltaWriter | None = None,
         averaged: DeltaWriter | None = None,
         fisher: Weights | None = None,
+        start: LevelStart | None = None,
     ) -> None:
         self.index = index
         self.number: int = 0 if faster is None else faster.number + 1
@@ -125,6 +130,33 @@ class DeltaWriter:
         if faster is not None and both_sum and level.chunk_size % faster.level.chunk_size == 0:
             self.relayed = frozenset({t.name for t in faster.full_targets} & self.keys.keys())
         self.direct = frozenset(self.keys) - self.relayed
+        self.rates = {} if start is None else dict(start.rates)
+        self.begin = self._beginning(start or LevelStart())
+
+    def new_state(self) -> DeltaState:
+        """State of the level in a row that has read nothing."""
+        return self.begin.share()
+
+    def _beginning(self, start: LevelStart) -> DeltaState:
+        """State of a level that begins at its start; of an average, at that of the level it averages."""
+        if self.averaged is not None:
+            begin = self.averaged.begin
+            if begin.deltas and self.sparse is None:
+                self.average(found := DeltaState(), self.averaged, begin, rate=1.0)
+                return found
+            return DeltaState()
+        if start.tensors and (self.sparse is not None or not self.learns):
+            what = f"sparse={self.level.sparse}" if self.learns else "lr=0"
+            raise ValueError(f"level {self.index} has {what}, and starts have a matrix for it; expected none")
+        slots = list(self.keys) if self.learns else []
+        check_tensors(start, self.targets, self.shape, slots, self.level.rank is not None)
+        values = start_values(start.tensors, self.targets, self.level.rank is None)
+        placed = {
+            name: t.to(self.targets[0].weight.device, memory_dtype(self.targets[0].weight))
+            for name, t in values.items()
+        }
+        down = [name for name in placed if self.fixed_down and name.endswith(DOWN)]
+        return DeltaState(drawn={name: placed.pop(name) for name in down}, deltas=placed)
 
     def _checked_fisher(self, fisher: Weights) -> Weights:
         """Fisher's numbers of the targets on their devices."""
@@ -161,14 +193,14 @@ class DeltaWriter:
         kept = state.drawn if self.fixed_down else state.deltas
         down, up = kept.get(target.name + DOWN), state.deltas.get(target.name + UP)
         if down is None or up is None:
-            drawn, up = self._initial_factors(target)
+            drawn, up = self.initial_factors(target, self.level.rank or 0)
             down = kept.setdefault(target.name + DOWN, drawn)
             state.deltas[target.name + UP] = up
         return down, up
 
-    def _initial_factors(self, target: Target) -> tuple[Tensor, Tensor]:
-        rank, (inputs, outputs) = self.level.rank, target.features
-        assert rank is not None
+    def initial_factors(self, target: Target, rank: int) -> tuple[Tensor, Tensor]:
+        """(down, up) of a delta of zero at a rank: `down` drawn with orthonormal rows, `up` zero."""
+        inputs, outputs = target.features
         digest = hashlib.sha256(f"{self.seed}/{self.number}/{target.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         weight = target.weight
@@ -221,12 +253,12 @@ class DeltaWriter:
             return "dropped", loss, norm
         if not pairs and not distilled:
             return "masked", loss, norm
-        if pairs and not again and self._is_gated(state, loss):
+        if pairs and not again and self.is_gated(state, loss):
             return "gated", loss, norm
         state.own()
         for slot, delta in state.deltas.items() if self.level.decay and not again else ():
             if not slot.endswith(DOWN):  # a product shrinks with one of its factors
-                delta.mul_(self._kept_share(slot, delta.dtype))
+                delta.mul_(self.kept_share(slot, delta.dtype))
         if sums:
             chosen = None if self.sparse is None else self.sparse.choose(state, sums)
             grads, size = (sums, norm) if chosen is None else (chosen.grads, _norm(chosen.grads))
@@ -234,20 +266,25 @@ class DeltaWriter:
             before = state.rule if chosen is None else chosen.rule
             directions, rule, factor = self.rule.step(before, grads, scale)
             if self.sparse is not None and chosen is not None:
-                self.sparse.put(state, chosen, directions, -self.level.lr * factor, rule)
+                steps = {slot: self._step_size(slot, factor) for slot in directions}
+                self.sparse.put(state, chosen, directions, steps, rule)
                 return "written", loss, norm
             state.rule = rule
             for slot, direction in directions.items():
-                _step(state.deltas, slot, direction, -self.level.lr * factor)  # eq 71
+                _step(state.deltas, slot, direction, self._step_size(slot, factor))  # eq 71
         return "written", loss, norm
 
-    def _kept_share(self, slot: str, dtype: torch.dtype) -> float | Tensor:
+    def _step_size(self, slot: str, factor: float) -> float:
+        """What a slot's direction is multiplied by: −lr · r, and the rule's factor."""
+        return -self.level.lr * factor * self.rates.get(slot, 1.0)
+
+    def kept_share(self, slot: str, dtype: torch.dtype) -> float | Tensor:
         """Share of a delta that is not forgotten at a write."""
         if slot not in self.fisher:
             return 1 - self.level.decay
         return 1 - (self.fisher[slot].to(dtype) * self.level.decay).clamp(max=1)
 
-    def _is_gated(self, state: DeltaState, loss: float) -> bool:
+    def is_gated(self, state: DeltaState, loss: float) -> bool:
         level, before = self.level, state.history
         if level.gate_quantile is None:
             return level.gate is not None and loss <= level.gate
@@ -270,9 +307,15 @@ class DeltaWriter:
                 kept = target.name if fast.level.rank is None else target.name + UP
                 fast_state.deltas[kept].mul_(1 - share)
 
-    def average(self, state: DeltaState, averaged: DeltaWriter, averaged_state: DeltaState) -> float:
-        """A ← A + rate · (Δ − A). Returns the relative error of bringing A back to its rank; see `Write`."""
-        rate = self.level.rate
+    def average(
+        self, state: DeltaState, averaged: DeltaWriter, averaged_state: DeltaState, rate: float | None = None
+    ) -> float:
+        """A ← A + rate · (Δ − A), by default with the level's own rate.
+
+        Returns:
+            the relative error of bringing A back to its rank; see `Write`.
+        """
+        rate = self.level.rate if rate is None else rate
         assert rate is not None
         state.own()
         if self.sparse is not None:

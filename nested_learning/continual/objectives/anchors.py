@@ -14,6 +14,7 @@ from nested_learning.continual.files import fingerprint
 from nested_learning.continual.inputs import TextOrIds, read_batch
 from nested_learning.continual.level import Level
 from nested_learning.continual.objectives.fisher import Fisher
+from nested_learning.continual.starts.starts import Starts
 from nested_learning.continual.weights import Workspace
 
 
@@ -50,15 +51,17 @@ class Background:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Anchors of a learner's levels.
+    """Anchors of a learner's levels, and what these begin with: all that is given to them beside the model.
 
     Attributes:
         background: text of `Level.anchor_kl`; None where no level has one.
         fisher: scale of `Level.decay` for each weight; None for the same share of all.
+        starts: learned rates and starts; None where levels begin at zero, with the rates of their settings.
     """
 
     background: Background | None = None
     fisher: Fisher | None = None
+    starts: Starts | None = None
 
     @classmethod
     def checked(
@@ -68,12 +71,13 @@ class Anchors:
         levels: Sequence[Level],
         background: TextOrIds | None,
         fisher: Fisher | None,
+        starts: Starts | None = None,
     ) -> Anchors:
         """The anchors that `stack_levels` was given.
 
         Raises:
             ValueError: a level needs one that is missing, no level uses one, the background is too short, or
-                the Fisher diagonal is another model's.
+                the Fisher diagonal or the starts are another model's.
         """
         wanted = any(level.anchor_kl for level in levels)
         if wanted != (background is not None):
@@ -84,16 +88,19 @@ class Anchors:
             )
         if fisher is not None:
             _check_fisher(model, levels, fisher)
+        if starts is not None:
+            with Workspace.of(model).bare():
+                starts.check(fingerprint(model), levels)
         if background is None:
-            return cls(None, fisher)
+            return cls(None, fisher, starts)
         texts = tuple(text for text in read_batch(background, tokenizer, model).rows if len(text) > 1)
         if not texts:
             raise ValueError("the background has no text of two tokens, and one token has none to predict")
-        return cls(Background(texts), fisher)
+        return cls(Background(texts), fisher, starts)
 
     def identity(self) -> dict[str, str]:
-        """Digests of the anchors in use, by their names: a memory file belongs to them."""
-        used = {"background": self.background, "fisher": self.fisher}
+        """Digests of what is in use, by its name: a memory file belongs to it."""
+        used = {"background": self.background, "fisher": self.fisher, "starts": self.starts}
         return {name: anchor.digest for name, anchor in used.items() if anchor is not None}
 
 

@@ -1,0 +1,1 @@
+"""Rates and starts for each matrix that levels write to, learned beforehand."""
