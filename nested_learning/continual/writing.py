@@ -150,13 +150,11 @@ class DeltaWriter:
             raise ValueError(f"level {self.index} has {what}, and starts have a matrix for it; expected none")
         slots = list(self.keys) if self.learns else []
         check_tensors(start, self.targets, self.shape, slots, self.level.rank is not None)
-        values = start_values(start.tensors, self.targets, self.level.rank is None)
-        placed = {
-            name: t.to(self.targets[0].weight.device, memory_dtype(self.targets[0].weight))
-            for name, t in values.items()
-        }
-        down = [name for name in placed if self.fixed_down and name.endswith(DOWN)]
-        return DeltaState(drawn={name: placed.pop(name) for name in down}, deltas=placed)
+        weight = self.targets[0].weight
+        placed = {name: t.to(weight.device, memory_dtype(weight)) for name, t in start.tensors.items()}
+        values = start_values(placed, self.targets, self.level.rank is None)
+        down = [name for name in values if self.fixed_down and name.endswith(DOWN)]
+        return DeltaState(drawn={name: values.pop(name) for name in down}, deltas=values)
 
     def _checked_fisher(self, fisher: Weights) -> Weights:
         """Fisher's numbers of the targets on their devices."""
