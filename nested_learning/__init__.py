@@ -12,6 +12,7 @@ from nested_learning._lazy import names_on_first_use
 from nested_learning._version import __version__
 
 if TYPE_CHECKING:
+    from nested_learning._progress import quiet
     from nested_learning.layers import Attention, ContinuumMemorySystem, SelfModifyingTitans, Titans
     from nested_learning.models import (
         PRESETS,
@@ -43,6 +44,7 @@ else:
         {
             **dict.fromkeys(_LAYERS, "nested_learning.layers"),
             **dict.fromkeys(_MODELS, "nested_learning.models"),
+            "quiet": "nested_learning._progress",
             **{name: f"nested_learning.{name}" for name in _FOLDERS},
         },
     )
@@ -65,4 +67,5 @@ __all__ = [
     "__version__",
     "preset",
     "pretrained",
+    "quiet",
 ]

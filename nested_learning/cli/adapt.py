@@ -30,7 +30,7 @@ examples:
 
 exit codes: 0 done, 1 the loss became NaN or infinite, 2 bad input, 130 and 143 interrupted
 """
-OWN_FLAGS = {"output", "resume", "overwrite", "quiet", "json"}
+OWN_FLAGS = {"output", "resume", "overwrite", "json"}
 
 
 def run(argv: list[str]) -> int:
@@ -40,9 +40,7 @@ def run(argv: list[str]) -> int:
     from nested_learning.training.run import TrainingDiverged
 
     try:
-        outcome = adapt(
-            config, levels, resume=values.resume, overwrite=values.overwrite, progress=not values.quiet
-        )
+        outcome = adapt(config, levels, resume=values.resume, overwrite=values.overwrite)
     except TrainingDiverged as error:
         say(f"error: {error}")
         return 1
@@ -59,7 +57,6 @@ def _parse(argv: list[str]) -> tuple[AdaptConfig, list[Level], Namespace]:
     parser = new_parser("adapt", "--model MODEL ", DESCRIPTION)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
     parser.add_class_arguments(AdaptConfig, None)
     add_level_flags(parser, chunk_sizes=(64, 256, 1024), level_lr=0.1)

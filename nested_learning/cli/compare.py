@@ -42,7 +42,6 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--no_memory", action="store_true", help="do not measure memory")
     parser.add_argument("--cache", type=str, help="folder that keeps finished runs, to go on from them")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, alone on stdout")
     parser.add_class_arguments(DataConfig, "data", skip={"max_validation_blocks"})
     parser.add_class_arguments(OptimConfig, "optim", skip={"lr"})
@@ -66,27 +65,9 @@ def run(argv: list[str]) -> int:
     )
     if len(config.models) < 2:
         raise ValueError(f"got one model, {config.models[0]!r}; expected two or more to compare")
-    total = config.steps * len(config.lrs) * len(config.seeds)
-    result = compare(config) if values.quiet else compare(config, on_step=_Bar(total))
+    result = compare(config)
     print_json(result) if values.json else _print(result)
     return 0
-
-
-class _Bar:
-    """A progress bar on stderr that appears with the first step, so not above a message of bad input."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.bar: Any = None
-
-    def __call__(self) -> None:
-        if self.bar is None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.total, unit="step")
-        self.bar.update()
-        if self.bar.n == self.total:
-            self.bar.close()
 
 
 COLUMNS = (

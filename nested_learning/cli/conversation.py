@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._precision import loading_dtype
 from nested_learning.models import HopeCache, HopeConfig, HopeForCausalLM
@@ -44,7 +43,6 @@ def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
             f"the tokenizer in {folder} has {len(tokenizer)} ids, the model {config.vocab_size}: "
             "it belongs to another model"
         )
-    disable_progress_bar()  # of loading the weights
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     assert device is not None
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=str, help="folder of finished runs and of the report")
     parser.add_argument("--max_minutes", type=float, help="begin no run that would probably end later")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share runs and cores")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, alone on stdout")
     values = parse(parser, argv)
 
@@ -64,8 +62,7 @@ def run(argv: list[str]) -> int:
         jobs=values.jobs,
     )
     command = shlex.join(["nested-learning", "eval", *argv])
-    with _TrialBar(values.quiet) as bar:
-        results = evaluate(config, bar)
+    results = evaluate(config)
     from nested_learning.evals.report.build import contents
     from nested_learning.evals.report.write import write_report
 
@@ -92,33 +89,6 @@ def options(given: list[str]) -> dict[str, dict[str, Any]]:
         except ValueError:
             found.setdefault(task, {})[name] = value
     return found
-
-
-class _TrialBar:
-    """A progress bar on stderr over all runs, with the time left; it appears with the first run."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-
-    def __enter__(self) -> _TrialBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, outcome: Any, left: int) -> None:
-        if self.quiet:
-            return
-        if self.bar is None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(unit="run", file=sys.stderr)
-        self.bar.total = self.bar.n + 1 + left
-        if outcome is not None:
-            self.bar.set_postfix_str(str(outcome.trial) + (" failed" if outcome.error else ""))
-        self.bar.update()
 
 
 def _list(as_json: bool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from nested_learning._checks import check_types, require
+from nested_learning._progress import Progress, progress
 from nested_learning.cli.output import human_bytes, print_json, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -72,6 +74,22 @@ class GenerateConfig:
         }
 
 
+class _TokenCounter:
+    """A streamer of transformers that counts the tokens after the prompt, which comes first."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.after_prompt = False
+
+    def put(self, value: Any) -> None:
+        if self.after_prompt:
+            self.bar.advance(len(value))
+        self.after_prompt = True
+
+    def end(self) -> None:
+        """Nothing is left to show."""
+
+
 def run(argv: list[str]) -> int:
     """Parse, generate, print. Returns the exit code."""
     parser = new_parser("generate", "MODEL ", DESCRIPTION)
@@ -122,7 +140,7 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         writable(config.save_state)  # refused before a long text is written
     model, tokenizer = load_model(model_folder)
     conversation = Conversation.open(model, tokenizer, config.load_state)
-    streamer = None
+    streamer: Any = None
     if stream:
         sys.stdout.write(config.prompt)
         sys.stdout.flush()
@@ -133,9 +151,13 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         options["compile_config"]._compile_all_devices = True
     set_seed(config.seed)
     start = time.perf_counter()
-    new_ids = conversation.generate(
-        config.prompt, max_new_tokens=config.max_new_tokens, streamer=streamer, **options
-    )
+    with nullcontext() if stream else progress("generating", config.max_new_tokens, "token") as bar:
+        new_ids = conversation.generate(
+            config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            streamer=_TokenCounter(bar) if bar else streamer,
+            **options,
+        )
     seconds = time.perf_counter() - start
     if config.save_state:
         conversation.save(config.save_state)

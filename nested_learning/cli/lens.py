@@ -45,7 +45,6 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--memory", type=str, metavar="FILE", help="memory of a pretrained model, to start from"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
     values = parse(parser, argv)
 
@@ -101,13 +100,10 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bo
             f"{', '.join(given)} describe levels on a pretrained model of another kind; {name} is a Hope "
             "model, whose memories and levels are its own: leave them out"
         )
-    from tqdm import tqdm
-
     from nested_learning.cli.conversation import load_model
 
     model, tokenizer = load_model(name)
-    with tqdm(unit="token", disable=True if values.quiet else None) as bar:  # None: in a pipe
-        return lens(model, text, tokenizer, max_tokens=values.max_tokens, progress=bar.update)
+    return lens(model, text, tokenizer, max_tokens=values.max_tokens)
 
 
 def _learner_recording(name: str, values: Namespace, text: str, own_levels: bool) -> Recording:

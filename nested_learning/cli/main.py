@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nested_learning import _progress
 from nested_learning.cli.errors import DEBUG, message_of, unknown_command
+from nested_learning.cli.output import QUIET
 
 COMMANDS = {
     "train": "train a model on text; it is saved as a Hugging Face folder",
@@ -37,7 +39,7 @@ def usage() -> str:
         "usage: nested-learning COMMAND [options]\n\n"
         "Nested Learning in PyTorch: train Hope models and generate from them.\n\n"
         f"commands:\n{lines}\n\n"
-        "`nested-learning COMMAND --help` lists the options of a command.\n"
+        "`nested-learning COMMAND --help` lists the options of a command; --quiet shows no progress bars.\n"
         f"Set {DEBUG}=1 to see the full traceback of an error."
     )
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     wait_asleep()
+    delay_bars()
     try:
         try:
             return _run(argv)
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has read enough
-        _quiet()
+        _close_stdout()
         return 0
 
 
@@ -68,7 +71,13 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def _quiet() -> None:
+def delay_bars() -> None:
+    """Let bars of other libraries too, of downloads and of weights being loaded, appear after a while."""
+    if "tqdm" not in sys.modules:
+        os.environ.setdefault("TQDM_DELAY", f"{_progress.DELAY:.0f}")
+
+
+def _close_stdout() -> None:
     """Let nothing more be written to a stdout that nobody reads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -86,8 +95,9 @@ def _run(argv: list[str]) -> int:
     try:
         if name not in COMMANDS:
             raise unknown_command(name, COMMANDS)
-        command = importlib.import_module(f"nested_learning.cli.{name}")
-        return command.run(argv[1:])
+        with _progress.quiet(QUIET in argv or not _progress.on_terminal()):
+            command = importlib.import_module(f"nested_learning.cli.{name}")
+            return command.run(argv[1:])
     except BrokenPipeError:
         raise
     except Exception as error:

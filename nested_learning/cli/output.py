@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "nested-learning"
+QUIET = "--quiet"  # taken by every command
 
 
 def print_json(value: Any) -> None:

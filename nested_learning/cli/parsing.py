@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from nested_learning.cli.output import QUIET
 from nested_learning.training.config_file import check_keys, nearest, read_yaml
 
 # Short flags for the dotted ones that everybody types.
@@ -23,8 +24,11 @@ class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def new_parser(command: str, positional: str, description: str) -> ArgumentParser:
-    """A parser that raises instead of exiting and takes no abbreviations."""
-    return ArgumentParser(
+    """A parser that raises instead of exiting and takes no abbreviations, with the flags of all commands.
+
+    `main` acts on --quiet before the command runs.
+    """
+    parser = ArgumentParser(
         prog=f"nested-learning {command}",
         usage=f"nested-learning {command} {positional}[options]".replace("  ", " "),
         description=description,
@@ -32,6 +36,8 @@ def new_parser(command: str, positional: str, description: str) -> ArgumentParse
         exit_on_error=False,
         allow_abbrev=False,
     )
+    parser.add_argument(QUIET, action="store_true", help="no progress bars")
+    return parser
 
 
 def parse(

@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     from nested_learning.training.run import TrainingDiverged, train
 
     try:
-        outcome = train(config, resume=values.resume, overwrite=values.overwrite, progress=not values.quiet)
+        outcome = train(config, resume=values.resume, overwrite=values.overwrite)
     except TrainingDiverged as error:
         say(f"error: {error}")
         return 1
@@ -74,7 +74,6 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Namespace]:
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
     parser.add_class_arguments(TrainConfig, None)
     hide_group_flags(parser, ALIASES)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nested_learning._progress import Progress, progress
 from nested_learning.continual.averages import answering, check_chosen
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
@@ -134,17 +135,11 @@ class Learner:
             self.memory.set_rows(len(batch.rows))
         self.writes = []
         parts = zip(self._assign(batch, row), batch.learn, names, strict=True)
-        losses = [self._observe_row(index, ids, learn, *named) for (index, ids), learn, named in parts]
+        with progress("learning", sum(map(len, batch.rows)), "token") as bar:
+            losses = [self._observe_row(index, ids, learn, *name, bar) for (index, ids), learn, name in parts]
         for write in self.writes:
             if write.outcome == "dropped":
-                reading = f"re-reading {write.reread} of " if write.reread else ""
-                warnings.warn(
-                    f"level {write.level} learned nothing from {reading}the chunk that ends at token "
-                    f"{write.position} of row {write.row}: its loss is {write.loss}, its gradient norm "
-                    f"{write.gradient_norm}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                warnings.warn(write.complaint, RuntimeWarning, stacklevel=2)
         return batch.restore(losses)
 
     def _names(self, source: Names, label: Names, count: int) -> list[tuple[str | None, str | None]]:
@@ -158,7 +153,7 @@ class Learner:
         return list(zip(*names, strict=True))
 
     def _observe_row(
-        self, index: int, ids: Tensor, learn: Tensor, source: str | None = None, label: str | None = None
+        self, index: int, ids: Tensor, learn: Tensor, source: str | None, label: str | None, bar: Progress
     ) -> Tensor:
         """Next-token losses [T] of ids [T], where row `index` learns at every boundary that is passed.
 
@@ -167,6 +162,7 @@ class Learner:
             ids: [T] on the model's device.
             learn: bool [T] on the CPU, whether the levels learn to predict each of them.
             source, label: names of the text, for the store of a row that has one.
+            bar: counts the tokens.
         """
         row, losses = self.memory.rows[index], []
         for piece, ends in self.reader.plan.pieces(row.position, len(ids)):
@@ -175,10 +171,11 @@ class Learner:
                 text = NamedText(self.replayer, source, label, begins=piece.start == 0)
             if not ends:  # scored for now, and read once more, with gradients, when the segment is complete
                 losses.append(score_ahead(self.reader, row, ids[piece], learn[piece], text))
-                continue
-            found, writes = study(self.reader, row, ids[piece], learn[piece], index, text)
-            losses.append(found)
-            self.writes += writes
+            else:
+                found, writes = study(self.reader, row, ids[piece], learn[piece], index, text)
+                losses.append(found)
+                self.writes += writes
+            bar.advance(len(losses[-1]))
         return torch.cat(losses)
 
     def sources(self, *, row: int | None = None) -> list[KnownSource]:
@@ -296,13 +293,15 @@ class Learner:
             pairs = [(0, ids) for ids in batch.rows]
         else:
             pairs = self._assign(batch, row)
-        return [self._score_row(self.memory.rows[i].only(chosen).unread(), ids) for i, ids in pairs]
+        with progress("scoring", sum(map(len, batch.rows)), "token") as bar:
+            return [self._score_row(self.memory.rows[i].only(chosen).unread(), ids, bar) for i, ids in pairs]
 
-    def _score_row(self, row: Row, ids: Tensor) -> Tensor:
+    def _score_row(self, row: Row, ids: Tensor, bar: Progress) -> Tensor:
         losses, learn = [], torch.zeros(len(ids), dtype=torch.bool)
         for piece, _ in self.reader.plan.pieces(row.position, len(ids)):
             losses.append(self.reader.score(row, ids[piece], learn[piece]))
             row.start = len(row.tokens)  # the next segment may need a new window
+            bar.advance(len(losses[-1]))
         return torch.cat(losses)
 
     def perplexity(

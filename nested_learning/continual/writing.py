@@ -52,6 +52,15 @@ class Write:
     replayed: int = 0
     reread: int = 0
 
+    @property
+    def complaint(self) -> str:
+        """The complaint about a write that was dropped."""
+        reading = f"re-reading {self.reread} of " if self.reread else ""
+        return (
+            f"level {self.level} learned nothing from {reading}the chunk that ends at token {self.position} "
+            f"of row {self.row}: its loss is {self.loss}, its gradient norm {self.gradient_norm}"
+        )
+
 
 class DeltaWriter:
     """The arithmetic of one level's delta: summing gradients, writing, taking over from the faster level.

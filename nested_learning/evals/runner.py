@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from nested_learning._checks import require
 from nested_learning._errors import unknown
+from nested_learning._progress import Progress, progress
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_method, find_task, known_tasks
 from nested_learning.evals.rows import MethodRow
@@ -118,15 +119,11 @@ class _Plan:
     skipped: str | None = None
 
 
-OnTrial = Callable[[TrialOutcome | None, int], None]  # an outcome (None: no time), trials still to come
-
-
-def evaluate(config: EvalConfig, on_trial: OnTrial = lambda outcome, left: None) -> list[TaskResult]:
+def evaluate(config: EvalConfig) -> list[TaskResult]:
     """Run what is not kept from before, tuning first.
 
     Args:
         config: tasks, methods and limits.
-        on_trial: called after each trial.
 
     Returns:
         The result of each task, in the order of the configuration.
@@ -138,14 +135,17 @@ def evaluate(config: EvalConfig, on_trial: OnTrial = lambda outcome, left: None)
     folder = None if config.output is None else Path(config.output) / "trials"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the first trial
-    crew = _Crew(config, TrialCache(folder), on_trial)
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
-    tuned = crew.run(tried, sum(len(p.seeds) for p, _ in entrants))
-    for _, entrant in entrants:
-        entrant.best = entrant.tuning[0].method if len(entrant.tuning) == 1 else _best(entrant.tuning, tuned)
-    reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
-    outcomes = crew.run(reported, 0)
+    later = sum(len(p.seeds) for p, _ in entrants)
+    with progress("evaluating", len(tried) + later, "run") as bar:
+        crew = _Crew(config, TrialCache(folder), bar)
+        tuned = crew.run(tried, later)
+        for _, entrant in entrants:
+            tuning = entrant.tuning
+            entrant.best = tuning[0].method if len(tuning) == 1 else _best(tuning, tuned)
+        reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
+        outcomes = crew.run(reported, 0)
     return [_result(p, {**tuned, **outcomes}) for p in plans]
 
 
@@ -189,8 +189,8 @@ def plan(config: EvalConfig) -> list[_Plan]:
 class _Crew:
     """Runs trials, in this process or in several."""
 
-    def __init__(self, config: EvalConfig, kept: TrialCache, on_trial: OnTrial) -> None:
-        self.kept, self.on_trial, self.jobs = kept, on_trial, config.jobs
+    def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress) -> None:
+        self.kept, self.bar, self.jobs = kept, bar, config.jobs
         minutes = config.max_minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
@@ -205,16 +205,16 @@ class _Crew:
                 waiting.append(trial)
             else:
                 found[identity(trial)] = self._note(kept)
-        left = len(waiting) + later
+        self.bar.total = self.bar.done + len(waiting) + later
         for trial, outcome in self._outcomes(waiting):
-            left -= 1
             found[identity(trial)] = None if outcome is None else self._note(self.kept.keep(outcome))
-            self.on_trial(found[identity(trial)], left)
+            self.bar.advance()
         return found
 
     def _outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialOutcome | None]]:
         if self.jobs == 1 or len(trials) < 2:
             for trial in trials:
+                self.bar.note = str(trial)
                 yield trial, trial.run() if self._in_time(trial) else None
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -225,6 +225,7 @@ class _Crew:
                 while queue and len(running) < self.jobs:
                     trial = queue.pop(0)
                     if self._in_time(trial):
+                        self.bar.note = str(trial)
                         running[pool.submit(trial.run)] = trial
                     else:
                         yield trial, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from nested_learning.continual import Learner
@@ -16,7 +15,6 @@ def lens(
     text_or_ids: Any,
     tokenizer: Any = None,
     max_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Recording:
     """See what a model does with a text: a recording, which a notebook shows and `save` writes.
 
@@ -25,7 +23,6 @@ def lens(
         text_or_ids: a text, which is read without special tokens, or ids [T].
         tokenizer: of a Hope model; a learner has its own.
         max_tokens: read no more than the first so many; None for all.
-        progress: of a Hope model, called with the number of tokens of each piece when it is read.
 
     Raises:
         ValueError: a model of another kind, a text without a tokenizer, fewer than two tokens.
@@ -49,4 +46,4 @@ def lens(
     ids = ids if max_tokens is None else ids[:max_tokens]
     if learner:
         return record_learner(model_or_learner, ids)
-    return record(model_or_learner, ids, tokenizer, progress)
+    return record(model_or_learner, ids, tokenizer)

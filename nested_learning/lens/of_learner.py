@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning._progress import progress
 from nested_learning.continual import Learner, Level
 from nested_learning.continual.find import Target, is_quantised
 from nested_learning.continual.inputs import TextOrIds, read_batch
@@ -98,19 +99,24 @@ class _Comparison:
         parts: list[tuple[Array, ...]] = []
         candidates: list[Prediction] = []
         window = min(learner.reader.plan.window, LONGEST_WINDOW)
-        for start, first, stop in _windows(len(ids), window, min(learner.reader.plan.overlap, window // 2)):
-            told = ids[first:stop]
-            seen, count = ids[start : stop - 1], len(told)
-            base = self._log_probabilities(seen, count, row, levels=[])
-            now = self._log_probabilities(seen, count, row, levels=None)
-            divergence = F.kl_div(base, now, reduction="none", log_target=True).sum(-1)
-            losses = (-p.gather(1, told.unsqueeze(1)).squeeze(1) for p in (base, now))
-            parts.append((*(as_array(part) for part in losses), as_array(divergence)))
-            most = divergence.nan_to_num().topk(min(PREDICTIONS, len(told))).indices.tolist()
-            candidates += [
-                Prediction(first + i, float(divergence[i]), self._likeliest(base[i]), self._likeliest(now[i]))
-                for i in most
-            ]
+        windows = _windows(len(ids), window, min(learner.reader.plan.overlap, window // 2))
+        with progress("comparing with the base model", len(ids), "token") as bar:
+            for start, first, stop in windows:
+                told = ids[first:stop]
+                seen, count = ids[start : stop - 1], len(told)
+                base = self._log_probabilities(seen, count, row, levels=[])
+                now = self._log_probabilities(seen, count, row, levels=None)
+                divergence = F.kl_div(base, now, reduction="none", log_target=True).sum(-1)
+                losses = (-p.gather(1, told.unsqueeze(1)).squeeze(1) for p in (base, now))
+                parts.append((*(as_array(part) for part in losses), as_array(divergence)))
+                bar.advance(count)
+                most = divergence.nan_to_num().topk(min(PREDICTIONS, len(told))).indices.tolist()
+                candidates += [
+                    Prediction(
+                        first + i, float(divergence[i]), self._likeliest(base[i]), self._likeliest(now[i])
+                    )
+                    for i in most
+                ]
         first_token = np.full(1, np.nan)
         self.before, self.after, self.divergence = (
             np.concatenate([first_token, *columns]) for columns in zip(*parts, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nested_learning._progress import progress
 from nested_learning.continual.context import evaluating
 from nested_learning.layers.cms import CMSState
 from nested_learning.lens.recording import Recording
@@ -30,7 +31,6 @@ def record(
     model: HopeForCausalLM,
     ids: Tensor | Sequence[int],
     tokenizer: Any = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Recording:
     """Let a model read ids and note what its memories and levels do.
 
@@ -41,7 +41,6 @@ def record(
         model: a Hope model with any mixers; layers without a memory show in the loss alone.
         ids: [T] at least two token ids.
         tokenizer: shows the tokens' texts; None: their ids.
-        progress: called with the number of tokens of each piece when it is read.
 
     Returns: the recording. Memories are looked at before the text and at most 64 times in it, and asked for
         at most 48 keys, both spread evenly.
@@ -60,7 +59,7 @@ def record(
     blocks, count = model.model.layers, len(ids)
     probes = torch.linspace(0, count - 1, min(count, PROBES)).round().long()
     writes, losses = _Writes(blocks, model.config.cms_update), []
-    with evaluating(model), watching(blocks, probes) as watches:
+    with evaluating(model), watching(blocks, probes) as watches, progress("reading", count, "token") as bar:
         for watch in watches:
             watch.look()
         steps = {watch.layer.system.step for watch in watches}
@@ -71,8 +70,7 @@ def record(
             for watch in watches:
                 watch.end_piece(stop - start, stop in moments)
             writes.note(cache, start, stop)
-            if progress is not None:
-                progress(stop - start)
+            bar.advance(stop - start)
     return Recording(
         model=_line(model),
         tokens=words(tokenizer, ids.tolist()),

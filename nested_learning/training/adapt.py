@@ -14,14 +14,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PrinterCallback
-from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._files import whole_folder
+from nested_learning._progress import progress
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
 from nested_learning.levels import levels as system
 from nested_learning.training.adapt_config import AdaptConfig
-from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.callbacks import StepCounter, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.checkpoints import checkpoint_to_resume
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import read_yaml, to_dict
@@ -65,7 +65,6 @@ def adapt(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: bool = False,
 ) -> Outcome:
     """Train the base model while its levels learn, and write it to `config.output`.
 
@@ -76,7 +75,6 @@ def adapt(
         levels: fast to slow.
         resume: go on with the run in the folder; `saved_run` gives its `config` and `levels`.
         overwrite: replace the run in the folder.
-        progress: show a progress bar on stderr.
 
     Raises:
         ValueError: a setting, the model, the text or the folder does not fit; several processes; there are
@@ -103,7 +101,7 @@ def adapt(
     if not resume:
         saved = {"config": to_dict(config), "levels": [level.describe() for level in learner.levels]}
         folder.start(yaml.safe_dump(saved, sort_keys=False))
-    return _run(config, folder, learner, bundle, checkpoint, progress)
+    return _run(config, folder, learner, bundle, checkpoint)
 
 
 def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
@@ -135,7 +133,6 @@ def _run(
     learner: Learner,
     bundle: DataBundle,
     checkpoint: Path | None,
-    progress: bool,
 ) -> Outcome:
     training = config.as_training()
     use_cache = learner.model.config.use_cache  # the Trainer turns it off
@@ -145,11 +142,11 @@ def _run(
     timer, request = StepTimer(), StopRequest()
     stop = StopOnSignal(request, lambda number: number)
     trainer.remove_callback(PrinterCallback)
-    for callback in (stop, timer, *([Progress()] if progress else [])):
+    for callback in (stop, timer):
         trainer.add_callback(callback)
-    disable_progress_bar()
     try:
-        with request.listening():
+        with request.listening(), progress("training", unit="step") as bar:
+            trainer.add_callback(StepCounter(bar))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NonFiniteError as error:
         raise TrainingDiverged(
@@ -157,7 +154,10 @@ def _run(
             "Try a lower --lr or --level_lr in a new run."
         ) from error
     learner.model.config.use_cache = use_cache
-    result = None if stop.stopped_by else _write_results(config, learner, trainer, folder, bundle, timer)
+    result = None
+    if not stop.stopped_by:
+        with progress("writing the results"):
+            result = _write_results(config, learner, trainer, folder, bundle, timer)
     return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: stopping on a signal, step times, a quiet progress bar."""
+"""Callbacks of the Trainer: stopping on a signal, step times, steps on a bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nested_learning._progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -85,19 +87,26 @@ class StepTimer(TrainerCallback):
         self._reset()
 
 
-class Progress(ProgressCallback):
-    """The Trainer's bar with the last losses behind it, instead of a line for each step."""
+class StepCounter(TrainerCallback):
+    """The Trainer's steps on a bar, with the last losses behind it.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        bar: counts the steps; its total follows the run's, which is an estimate where time is limited.
+    """
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
         self._shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.begin(None, state.global_step)  # all of a limited time are known after a step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.training_bar is not None:
-            self.training_bar.total = state.max_steps  # of a run with a time limit it is an estimate
-        super().on_step_end(args, state, control, **kwargs)
+        self.bar.total, self.bar.done = state.max_steps, state.global_step
 
     def on_log(
         self,
@@ -107,9 +116,7 @@ class Progress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is None or not logs:
-            return
         for key, label in (("loss", "loss"), ("eval_loss", "validation")):
-            if key in logs:
+            if logs and key in logs:
                 self._shown[label] = f"{logs[key]:.3f}"
-        self.training_bar.set_postfix(self._shown, refresh=False)
+        self.bar.note = ", ".join(f"{label} {value}" for label, value in self._shown.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from nested_learning._checks import check_types, require
+from nested_learning._progress import Progress, progress
 from nested_learning.models import preset
 from nested_learning.training.carried import CarriedRows, carried_rows
 from nested_learning.training.config import OptimConfig
@@ -149,13 +150,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def compare(config: CompareConfig) -> dict[str, Any]:
     """Train every model with every learning rate and seed.
 
     Args:
         config: the comparison.
-        on_step: called after each step of a round of models; there are at most steps · lrs · seeds of them,
-            fewer where all of a round were finished before.
 
     Returns:
         A dict fit for JSON: "models" has a summary per model in the order given, "runs" each single run.
@@ -167,19 +166,23 @@ def compare(config: CompareConfig, on_step: Callable[[], None] = lambda: None) -
     for each in chosen:
         rehearse(preset(each.preset, **each.overrides), each.optim, config.data.block_size)
     runs: list[dict[str, Any]] = []
-    for seed in config.seeds:
-        data = dataclasses.replace(
-            config.data,
-            seed=config.data.seed + seed,
-            max_validation_blocks=config.validation_batches * config.batch_size,
-        )
-        bundle = build_data(data, config.steps * config.batch_size, config.batch_size)
-        for lr in config.lrs:
-            runs += _round(_Round(config, chosen, seed, lr, bundle), on_step)
+    with progress("comparing", config.steps * len(config.lrs) * len(config.seeds), "step") as bar:
+        for seed in config.seeds:
+            data = dataclasses.replace(
+                config.data,
+                seed=config.data.seed + seed,
+                max_validation_blocks=config.validation_batches * config.batch_size,
+            )
+            bundle = build_data(data, config.steps * config.batch_size, config.batch_size)
+            for lr in config.lrs:
+                runs += _round(_Round(config, chosen, seed, lr, bundle), bar)
     device, shape = process_state().device, (config.batch_size, config.data.block_size)
-    memory = {
-        each.name: _memory(config, each, bundle, str(device)) if config.memory else None for each in chosen
-    }
+    memory: dict[str, int | None] = dict.fromkeys(each.name for each in chosen)
+    if config.memory:
+        with progress("measuring memory", len(chosen), "model") as bar:
+            for each in chosen:
+                memory[each.name] = _memory(config, each, bundle, str(device))
+                bar.advance()
     return {
         "format": "nested_learning.comparison",
         "version": 1,
@@ -222,7 +225,7 @@ def _surroundings(device: torch.device | str) -> dict[str, Any]:
     return {"device": torch.device(device).type, "versions": {name: versions()[name] for name in names}}
 
 
-def _round(this: _Round, on_step: Callable[[], None]) -> list[dict[str, Any]]:
+def _round(this: _Round, bar: Progress) -> list[dict[str, Any]]:
     """The runs of a round, one step of each in turn; those that were finished before are not run again."""
     config, bundle, device = this.config, this.bundle, process_state().device
     cache = RunCache(config.cache)
@@ -242,7 +245,9 @@ def _round(this: _Round, on_step: Callable[[], None]) -> list[dict[str, Any]]:
         for batch in batches(bundle.train, config.batch_size, device):
             for contender in contenders:
                 contender.step(batch)
-            on_step()
+            bar.advance()
+    elif bar.total:
+        bar.total -= config.steps
     for contender in contenders:
         run = _run_of(contender, this.lr, this.seed, bundle, config, device)
         found[contender.name] = cache.keep(keys[contender.name], run)

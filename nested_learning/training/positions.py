@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nested_learning._progress import progress
 from nested_learning.models import HopeConfig
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.training.data.packing import IGNORED
@@ -85,19 +86,21 @@ def _sums(model: PreTrainedModel, blocks: DocumentBlocks, starts: Tensor, carry:
     """[2, buckets] float64: tokens in each bucket, and the sum of their losses."""
     sums = torch.zeros(2, len(starts), dtype=torch.float64)
     cache = HopeCache(cast(HopeConfig, model.config)) if carry else None
-    for batch in blocks:
-        rows = len(batch["input_ids"])
-        labels, positions = batch.pop("shift_labels").flatten(), batch["position_ids"].flatten() + 1
-        if cache is not None and cache.batch_size not in (None, rows):
-            cache = cache.select_rows(torch.arange(rows))  # the others have ended
-        given = {name: value.to(model.device) for name, value in batch.items()}
-        logits = model(**given, past_key_values=cache, use_cache=carry).logits
-        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="none")
-        counted = labels != IGNORED
-        bucket = torch.bucketize(positions[counted], starts, right=True) - 1
-        sums[0].index_add_(0, bucket, torch.ones_like(bucket, dtype=sums.dtype))
-        sums[1].index_add_(0, bucket, losses.cpu()[counted].to(sums.dtype))
+    with progress("scoring by position", blocks.steps, "block") as bar:
+        for batch in blocks:
+            rows = len(batch["input_ids"])
+            labels, positions = batch.pop("shift_labels").flatten(), batch["position_ids"].flatten() + 1
+            if cache is not None and cache.batch_size not in (None, rows):
+                cache = cache.select_rows(torch.arange(rows))  # the others have ended
+            given = {name: value.to(model.device) for name, value in batch.items()}
+            logits = model(**given, past_key_values=cache, use_cache=carry).logits
+            logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+            losses = F.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="none")
+            counted = labels != IGNORED
+            bucket = torch.bucketize(positions[counted], starts, right=True) - 1
+            sums[0].index_add_(0, bucket, torch.ones_like(bucket, dtype=sums.dtype))
+            sums[1].index_add_(0, bucket, losses.cpu()[counted].to(sums.dtype))
+            bar.advance()
     return sums
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +13,12 @@ from torch.utils.data import Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.utils.logging import disable_progress_bar
 
 from nested_learning._checks import LARGEST
+from nested_learning._progress import progress
 from nested_learning.levels import levels
 from nested_learning.models import preset
-from nested_learning.training.callbacks import Progress, StepTimer, StopOnSignal, StopRequest
+from nested_learning.training.callbacks import StepCounter, StepTimer, StopOnSignal, StopRequest
 from nested_learning.training.carried import check_carries
 from nested_learning.training.checkpoints import STATE, checkpoint_to_resume
 from nested_learning.training.compiling import compile_blocks
@@ -56,9 +56,7 @@ class Outcome:
     checkpoint: Path | None
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = False
-) -> Outcome:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Outcome:
     """Train a model and write it, its checkpoints, `result.json` and `loss.png` to `config.output`.
 
     Works alike in one process and in several (`torchrun`, `accelerate launch`): `batch_size` counts all.
@@ -67,7 +65,6 @@ def train(
         config: the run.
         resume: go on with the run in the folder. `config` must be the one it was started with.
         overwrite: replace the run in the folder.
-        progress: show a progress bar on stderr.
 
     Raises:
         ValueError: a setting, the text or the folder does not fit, or there are checkpoints to resume from
@@ -103,7 +100,7 @@ def train(
         if not resume:
             folder.start(dump_config(config))
     process.wait_for_everyone()
-    return _run(config, folder, model, bundle, checkpoint, [*clock, *([Progress()] if progress else [])])
+    return _run(config, folder, model, bundle, checkpoint, clock)
 
 
 def seeded_data(config: TrainConfig) -> DataBundle:
@@ -166,7 +163,7 @@ def _run(
     model: PreTrainedModel,
     bundle: DataBundle,
     checkpoint: Path | None,
-    callbacks: list[TrainerCallback],
+    callbacks: Sequence[TrainerCallback],
 ) -> Outcome:
     validation, eval_batch = _whole_batches(bundle.validation, config.batch_size)
     if bundle.carried:
@@ -181,9 +178,9 @@ def _run(
     timer, request = StepTimer(), StopRequest()
     stop = StopOnSignal(request, _agreement(trainer))
     _set_callbacks(trainer, folder, *callbacks, stop, timer)
-    disable_progress_bar()  # one of transformers' own per file written
     try:
-        with request.listening():
+        with request.listening(), progress("training", unit="step") as bar:
+            trainer.add_callback(StepCounter(bar))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NonFiniteError as error:
         kept = trainer.save_now()
@@ -193,8 +190,9 @@ def _run(
         ) from error
     result = None
     if stop.stopped_by is None:
-        scores = _score(trainer, bundle)
-        result = write_results(trainer, folder, bundle, timer.seconds, scores)
+        with progress("writing the results"):
+            scores = _score(trainer, bundle)
+            result = write_results(trainer, folder, bundle, timer.seconds, scores)
     trainer.accelerator.wait_for_everyone()
     return Outcome(folder, result, stop.stopped_by, folder.last_checkpoint())
 

@@ -18,6 +18,7 @@ STOREYS = (
         "_precision",
         "_checks",
         "_lazy",
+        "_progress",
         "_auto_classes",
     ),
     ("ops", "parts"),

@@ -1,10 +1,12 @@
 """compare: equal models get equal losses, and the table says what the runs say."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from nested_learning._progress import progress
 from nested_learning.training import compare as compare_module
 from nested_learning.training.compare import CompareConfig, Contender, compare, summarise
 from nested_learning.training.config import OptimConfig
@@ -27,9 +29,16 @@ def yaml(tiny, tmp_path):
     return write
 
 
-def test_equal_models_have_equal_losses_and_those_of_train(tiny, yaml):
-    optim = OptimConfig(lr=1e-2)
-    ticks = []
+def test_equal_models_have_equal_losses_and_those_of_train(tiny, yaml, monkeypatch):
+    optim, bars = OptimConfig(lr=1e-2), []
+
+    @contextmanager
+    def noted(*arguments):
+        with progress(*arguments) as bar:
+            bars.append(bar)
+            yield bar
+
+    monkeypatch.setattr(compare_module, "progress", noted)
     result = compare(
         CompareConfig(
             models=[yaml("one"), yaml("two"), yaml("wide", hidden_size=48)],
@@ -41,10 +50,9 @@ def test_equal_models_have_equal_losses_and_those_of_train(tiny, yaml):
             batch_size=4,
             validation_batches=2,
             memory=False,
-        ),
-        on_step=lambda: ticks.append(1),
+        )
     )
-    assert len(ticks) == 8 * 2 * 2
+    assert [(bar.done, bar.total, bar.unit) for bar in bars] == [(8 * 2 * 2, 8 * 2 * 2, "step")]
     by_model = {}
     for run in result["runs"]:
         by_model.setdefault(run["model"], {})[run["lr"], run["seed"]] = run

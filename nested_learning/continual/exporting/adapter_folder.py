@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from nested_learning._files import write_text
+from nested_learning._progress import progress
 from nested_learning.continual.deltas import UP, Row
 from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.weights import acting
@@ -49,7 +50,12 @@ class Factors:
 def lora_factors(writers: Sequence[DeltaWriter], row: Row, rank: int) -> dict[Target, Factors]:
     """Factors of the sum of a row's deltas, for every weight that a level may learn; zero where none did."""
     targets = dict.fromkeys(target for writer in writers for target in writer.targets)
-    return {target: _factors(writers, row, target, rank) for target in targets}
+    found = {}
+    with progress("taking the largest singular values", len(targets), "matrix") as bar:
+        for target in targets:
+            found[target] = _factors(writers, row, target, rank)
+            bar.advance()
+    return found
 
 
 def _factors(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int) -> Factors:

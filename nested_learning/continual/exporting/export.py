@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from nested_learning._files import whole_folder
+from nested_learning._progress import progress
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.exporting.adapter_folder import (
@@ -175,21 +175,11 @@ def _write_checkpoint(
             local_files_only=True,
         )
 
-    loaded = _without_bars(save_and_load)
+    with progress("writing the checkpoint"):
+        loaded = save_and_load()
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     return _logits(loaded.to(model.device), ids)
-
-
-def _without_bars(work: Callable[[], Any]) -> Any:
-    """Result of a call, without transformers' progress bars."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return work()
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _probe(given: TextOrIds | None, tokenizer: Any, model: Any, row: Row) -> Tensor:

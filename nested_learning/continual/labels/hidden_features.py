@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nested_learning._progress import progress
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.memory import Memory
@@ -76,10 +77,11 @@ class HiddenFeatures:
         if longest > limit:
             raise ValueError(f"a text has {longest} tokens, the model {limit} positions; give a part of it")
         found = []
-        with self._running(), evaluating(self.model):
+        with self._running(), evaluating(self.model), progress("reading", len(texts), "text") as bar:
             for start in range(0, len(texts), BATCH):
                 states = pooled_states(self.model, texts[start : start + BATCH], [self._layer])
                 found += [each[self._layer, self._pooling] for each in states]
+                bar.advance(len(states))
         return torch.stack(found).double()
 
     def _running(self) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nested_learning._progress import progress
 from nested_learning._tensor_files import check_whole, read_tensors, write_tensors
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.files import fingerprint
@@ -151,15 +152,17 @@ def _mean_squares(model: Any, targets: Sequence[Target], sequences: Sequence[Ten
     try:
         for parameter in parameters:
             parameter.requires_grad_()
-        for ids in sequences:
-            with torch.enable_grad():
-                logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(logits, ids[1:], reduction="sum")
-            found = torch.autograd.grad(loss, parameters)
-            for target, g in zip(targets, found, strict=True):
-                g = g.to(squares[target.name].dtype)
-                squares[target.name].addcmul_(g, g, value=1 / len(sequences))
+        with progress("measuring the background", len(sequences), "text") as bar:
+            for ids in sequences:
+                with torch.enable_grad():
+                    logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    loss = F.cross_entropy(logits, ids[1:], reduction="sum")
+                found = torch.autograd.grad(loss, parameters)
+                for target, g in zip(targets, found, strict=True):
+                    g = g.to(squares[target.name].dtype)
+                    squares[target.name].addcmul_(g, g, value=1 / len(sequences))
+                bar.advance()
     finally:
         for parameter, before in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(before)

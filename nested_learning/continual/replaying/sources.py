@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nested_learning._errors import unknown
+from nested_learning._progress import progress
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.memory import Memory
@@ -87,7 +88,7 @@ def forget_source(
         memory: memory that forgets.
         source: name of the source.
         row: index of the only row that forgets; None for all.
-        read: function that lets a row read and learn: (its index, ids, mask, source, label).
+        read: function that lets a row read and learn: (its index, ids, mask, source, label, a bar).
 
     Raises:
         ValueError: no row knows such a source.
@@ -102,18 +103,20 @@ def forget_source(
         )
     before, tokens, reasons = memory.snapshot(), 0, dict[int, str]()
     try:
-        for index in had:
-            own, store = memory.rows[index], memory.rows[index].store
-            assert store is not None
-            if store.reason:
-                reasons[index] = store.reason
-                tokens += strike_out(own, store, source)
-                continue
-            tokens += store.counts[source].tokens
-            memory.rows[index] = memory.new_row()
-            for text in texts_read(own, store):
-                if text.source != source:
-                    read(index, *text)
+        with progress("learning again", unit="token") as bar:
+            for index in had:
+                own, store = memory.rows[index], memory.rows[index].store
+                assert store is not None
+                if store.reason:
+                    reasons[index] = store.reason
+                    tokens += strike_out(own, store, source)
+                    continue
+                tokens += store.counts[source].tokens
+                memory.rows[index] = memory.new_row()
+                texts = [text for text in texts_read(own, store) if text.source != source]
+                bar.total = (bar.total or 0) + sum(len(text.tokens) for text in texts)
+                for text in texts:
+                    read(index, *text, bar)
     except BaseException:
         memory.restore(before)
         raise

@@ -9,11 +9,13 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from nested_learning._files import write_bytes
+from nested_learning._progress import progress
 
 SHAKESPEARE_NAME = "tinyshakespeare.txt"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _MAX_BYTES = 16 << 20  # far above the file's 1.1 MB: a wrong answer does not fill the disk
+_BLOCK = 1 << 16  # bytes between two counts
 
 
 class DownloadError(ValueError):
@@ -58,7 +60,13 @@ def find_shakespeare() -> Path | None:
 def _fetch(url: str) -> bytes:
     try:
         with urlopen(Request(url, headers={"User-Agent": "nested_learning"}), timeout=30) as answer:
-            return answer.read(_MAX_BYTES)
+            length = getattr(answer, "length", None)  # where the server tells it
+            parts: list[bytes] = []
+            with progress("downloading", length, "byte") as bar:
+                while bar.done < _MAX_BYTES and (part := answer.read(_BLOCK)):
+                    parts.append(part)
+                    bar.advance(len(part))
+            return b"".join(parts)
     except (URLError, OSError) as error:
         raise DownloadError(
             f"could not download {url} ({error}). Without a network give a text of your own with "

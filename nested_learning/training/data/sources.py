@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nested_learning._errors import unknown
+from nested_learning._progress import Progress, progress
 from nested_learning.training.data.download import shakespeare_file
 from nested_learning.training.data.rows import DEFAULT_COLUMN, holds_rows, open_bytes, row_texts
 from nested_learning.training.data.stdlib import stdlib_documents
@@ -98,7 +99,8 @@ def load_documents(
         documents = [Document("tinyshakespeare.txt", _read(shakespeare_file()))]
     else:
         documents = _read_files(source, max_bytes, text_column)
-    kept = _limit(documents, max_bytes)
+    with progress("reading", unit="text") as bar:
+        kept = _limit(documents, max_bytes, bar)
     if not kept:
         raise ValueError(f"the text of {source!r} is empty; give a file, folder or glob with text in it")
     return kept
@@ -126,7 +128,7 @@ def by_hash(documents: Iterable[Document]) -> list[Document]:
     return sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
 
 
-def _limit(documents: Iterable[Document], max_bytes: int | None) -> list[Document]:
+def _limit(documents: Iterable[Document], max_bytes: int | None, bar: Progress) -> list[Document]:
     """The documents with text in them, up to `max_bytes`; the last one is cut."""
     kept, left = [], math.inf if max_bytes is None else max_bytes
     for name, text in documents:
@@ -136,6 +138,7 @@ def _limit(documents: Iterable[Document], max_bytes: int | None) -> list[Documen
         if text:
             kept.append(Document(name, text))
         left -= len(content)
+        bar.advance()
         if left <= 0:
             break
     return kept

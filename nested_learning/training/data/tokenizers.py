@@ -8,7 +8,7 @@ builds both, and every text survives encoding and decoding unchanged. Both frame
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nested_learning._errors import unknown
+from nested_learning._progress import Progress, progress
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -87,7 +88,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
         initial_alphabet=list(byte_characters()),
         show_progress=False,
     )
-    trained.train_from_iterator((text for text in texts if text), trainer)
+    with progress("training the tokenizer", len(texts) if isinstance(texts, Sized) else None, "text") as bar:
+        trained.train_from_iterator(_counted(texts, bar), trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     if not merges:
         raise ValueError(
@@ -95,6 +97,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
             "give more text or use the byte tokenizer"
         )
     return _assemble(merges)
+
+
+def _counted(texts: Iterable[str], bar: Progress) -> Iterator[str]:
+    """Texts that are not empty, counted on a bar that says what comes after the last."""
+    for text in texts:
+        if text:
+            yield text
+        bar.advance()
+    bar.note = "merging pairs"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -162,9 +173,13 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -
             parts += [np.frombuffer(text.encode(), np.uint8).astype(dtype), end]
     else:
         pieces = chain.from_iterable(_mark_last(_split_long(text)) for text in texts)
-        for batch in iter(lambda: list(islice(pieces, _PIECES_AT_ONCE)), []):
-            for ids, (_, last) in zip(_encode(tokenizer, [piece for piece, _ in batch]), batch, strict=True):
-                parts += [np.array(ids, dtype), end] if last else [np.array(ids, dtype)]
+        total = len(texts) if isinstance(texts, Sized) else None
+        with progress("encoding", total, "text") as bar:
+            for batch in iter(lambda: list(islice(pieces, _PIECES_AT_ONCE)), []):
+                encoded = _encode(tokenizer, [piece for piece, _ in batch])
+                for ids, (_, last) in zip(encoded, batch, strict=True):
+                    parts += [np.array(ids, dtype), end] if last else [np.array(ids, dtype)]
+                    bar.advance(last)
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
