@@ -7,7 +7,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -138,8 +141,8 @@ def evaluate(config: EvalConfig) -> list[TaskResult]:
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
     later = sum(len(p.seeds) for p, _ in entrants)
-    with progress("evaluating", len(tried) + later, "run") as bar:
-        crew = _Crew(config, TrialCache(folder), bar)
+    with progress("evaluating", len(tried) + later, "run") as bar, ExitStack() as held:
+        crew = _Crew(config, TrialCache(folder), bar, held)
         tuned = crew.run(tried, later)
         for _, entrant in entrants:
             tuning = entrant.tuning
@@ -187,13 +190,14 @@ def plan(config: EvalConfig) -> list[_Plan]:
 
 
 class _Crew:
-    """Runs trials, in this process or in several."""
+    """Runs trials, in this process or in several, which `held` ends with itself."""
 
-    def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress) -> None:
+    def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress, held: ExitStack) -> None:
         self.kept, self.bar, self.jobs = kept, bar, config.jobs
         minutes = config.max_minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
+        self._held = held
 
     def run(self, trials: Sequence[Trial], later: int) -> dict[str, TrialOutcome | None]:
         """The outcome of each trial by its identity, None for one without time; `later` more are to come."""
@@ -217,21 +221,33 @@ class _Crew:
                 self.bar.note = str(trial)
                 yield trial, trial.run() if self._in_time(trial) else None
             return
+        queue, running = list(trials), dict[Future[TrialOutcome], Trial]()
+        while queue or running:
+            while queue and len(running) < self.jobs:
+                trial = queue.pop(0)
+                if self._in_time(trial):
+                    self.bar.note = str(trial)
+                    running[self._submit(trial)] = trial
+                else:
+                    yield trial, None
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                trial = running.pop(future)
+                yield trial, _outcome(trial, future)
+
+    def _submit(self, trial: Trial) -> Future[TrialOutcome]:
+        try:
+            return self._pool.submit(trial.run)
+        except BrokenProcessPool:  # one of them was killed
+            del self._pool
+            return self._pool.submit(trial.run)
+
+    @cached_property
+    def _pool(self) -> ProcessPoolExecutor:
+        """The processes, for tuning and for what is reported: each takes seconds to load torch."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         context = multiprocessing.get_context("spawn")  # a fork would take over threads that hold locks
-        with ProcessPoolExecutor(self.jobs, context, set_threads, (max(1, cores // self.jobs),)) as pool:
-            queue, running = list(trials), dict[Future[TrialOutcome], Trial]()
-            while queue or running:
-                while queue and len(running) < self.jobs:
-                    trial = queue.pop(0)
-                    if self._in_time(trial):
-                        self.bar.note = str(trial)
-                        running[pool.submit(trial.run)] = trial
-                    else:
-                        yield trial, None
-                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                    trial = running.pop(future)
-                    yield trial, _outcome(trial, future)
+        threads = max(1, cores // self.jobs)
+        return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, set_threads, (threads,)))
 
     def _in_time(self, trial: Trial) -> bool:
         """Whether a trial would probably end before the deadline."""

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from nested_learning.cli.eval import options
 from nested_learning.cli.main import main
-from nested_learning.evals import Task, known_tasks, registry
+from nested_learning.evals import Task, known_tasks, registry, runner
 from nested_learning.evals.runner import EvalConfig, evaluate
 from tests.evals.guessing import GOOD, Coin
 
@@ -85,6 +87,29 @@ def test_several_processes_give_the_same(tmp_path):
     (one,) = evaluate(EvalConfig(tasks=["coin"], methods=["good", "tuned"], seeds=[0]))
     (two,) = evaluate(EvalConfig(tasks=["coin"], methods=["good", "tuned"], seeds=[0], jobs=2))
     assert one.rows == two.rows
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_serve_tuning_and_report_and_are_replaced_where_one_was_killed(monkeypatch, killed):
+    pools = []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, jobs, context, start, arguments):
+            super().__init__(jobs)
+            self.taken = 0
+            pools.append(self)
+
+        def submit(self, run):
+            self.taken += 1
+            if killed and self is pools[0] and self.taken == 3:
+                raise BrokenProcessPool
+            return super().submit(run)
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Threads)
+    (result,) = evaluate(EvalConfig(tasks=["coin"], methods=["good", "tuned"], seeds=[0, 1], jobs=2))
+    assert [pool.taken for pool in pools] == ([3, 5] if killed else [7])  # of 3 settings, 2 methods, 2 seeds
+    assert not result.failed
+    assert all(pool._shutdown for pool in pools)
 
 
 def test_no_trial_is_begun_that_would_end_too_late(tmp_path, monkeypatch):
