@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -33,10 +34,25 @@ def distributions() -> frozenset[str]:
     return frozenset(re.sub(r"[-_.]+", "_", name).lower() for name in pins)
 
 
+class Kept:
+    """Modules and tests: the garbage that each training run collects at its end is not looked for in them."""
+
+    modules = 0
+
+    @classmethod
+    def freeze(cls) -> None:
+        gc.collect()
+        gc.freeze()
+        cls.modules = len(sys.modules)
+
+
 def pytest_collection_finish() -> None:
-    """The garbage that each training run collects at its end is not looked for in modules and tests."""
-    gc.collect()
-    gc.freeze()
+    Kept.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    if len(sys.modules) >= Kept.modules + 100:  # loaded by a test that was the first to need them
+        Kept.freeze()
 
 
 def missing(report: pytest.CollectReport | pytest.TestReport) -> str | None:

@@ -92,7 +92,7 @@ class TestWhatItHolds:
         model = tiny_model(family)
         learner, alone = averaging(form, model), plain(form, model)
         expected = {1: {}, 3: {}, 4: {}}
-        for end, piece in enumerate(random_ids(96).split(4), 1):
+        for end, piece in enumerate(random_ids(64).split(4), 1):
             learner.observe(piece)
             alone.observe(piece)
             for index, chunk, rate, of in ((1, 8, 0.25, 0), (3, 32, 0.5, 0), (4, 48, 1.0, 1)):

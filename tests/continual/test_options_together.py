@@ -25,7 +25,7 @@ def learner_with(kind, **changes):
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_pieces_files_and_scopes(kind, tmp_path):
-    ids = random_ids(70)
+    ids = random_ids(52)
     whole, streamed, resumed = learner_with(kind), learner_with(kind), learner_with(kind)
     expected = whole.observe(ids, source="a")
     found = [streamed.observe(piece, source="a") for piece in ids[:43].split([3, 17, 1, 22])]
@@ -45,7 +45,7 @@ def test_pieces_files_and_scopes(kind, tmp_path):
 @pytest.mark.parametrize("kind", LEVELS)
 def test_ways_out(kind, tmp_path):
     learner, probe = learner_with(kind), random_ids(14, seed=4)
-    learner.observe(random_ids(67), source="a")
+    learner.observe(random_ids(43), source="a")
     learner.memory.save(tmp_path / "memory")
     again = reopen(tmp_path / "memory", MODEL, background=random_ids(40, seed=9))
     assert_equal_contents(contents(again), contents(learner))
@@ -61,7 +61,7 @@ def test_ways_out(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_what_is_forgotten_was_never_read(kind):
-    first, second, third = (random_ids(n, seed=n) for n in (21, 26, 30))
+    first, second, third = (random_ids(n, seed=n) for n in (13, 18, 21))
     forgetful, innocent = learner_with(kind), learner_with(kind)
     for ids, source in ((first, "a"), (second, "b"), (third, "a")):
         forgetful.observe(ids, source=source)
@@ -74,7 +74,7 @@ def test_what_is_forgotten_was_never_read(kind):
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_the_average_leaves_learning_alone(kind):
-    ids = random_ids(60)
+    ids = random_ids(40)
     alone = stack_levels(
         MODEL,
         levels=[level for level in LEVELS[kind] if level.average_of is None],

@@ -207,7 +207,7 @@ def self_modifying_cases() -> list[Case]:
                 read=read,
                 adaptive="kvq" if (i // 2 + i // 4 + lap) % 2 == 1 else "kv",
                 expansion=1.0 + (i // 4 + i + lap) % 2,
-                tokens=(7, 9, 11, 8, 13)[i % 5],
+                tokens=(7, 9, 7, 8, 10)[i % 5],
                 mask=masks[(i // 3 + lap) % 3],
                 seed=10 * i,
             )
@@ -225,7 +225,7 @@ def titans_cases() -> list[Case]:
             momentum=momentum,
             read=read,
             expansion=1.0 + (i // 2) % 2,
-            tokens=(7, 9, 11, 8, 13)[i % 5],
+            tokens=(7, 9, 7, 8, 10)[i % 5],
             mask=masks[(i // 2) % 3],
             seed=1000 + 10 * i,
         )
@@ -294,14 +294,14 @@ def test_default_eta_max_follows_the_rule(rule, expected, projection):
 
 
 PACES = [
-    Case(projection_eta_max=pace, adaptive=adaptive, mask=mask, pieces=pieces, tokens=13, seed=7)
+    Case(projection_eta_max=pace, adaptive=adaptive, mask=mask, pieces=pieces, tokens=9, seed=7)
     for pace, adaptive in ((0.0, "kvq"), (0.2, "kv"))
-    for mask, pieces in (("none", None), ("holes", (1, 4, 5, 3)))
+    for mask, pieces in (("none", None), ("holes", (1, 5, 3)))
 ]
-PACES.append(Case(projection_eta_max=0.2, decay="none", tokens=13, seed=7))
+PACES.append(Case(projection_eta_max=0.2, decay="none", tokens=9, seed=7))
 
 
-@pytest.mark.parametrize("eta_max", [0.5, 1.9, 2.0])
+@pytest.mark.parametrize("eta_max", [0.5, pytest.param(1.9, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize("case", PACES, ids=str)
 def test_generating_memories_at_a_pace_of_their_own(case, eta_max):
     compare(case, eta_max=eta_max, expected_eta_max=eta_max)
@@ -324,14 +324,14 @@ def test_a_pace_of_their_own_with_each_rule_and_schedule(case):
 
 
 HIGH = [
-    *(Case(tokens=13, seed=8), Case(tokens=13, adaptive="kvq", expansion=2.0, seed=9)),
-    Case(tokens=13, mask="holes", pieces=(1, 4, 5, 3), seed=10),
-    Case(tokens=13, momentum=True, seed=11),
-    *(Case(tokens=13, projection=None, momentum=m, seed=12) for m in (False, True)),
+    *(Case(tokens=9, seed=8), Case(tokens=9, adaptive="kvq", expansion=2.0, seed=9)),
+    Case(tokens=9, mask="holes", pieces=(1, 5, 3), seed=10),
+    Case(tokens=9, momentum=True, seed=11),
+    *(Case(tokens=9, projection=None, momentum=m, seed=12) for m in (False, True)),
 ]
 
 
-@pytest.mark.parametrize("eta_max", [1.5, 2.0])
+@pytest.mark.parametrize("eta_max", [pytest.param(1.5, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize("case", HIGH, ids=str)
 def test_rates_above_one(case, eta_max):
     compare(case, eta_max=eta_max, expected_eta_max=eta_max)

@@ -502,7 +502,7 @@ def chunk_call(monkeypatch, name: str, layer: torch.nn.Module) -> tuple[Any, tup
     return function, calls[1]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("name", ["forward_chunk", "backward_chunk"])
 @pytest.mark.parametrize("options", [{"adaptive_q": True}, {"kind": Titans}], ids=str)
 def test_one_graph_without_buffers(options, name, backend, monkeypatch):

@@ -29,7 +29,8 @@ def update(request):
 
 @pytest.fixture(params=CASES)
 def mixers(request):
-    return CASES[request.param]
+    """A block of each kind."""
+    return list(dict.fromkeys(CASES[request.param]))
 
 
 @pytest.fixture
@@ -151,11 +152,12 @@ EXACT_INITIAL_STATES = {"variant": "nested", "cms_nested_gradient": "exact"}
 def test_training_gradients_are_those_of_pieces_and_checkpointing(update, ids, options):
     if options and update == "lm":
         pytest.skip("refused")
+    ids = ids[:, :13]
     model = model_of(update, **options).train()
     learned = [p for p in model.parameters() if p.requires_grad]
     reference = torch.autograd.grad(model(ids, labels=ids).loss, learned, allow_unused=True)
     cache = HopeCache(model.config)
-    logits = [model(piece, past_key_values=cache).logits for piece in ids.split([5, 14], dim=1)]
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split([5, 8], dim=1)]
     loss = model.loss_function(torch.cat(logits, 1), ids, 31)
     pieces = torch.autograd.grad(loss, learned, allow_unused=True)
     model.activation_checkpointing_enable()

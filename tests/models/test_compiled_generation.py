@@ -61,7 +61,7 @@ def ids_of(rows: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def read_by_token(model, call, prompt: int, tokens: int = 20, apart: bool = False):
+def read_by_token(model, call, prompt: int, tokens: int = 12, apart: bool = False):
     """Logits of the tokens after a prompt, one call each, and the cache after them.
 
     With `apart` the cache holds what fields share more than once, as after a compiled call.

@@ -42,7 +42,7 @@ def ids(*shape):
 @pytest.mark.parametrize(("mixer", "update"), MODELS)
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_copy_of_model_and_cache_goes_on_bit_by_bit(mixer, update, way, graph):
-    model, x = model_of(mixer, update), ids(2, 30)
+    model, x = model_of(mixer, update), ids(2, 21)
     with torch.set_grad_enabled(graph):
         cache = model(x[:, :13], use_cache=True).past_key_values
     twin, its_cache = way((model, cache))

@@ -16,7 +16,7 @@ from benchmarks import cases
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers import MIXERS
 
-WIDTH, CHUNK, TOKENS = 16, 8, 19  # two chunks, and not a multiple
+WIDTH, CHUNK, TOKENS = 16, 4, 9  # two chunks, and not a multiple
 NAMES = sorted(set(MIXERS) - {"memory"})
 WITHOUT_NUMBERS = pytest.mark.parametrize(
     ("mode", "device"),
