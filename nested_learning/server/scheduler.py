@@ -32,6 +32,8 @@ class Job:
         self._is_awaited = is_awaited
         self._cancelled = False
         self.result: Future[Any] = Future()
+        # From here on nobody who stops waiting can cancel it: the thread could not set what it came to.
+        self.result.set_running_or_notify_cancel()
 
     @property
     def is_awaited(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -354,6 +355,25 @@ def test_cancelled_jobs_end_and_close(scheduler):
     with pytest.raises(JobCancelled):
         job.result.result(5)
     assert closed.is_set()
+
+
+def test_a_waiter_that_gives_up_ends_neither_the_thread_nor_its_stop(scheduler):
+    async def give_up(job) -> None:
+        waiting = asyncio.ensure_future(asyncio.wrap_future(job.result))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    log: list[str] = []
+    left = scheduler.submit("anna", steps(log, "a", 3))
+    asyncio.run(give_up(left))
+    left.cancel()
+    other = scheduler.submit("ben", steps(log, "b", 3))
+    scheduler.start()
+    assert other.result.result(5) == "b"
+    asyncio.run(give_up(scheduler.submit("anna", steps(log, "a", 10_000, 0.001))))
+    scheduler.stop()
 
 
 def test_visitors_get_the_lock(scheduler):
