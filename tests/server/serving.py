@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from contextlib import contextmanager
@@ -169,6 +170,26 @@ def served(folder: Path, mind: Mind | None = None, **options):
         thread.join(20)
         bound.close()
         assert not thread.is_alive(), "the server did not end"
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])  # else each process would import torch for itself
+
+
+def _serve(kind: str, folder: Path, started) -> None:
+    settings = ServeSettings(model="tiny", memories=str(folder), port=0, temperature=0.0)
+    server, bound = make_server(MINDS[kind](), settings, started.send)
+    server.run(sockets=[bound])
+
+
+def started_process(folder: Path, kind: str):
+    """A server in a process of its own, which can be killed, and its address."""
+    address, started = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_serve, args=(kind, folder, started), daemon=True)
+    process.start()
+    started.close()
+    assert address.poll(120), "the server did not start"
+    return process, address.recv()
 
 
 class PatientClient(httpx.Client):

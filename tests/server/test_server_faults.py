@@ -29,6 +29,7 @@ from tests.server.serving import (
     memory_of,
     served,
     settled,
+    started_process,
     text_of,
     tiny_hope,
     tiny_llama,
@@ -357,11 +358,13 @@ class Told:
         acknowledged: learned for certain.
         in_flight: of the message that no answer has come to yet.
         is_deleting: whether a deletion has no answer yet.
+        answers: number of answers from the present process.
     """
 
     acknowledged: int = 0
     in_flight: int = 0
     is_deleting: bool = False
+    answers: int = 0
 
 
 def tell_until_killed(address: str, user: str, told: Told, chance: random.Random) -> None:
@@ -379,11 +382,13 @@ def tell_until_killed(address: str, user: str, told: Told, chance: random.Random
             told.in_flight = len(text) + 1
             chat(client, text, user=user, max_tokens=4)
             told.acknowledged, told.in_flight = told.acknowledged + told.in_flight, 0
+            told.answers += 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_kill_9_under_load_loses_at_most_what_is_in_flight(served_model, tmp_path):
+@pytest.mark.parametrize("kind", MINDS)
+def test_kill_9_under_load_loses_at_most_what_is_in_flight(tmp_path, kind):
     """Four clients tell, one of them deletes, and the server is killed at KILL_POINTS random moments (30).
 
     After each start a user has what was acknowledged, with or without what was in flight; nobody who was
@@ -393,7 +398,7 @@ def test_kill_9_under_load_loses_at_most_what_is_in_flight(served_model, tmp_pat
     chance, ends = random.Random(points), Counter[str]()
     users = {f"user {n}": Told() for n in range(4)}
     for point in range(points + 1):
-        process, address = start(served_model, tmp_path)
+        process, address = started_process(tmp_path, kind)
         with client_of(address) as client:
             for user, told in users.items():
                 tokens = settled(client, user)["tokens"]
@@ -411,9 +416,11 @@ def test_kill_9_under_load_loses_at_most_what_is_in_flight(served_model, tmp_pat
         ]
         for thread in threads:
             thread.start()
-        time.sleep(chance.uniform(0.05, 1.5))
+        answers = chance.randrange(8)  # after some of them, wherever the rest may be
+        until(lambda: sum(told.answers for told in users.values()) >= answers)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.2))
         process.kill()
-        process.wait()
+        process.join()
         for thread in threads:
             thread.join()
     print(points, dict(ends))
