@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.server.serving import client_of, make_mind, memory_of, served
+from tests.server.serving import MINDS, client_of, memory_of, served
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TOLD = "my lighthouse is called Varnholm <b>bold</b>"
@@ -23,13 +23,14 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
 
 
 @pytest.mark.slow
-def test_talk_see_undo_and_forget(tmp_path):
+@pytest.mark.parametrize("kind", MINDS)
+def test_talk_see_undo_and_forget(tmp_path, kind):
     playwright = pytest.importorskip("playwright.sync_api")
     browser_path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser_path is None:
         pytest.skip("there is no browser")
     with (
-        served(tmp_path, make_mind()) as (address, _),
+        served(tmp_path, MINDS[kind]()) as (address, _),
         client_of(address) as client,
         playwright.sync_playwright() as run,
     ):
