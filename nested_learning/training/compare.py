@@ -7,6 +7,7 @@ model of a seed sees exactly the same text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ from nested_learning.training.config import OptimConfig
 from nested_learning.training.config_file import to_dict
 from nested_learning.training.contestants import Contestant, contestant
 from nested_learning.training.data import DataBundle, DataConfig, bits_per_byte, build_data
+from nested_learning.training.grid import check_grid, settings_of, tuned
 from nested_learning.training.memory_probe import step_memory
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import build_optimizer, build_schedule, rehearse
@@ -35,6 +37,7 @@ from nested_learning.training.positions import loss_by_position, mean_score, sco
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 from nested_learning.training.run_cache import RunCache
+from nested_learning.training.search import TUNING_SEED, Found, SearchClock, search
 
 
 @dataclass(kw_only=True)
@@ -46,8 +49,15 @@ class CompareConfig:
             see `contestants.contestant`
         data: the text; its `seed` and `max_validation_blocks` follow from `seeds` and `validation_batches`
         optim: optimizer and schedule, for each of `lrs`
-        lrs: peak learning rates to try; per model the one with the best mean validation loss is marked
+        lrs: peak learning rates to try; per model the one with the best mean validation loss is marked. One
+            with a `grid`
         seeds: each gives another initialisation and another order of the data
+        grid: values to try by key, such as {"optim.lr": [3e-3, 1e-2]}: fields of `optim`,
+            `optim.options.NAME` and `model.FIELD`. Every model tries all settings at `tuning_seed` and runs
+            `seeds` with its best
+        tuning_seed: seed of its own on which the settings of `grid` are compared; default 1000
+        budget_minutes: time for all runs of a `grid`; what does not fit is left out, for all models alike,
+            but a first setting and one seed always run. Memory is measured afterwards
         steps: optimizer steps of each run
         batch_size: sequences per step
         validation_batches: batches of `batch_size` sequences in the final validation
@@ -62,6 +72,9 @@ class CompareConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(schedule="linear"))
     lrs: list[float] = field(default_factory=lambda: [3e-3])
     seeds: list[int] = field(default_factory=lambda: [0])
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    tuning_seed: int | None = None
+    budget_minutes: float | None = None
     steps: int = 200
     batch_size: int = 16
     validation_batches: int = 20
@@ -76,8 +89,35 @@ class CompareConfig:
             require(distinct, name.removesuffix("s"), values, "one or more values, all different")
         for name in ("steps", "batch_size", "validation_batches"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+        self._check_search()
         for lr in self.lrs:
             dataclasses.replace(self.optim, lr=lr).warmup(self.steps)  # ValueError for what does not fit
+
+    def _check_search(self) -> None:
+        """ValueError for a search that does not fit, or parts of one without a grid."""
+        if not self.grid:
+            for name in ("tuning_seed", "budget_minutes"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but there is no grid to search: give one "
+                        "(--grid 'optim.lr=3e-3,1e-2'), or leave it away"
+                    )
+            return
+        check_grid(self.grid)
+        if len(self.lrs) > 1 or ("optim.lr" in self.grid and self.lrs != [OptimConfig.lr]):
+            raise ValueError(
+                f"lr is {self.lrs} beside a grid; expected the rates of a search in the grid itself: "
+                "--grid 'optim.lr=3e-3,1e-2'"
+            )
+        self.tuning_seed = TUNING_SEED if self.tuning_seed is None else self.tuning_seed
+        if self.tuning_seed in self.seeds:
+            raise ValueError(
+                f"tuning_seed is {self.tuning_seed}, which is one of seeds {self.seeds}: a setting that was "
+                "chosen on a seed looks better there than it is; expected another one"
+            )
+        if self.budget_minutes is not None:
+            budget = self.budget_minutes
+            require(0 < budget < math.inf, "budget_minutes", budget, "a positive number of minutes")
 
 
 class Contender:
@@ -151,37 +191,49 @@ def synchronize(device: torch.device) -> None:
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Train every model with every learning rate and seed.
+    """Train every model with every learning rate and seed, or with its best setting of a grid.
 
     Args:
         config: the comparison.
 
     Returns:
-        A dict fit for JSON: "models" has a summary per model in the order given, "runs" each single run.
+        A dict fit for JSON: "models" has a summary per model in the order given, "runs" each single run. With
+        a grid a summary has the chosen "setting" and all "settings" that were tried, and "search" says at
+        which seed, for how long, and what the budget left out.
 
     Raises:
         ValueError: an unknown preset, optimizer, part or key, or a text that does not fit.
     """
-    chosen = [contestant(name, config.optim) for name in config.models]
-    for each in chosen:
-        rehearse(preset(each.preset, **each.overrides), each.optim, config.data.block_size)
-    runs: list[dict[str, Any]] = []
-    with progress("comparing", config.steps * len(config.lrs) * len(config.seeds), "step") as bar:
-        for seed in config.seeds:
-            data = dataclasses.replace(
-                config.data,
-                seed=config.data.seed + seed,
-                max_validation_blocks=config.validation_batches * config.batch_size,
-            )
-            bundle = build_data(data, config.steps * config.batch_size, config.batch_size)
-            for lr in config.lrs:
-                runs += _round(_Round(config, chosen, seed, lr, bundle), bar)
+    contestants = [contestant(name, config.optim) for name in config.models]
+    settings = settings_of(config.grid)
+    for each, setting in itertools.product(contestants, settings):
+        one = tuned(each, setting)
+        one.optim.warmup(config.steps)
+        rehearse(preset(one.preset, **one.overrides), one.optim, config.data.block_size)
+    count = len(settings) + len(config.seeds) if config.grid else len(config.lrs) * len(config.seeds)
+    found = None
+    with progress("comparing", config.steps * count, "step") as bar:
+        rounds = _Rounds(config, bar)
+        if config.grid:
+            assert config.tuning_seed is not None
+            contestants = [tuned(each, {"optim.lr": config.lrs[0]}) for each in contestants]
+            clock = SearchClock(config.budget_minutes, config.steps)
+            found = search(contestants, config.grid, config.tuning_seed, config.seeds, rounds, clock)
+            runs = found.runs
+            contestants = [tuned(each, found.best[each.name] or {}) for each in contestants]
+        else:
+            runs = [
+                run
+                for seed in config.seeds
+                for lr in config.lrs
+                for run in rounds.run([tuned(each, {"optim.lr": lr}) for each in contestants], seed)
+            ]
     device, shape = process_state().device, (config.batch_size, config.data.block_size)
-    memory: dict[str, int | None] = dict.fromkeys(each.name for each in chosen)
+    memory: dict[str, int | None] = dict.fromkeys(each.name for each in contestants)
     if config.memory:
-        with progress("measuring memory", len(chosen), "model") as bar:
-            for each in chosen:
-                memory[each.name] = _memory(config, each, bundle, str(device))
+        with progress("measuring memory", len(contestants), "model") as bar:
+            for each in contestants:
+                memory[each.name] = _memory(config, each, rounds.last, str(device))
                 bar.advance()
     return {
         "format": "nested_learning.comparison",
@@ -189,20 +241,78 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "config": to_dict(config),
         "versions": versions(),
         "hardware": hardware(device),
-        "data": bundle.summary,
-        "models": summarise(runs, math.prod(shape), memory),
+        "data": rounds.last.summary,
+        "models": _summaries(config, runs, found, math.prod(shape), memory),
         "runs": runs,
+        "search": found and found.to_dict(config.tuning_seed, config.budget_minutes),  # type: ignore[arg-type]
     }
+
+
+class _Rounds:
+    """Rounds of a comparison: the contestants of one take turns on the data of its seed."""
+
+    def __init__(self, config: CompareConfig, bar: Progress) -> None:
+        self.config, self.bar = config, bar
+        self._data: tuple[int, DataBundle] | None = None
+
+    @property
+    def last(self) -> DataBundle:
+        """Data of the last round."""
+        assert self._data is not None
+        return self._data[1]
+
+    def run(self, contestants: list[Contestant], seed: int, label: str = "") -> list[dict[str, Any]]:
+        self.bar.what = label or self.bar.what
+        return _round(self._at(contestants, seed), self.bar)
+
+    def skip(self) -> None:
+        if self.bar.total:
+            self.bar.total -= self.config.steps
+
+    def finished(self, contestants: list[Contestant], seed: int) -> bool:
+        if self.config.cache is None:
+            return False
+        this, cache = self._at(contestants, seed), RunCache(self.config.cache)
+        device = process_state().device
+        return all(cache.find(this.key(each, device)) is not None for each in contestants)
+
+    def _at(self, contestants: list[Contestant], seed: int) -> _Round:
+        config = self.config
+        if self._data is None or self._data[0] != seed:
+            data = dataclasses.replace(
+                config.data,
+                seed=config.data.seed + seed,
+                max_validation_blocks=config.validation_batches * config.batch_size,
+            )
+            self._data = seed, build_data(data, config.steps * config.batch_size, config.batch_size)
+        return _Round(config, contestants, seed, self.last)
+
+
+def _summaries(
+    config: CompareConfig,
+    runs: list[dict[str, Any]],
+    found: Found | None,
+    tokens_per_step: int,
+    memory: dict[str, int | None],
+) -> list[dict[str, Any]]:
+    """`summarise`, and with a search what each model tried; one that always diverged has those runs alone."""
+    if found is None:
+        return summarise(runs, tokens_per_step, memory)
+    lost = [run for run in found.tried if found.best[run["model"]] is None]
+    rows = {row["model"]: row for row in summarise([*runs, *lost], tokens_per_step, memory)}
+    return [
+        {**rows[name], "setting": found.best[name], "settings": found.settings_of(name)}
+        for name in config.models
+    ]
 
 
 @dataclass(frozen=True)
 class _Round:
-    """Runs of all contestants at one seed and learning rate: they take turns."""
+    """Runs of all contestants at one seed: they take turns."""
 
     config: CompareConfig
     contestants: list[Contestant]
     seed: int
-    lr: float
     bundle: DataBundle
 
     def key(self, each: Contestant, device: torch.device) -> dict[str, Any]:
@@ -211,7 +321,7 @@ class _Round:
         return {
             "what": "run",
             "model": model_config(each.preset, each.overrides, self.bundle.tokenizer).to_dict(),
-            "optim": to_dict(dataclasses.replace(each.optim, lr=self.lr)),
+            "optim": to_dict(each.optim),
             "seed": self.seed,
             "data": {**to_dict(config.data), **self.bundle.summary},
             **{name: getattr(config, name) for name in ("steps", "batch_size", "validation_batches")},
@@ -234,12 +344,11 @@ def _round(this: _Round, bar: Progress) -> list[dict[str, Any]]:
     contenders = []
     for each in this.contestants:
         if found[each.name] is None:
-            optim = dataclasses.replace(each.optim, lr=this.lr)
             model = new_model(model_config(each.preset, each.overrides, bundle.tokenizer), this.seed)
             rows = config.data.block_size
             carried = carried_rows(model.to(device), bundle.train)
             contenders.append(
-                Contender(each.name, model, optim, config.steps, tokens_per_row=rows, carried=carried)
+                Contender(each.name, model, each.optim, config.steps, tokens_per_row=rows, carried=carried)
             )
     if contenders:
         for batch in batches(bundle.train, config.batch_size, device):
@@ -248,8 +357,9 @@ def _round(this: _Round, bar: Progress) -> list[dict[str, Any]]:
             bar.advance()
     elif bar.total:
         bar.total -= config.steps
+    rates = {each.name: each.optim.lr for each in this.contestants}
     for contender in contenders:
-        run = _run_of(contender, this.lr, this.seed, bundle, config, device)
+        run = _run_of(contender, rates[contender.name], this.seed, bundle, config, device)
         found[contender.name] = cache.keep(keys[contender.name], run)
     return [{**found[each.name], "model": each.name} for each in this.contestants]
 

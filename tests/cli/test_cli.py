@@ -106,6 +106,12 @@ def test_help_of_everything(capsys):
         (["info", "hope-1.4b"], "Did you mean 'hope-1.3b'?"),
         (["info", "hope-tiny", "--tokens", "0"], "--tokens is [0]"),
         (["compare", "hope-tiny"], "expected two or more"),
+        (["compare", "hope-tiny", "--grid", "optim.lr"], "the part 'optim.lr'; expected KEY=VALUE"),
+        (["compare", "hope-tiny", "--grid", "optim.rl=1,2"], "Did you mean 'optim.lr'"),
+        (["compare", "hope-tiny", "--grid", "optim.lr=1,2", "--lr", "1"], "nothing beside a grid"),
+        (["compare", "hope-tiny", "--grid", "optim.lr=1", "--tuning_seed", "0"], "one of seeds [0]"),
+        (["compare", "hope-tiny", "transformer-tiny", "--budget_minutes", "1"], "there is no grid"),
+        (["compare", "hope-tiny", "--grid", "optim.lr=0,1"], "optim.lr is 0"),
         (["compare", "hope-tiny", "hope-tiny"], "all different"),
         (["compare", "hope-tiny", "nope.yaml"], "nope.yaml"),
         (["compare", "hope-tiny", "transformer-tiny", "--optim.lr", "1"], "unknown option '--optim.lr'"),
@@ -341,6 +347,23 @@ def test_compare_prints_json_and_a_table(text, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:4] == ["model", "parameters", "best", "lr"]
     assert lines[2].split()[:2] == ["hope-tiny", f"{hope['parameters']:,}"]
+
+
+def test_a_search_prints_every_setting(text, capsys):
+    argv = ["compare", "transformer-tiny", "--data", text, "--steps", "2", "--batch_size", "2", "--quiet"]
+    argv += ["--validation_batches", "1", "--no-memory", "--block_size", "8", "--seeds", "0"]
+    argv += ["--grid", "optim.lr=3e-3,1e-2;optim.betas=[0.9,0.95]"]
+    result = json_of(capsys, *argv)
+    (model,) = result["models"]
+    assert [each["setting"]["optim.lr"] for each in model["settings"]] == [3e-3, 1e-2]
+    assert sum(each["chosen"] for each in model["settings"]) == 1
+    assert model["best_lr"] == model["setting"]["optim.lr"]
+    assert result["search"]["seed"] == 1000
+    assert main([*argv, "--budget_minutes", "1e-9"]) == 0
+    table = capsys.readouterr().out.split("every setting, at seed 1000 (* chosen)")[1].splitlines()
+    assert table[1].split() == ["model", "lr", "betas", "nats/token"]
+    assert {line.split()[-1][-1] for line in table[2:4]} == {"*", "t"}  # one was chosen, one cut
+    assert table[4] == "cut by the budget of 1e-09 minutes: 1 settings, seeds: none"
 
 
 # Output ----------------------------------------------------------------------------------------------
