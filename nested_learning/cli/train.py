@@ -36,6 +36,8 @@ goes on with it. Several processes: torchrun --nproc_per_node 2 -m nested_learni
 
 With --data.carry_state true each row of the batch reads document after document, block by block, and
 keeps its state; result.json and positions.png then have the loss by position in the document.
+With --memory_tokens 512 memories.jsonl, memories.png and TensorBoard have what the first tokens of the
+validation text leave in each memory, at every evaluation.
 
 examples:
   nested-learning train --max_minutes 3 --output runs/first

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nested_learning._files import replacing, write_bytes
+from nested_learning.layers.memory.watch import Array, MemoryTrace
 from nested_learning.lens.page import picture
-from nested_learning.lens.traces import Array, LearnedTrace, MemoryTrace, Traces
+from nested_learning.lens.traces import LearnedTrace, Traces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,9 @@ from nested_learning._progress import progress
 from nested_learning.continual import Learner, Level
 from nested_learning.continual.find import Target, is_quantised
 from nested_learning.continual.inputs import TextOrIds, read_batch
+from nested_learning.layers.memory.watch import Array, as_array
 from nested_learning.lens.recording import Recording
-from nested_learning.lens.traces import Array, LearnedTrace, Prediction, as_array
+from nested_learning.lens.traces import LearnedTrace, Prediction
 from nested_learning.lens.words import word, words
 from nested_learning.levels import levels
 from nested_learning.memory.state import Weights

@@ -13,7 +13,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from nested_learning.lens.traces import Array, LearnedTrace, LevelTrace, MemoryTrace, Traces
+from nested_learning.layers.memory.watch import Array, MemoryTrace
+from nested_learning.lens.traces import LearnedTrace, LevelTrace, Traces
 from nested_learning.levels import NestedSystem
 
 BINS = 400  # points of a curve over tokens

@@ -14,15 +14,14 @@ from torch import Tensor
 from nested_learning._progress import progress
 from nested_learning.continual.context import evaluating
 from nested_learning.layers.cms import CMSState
+from nested_learning.layers.memory.watch import cuts, watching
 from nested_learning.lens.recording import Recording
 from nested_learning.lens.traces import LevelTrace
-from nested_learning.lens.watch import watching
 from nested_learning.lens.words import words
 from nested_learning.levels import levels
 from nested_learning.memory.state import Weights
 from nested_learning.models.hope import HopeCache, HopeForCausalLM
 
-PIECE = 64  # most tokens of a call, so that what is held does not grow with the text
 PROBES, MOMENTS = 48, 64
 
 
@@ -63,9 +62,9 @@ def record(
         for watch in watches:
             watch.look()
         steps = {watch.layer.system.step for watch in watches}
-        cuts = _cuts(count, steps | writes.sizes)
-        moments = _spread(cuts[1:])
-        for start, stop, loss, cache in _read(model, ids, cuts):
+        ends = cuts(count, steps | writes.sizes)
+        moments = _spread(ends[1:])
+        for start, stop, loss, cache in _read(model, ids, ends):
             losses.append(loss)
             for watch in watches:
                 watch.end_piece(stop - start, stop in moments)
@@ -84,14 +83,14 @@ def record(
 
 
 def _read(
-    model: HopeForCausalLM, ids: Tensor, cuts: Sequence[int]
+    model: HopeForCausalLM, ids: Tensor, ends: Sequence[int]
 ) -> Iterator[tuple[int, int, Tensor, HopeCache]]:
     """Read ids [T] piece by piece: (start, stop, the losses of the piece's tokens, the cache after it).
 
     The text's first token, which nothing predicts, has no loss.
     """
     cache, before = HopeCache(model.config), None  # logits [1, V] after the last token so far
-    for start, stop in pairwise(cuts):
+    for start, stop in pairwise(ends):
         piece = ids[start:stop].to(model.device)
         output = model(piece.unsqueeze(0), past_key_values=cache, use_cache=True, output_surprise=True)
         assert output.logits is not None
@@ -100,12 +99,6 @@ def _read(
         told = logits[:-1] if before is None else torch.cat([before, logits[:-1]])
         before, came = logits[-1:], piece[len(piece) - len(told) :]
         yield start, stop, F.cross_entropy(told, came, reduction="none").cpu(), cache
-
-
-def _cuts(count: int, sizes: Iterable[int]) -> list[int]:
-    """Ends of the pieces of so many tokens, 0 in front: all multiples of the sizes, and of `PIECE`."""
-    inside = {stop for size in {*sizes, PIECE} for stop in range(size, count, size)}
-    return [0, *sorted(inside), count]
 
 
 def _spread(stops: Sequence[int]) -> set[int]:

@@ -9,62 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from nested_learning.layers.memory.watch import Array, MemoryTrace
 
+if TYPE_CHECKING:
     from nested_learning.continual.writing import Write
     from nested_learning.levels import NestedSystem
-
-Array = NDArray[np.floating]
-
-
-def as_array(x: Tensor) -> Array:
-    """A tensor's numbers in float64."""
-    return x.detach().cpu().double().numpy()
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryTrace:
-    """Trace of one memory layer over T tokens: H heads, N memories, P probes, M moments.
-
-    Attributes:
-        name: the module's, such as "layers.0.mixer".
-        kind: its class.
-        layer: index of the block it belongs to.
-        chunk_size: tokens between boundaries of the memory that is read out.
-        memories: their names; the last is read out.
-        surprise: [T] ‖M(k) − v̂‖ over all heads, at the anchor.
-        eta, alpha: [T, H] learning rate and retention of each token.
-        mu: [T, H] decay of the momentum, None without one.
-        probes: [P] indices of the tokens whose keys are asked for again.
-        recall: [M, P] 1 − ‖M(k) − v̂‖² / ‖v̂‖² over all heads, of the memory that is read out with its weights
-            of the moment, k and v̂ those of the probe when it was read; NaN before that.
-        cosine: [M, P] cosine of M(k) and v̂.
-        singular_values: by matrix of the memory that is read out, [M, H, n], falling.
-        distance: [M, N, H] Frobenius norm of weights − initial weights, over all matrices of a memory.
-        initial_norm: [N, H] norm of the initial weights.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    chunk_size: int
-    memories: tuple[str, ...]
-    surprise: Array
-    eta: Array
-    alpha: Array
-    mu: Array | None
-    probes: NDArray[np.int64]
-    recall: Array
-    cosine: Array
-    singular_values: dict[str, Array]
-    distance: Array
-    initial_norm: Array
-
-    @property
-    def rates(self) -> dict[str, Array]:
-        """Rates of each token [T, H] by letter; μ where there is a momentum."""
-        return {"η": self.eta, "α": self.alpha} | ({} if self.mu is None else {"μ": self.mu})
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -44,6 +46,19 @@ def run_plainly(model: PreTrainedModel) -> None:
     set_compile_step(model, model.config.compile_step)
     for block in _blocks(model):
         block._compiled_call_impl = None
+
+
+@contextmanager
+def plain_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Blocks that run without their graphs inside the scope, for what hooks into them."""
+    kept = [(block, block._compiled_call_impl) for block in _blocks(model)]
+    for block, _ in kept:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, graph in kept:
+            block._compiled_call_impl = graph
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

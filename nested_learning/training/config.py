@@ -103,8 +103,9 @@ class TrainConfig:
         model: fields of HopeConfig that differ from the preset, e.g. `--model.num_hidden_layers 2`
         data: the text, its tokenizer and how it is cut into blocks
         optim: optimizer and learning-rate schedule
-        output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png, and
-            positions.png where losses are scored by position
+        output: folder of the run: config.yaml, checkpoints/, tensorboard/, model/, result.json, loss.png,
+            positions.png where losses are scored by position, memories.jsonl and memories.png with
+            `memory_tokens`
         steps: optimizer steps; default: 1000, or as many as `max_minutes` allows
         max_minutes: instead of `steps`: as many steps as fit into this time, from reading the data to the
             sample, evaluations and checkpoints included; within a tenth, or a step and an evaluation where
@@ -123,6 +124,9 @@ class TrainConfig:
             `data.max_validation_blocks`
         save_every: write a checkpoint every so many steps; default: a quarter of the run
         keep_checkpoints: how many checkpoints to keep
+        memory_tokens: at each evaluation let the memories read so many tokens, the first of the validation
+            text, and note how far each has moved, its singular values, rates, retentions and recall, in
+            memories.jsonl, memories.png and TensorBoard; 0: do not
         sample_tokens: length of the sample generated after training, in tokens; 0 for none
         seed: seed of the initialisation and of dropout; added to `data.seed`, the seed of the data's order
     """
@@ -142,6 +146,7 @@ class TrainConfig:
     eval_every: int | None = None
     save_every: int | None = None
     keep_checkpoints: int = 2
+    memory_tokens: int = 0
     sample_tokens: int = 200
     seed: int = 0
 
@@ -154,6 +159,8 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         fits = self.batch_size * (self.steps or 1) <= LARGEST
         require(fits, "batch_size", self.batch_size, f"at most {LARGEST} sequences in all {self.steps} steps")
+        few = "0, or 2 tokens or more"
+        require(self.memory_tokens == 0 or self.memory_tokens >= 2, "memory_tokens", self.memory_tokens, few)
         require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "0 or more tokens")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")

@@ -88,7 +88,9 @@ def write_results(
         "losses": {"train": train, "validation": validation},
         "sample": _sample(model, bundle, config.sample_tokens, config.seed),
         "minutes": None if trainer.clock is None else trainer.clock.seconds / 60,
-        "files": _files(folder) | {"positions": scores and str(folder.positions)},
+        "files": _files(folder)
+        | {"positions": scores and str(folder.positions)}
+        | {"memories": str(folder.memories) if config.memory_tokens else None},
     }
     write_json(folder.result, result)
     return result

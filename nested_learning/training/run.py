@@ -25,6 +25,7 @@ from nested_learning.training.compiling import compile_blocks
 from nested_learning.training.config import DEFAULT_STEPS, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config, refuse_changes, to_dict
 from nested_learning.training.data import DataBundle, DocumentBlocks, build_data
+from nested_learning.training.memories import RecordMemories, check_memories, text_of
 from nested_learning.training.models import model_config, new_model
 from nested_learning.training.optim import rehearse
 from nested_learning.training.positions import score_both_ways
@@ -92,6 +93,9 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
     if config.data.carry_state:
         check_carries(model)
+    if config.memory_tokens:
+        check_memories(model)
+        text_of(bundle.validation, config.memory_tokens)
     model.to(process.device)
     if config.compile:
         compile_blocks(model)
@@ -177,7 +181,7 @@ def _run(
         trainer.clock.took("sample", sample_seconds(model, bundle, config.sample_tokens))
     timer, request = StepTimer(), StopRequest()
     stop = StopOnSignal(request, _agreement(trainer))
-    _set_callbacks(trainer, folder, *callbacks, stop, timer)
+    _set_callbacks(trainer, folder, bundle, *callbacks, stop, timer)
     try:
         with request.listening(), progress("training", unit="step") as bar:
             trainer.add_callback(StepCounter(bar))
@@ -207,13 +211,20 @@ def _score(trainer: HopeTrainer, bundle: DataBundle) -> dict[str, Any] | None:
     )
 
 
-def _set_callbacks(trainer: HopeTrainer, folder: RunFolder, *callbacks: TrainerCallback) -> None:
-    """The given callbacks in place of the Trainer's own printing, and TensorBoard in the run's folder."""
+def _set_callbacks(
+    trainer: HopeTrainer, folder: RunFolder, bundle: DataBundle, *callbacks: TrainerCallback
+) -> None:
+    """The given callbacks in place of the Trainer's own printing, TensorBoard and the record of memories."""
     trainer.remove_callback(PrinterCallback)
+    writes, count = trainer.is_world_process_zero(), trainer.config.memory_tokens
+    board = SummaryWriter(str(folder.tensorboard)) if writes else None
+    if board is not None and count:  # before those that take the time of an evaluation
+        ids = text_of(bundle.validation, count)
+        trainer.add_callback(RecordMemories(trainer.lm, ids, folder, board.add_scalar))
     for callback in callbacks:
         trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder.tensorboard))))
+    if board is not None:
+        trainer.add_callback(TensorBoardCallback(board))
 
 
 def _agreement(trainer: HopeTrainer) -> Callable[[int], int]:

@@ -22,7 +22,8 @@ class RunFolder:
 
     `config.yaml` (with a first line by which the folder is known as a run's), `checkpoints/`,
     `tensorboard/`, `model/`, `result.json`, `loss.png` and, where losses are scored by position,
-    `positions.png`. Nothing else in the folder is ever touched.
+    `positions.png`, where memories are looked at, `memories.jsonl` and `memories.png`. Nothing else in the
+    folder is ever touched.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +35,8 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.plot = self.path / "loss.png"
         self.positions = self.path / "positions.png"
+        self.memories = self.path / "memories.jsonl"
+        self.memories_plot = self.path / "memories.png"
 
     def is_run(self) -> bool:
         """True if the folder holds a run of this package."""
@@ -109,7 +112,7 @@ class RunFolder:
         if self.is_run():
             for folder in (self.checkpoints, self.tensorboard, self.model):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.result, self.plot, self.positions):
+            for file in (self.result, self.plot, self.positions, self.memories, self.memories_plot):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, HEADER + config_yaml)

@@ -1,21 +1,74 @@
-"""Hooks on a model's memory layers that note what each does, and on its blocks that say when it counts."""
+"""What memory layers do while a model reads a text: traces, and the hooks that note them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.memory.signals_at import signals_at
-from nested_learning.lens.traces import Array, MemoryTrace, as_array
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import Weights
+
+Array = NDArray[np.floating]
+PIECE = 64  # most tokens of a call, so that what is held does not grow with the text
+
+
+def as_array(x: Tensor) -> Array:
+    """A tensor's numbers in float64."""
+    return x.detach().cpu().double().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryTrace:
+    """Trace of one memory layer over T tokens: H heads, N memories, P probes, M moments.
+
+    Attributes:
+        name: the module's, such as "layers.0.mixer".
+        kind: its class.
+        layer: index of the block it belongs to.
+        chunk_size: tokens between boundaries of the memory that is read out.
+        memories: their names; the last is read out.
+        surprise: [T] ‖M(k) − v̂‖ over all heads, at the anchor.
+        eta, alpha: [T, H] learning rate and retention of each token.
+        mu: [T, H] decay of the momentum, None without one.
+        probes: [P] indices of the tokens whose keys are asked for again.
+        recall: [M, P] 1 − ‖M(k) − v̂‖² / ‖v̂‖² over all heads, of the memory that is read out with its weights
+            of the moment, k and v̂ those of the probe when it was read; NaN before that.
+        cosine: [M, P] cosine of M(k) and v̂.
+        singular_values: by matrix of the memory that is read out, [M, H, n], falling.
+        distance: [M, N, H] Frobenius norm of weights − initial weights, over all matrices of a memory.
+        initial_norm: [N, H] norm of the initial weights.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    chunk_size: int
+    memories: tuple[str, ...]
+    surprise: Array
+    eta: Array
+    alpha: Array
+    mu: Array | None
+    probes: NDArray[np.int64]
+    recall: Array
+    cosine: Array
+    singular_values: dict[str, Array]
+    distance: Array
+    initial_norm: Array
+
+    @property
+    def rates(self) -> dict[str, Array]:
+        """Rates of each token [T, H] by letter; μ where there is a momentum."""
+        return {"η": self.eta, "α": self.alpha} | ({} if self.mu is None else {"μ": self.mu})
 
 
 class MemoryWatch:
@@ -130,6 +183,12 @@ class MemoryWatch:
     def _weights(self, stored: Weights) -> Weights:
         """The weights [N, H, out, in] of the one row."""
         return {name: self.layer.system.retention.weights(A)[0] for name, A in stored.items()}
+
+
+def cuts(count: int, sizes: Iterable[int]) -> list[int]:
+    """Ends of the pieces of so many tokens, 0 in front: all multiples of the sizes, and of `PIECE`."""
+    inside = {stop for size in {*sizes, PIECE} for stop in range(size, count, size)}
+    return [0, *sorted(inside), count]
 
 
 @contextmanager
