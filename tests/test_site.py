@@ -56,8 +56,9 @@ def test_api_pages_name_what_is_public():
         public_names("nested_learning.training")
 
 
-@pytest.mark.parametrize("page", ["start.md", "lens.md"])
-def test_code_of_the_guides_runs(page):
+@pytest.mark.parametrize("page", ["start.md", "lens.md", "coming-from.md"])
+def test_code_of_the_guides_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": page}
     blocks = re.findall(
