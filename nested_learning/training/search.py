@@ -20,7 +20,7 @@ TUNING_SEED = 1000  # as in evaluations
 
 
 class Rounds(Protocol):
-    """What trains contestants, one step of each in turn."""
+    """Trainer of contestants, one step of each in turn."""
 
     def finished(self, contestants: list[Contestant], seed: int) -> bool:
         """Whether all these runs were finished before and cost nothing."""
@@ -65,7 +65,7 @@ class SearchClock:
 
 @dataclass
 class Found:
-    """What a search has found.
+    """Findings of a search.
 
     Attributes:
         runs: those of the best settings at the seeds of the comparison; each says its "setting".

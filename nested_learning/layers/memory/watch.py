@@ -1,4 +1,4 @@
-"""What memory layers do while a model reads a text: traces, and the hooks that note them."""
+"""Traces of what memory layers do while a model reads a text, and the hooks that note them."""
 
 from __future__ import annotations
 
