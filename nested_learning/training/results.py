@@ -88,18 +88,17 @@ def write_results(
         "losses": {"train": train, "validation": validation},
         "sample": _sample(model, bundle, config.sample_tokens, config.seed),
         "minutes": None if trainer.clock is None else trainer.clock.seconds / 60,
-        "files": _files(folder)
-        | {"positions": scores and str(folder.positions)}
-        | {"memories": str(folder.memories) if config.memory_tokens else None},
+        "files": _files(folder, scores is not None, config.memory_tokens > 0),
     }
     write_json(folder.result, result)
     return result
 
 
-def _files(folder: RunFolder) -> dict[str, Any]:
-    """Where everything lies, by name."""
-    names = ("model", "result", "plot", "tensorboard")
-    return {name: str(getattr(folder, name)) for name in names}
+def _files(folder: RunFolder, scored: bool, watched: bool) -> dict[str, str | None]:
+    """Paths of all files by name; None for what the run does not have."""
+    names = dict.fromkeys(("model", "result", "plot", "tensorboard"), True)
+    names |= {"positions": scored, "memories": watched}
+    return {name: str(getattr(folder, name)) if there else None for name, there in names.items()}
 
 
 def _plot(trainer: HopeTrainer, folder: RunFolder, scores: dict[str, Any] | None) -> tuple[Curve, Curve]:
