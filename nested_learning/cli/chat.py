@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nested_learning.cli.chat_config import ChatConfig
-from nested_learning.cli.level_flags import add_level_flags, gives_levels, levels_of
+from nested_learning.cli.level_flags import add_anchor_flags, add_level_flags, gives_levels, levels_of
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -48,6 +48,7 @@ def run(argv: list[str]) -> int:
     parser = new_parser("chat", "--model MODEL ", DESCRIPTION)
     parser.add_class_arguments(ChatConfig, None)
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
+    add_anchor_flags(parser)
     values = parse(parser, argv)
     config = ChatConfig(**{name: values[name] for name in ChatConfig.__dataclass_fields__})
     levels = levels_of(values) if gives_levels(argv) else None
@@ -55,7 +56,8 @@ def run(argv: list[str]) -> int:
     from accelerate.utils import set_seed
 
     from nested_learning.cli.dialogue import Dialogue, load_pretrained
-    from nested_learning.continual import Learner, Replay, reopen, stack_levels
+    from nested_learning.continual import AUTO, Learner, Replay, reopen, stack_levels
+    from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.continual.replaying.retrieval import check_installed
 
     replay = None
@@ -64,14 +66,16 @@ def run(argv: list[str]) -> int:
         replay = Replay(config.replay, config.replay_share, config.replay_choose, piece, config.seed)
     if config.retrieve:
         check_installed()
+    files = AnchorFiles(values.background, values.fisher)
     set_seed(config.seed)
     model, tokenizer = load_pretrained(config.model)
     if levels is not None:
-        learner = stack_levels(model, tokenizer, levels=levels, replay=replay)
+        anchors = files.of(model, tokenizer, levels)
+        learner = stack_levels(model, tokenizer, levels=levels, replay=replay, **anchors)
     elif config.memory is not None and Path(config.memory).is_file():
-        learner = reopen(config.memory, model, tokenizer, replay=replay)
+        learner = reopen(config.memory, model, tokenizer, replay=replay, **files.of(model, tokenizer))
     else:
-        learner = Learner.auto(model, tokenizer, replay=replay)
+        learner = Learner.auto(model, tokenizer, replay=replay, **files.of(model, tokenizer, AUTO.levels))
     dialogue = Dialogue(
         learner, config.generation(), config.learn_from_replies, config.source, config.retrieve
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from nested_learning.cli.level_flags import add_anchor_flags
 from nested_learning.cli.output import print_json, print_table
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -34,17 +35,21 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--lora_rank", type=int, help="rank of a LoRA adapter; without one, a checkpoint")
     parser.add_argument("--row", type=int, default=0, help="row of the memory")
     parser.add_argument("--levels", type=int, nargs="+", help="levels that are exported, 0 is the fastest")
+    add_anchor_flags(parser)
     parser.add_argument("--probe", type=str, metavar="TEXT", help="text to compare logits on")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, alone on stdout")
     values = parse(parser, argv)
 
     from nested_learning.cli.dialogue import load_pretrained
     from nested_learning.continual.exporting.export import check_rank, unused
+    from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.continual.reopen import reopen
 
     unused(values.output)  # before a large model is loaded
     check_rank(values.lora_rank)
-    learner = reopen(values.memory, *load_pretrained(values.model))
+    files = AnchorFiles(values.background, values.fisher)
+    model, tokenizer = load_pretrained(values.model)
+    learner = reopen(values.memory, model, tokenizer, **files.of(model, tokenizer))
     report = learner.export(
         values.output,
         row=values.row,

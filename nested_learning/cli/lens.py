@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from nested_learning.cli.level_flags import LEVEL_FLAGS, add_level_flags, gives_levels, levels_of
+from nested_learning.cli.level_flags import (
+    ANCHOR_FLAGS,
+    LEVEL_FLAGS,
+    add_anchor_flags,
+    add_level_flags,
+    gives_levels,
+    levels_of,
+)
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -31,7 +38,7 @@ examples:
   nested-learning lens SmolLM2-135M-Instruct --text notes.txt --memory anna.safetensors
 """
 PAGE = "lens.html"
-OF_LEARNERS = (*LEVEL_FLAGS, "memory")
+OF_LEARNERS = (*LEVEL_FLAGS, *ANCHOR_FLAGS, "memory")
 
 
 def run(argv: list[str]) -> int:
@@ -46,6 +53,7 @@ def run(argv: list[str]) -> int:
         "--memory", type=str, metavar="FILE", help="memory of a pretrained model, to start from"
     )
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
+    add_anchor_flags(parser)
     values = parse(parser, argv)
 
     from nested_learning._files import writable, write_text
@@ -109,14 +117,16 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bo
 def _learner_recording(name: str, values: Namespace, text: str, own_levels: bool) -> Recording:
     from nested_learning.cli.dialogue import load_pretrained
     from nested_learning.continual import reopen, stack_levels
+    from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.lens import lens
 
-    levels = levels_of(values)
+    levels, files = levels_of(values), AnchorFiles(values.background, values.fisher)
     model: Any
     model, tokenizer = load_pretrained(name)
     if values.memory is not None and not own_levels:
-        return lens(reopen(values.memory, model, tokenizer), text, max_tokens=values.max_tokens)
-    learner = stack_levels(model, tokenizer, levels=levels)
+        learner = reopen(values.memory, model, tokenizer, **files.of(model, tokenizer))
+        return lens(learner, text, max_tokens=values.max_tokens)
+    learner = stack_levels(model, tokenizer, levels=levels, **files.of(model, tokenizer, levels))
     if values.memory is not None:
         learner.memory.load(values.memory)
     return lens(learner, text, max_tokens=values.max_tokens)

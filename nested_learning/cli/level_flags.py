@@ -1,4 +1,4 @@
-"""The flags of `chat`, `adapt`, `serve` and `lens` that describe levels on a pretrained model."""
+"""The flags of `chat`, `adapt`, `serve` and `lens` that describe levels on a pretrained model; anchors."""
 
 from __future__ import annotations
 
@@ -11,58 +11,60 @@ if TYPE_CHECKING:
     from nested_learning.continual.level import Level
 
 
-_LEARNING = ("level_lr", "rule", "learn_down", "sparse")
-_ALL = ("layers", "rank", "average_of", "rate")
+# What a level can be told besides its chunk and rate: type, default, help.
+_PER_LEVEL: dict[str, tuple[type, Any, str]] = {
+    "layers": (str, "all", "'all', 'last third', or indices such as 0,1,2"),
+    "rule": (str, "gd", "inner rules: gd, momentum, adam or m3"),
+    "rank": (int, 0, "rank of the deltas; 0 for full matrices"),
+    "learn_down": (bool, True, "with a rank: learn both factors; false for `up` alone"),
+    "sparse": (float, 0.0, "share of the hidden units of each MLP that one write changes; 0 for all weights"),
+    "decay": (
+        float,
+        0.0,
+        "share of the delta that each write forgets; with --fisher its own for each weight",
+    ),
+    "reread": (int, 0, "how often a level goes over its chunk again after its write, and writes again"),
+    "distill": (float, 0.0, "weight of learning, when the window closes, to answer without it as with it"),
+    "anchor_kl": (float, 0.0, "weight of the pull to what the untouched model predicts of --background"),
+    "average_of": (
+        int,
+        -1,
+        "index of the faster level, 0 is the fastest, that a level averages and answers for; -1: none. A "
+        "single value of what tells how a level learns is for the other levels",
+    ),
+    "rate": (float, 0.0, "rate of an average; 0 for levels that are none"),
+}
+_OF_ALL = ("layers", "rank", "average_of", "rate")  # the others tell how a level learns: averages do not
+_LEARNING = ("level_lr", *(name for name in _PER_LEVEL if name not in _OF_ALL))
+LEVEL_FLAGS = ("chunk_sizes", "level_lr", *_PER_LEVEL)
 
 
 def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr: float) -> None:
     """Add --chunk_sizes, --level_lr and the other settings of levels, with these defaults."""
     group = parser.add_argument_group("levels, fast to slow; give one value for all, or one per level")
+    sizes = list(chunk_sizes)
     group.add_argument(
-        "--chunk_sizes",
-        type=int,
-        nargs="+",
-        default=list(chunk_sizes),
-        help="tokens between a level's writes",
+        "--chunk_sizes", type=int, nargs="+", default=sizes, help="tokens between a level's writes"
     )
     group.add_argument("--level_lr", type=float, nargs="+", default=[level_lr], help="learning rates")
-    group.add_argument(
-        "--layers", type=str, nargs="+", default=["all"], help="'all', 'last third', or indices such as 0,1,2"
-    )
-    group.add_argument(
-        "--rule", type=str, nargs="+", default=["gd"], help="inner rules: gd, momentum, adam or m3"
-    )
-    group.add_argument(
-        "--rank", type=int, nargs="+", default=[0], help="rank of the deltas; 0 for full matrices"
-    )
-    group.add_argument(
-        "--learn_down",
-        type=bool,
-        nargs="+",
-        default=[True],
-        help="with a rank: learn both factors; false for `up` alone",
-    )
-    group.add_argument(
-        "--sparse",
-        type=float,
-        nargs="+",
-        default=[0.0],
-        help="share of the hidden units of each MLP that one write changes; 0 for all weights",
-    )
-    group.add_argument(
-        "--average_of",
-        type=int,
-        nargs="+",
-        default=[-1],
-        help="index of the faster level, 0 is the fastest, that a level averages and answers for; -1: none. "
-        "A single --level_lr, --rule, --sparse or --learn_down is for the other levels",
-    )
-    group.add_argument(
-        "--rate", type=float, nargs="+", default=[0.0], help="rate of an average; 0 for levels that are none"
-    )
+    for name, (kind, default, told) in _PER_LEVEL.items():
+        group.add_argument(f"--{name}", type=kind, nargs="+", default=[default], help=told)
 
 
-LEVEL_FLAGS = ("chunk_sizes", *_LEARNING, *_ALL)
+ANCHOR_FLAGS = ("background", "fisher")
+
+
+def add_anchor_flags(parser: ArgumentParser) -> None:
+    """Add --background and --fisher, files of anchors, to which a memory file belongs that knows them."""
+    parser.add_argument(
+        "--background", type=str, metavar="FILE", help="text in UTF-8 for levels with --anchor_kl"
+    )
+    parser.add_argument(
+        "--fisher",
+        type=str,
+        metavar="FILE",
+        help="Fisher diagonal for levels with --decay; measured on --background and written there if missing",
+    )
 
 
 def gives_levels(argv: Sequence[str]) -> bool:
@@ -80,7 +82,7 @@ def levels_of(values: Namespace) -> tuple[Level, ...]:
     from nested_learning.continual.level import Level, check_levels
 
     count = len(values.chunk_sizes)
-    given = {name: _per_level(name, values, count) for name in (*_LEARNING, *_ALL)}
+    given = {name: _per_level(name, values, count) for name in LEVEL_FLAGS[1:]}
     levels = []
     for index, size in enumerate(values.chunk_sizes):
         own = {name: each[index] for name, each in given.items()}

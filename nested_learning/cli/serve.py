@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from nested_learning._files import MIB
-from nested_learning.cli.level_flags import LEVEL_FLAGS, add_level_flags, gives_levels, levels_of
+from nested_learning.cli.level_flags import (
+    ANCHOR_FLAGS,
+    LEVEL_FLAGS,
+    add_anchor_flags,
+    add_level_flags,
+    gives_levels,
+    levels_of,
+)
 from nested_learning.cli.output import say
 from nested_learning.cli.parsing import new_parser, parse
 from nested_learning.server.settings import ServeSettings
@@ -38,9 +45,11 @@ def run(argv: list[str]) -> int:
     parser = new_parser("serve", "--model MODEL --memories FOLDER ", DESCRIPTION)
     parser.add_class_arguments(ServeSettings, None)
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
+    add_anchor_flags(parser)
     values = parse(parser, argv)
     settings = ServeSettings(**{name: values[name] for name in ServeSettings.__dataclass_fields__})
     levels = levels_of(values)
+    anchors = {name: values[name] for name in ANCHOR_FLAGS}
     if settings.add_key is not None:
         from nested_learning.server.keys import add_key
 
@@ -54,33 +63,49 @@ def run(argv: list[str]) -> int:
 
     from nested_learning.server.run import serve
 
-    return serve(load_mind(settings, levels, gives_levels(argv)), settings)
+    return serve(
+        load_mind(settings, levels, gives_levels(argv) or any(anchors.values()), **anchors), settings
+    )
 
 
-def load_mind(settings: ServeSettings, levels: tuple[Level, ...], own_levels: bool) -> Mind:
+def load_mind(
+    settings: ServeSettings,
+    levels: tuple[Level, ...],
+    own_levels: bool,
+    background: str | None = None,
+    fisher: str | None = None,
+) -> Mind:
     """The model of the settings with its way of remembering.
 
     Args:
         settings: the server's settings.
         levels: levels of a pretrained model that is no Hope model.
         own_levels: whether the command line has described them.
+        background, fisher: files of their anchors; see `AnchorFiles`.
 
     Raises:
         ValueError, OSError: there is no such model, or it is a Hope model and levels were described.
     """
     from nested_learning.cli.conversation import is_hope, load_model
     from nested_learning.cli.dialogue import load_pretrained
-    from nested_learning.continual import stack_levels
+    from nested_learning.continual import Learner, stack_levels
+    from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.models import HopeForCausalLM
     from nested_learning.server.hope_mind import HopeMind
     from nested_learning.server.level_mind import LevelMind
 
+    files = AnchorFiles(background, fisher)
     model, tokenizer = (load_model if is_hope(settings.model) else load_pretrained)(settings.model)
     if not isinstance(model, HopeForCausalLM):
-        return LevelMind(lambda: stack_levels(model, tokenizer, levels=levels), settings.weights_mb * MIB)
+        anchors = files.of(model, tokenizer, levels)
+
+        def learner() -> Learner:
+            return stack_levels(model, tokenizer, levels=levels, **anchors)
+
+        return LevelMind(learner, settings.weights_mb * MIB)
     if own_levels:
         raise ValueError(
             f"{settings.model} is a Hope model, whose memories have speeds of their own; leave out the flags "
-            f"of levels (--{', --'.join(LEVEL_FLAGS)})"
+            f"of levels (--{', --'.join((*LEVEL_FLAGS, *ANCHOR_FLAGS))})"
         )
     return HopeMind(model, tokenizer)

@@ -19,6 +19,7 @@ from nested_learning._files import whole_folder
 from nested_learning._progress import progress
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
+from nested_learning.continual.objectives.anchor_files import AnchorFiles
 from nested_learning.levels import levels as system
 from nested_learning.training.adapt_config import AdaptConfig
 from nested_learning.training.callbacks import StepCounter, StepTimer, StopOnSignal, StopRequest
@@ -90,6 +91,7 @@ def adapt(
     folder = RunFolder(config.output)
     folder.check(resume=resume, overwrite=overwrite)
     checkpoint = checkpoint_to_resume(folder.checkpoints, process_state()) if resume else None
+    files = AnchorFiles(config.background, config.fisher)
     source = saved_folder(config.model)
     rehearse(AutoConfig.from_pretrained(source, local_files_only=True), config.optim, config.data.block_size)
     data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
@@ -97,11 +99,32 @@ def adapt(
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32)
     model.to(process_state().device)
-    learner = stack_levels(model, levels=levels, gradient_checkpointing=config.gradient_checkpointing)
+    learner = stack_levels(
+        model,
+        bundle.tokenizer,
+        levels=levels,
+        gradient_checkpointing=config.gradient_checkpointing,
+        **files.of(model, bundle.tokenizer, levels),
+    )
+    anchors = learner.reader.anchors.identity()
     if not resume:
-        saved = {"config": to_dict(config), "levels": [level.describe() for level in learner.levels]}
+        described = [level.describe() for level in learner.levels]
+        saved = {"config": to_dict(config), "levels": described, **({"anchors": anchors} if anchors else {})}
         folder.start(yaml.safe_dump(saved, sort_keys=False))
+    else:
+        _check_anchors(folder, anchors)
     return _run(config, folder, learner, bundle, checkpoint)
+
+
+def _check_anchors(folder: RunFolder, now: dict[str, str]) -> None:
+    """Raise ValueError if files of anchors are not those that a run began with; `now` has their digests."""
+    begun = read_yaml(folder.config).get("anchors", {})
+    changed = sorted(name for name in now.keys() | begun.keys() if now.get(name) != begun.get(name))
+    if changed:
+        raise ValueError(
+            f"the run began with another {' and '.join(changed)} than the file has now; bring that file "
+            "back, or begin a new run"
+        )
 
 
 def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
@@ -113,7 +136,7 @@ def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
     folder = RunFolder(output)
     folder.check(resume=True, overwrite=False)
     saved = read_yaml(folder.config)
-    if set(saved) != {"config", "levels"}:
+    if set(saved) - {"anchors"} != {"config", "levels"}:
         raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
     try:
         values = saved["config"]

@@ -22,6 +22,8 @@ class AdaptConfig:
         output: folder of the run
         steps: optimizer steps
         batch_size: texts of `data.block_size` tokens per optimizer step
+        background: file of text for levels with an anchor (anchor_kl)
+        fisher: file of a Fisher diagonal for levels with a decay; measured on the background if missing
         gradient_checkpointing: run the layers twice to keep less
         eval_every: evaluate every so many steps; default: five times in the run
         save_every: write a checkpoint every so many steps; default: a quarter of the run
@@ -35,6 +37,8 @@ class AdaptConfig:
     output: str = "runs/adapt"
     steps: int = 200
     batch_size: int = 4
+    background: str | None = None
+    fisher: str | None = None
     gradient_checkpointing: bool = False
     eval_every: int | None = None
     save_every: int | None = None
