@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nested_learning.cli.chat_config import ChatConfig
 from nested_learning.cli.level_flags import add_anchor_flags, add_level_flags, gives_levels, levels_of
@@ -46,7 +46,12 @@ examples:
 def run(argv: list[str]) -> int:
     """Parse, then talk until the input ends. Returns the exit code."""
     parser = new_parser("chat", "--model MODEL ", DESCRIPTION)
-    parser.add_class_arguments(ChatConfig, None)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="learn and answer through torch.compile; the first windows take a while",
+    )
+    parser.add_class_arguments(ChatConfig, None, skip={"compile"})
     add_level_flags(parser, chunk_sizes=(32, 128, 512), level_lr=0.1)
     add_anchor_flags(parser)
     values = parse(parser, argv)
@@ -60,22 +65,23 @@ def run(argv: list[str]) -> int:
     from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.continual.replaying.retrieval import check_installed
 
-    replay = None
+    options: dict[str, Any] = {"compile": config.compile, "replay": None}
     if config.replay:
         piece = min(64, config.replay)
-        replay = Replay(config.replay, config.replay_share, config.replay_choose, piece, config.seed)
+        settings = (config.replay, config.replay_share, config.replay_choose, piece, config.seed)
+        options["replay"] = Replay(*settings)
     if config.retrieve:
         check_installed()
     files = AnchorFiles(values.background, values.fisher)
     set_seed(config.seed)
     model, tokenizer = load_pretrained(config.model)
     if levels is not None:
-        anchors = files.of(model, tokenizer, levels)
-        learner = stack_levels(model, tokenizer, levels=levels, replay=replay, **anchors)
+        options |= files.of(model, tokenizer, levels)
+        learner = stack_levels(model, tokenizer, levels=levels, **options)
     elif config.memory is not None and Path(config.memory).is_file():
-        learner = reopen(config.memory, model, tokenizer, replay=replay, **files.of(model, tokenizer))
+        learner = reopen(config.memory, model, tokenizer, **options, **files.of(model, tokenizer))
     else:
-        learner = Learner.auto(model, tokenizer, replay=replay, **files.of(model, tokenizer, AUTO.levels))
+        learner = Learner.auto(model, tokenizer, **options, **files.of(model, tokenizer, AUTO.levels))
     dialogue = Dialogue(
         learner, config.generation(), config.learn_from_replies, config.source, config.retrieve
     )

@@ -26,6 +26,7 @@ class ChatConfig:
         source: name under which is kept what is said; `/source NAME` changes it
         retrieve: tokens of what was said before that are looked up for a message and shown to the model; 0
             for none
+        compile: run the model through torch.compile; the first windows take a while
     """
 
     model: str
@@ -40,6 +41,7 @@ class ChatConfig:
     replay_choose: str = "random"
     source: str = "chat"
     retrieve: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -24,7 +24,7 @@ def reopen(
     tokenizer: Any = None,
     *,
     replay: Replay | None = None,
-    **anchors: Any,
+    **others: Any,
 ) -> Learner:
     """The learner that wrote a memory file, with that memory: levels and way of reading are the file's.
 
@@ -33,7 +33,7 @@ def reopen(
         model: the base model that it was learned on.
         tokenizer: tokenizer for text; None if only ids come.
         replay: how replay goes on; None for its defaults where the file has a store, and none elsewhere.
-        anchors: `background` and `fisher` of a learner that had them, as for `stack_levels`.
+        others: `background` and `fisher` of a learner that had them, or `compile`, as for `stack_levels`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +58,7 @@ def reopen(
             f"{os.fspath(path)} does not tell the levels of its learner ({error}): make that learner by "
             "stack_levels with its own settings, and load the file"
         ) from error
-    options = {**reading, **anchors, "replay": replay}
+    options = {**reading, **others, "replay": replay}
     for chosen in (None, modules):
         learner = stack_levels(model, tokenizer, levels=settings, modules=chosen, **options)
         if [[target.name for target in w.targets] for w in learner.reader.writers] == weights:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from nested_learning.continual.compiled_calls import compiled_call
 from nested_learning.continual.find import Target, check_weights, find_targets
 from nested_learning.continual.inputs import TextOrIds
 from nested_learning.continual.learner import Learner
@@ -39,17 +40,18 @@ def stack_levels(
     background: TextOrIds | None = None,
     fisher: Fisher | None = None,
     starts: Starts | str | os.PathLike[str] | None = None,
+    compile: bool | Mapping[str, Any] = False,
 ) -> Learner:
     """Give the MLPs of a pretrained causal language model frequencies, and let it learn in context.
 
     The model stays as it is: its class, its parameters, its generate. With learning rates of 0 the learner
-    computes exactly what the model computes. Long: it describes fifteen arguments.
+    computes exactly what the model computes. Long: it describes sixteen arguments.
 
     Args:
         model: any transformers causal language model whose layers all have attention, in any precision, also
             quantised ones, under peft's adapters (which stay in force and are part of what is kept) or under
-            torch.compile (whose calls are stepped round while deltas are in force). Deltas are float32
-            (float64 under float64).
+            torch.compile (whose calls are stepped round while deltas are in force; see `compile`). Deltas are
+            float32 (float64 under float64).
         tokenizer: tokenizer for text; None if only ids come.
         levels: the levels, fast to slow, chunk sizes increasing. Each has its own layers; where they
             overlap, W is W_base plus all their deltas.
@@ -72,11 +74,15 @@ def stack_levels(
             of them.
         fisher: Fisher diagonal of background text, which scales the decay of each weight; see `Fisher`.
         starts: rates and starts that `learn_starts` has found for these levels on this model, or their file.
+        compile: run the base model through torch.compile while deltas are in force, in `observe` as in
+            `generate`, from now on for all learners on it; or options of torch.compile, such as
+            {"backend": "aot_eager"}. The first windows take long. Where the compiler fails it warns once, and
+            the model runs plainly.
 
     Raises:
         ValueError: the MLPs cannot be found (the message lists candidates), chunk sizes that do not
             increase, layers out of range, a rank too large, a window that does not fit, or starts of
-            another model or of other levels.
+            another model or of other levels; compile with what is not compiled.
         FileNotFoundError: there is no such file of starts.
     """
     levels = check_levels(levels)
@@ -94,6 +100,8 @@ def stack_levels(
     reader = Reader(model, writers, plan, anchors)
     with workspace.bare():
         reader.contexts.check(model)
+    if compile:
+        workspace.call = compiled_call(reader, {} if compile is True else compile)
     return Learner(model, tokenizer, reader, replay)
 
 

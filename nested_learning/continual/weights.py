@@ -56,6 +56,9 @@ def acting(writers: Sequence[DeltaWriter], row: Row) -> Iterator[tuple[DeltaWrit
                 yield writer, state, target
 
 
+FACTORS = "_factors_in_force"  # attribute of a module: (down, up) of each low-rank delta in force
+
+
 @dataclass
 class _Buffers:
     """Effective weights by name, and the version of the row that they were made for.
@@ -136,11 +139,19 @@ def _alike(buffer: Tensor, weight: Tensor) -> bool:
 
 @dataclass
 class _Installation:
-    """Everything that one scope puts into the model's modules."""
+    """Everything that one scope puts into the model's modules.
+
+    Args:
+        weights: tensors in the place of weights.
+        factors: of each low-rank delta its writer, its weight, `down` and `up`.
+        model: the base model.
+        call: call of the model in the scope in the place of its own; None for the plain one.
+    """
 
     weights: dict[Target, Tensor]
     factors: list[tuple[DeltaWriter, Target, Tensor, Tensor]]
     model: nn.Module
+    call: Any = None
     handles: list[RemovableHandle] = field(default_factory=list)
     compiled: dict[nn.Module, Any] = field(default_factory=dict)
 
@@ -150,14 +161,18 @@ class _Installation:
             if module._compiled_call_impl is not None:
                 self.compiled[module] = module._compiled_call_impl
                 module._compiled_call_impl = None
-        experts: dict[Target, list[tuple[Tensor, Tensor]]] = {}
+        if self.call is not None:
+            self.compiled.setdefault(self.model, None)
+            self.model._compiled_call_impl = partial(self.call, self.model)
+        added: dict[Target, list[tuple[Tensor, Tensor]]] = {}
         for _, target, down, up in self.factors:
-            if target.stack:
-                experts.setdefault(target, []).append((down, up))
-            else:
-                self._hook(target, partial(_add_low_rank, down, up))
-        for target, pairs in experts.items():
+            added.setdefault(target, []).append((down, up))
+        for target, pairs in added.items():
             module = target.module
+            if not target.stack:
+                module.__dict__[FACTORS] = tuple(pairs)
+                self._hook(target, _add_low_rank)
+                continue
             self.handles.append(module.register_forward_pre_hook(partial(self._fuse, target, pairs)))
             after = partial(self._restore, target)
             self.handles.append(module.register_forward_hook(after, always_call=True))
@@ -188,6 +203,8 @@ class _Installation:
     def remove(self) -> None:
         for target in self.weights:
             target.module._parameters[target.parameter] = target.weight  # type: ignore[assignment]
+        for _, target, _, _ in self.factors:
+            target.module.__dict__.pop(FACTORS, None)
         for handle in self.handles:
             handle.remove()
         for module, call in self.compiled.items():
@@ -206,12 +223,15 @@ class _Installation:
         return {key: leaf.requires_grad_() for key, leaf in leaves.items() if key in learned}
 
 
-def _add_low_rank(
-    down: Tensor, up: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor
-) -> Tensor:
-    """Forward hook: y + x downᵀ upᵀ, in the precision of the model."""
+def _add_low_rank(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """Forward hook: y + Σ x downᵀ upᵀ, in the precision of the model.
+
+    It takes the factors from the module, for what a hook itself holds is a constant to a compiler.
+    """
     x = inputs[0]
-    return y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    for down, up in module.__dict__[FACTORS]:
+        y = y + nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+    return y
 
 
 def _add_full(
@@ -231,6 +251,7 @@ class Workspace:
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
         self.lock = threading.RLock()
+        self.call: Any = None  # a compiled call of the model, for scopes of deltas; see `compiled_calls`
         self.keep = 1  # sets of effective weights that stay between scopes, those that were used last
         self._free: list[_Buffers] = []
         self._active: list[_Installation] = []
@@ -288,6 +309,7 @@ class Workspace:
                 for down, up in [writer.factors(state, target)]
             ]
             installation = self._installation(buffers.effective(writers, row, learning), factors)
+            installation.call = self.call
             leaves = installation.leaves(writers) if learning else {}
             try:
                 with self._put(installation):
