@@ -153,7 +153,7 @@ def test_interrupts_exits_and_pipes_pass_the_door(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("nested_learning.cli.info.info", fails)
-    monkeypatch.setattr("nested_learning.cli.main._quiet", lambda: None)
+    monkeypatch.setattr("nested_learning.cli.main._close_stdout", lambda: None)
     if isinstance(error, SystemExit):
         with pytest.raises(SystemExit):
             main(["info", "hope-tiny"])

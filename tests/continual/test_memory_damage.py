@@ -17,7 +17,7 @@ from tests.continual.tiny_models import VOCAB, random_ids, tiny_model
 from tests.damage import check_refusal, damaged_bytes, damaged_content, read_file, write_checked
 
 SLOW = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 DOWN = "0/2/delta/model.layers.0.mlp.up_proj.weight:down"
 
 
@@ -222,7 +222,7 @@ CHOICES = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     levels=st.sampled_from(sorted(CHOICES)),
     family=st.sampled_from(["llama", "gpt2", "mistral"]),

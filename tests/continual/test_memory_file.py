@@ -59,7 +59,7 @@ def test_reading_goes_on_as_if_nothing_had_happened(tmp_path, rule):
     first.memory.save(tmp_path / "m")
     loaded = learner_on(levels=levels)
     loaded.memory.load(tmp_path / "m")
-    more = random_ids(2, 30, seed=1)
+    more = random_ids(2, 16, seed=1)
     assert torch.equal(loaded.observe(more), second.observe(more))
     for row in (0, 1):
         assert_equal_contents(contents(loaded, row), contents(second, row))

@@ -7,8 +7,9 @@ from torch import nn
 from tests.models.small_models import OPTIONS, VOCAB, small_model
 
 # Mixers whose exported program may leave the length open, and others, whose chunks are counted.
-ANY_LENGTH = ["gated_deltanet", "linear_attention", "attention"]
-GIVEN_LENGTH = ["titans", "self_modifying_titans"]
+# The slow ones are made of the operations of the first.
+ANY_LENGTH = ["gated_deltanet", pytest.param("linear_attention", marks=pytest.mark.slow), "attention"]
+GIVEN_LENGTH = ["self_modifying_titans", pytest.param("titans", marks=pytest.mark.slow)]
 ROWS = torch.export.Dim("rows", min=2, max=16)
 TOKENS = torch.export.Dim("tokens", min=4, max=64)
 

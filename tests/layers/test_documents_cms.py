@@ -127,7 +127,7 @@ def case(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_documents_are_read_as_if_alone(variant: str, data: st.DataObject) -> None:
     options = data.draw(st.sampled_from(RULES[:-1] if variant.startswith("nested") else RULES))

@@ -21,7 +21,7 @@ from tests.damage import check_refusal, damaged_bytes, damaged_content, read_fil
 from tests.models.small_models import VOCAB, small_model
 
 SLOW = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 MIXERS = ["sliding_window_attention", "self_modifying_titans", "attention", "titans"]
 
 

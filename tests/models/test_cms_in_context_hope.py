@@ -210,14 +210,14 @@ def test_generated_tokens_are_learned_from_only_when_asked(update, ids, learn):
 
 def test_generation_goes_on_from_a_cache_and_with_beams(update, ids):
     model = model_of(update)
-    prompt = ids[:, :9]
+    prompt = ids[:2, :9]
     expected = greedy(model, prompt, 6, False)
     for inputs in (prompt[:, 4:], prompt):
         _, cache = streamed(model, prompt[:, :4], [4])
         got = model.generate(inputs, past_key_values=cache, max_new_tokens=6, do_sample=False)
         assert torch.equal(got[:, -6:], expected[:, -6:])
     beams = [
-        model.generate(prompt, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=use_cache)
+        model.generate(prompt, max_new_tokens=4, num_beams=3, do_sample=False, use_cache=use_cache)
         for use_cache in (True, False)
     ]
     assert torch.equal(*beams)

@@ -57,6 +57,7 @@ def test_left_padded_batch_equals_rows_alone(model, ids):
         assert torch.equal(row[9:], greedy_loop(model, tokens[None], 8)[0, len(tokens) :])
 
 
+@pytest.mark.parametrize("mixers", [CASES["hybrid"]], ids=["hybrid"])
 def test_beam_search_keeps_the_best_of_all_continuations(model, ids):
     """With as many beams as there are pairs of tokens, beam search over two steps is exhaustive search."""
     prompt = ids[:2]
@@ -80,6 +81,7 @@ def test_beams_with_and_without_cache_agree(model, ids, padded):
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.parametrize("mixers", [CASES["hybrid"]], ids=["hybrid"])
 def test_sampling_follows_the_seed_and_the_distribution(model, ids):
     torch.manual_seed(0)
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2000, "max_new_tokens": 1}

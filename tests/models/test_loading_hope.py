@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from nested_learning import HopeForCausalLM, HopeModel
-from tests.models.small_models import VOCAB, small_config, small_model
+from tests.models.small_models import CASES, VOCAB, small_config, small_model
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def test_loading_in_another_dtype(model, tmp_path, dtype):
     assert same(loaded, copy.deepcopy(model).to(dtype))
 
 
+@pytest.mark.parametrize("mixers", [list(dict.fromkeys(names)) for names in CASES.values()], ids=CASES)
 def test_missing_weights_are_initialised_and_the_others_kept(model, tmp_path):
     """Drop one tensor at a time: it gets its initial distribution, every other is as saved."""
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nested_learning import HopeCache, HopeConfig, HopeModel
-from tests.models.small_models import CASES, RECURRENT, VOCAB, small_config, small_model
+from tests.models.small_models import RECURRENT, VOCAB, small_config, small_model
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 
@@ -430,7 +430,16 @@ def test_base_model_is_the_model_without_head(model, ids):
     torch.testing.assert_close(base(ids).last_hidden_state @ model.lm_head.weight.T, logits_of(model, ids))
 
 
-@pytest.mark.parametrize("mixer", [name for name in CASES if name != "hybrid"])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "attention",
+        "self_modifying_titans",
+        # In make test their layers alone: tests/memory/test_operator.py.
+        pytest.param("sliding_window_attention", marks=pytest.mark.slow),
+        pytest.param("titans", marks=pytest.mark.slow),
+    ],
+)
 def test_traced_in_one_graph_with_the_same_gradients(mixer, ids):
     """The backend does not compile kernels: this is about the graph, forward and backward."""
     model = small_model([mixer])

@@ -96,8 +96,17 @@ def train_and_generate(hope, ids, update):
 
 
 @WITHOUT_NUMBERS
-@pytest.mark.parametrize("recompute", [None, "chunk"])
-@pytest.mark.parametrize("update", ["none", "regression", "lm"])
+@pytest.mark.parametrize(
+    ("update", "recompute"),
+    [
+        ("none", None),
+        ("none", "chunk"),
+        ("regression", None),
+        pytest.param("regression", "chunk", marks=pytest.mark.slow),
+        ("lm", None),
+        ("lm", "chunk"),
+    ],
+)
 def test_models(update, recompute, mode, device):
     with mode(), torch.device(device):
         hope = model(update, recompute=recompute)

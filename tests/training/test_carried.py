@@ -244,7 +244,7 @@ def carried(tiny, library):
         data = DataConfig(
             source=str(library),
             block_size=16,
-            max_validation_blocks=30,
+            max_validation_blocks=15,
             validation_fraction=0.2,
             carry_state=True,
         )
@@ -296,7 +296,7 @@ def test_a_run_carries_and_evaluates_as_a_loop_by_hand(carried, drawn):
     score = loss_by_position(trained, bundle.carried, 16, carry=True, rows=4)
     after = result["validation"]["after"]["nats_per_token"]
     assert after == pytest.approx(score["nats_per_token"], abs=1e-6)
-    assert result["validation"]["blocks"] == sum(-(-len(d) // 16) for d in bundle.carried) <= 30
+    assert result["validation"]["blocks"] == sum(-(-len(d) // 16) for d in bundle.carried) <= 15
     positions = result["positions"]
     assert positions["nats_per_token"]["carried"] == pytest.approx(after, abs=1e-6)
     assert [row["carried"] for row in positions["table"]] == pytest.approx(

@@ -173,8 +173,8 @@ def test_finished_runs_are_kept_and_no_others_are_taken_for_them(tiny, yaml, tmp
     assert more["runs"][:2] == first["runs"]
     for fields in ({"steps": 5}, {"seeds": [1]}, {"lrs": [2e-2]}, {"batch_size": 2}):
         trained.clear()
-        compare(of_cache(tiny, yaml, cache, [one, two], **fields))
-        assert set(trained) == {one, two}, fields
+        compare(of_cache(tiny, yaml, cache, [one], **fields))
+        assert set(trained) == {one}, fields
     trained.clear()
     for file in cache.glob("*.json"):
         file.write_text(file.read_text()[:-9])

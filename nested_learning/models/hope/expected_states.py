@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -98,12 +99,18 @@ def expected_states(config: HopeConfig) -> dict[str, ExpectedState]:
 
 
 def _find(config: HopeConfig) -> dict[str, ExpectedState]:
-    config = copy.deepcopy(config)
-    config.compile_step = False
+    """The states of all blocks, from a model with one block of each kind."""
+    mixers = list(dict.fromkeys(config.layer_mixers))
+    small = copy.deepcopy(config)
+    small.compile_step = False
+    small.mixer, small.num_hidden_layers = mixers, len(mixers)
     try:
-        return _find_on("meta", config)
+        found = _find_on("meta", small)
     except (NotImplementedError, RuntimeError):  # a mixer of others' that looks at its numbers
-        return _find_on("cpu", config)
+        found = _find_on("cpu", small)
+    alike = {f"layers.{i}.": f"layers.{mixers.index(name)}." for i, name in enumerate(config.layer_mixers)}
+    names = {name: re.sub(r"^layers\.\d+\.", lambda m: alike[m[0]], name) for name in config.state_names}
+    return {name: found[same] for name, same in names.items() if same in found}
 
 
 @torch.no_grad()
