@@ -50,7 +50,7 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 test: lint  ## lint, types and the tests that take seconds
 	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
-test-slow: $(EXTRAS) lint  ## every test, the long ones too, with peft, TRL, torchao, lm-eval and ONNX
+test-slow: $(EXTRAS) lint  ## every test, the long ones too, with peft, TRL, torchao, lm-eval, ONNX and the notebooks
 	@$(BIN)/python -m pytest $(IN_PARALLEL) -m "slow or not slow" --extras
 
 gpu: $(STAMP)  ## on a machine with a CUDA device: its tests, then the table of speeds to runs/gpu/

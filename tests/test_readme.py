@@ -8,6 +8,16 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
+def test_figures_are_those_of_the_results():
+    """Each figure with a decimal point or a comma in the table stands on the page of results too."""
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    results = (README.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"(?<![\w.])[−+]?\d[\d,]*[.,]\d+(?![\w.]*M)", " ".join(rows))
+    assert len(figures) > 25
+    known = set(re.findall(r"(?<![\w.])[−+]?\d[\d,]*[.,]\d+", results))
+    assert [figure for figure in figures if figure not in known] == []
+
+
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     text = README.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE))

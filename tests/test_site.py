@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from website.pages import PACKAGES, PAGES, ROOT, api_page, linked_files, public_names, relinked, source_page
+from website.pages import (
+    PACKAGES,
+    PAGES,
+    ROOT,
+    api_page,
+    linked_files,
+    notebook_page,
+    public_names,
+    relinked,
+    source_page,
+)
 
 DOCS = ROOT / "docs"
 NAVIGATION = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
@@ -47,6 +58,22 @@ def test_linked_code_is_a_page_with_a_fence_that_it_cannot_close():
     ]
     text = source_page("tests/test_site.py")
     assert '````python linenums="1"' in text  # this file has a fence of three: ```
+
+
+def test_a_notebook_is_a_page_with_its_code_and_outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr("website.pages.ROOT", tmp_path)
+    picture = {"output_type": "display_data", "data": {"image/png": "aGk=\n"}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# One\n", "text"]},
+        {"cell_type": "code", "source": "print(1)", "outputs": [{"output_type": "stream", "text": ["1\n"]}]},
+        {"cell_type": "code", "source": ["plot()"], "outputs": [picture]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    page = notebook_page("a.ipynb")
+    assert page.startswith(
+        "# One\ntext\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nplot()\n```\n"
+    )
+    assert page.endswith('<img alt="plot" src="data:image/png;base64,aGk=">\n')
 
 
 def test_api_pages_name_what_is_public():

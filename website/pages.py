@@ -1,4 +1,4 @@
-"""Pages of the site that docs/ does not have: files of the root, the API, and the code that pages link to.
+"""Pages of the site that docs/ does not have: files of the root, notebooks, the API, linked code.
 
 A hook of mkdocs. Links that leave docs/ lead to these pages, so that the site is whole without a repository.
 """
@@ -6,6 +6,7 @@ A hook of mkdocs. Links that leave docs/ lead to these pages, so that the site i
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "nested_learning/ops/delta_rule/README.md": "delta-rule.md",
+    **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")},
 }
 # Packages with a page of their own, in the order of the site: (package, title).
 PACKAGES = (
@@ -57,12 +59,40 @@ def api_page(package: str, title: str) -> str:
     return f"# {title}\n\n`{package}`\n\n{head}\n" + "\n".join(f"::: {package}.{name}\n" for name in names)
 
 
+def fenced(language: str, text: str) -> str:
+    """A block of code, in a fence that nothing in it closes."""
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall(r"`{3,}", text))])
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"
+
+
 def source_page(path: str) -> str:
     """Markdown of a file of the repository, with an anchor at each line."""
     language = LANGUAGES.get(Path(path).suffix, "text")
-    text = (ROOT / path).read_text(encoding="utf-8").rstrip("\n")
-    fence = "`" * (3 + max((len(run) for run in re.findall(r"`{3,}", text)), default=0))
-    return f'# {path}\n\n{fence}{language} linenums="1"\n{text}\n{fence}\n'
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return f"# {path}\n\n" + fenced(f'{language} linenums="1"', text)
+
+
+def notebook_page(path: str) -> str:
+    """Markdown of a notebook of the repository, with what its file keeps of outputs: text and pictures."""
+    parts = []
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text + "\n" if cell["cell_type"] == "markdown" else fenced("python", text))
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="plot" src="data:image/png;base64,{picture}">\n')
+            else:
+                parts.append(fenced("text", "".join(output.get("text", data.get("text/plain", "")))))
+    return "\n".join(parts)
+
+
+def page_text(path: str) -> str:
+    """Markdown of the page that a file of the repository is."""
+    if path.endswith(".ipynb"):
+        return notebook_page(path)
+    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def linked_files(folder: str, text: str) -> list[str]:
@@ -101,12 +131,13 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     from mkdocs.structure.files import File  # the rest of this file is tested without mkdocs
 
-    uris = [file.src_uri for file in files.documentation_pages()]
-    texts = [(posixpath.join("docs", posixpath.dirname(uri)), ROOT / "docs" / uri) for uri in uris]
-    texts += [(posixpath.dirname(path), ROOT / path) for path in PAGES]
-    linked = {path for folder, file in texts for path in linked_files(folder, file.read_text("utf-8"))}
+    texts = {
+        f"docs/{file.src_uri}": page_text(f"docs/{file.src_uri}") for file in files.documentation_pages()
+    }
+    texts |= {path: page_text(path) for path in PAGES}
+    linked = {name for path, text in texts.items() for name in linked_files(posixpath.dirname(path), text)}
     for path, name in PAGES.items():
-        files.append(File.generated(config, name, content=(ROOT / path).read_text(encoding="utf-8")))
+        files.append(File.generated(config, name, content=texts[path]))
     for path in sorted(linked):
         files.append(File.generated(config, f"source/{path}.md", content=source_page(path)))
     for package, title in PACKAGES:
