@@ -14,9 +14,11 @@ SOURCE = "nested_learning/_version.py"
 # Per file a pattern of its version, and for those that have one, of the date of the release.
 VERSIONS = {
     SOURCE: r'^__version__ = "(?P<value>[^"]+)"$',
+    "CHANGELOG.md": r"^## \[(?P<value>\d[^\]]*)\]",
     "CITATION.cff": r'^version: "?(?P<value>[^"\s]+)"?$',
 }
 DATES = {
+    "CHANGELOG.md": r"^## \[\d[^\]]*\] - (?P<value>\d{4}-\d\d-\d\d)$",
     "CITATION.cff": r'^date-released: "(?P<value>[\d-]+)"$',
 }
 PYPROJECT = 'version = { attr = "nested_learning._version.__version__" }'

@@ -34,6 +34,9 @@ def test_every_file_has_the_same_version(capsys):
         ("CITATION.cff", "version: 0.1.0", "version: 0.2.0", "CITATION.cff has 0.2.0"),
         ("nested_learning/_version.py", "0.1.0", "0.3.0", "_version.py has 0.3.0"),
         ("pyproject.toml", "_version.__version__", "_version.VERSION", "pyproject.toml does not take"),
+        ("CHANGELOG.md", "## [0.1.0] -", "## [0.4.0] -", "CHANGELOG.md has 0.4.0"),
+        ("CHANGELOG.md", "## [0.1.0] - ", "## [0.1.0], ", "CHANGELOG.md has none"),
+        ("CITATION.cff", 'date-released: "2026', 'date-released: "2025', "one date is expected"),
         ("CITATION.cff", "date-released", "date-of-release", "CITATION.cff has none"),
     ],
 )
@@ -61,7 +64,10 @@ def test_notes_are_one_part_of_the_changelog(tmp_path):
 
 
 def test_the_command_prints_notes_and_refuses_an_unknown_version(capsys):
-    assert main(["notes", "Unreleased"]) == 0
-    assert capsys.readouterr().out == notes("Unreleased")
+    assert main(["notes"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == notes("0.1.0")
+    assert len(printed) > 1000
+    assert "### Added" in printed
     assert main(["notes", "9.9.9"]) == 2
     assert "9.9.9" in capsys.readouterr().err
