@@ -14,10 +14,23 @@ from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from nested_learning.cli.dialogue import Dialogue
-    from nested_learning.continual import Learner
+    from nested_learning.cli.hope_dialogue import HopeDialogue
+    from nested_learning.continual import Level
     from nested_learning.continual.replaying.sources import KnownSource
 
+OF_LEARNERS = (
+    "compile",
+    "background",
+    "fisher",
+    "replay",
+    "replay_share",
+    "replay_choose",
+    "source",
+    "retrieve",
+)
 DESCRIPTION = """\
 Talk with a pretrained model that learns from the conversation.
 
@@ -26,6 +39,9 @@ learns goes into deltas on its MLPs, level by level, never into the model: --mem
 from conversation to conversation. The file is locked while the chat runs and saved at its end. Without any
 flag of the levels they are those of the file, or for a new one those of `Learner.auto`: one level with Adam,
 of rank 8, whose file stays small. With one of them, the others have the defaults below.
+
+A Hope model (a folder, the --output folder of a run, or a trained model of the package) has memories itself:
+to learn is to read, and the file is a session of `nested-learning generate`.
 
 in the chat:
   /surprise   how surprising each token of your last message was, in nats
@@ -58,6 +74,44 @@ def run(argv: list[str]) -> int:
     config = ChatConfig(**{name: values[name] for name in ChatConfig.__dataclass_fields__})
     levels = levels_of(values) if gives_levels(argv) else None
 
+    from nested_learning.cli.conversation import is_hope
+
+    dialogue: Dialogue | HopeDialogue
+    if is_hope(config.model):
+        dialogue = _hope_dialogue(config, values, parser.get_defaults(), gives_levels(argv))
+    else:
+        dialogue = _learner_dialogue(config, values, levels)
+    with _memory_file(dialogue, config.memory):
+        talk(dialogue, config.memory)
+    return 0
+
+
+def _hope_dialogue(
+    config: ChatConfig, values: Namespace, defaults: Namespace, own_levels: bool
+) -> HopeDialogue:
+    """A conversation with a Hope model. ValueError where options are given that are for other models."""
+    from nested_learning.cli.conversation import load_model
+    from nested_learning.cli.hope_dialogue import HopeDialogue
+    from nested_learning.server.hope_mind import HopeMind
+
+    given = [name for name in OF_LEARNERS if values[name] != defaults[name]]
+    if given or own_levels:
+        raise ValueError(
+            f"{config.model} is a Hope model, which has memories of its own and keeps no texts; leave out "
+            f"{', '.join(f'--{name}' for name in given) or 'the flags of levels'}"
+        )
+    return HopeDialogue(
+        HopeMind(*load_model(config.model)),
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        config.seed,
+        config.learn_from_replies,
+    )
+
+
+def _learner_dialogue(config: ChatConfig, values: Namespace, levels: tuple[Level, ...] | None) -> Dialogue:
+    """A conversation with a pretrained model that learns."""
     from accelerate.utils import set_seed
 
     from nested_learning.cli.dialogue import Dialogue, load_pretrained
@@ -82,32 +136,34 @@ def run(argv: list[str]) -> int:
         learner = reopen(config.memory, model, tokenizer, **options, **files.of(model, tokenizer))
     else:
         learner = Learner.auto(model, tokenizer, **options, **files.of(model, tokenizer, AUTO.levels))
-    dialogue = Dialogue(
-        learner, config.generation(), config.learn_from_replies, config.source, config.retrieve
-    )
-    with _memory_file(learner, config.memory):
-        talk(dialogue, config.memory)
-    return 0
+    return Dialogue(learner, config.generation(), config.learn_from_replies, config.source, config.retrieve)
 
 
 @contextlib.contextmanager
-def _memory_file(learner: Learner, path: str | None) -> Iterator[None]:
+def _memory_file(dialogue: Dialogue | HopeDialogue, path: str | None) -> Iterator[None]:
     """Load the memory, keep the file locked, and save it at the end, also after an interruption."""
     if path is None:
         yield
         return
-    with learner.memory.lock(path):
+    with dialogue.lock(path):
         if Path(path).exists():
-            learner.memory.load(path)
-            say(f"{path}: {learner.memory.rows[0].position:,} tokens read so far")
+            dialogue.load(path)
+            say(f"{path}: {dialogue.tokens_read:,} tokens read so far")
         try:
             yield
         finally:
-            learner.memory.save(path)
-            say(f"memory saved in {path} ({human_bytes(Path(path).stat().st_size)})")
+            say(_saved(dialogue, path))
 
 
-def talk(dialogue: Dialogue, memory: str | None) -> None:
+def _saved(dialogue: Dialogue | HopeDialogue, path: str) -> str:
+    """A report of saving the memory, which of a Hope model has no file where nothing was read."""
+    dialogue.save(path)
+    if not Path(path).exists():
+        return f"the memory is empty: there is no {path}"
+    return f"memory saved in {path} ({human_bytes(Path(path).stat().st_size)})"
+
+
+def talk(dialogue: Dialogue | HopeDialogue, memory: str | None) -> None:
     """Answer the lines of stdin until /quit or their end."""
     while True:
         try:
@@ -126,7 +182,7 @@ def talk(dialogue: Dialogue, memory: str | None) -> None:
             say(f"error: {error}")
 
 
-def _command(dialogue: Dialogue, command: str, rest: str, memory: str | None) -> str:
+def _command(dialogue: Dialogue | HopeDialogue, command: str, rest: str, memory: str | None) -> str:
     if command == "/surprise":
         return _surprise_table(dialogue.surprise())
     if command == "/undo":
@@ -138,12 +194,11 @@ def _command(dialogue: Dialogue, command: str, rest: str, memory: str | None) ->
         path = rest or memory
         if path is None:
             raise ValueError("there is no memory file: give one, `/save FILE`, or start with --memory FILE")
-        dialogue.learner.memory.save(path)
-        return f"memory saved in {path}"
+        return _saved(dialogue, path)
     if command == "/sources":
         return _source_table(dialogue.sources())
     if command == "/source" and rest:
-        dialogue.source = rest
+        dialogue.name_source(rest)
         return f"what is said from now on is kept as {rest}"
     if command == "/forget" and rest:
         return dialogue.forget(rest)

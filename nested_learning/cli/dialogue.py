@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +122,29 @@ class Dialogue:
         report = self.learner.forget(source)
         self._turns.clear()
         return str(report)
+
+    def name_source(self, source: str) -> None:
+        """Keep what is said from now on under a name."""
+        self.source = source
+
+    # The file of the memory ----------------------------------------------------------------------------
+
+    @property
+    def tokens_read(self) -> int:
+        """Number of tokens that the memory was made of."""
+        return self.learner.memory.rows[0].position
+
+    def lock(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """As `Memory.lock`."""
+        return self.learner.memory.lock(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """As `Memory.load`."""
+        self.learner.memory.load(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As `Memory.save`."""
+        self.learner.memory.save(path)
 
     def _last(self) -> _Turn:
         if not self._turns:
