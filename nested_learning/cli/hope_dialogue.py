@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _ReadTurn:
     """A message and its answer, and the memory before them."""
 
     before: HopeSession
@@ -50,7 +50,7 @@ class HopeDialogue:
     top_p: float = 0.95
     seed: int = 0
     learn_from_replies: bool = False
-    _turns: list[_Turn] = field(default_factory=list)
+    _turns: list[_ReadTurn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memory: HopeSession = self.mind.empty
@@ -77,7 +77,7 @@ class HopeDialogue:
             memory = _result(self.mind.learn(memory, self.mind.lesson_ids([reply]))).memory
         nats = [float("nan") if loss is None else loss for loss in learned.surprise]
         surprise = list(zip(learned.tokens, nats, strict=True))
-        self._turns.append(_Turn(self.memory, message, reply, surprise))
+        self._turns.append(_ReadTurn(self.memory, message, reply, surprise))
         self.memory = memory
         return reply
 
@@ -109,7 +109,7 @@ class HopeDialogue:
         """ValueError: nothing is kept by name."""
         raise ValueError(NOTHING_KEPT)
 
-    def _last(self) -> _Turn:
+    def _last(self) -> _ReadTurn:
         if not self._turns:
             raise ValueError("nothing has been said yet in this conversation")
         return self._turns[-1]
