@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from nested_learning.cli.level_flags import add_level_flags, levels_of
+from nested_learning.cli.level_flags import STARTS, add_level_flags, given_flags, levels_and_starts
 from nested_learning.cli.output import print_json, print_table, program, say
 from nested_learning.cli.parsing import hide_group_flags, new_parser, parse
 from nested_learning.training.adapt_config import AdaptConfig
@@ -28,6 +28,9 @@ examples:
   nested-learning adapt --model SmolLM2-135M --data books/ --steps 500 --output runs/adapted
   nested-learning adapt --output runs/adapted --resume
 
+With --learn_starts SOURCE the model stays as it is, and a rate and a start for each matrix that the levels
+write to are learned instead: see `nested-learning adapt --learn_starts SOURCE --help`.
+
 exit codes: 0 done, 1 the loss became NaN or infinite, 2 bad input, 130 and 143 interrupted
 """
 OWN_FLAGS = {"output", "resume", "overwrite", "json"}
@@ -35,6 +38,10 @@ OWN_FLAGS = {"output", "resume", "overwrite", "json"}
 
 def run(argv: list[str]) -> int:
     """Parse, adapt, print. Returns the exit code."""
+    if "learn_starts" in given_flags(argv):
+        from nested_learning.cli import learn_starts
+
+        return learn_starts.run(argv)
     config, levels, values = _parse(argv)
     from nested_learning.training.adapt import adapt
     from nested_learning.training.run import TrainingDiverged
@@ -58,7 +65,7 @@ def _parse(argv: list[str]) -> tuple[AdaptConfig, list[Level], Namespace]:
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
-    parser.add_class_arguments(AdaptConfig, None)
+    parser.add_class_arguments(AdaptConfig, None, skip={STARTS})  # one of the flags of levels
     add_level_flags(parser, chunk_sizes=(64, 256, 1024), level_lr=0.1)
     hide_group_flags(parser, ALIASES)
     if "--resume" in argv:
@@ -66,7 +73,8 @@ def _parse(argv: list[str]) -> tuple[AdaptConfig, list[Level], Namespace]:
     values = parse(parser, argv, aliases=ALIASES)
     built = parser.instantiate(values)
     fields = AdaptConfig.__dataclass_fields__
-    return AdaptConfig(**{name: built[name] for name in fields}), list(levels_of(values)), values
+    levels, _ = levels_and_starts(values, argv)
+    return AdaptConfig(**{name: built[name] for name in fields}), list(levels), values
 
 
 def _resumed(argv: list[str]) -> tuple[AdaptConfig, list[Level], Namespace]:

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_learning.cli.chat_config import ChatConfig
-from nested_learning.cli.level_flags import add_anchor_flags, add_level_flags, gives_levels, levels_of
+from nested_learning.cli.level_flags import (
+    add_anchor_flags,
+    add_level_flags,
+    gives_levels,
+    levels_and_starts,
+)
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -72,7 +77,7 @@ def run(argv: list[str]) -> int:
     add_anchor_flags(parser)
     values = parse(parser, argv)
     config = ChatConfig(**{name: values[name] for name in ChatConfig.__dataclass_fields__})
-    levels = levels_of(values) if gives_levels(argv) else None
+    levels, starts = levels_and_starts(values, argv)
 
     from nested_learning.cli.conversation import is_hope
 
@@ -129,9 +134,9 @@ def _learner_dialogue(config: ChatConfig, values: Namespace, levels: tuple[Level
     files = AnchorFiles(values.background, values.fisher)
     set_seed(config.seed)
     model, tokenizer = load_pretrained(config.model)
-    if levels is not None:
+    if gives_levels(argv):
         options |= files.of(model, tokenizer, levels)
-        learner = stack_levels(model, tokenizer, levels=levels, **options)
+        learner = stack_levels(model, tokenizer, levels=levels, starts=starts, **options)
     elif config.memory is not None and Path(config.memory).is_file():
         learner = reopen(config.memory, model, tokenizer, **options, **files.of(model, tokenizer))
     else:

@@ -32,6 +32,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--model", type=str, required=True, help="folder or name of the base model")
     parser.add_argument("--memory", type=str, required=True, metavar="FILE", help="file of the memory")
     parser.add_argument("--output", type=str, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--starts", type=str, metavar="FILE", help="starts that the memory was learned from")
     parser.add_argument("--lora_rank", type=int, help="rank of a LoRA adapter; without one, a checkpoint")
     parser.add_argument("--row", type=int, default=0, help="row of the memory")
     parser.add_argument("--levels", type=int, nargs="+", help="levels that are exported, 0 is the fastest")
@@ -49,7 +50,7 @@ def run(argv: list[str]) -> int:
     check_rank(values.lora_rank)
     files = AnchorFiles(values.background, values.fisher)
     model, tokenizer = load_pretrained(values.model)
-    learner = reopen(values.memory, model, tokenizer, **files.of(model, tokenizer))
+    learner = reopen(values.memory, model, tokenizer, starts=values.starts, **files.of(model, tokenizer))
     report = learner.export(
         values.output,
         row=values.row,

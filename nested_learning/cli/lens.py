@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from nested_learning.cli.level_flags import (
     add_anchor_flags,
     add_level_flags,
     gives_levels,
-    levels_of,
+    levels_and_starts,
 )
 from nested_learning.cli.output import human_bytes, say
 from nested_learning.cli.parsing import new_parser, parse
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> int:
     writable(values.output)  # refused before a long text is read
     if values.png is not None and Path(values.png).exists() and not Path(values.png).is_dir():
         raise ValueError(f"--png takes a folder, but {values.png} is something else")
-    recording = _record(values, parser, _text(values.text), gives_levels(argv))
+    recording = _record(values, parser, _text(values.text), argv)
     write_text(values.output, page(recording))
     say(f"written: {values.output} ({human_bytes(Path(values.output).stat().st_size)})")
     if values.png is not None:
@@ -82,7 +83,7 @@ def _text(name: str) -> str:
         raise ValueError(f"the text {name!r} is not in UTF-8 ({error}); convert it first") from error
 
 
-def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bool) -> Recording:
+def _record(values: Namespace, parser: ArgumentParser, text: str, argv: Sequence[str]) -> Recording:
     from transformers import AutoConfig
 
     from nested_learning.lens import lens
@@ -97,10 +98,10 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bo
                 f"{name} is a preset, whose weights are random; train one, "
                 f"`nested-learning train --preset {name}`, and give the folder of the run"
             )
-        return _learner_recording(name, values, text, own_levels)
+        return _learner_recording(name, values, text, argv)
     folder = str(saved_folder(name))
     if not isinstance(AutoConfig.from_pretrained(folder, local_files_only=True), HopeConfig):
-        return _learner_recording(folder, values, text, own_levels)
+        return _learner_recording(folder, values, text, argv)
     defaults = parser.get_defaults()
     given = [f"--{flag}" for flag in OF_LEARNERS if values[flag] != defaults[flag]]
     if given:
@@ -114,19 +115,20 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, own_levels: bo
     return lens(model, text, tokenizer, max_tokens=values.max_tokens)
 
 
-def _learner_recording(name: str, values: Namespace, text: str, own_levels: bool) -> Recording:
+def _learner_recording(name: str, values: Namespace, text: str, argv: Sequence[str]) -> Recording:
     from nested_learning.cli.dialogue import load_pretrained
     from nested_learning.continual import reopen, stack_levels
     from nested_learning.continual.objectives.anchor_files import AnchorFiles
     from nested_learning.lens import lens
 
-    levels, files = levels_of(values), AnchorFiles(values.background, values.fisher)
+    (levels, starts), files = levels_and_starts(values, argv), AnchorFiles(values.background, values.fisher)
     model: Any
     model, tokenizer = load_pretrained(name)
-    if values.memory is not None and not own_levels:
+    if values.memory is not None and not gives_levels(argv):
         learner = reopen(values.memory, model, tokenizer, **files.of(model, tokenizer))
         return lens(learner, text, max_tokens=values.max_tokens)
-    learner = stack_levels(model, tokenizer, levels=levels, **files.of(model, tokenizer, levels))
+    anchors = files.of(model, tokenizer, levels)
+    learner = stack_levels(model, tokenizer, levels=levels, starts=starts, **anchors)
     if values.memory is not None:
         learner.memory.load(values.memory)
     return lens(learner, text, max_tokens=values.max_tokens)

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
     from nested_learning.continual.level import Level
+    from nested_learning.continual.starts.starts import Starts
 
 
 # What a level can be told besides its chunk and rate: type, default, help.
@@ -36,7 +37,8 @@ _PER_LEVEL: dict[str, tuple[type, Any, str]] = {
 }
 _OF_ALL = ("layers", "rank", "average_of", "rate")  # the others tell how a level learns: averages do not
 _LEARNING = ("level_lr", *(name for name in _PER_LEVEL if name not in _OF_ALL))
-LEVEL_FLAGS = ("chunk_sizes", "level_lr", *_PER_LEVEL)
+STARTS = "starts"
+LEVEL_FLAGS = ("chunk_sizes", "level_lr", *_PER_LEVEL, STARTS)
 
 
 def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr: float) -> None:
@@ -49,6 +51,12 @@ def add_level_flags(parser: ArgumentParser, chunk_sizes: Sequence[int], level_lr
     group.add_argument("--level_lr", type=float, nargs="+", default=[level_lr], help="learning rates")
     for name, (kind, default, told) in _PER_LEVEL.items():
         group.add_argument(f"--{name}", type=kind, nargs="+", default=[default], help=told)
+    group.add_argument(
+        f"--{STARTS}",
+        type=str,
+        metavar="FILE",
+        help="learned rates and starts (adapt --learn_starts), and their levels if no other flag names any",
+    )
 
 
 ANCHOR_FLAGS = ("background", "fisher")
@@ -67,10 +75,29 @@ def add_anchor_flags(parser: ArgumentParser) -> None:
     )
 
 
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the flags that a command line has."""
+    return {item.partition("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
+
+
 def gives_levels(argv: Sequence[str]) -> bool:
     """Whether a command line has one of these flags."""
-    given = {item.partition("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
-    return not given.isdisjoint(LEVEL_FLAGS)
+    return not given_flags(argv).isdisjoint(LEVEL_FLAGS)
+
+
+def levels_and_starts(values: Namespace, argv: Sequence[str]) -> tuple[tuple[Level, ...], Starts | None]:
+    """The levels that a command line describes, or else those of its starts, and what they begin with.
+
+    Raises:
+        FileNotFoundError, ValueError: as `levels_of`, or there is no such file of starts.
+    """
+    if values[STARTS] is None:
+        return levels_of(values), None
+    from nested_learning.continual.starts.starts import Starts
+
+    starts = Starts.load(values[STARTS])
+    described = not given_flags(argv).isdisjoint(set(LEVEL_FLAGS) - {STARTS})
+    return (levels_of(values) if described else starts.make_levels()), starts
 
 
 def levels_of(values: Namespace) -> tuple[Level, ...]:
@@ -82,7 +109,7 @@ def levels_of(values: Namespace) -> tuple[Level, ...]:
     from nested_learning.continual.level import Level, check_levels
 
     count = len(values.chunk_sizes)
-    given = {name: _per_level(name, values, count) for name in LEVEL_FLAGS[1:]}
+    given = {name: _per_level(name, values, count) for name in ("level_lr", *_PER_LEVEL)}
     levels = []
     for index, size in enumerate(values.chunk_sizes):
         own = {name: each[index] for name, each in given.items()}

@@ -12,7 +12,7 @@ from nested_learning.cli.level_flags import (
     add_anchor_flags,
     add_level_flags,
     gives_levels,
-    levels_of,
+    levels_and_starts,
 )
 from nested_learning.cli.output import say
 from nested_learning.cli.parsing import new_parser, parse
@@ -20,6 +20,7 @@ from nested_learning.server.settings import ServeSettings
 
 if TYPE_CHECKING:
     from nested_learning.continual.level import Level
+    from nested_learning.continual.starts.starts import Starts
     from nested_learning.server.mind import Mind
 
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> int:
     add_anchor_flags(parser)
     values = parse(parser, argv)
     settings = ServeSettings(**{name: values[name] for name in ServeSettings.__dataclass_fields__})
-    levels = levels_of(values)
+    levels, starts = levels_and_starts(values, argv)
     anchors = {name: values[name] for name in ANCHOR_FLAGS}
     if settings.add_key is not None:
         from nested_learning.server.keys import add_key
@@ -63,9 +64,8 @@ def run(argv: list[str]) -> int:
 
     from nested_learning.server.run import serve
 
-    return serve(
-        load_mind(settings, levels, gives_levels(argv) or any(anchors.values()), **anchors), settings
-    )
+    own = gives_levels(argv) or any(anchors.values())
+    return serve(load_mind(settings, levels, own, **anchors, starts=starts), settings)
 
 
 def load_mind(
@@ -74,6 +74,7 @@ def load_mind(
     own_levels: bool,
     background: str | None = None,
     fisher: str | None = None,
+    starts: Starts | None = None,
 ) -> Mind:
     """The model of the settings with its way of remembering.
 
@@ -82,6 +83,7 @@ def load_mind(
         levels: levels of a pretrained model that is no Hope model.
         own_levels: whether the command line has described them.
         background, fisher: files of their anchors; see `AnchorFiles`.
+        starts: what they begin with.
 
     Raises:
         ValueError, OSError: there is no such model, or it is a Hope model and levels were described.
@@ -100,7 +102,7 @@ def load_mind(
         anchors = files.of(model, tokenizer, levels)
 
         def learner() -> Learner:
-            return stack_levels(model, tokenizer, levels=levels, **anchors)
+            return stack_levels(model, tokenizer, levels=levels, starts=starts, **anchors)
 
         return LevelMind(learner, settings.weights_mb * MIB)
     if own_levels:

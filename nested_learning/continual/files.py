@@ -219,7 +219,7 @@ def _row_numbers(row: Row) -> dict[str, Any]:
 def _mismatch(path: Path, key: str, theirs: str | None, ours: str | None) -> str:
     if key in OPTIONAL:
         one, other = (f"the {key} {digest[:12]}…" if digest else f"no {key}" for digest in (theirs, ours))
-        hint = "; stack_levels takes the file of the right ones as starts=…" if key == "starts" else ""
+        hint = "; give the file of the right ones: starts=…, or --starts FILE" if key == "starts" else ""
         return f"{path} was written by a learner with {one}; this learner has {other}{hint}"
     if key == "fingerprint":
         return (

@@ -33,7 +33,8 @@ def reopen(
         model: the base model that it was learned on.
         tokenizer: tokenizer for text; None if only ids come.
         replay: how replay goes on; None for its defaults where the file has a store, and none elsewhere.
-        others: `background` and `fisher` of a learner that had them, or `compile`, as for `stack_levels`.
+        others: `background`, `fisher` and `starts` of a learner that had them, or `compile`, as for
+            `stack_levels`.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -19,6 +19,7 @@ from nested_learning._files import whole_folder
 from nested_learning._progress import progress
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
+from nested_learning.continual.files import fingerprint
 from nested_learning.continual.objectives.anchor_files import AnchorFiles
 from nested_learning.levels import levels as system
 from nested_learning.training.adapt_config import AdaptConfig
@@ -34,6 +35,8 @@ from nested_learning.training.report import hardware, plot_losses, versions
 from nested_learning.training.run import Outcome, TrainingDiverged
 from nested_learning.training.run_folder import RunFolder, write_json
 from nested_learning.training.trainer import HopeTrainer, NonFiniteError, trainer_arguments
+
+STARTS_FILE = "starts.safetensors"  # in the folder of the trained model
 
 
 class AdaptTrainer(HopeTrainer):
@@ -69,7 +72,8 @@ def adapt(
 ) -> Outcome:
     """Train the base model while its levels learn, and write it to `config.output`.
 
-    The model in `model/` is of the original class; stack the same levels on it to use it.
+    The model in `model/` is of the original class; stack the same levels on it to use it. Where they begin at
+    learned starts, `model/starts.safetensors` has these for the trained model: starts belong to one base.
 
     Args:
         config: the run.
@@ -104,6 +108,7 @@ def adapt(
         bundle.tokenizer,
         levels=levels,
         gradient_checkpointing=config.gradient_checkpointing,
+        starts=config.starts,
         **files.of(model, bundle.tokenizer, levels),
     )
     anchors = learner.reader.anchors.identity()
@@ -198,6 +203,8 @@ def _write_results(
         trainer.evaluate()
     with whole_folder(folder.model, folder.standing()) as target:
         model.save_pretrained(target)
+        if (starts := learner.memory.starts) is not None:
+            dataclasses.replace(starts, fingerprint=fingerprint(model)).save(target / STARTS_FILE)
         bundle.tokenizer.save_pretrained(target)
     curves = {
         key: [(int(entry["step"]), entry[key]) for entry in trainer.state.log_history if key in entry]

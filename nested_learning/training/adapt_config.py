@@ -29,6 +29,7 @@ class AdaptConfig:
         save_every: write a checkpoint every so many steps; default: a quarter of the run
         keep_checkpoints: how many checkpoints to keep
         seed: of the order of the data
+        starts: file of learned rates and starts for the levels
     """
 
     model: str
@@ -44,6 +45,7 @@ class AdaptConfig:
     save_every: int | None = None
     keep_checkpoints: int = 2
     seed: int = 0
+    starts: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

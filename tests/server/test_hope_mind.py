@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nested_learning.cli.dialogue import load_pretrained
 from nested_learning.cli.main import main
 from nested_learning.cli.serve import load_mind
-from nested_learning.continual import Level
+from nested_learning.continual import Level, learn_starts, stack_levels
 from nested_learning.models import HopeCache, packaged
 from nested_learning.models.hope.session_hope import HopeSession
 from nested_learning.server.hope_mind import HopeMind
@@ -231,6 +232,20 @@ def test_the_command_finds_the_kind_of_a_model(tmp_path, monkeypatch):
     mind = load_mind(settings_of(llama, tmp_path), levels, own_levels=True)
     assert isinstance(mind, LevelMind)
     assert [level.chunk_size for level in mind.levels] == [8]
+
+
+def test_users_begin_at_learned_starts(tmp_path):
+    name = save(tiny_llama(), tmp_path / "llama")
+    model, tokenizer = load_pretrained(name)
+    levels, ids = (Level(8, 0.1),), [5, 6, 7, 8] * 5
+    starts = learn_starts(stack_levels(model, tokenizer, levels=levels), [ids], steps=2, lr_starts=0.01)
+    begun, plain = (load_mind(settings_of(name, tmp_path), levels, True, starts=s) for s in (starts, None))
+    scores = [run_to_end(mind.score(mind.empty, ids))[0] for mind in (begun, plain)]
+    assert scores[0][1:] != scores[1][1:]
+    begun.save(begun.empty, tmp_path / "memory")
+    begun.load(tmp_path / "memory")
+    with pytest.raises(ValueError, match="this learner has no starts"):
+        plain.load(tmp_path / "memory")
 
 
 def test_levels_cannot_be_described_for_a_hope_model(tmp_path, capsys):

@@ -15,7 +15,7 @@ import torch
 from nested_learning._tensor_files import check_whole, checksum, parse_json, read_tensors, write_tensors
 from nested_learning.continual.deltas import DOWN, UP
 from nested_learning.continual.find import Target
-from nested_learning.continual.level import Level
+from nested_learning.continual.level import Level, check_levels
 from nested_learning.memory.state import Weights
 
 FORMAT, VERSION = "nested_learning.continual_starts", "1"
@@ -142,6 +142,19 @@ class Starts:
         except (KeyError, TypeError, ValueError) as error:
             what = f"its {error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{os.fspath(path)} is damaged: {what}") from error
+
+    def make_levels(self) -> tuple[Level, ...]:
+        """The levels that the starts were learned for.
+
+        Raises:
+            ValueError: one has an inner rule that is no name, or a setting of another version of the package.
+        """
+        try:
+            return check_levels([Level(**settings) for settings in self.settings])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"starts do not tell their levels ({error}): describe these as they were"
+            ) from error
 
     def check(self, fingerprint: str, levels: Sequence[Level]) -> None:
         """Raise ValueError where a learner of this base model and these levels cannot begin with them."""
