@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nested_learning.cli.hope_dialogue import HopeDialogue
     from nested_learning.continual import Level
     from nested_learning.continual.replaying.sources import KnownSource
+    from nested_learning.continual.starts.starts import Starts
 
 OF_LEARNERS = (
     "compile",
@@ -85,7 +86,8 @@ def run(argv: list[str]) -> int:
     if is_hope(config.model):
         dialogue = _hope_dialogue(config, values, parser.get_defaults(), gives_levels(argv))
     else:
-        dialogue = _learner_dialogue(config, values, levels)
+        own = levels if gives_levels(argv) else None
+        dialogue = _learner_dialogue(config, values, own, starts)
     with _memory_file(dialogue, config.memory):
         talk(dialogue, config.memory)
     return 0
@@ -115,7 +117,9 @@ def _hope_dialogue(
     )
 
 
-def _learner_dialogue(config: ChatConfig, values: Namespace, levels: tuple[Level, ...] | None) -> Dialogue:
+def _learner_dialogue(
+    config: ChatConfig, values: Namespace, levels: tuple[Level, ...] | None, starts: Starts | None
+) -> Dialogue:
     """A conversation with a pretrained model that learns."""
     from accelerate.utils import set_seed
 
@@ -134,7 +138,7 @@ def _learner_dialogue(config: ChatConfig, values: Namespace, levels: tuple[Level
     files = AnchorFiles(values.background, values.fisher)
     set_seed(config.seed)
     model, tokenizer = load_pretrained(config.model)
-    if gives_levels(argv):
+    if levels is not None:
         options |= files.of(model, tokenizer, levels)
         learner = stack_levels(model, tokenizer, levels=levels, starts=starts, **options)
     elif config.memory is not None and Path(config.memory).is_file():
