@@ -99,6 +99,8 @@ def write_packaged(model: HopeForCausalLM, tokenizer: PreTrainedTokenizerBase, f
         stored.save_pretrained(new)
         tokenizer.save_pretrained(new)
         files = sorted(path for path in new.iterdir() if path.is_file())
+        for path in files:
+            path.chmod(0o644)  # as in a package; safetensors writes for the owner alone
         sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
         (new / SUMS).write_text(sums, encoding="utf-8")
         new.rename(folder)
