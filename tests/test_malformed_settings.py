@@ -184,6 +184,7 @@ LAST = {
     "train": ["--data", "/no/such/text"],
     "compare": ["hope-tiny", "transformer-tiny", "--data", "/no/such/text"],
     "generate": ["/no/such/model"],
+    "score": ["/no/such/model"],
     "info": ["/no/such/model"],
     "levels": ["/no/such/model"],
     "chat": ["--model", "/no/such/model"],

@@ -7,13 +7,14 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from nested_learning import _progress
 
@@ -124,7 +125,11 @@ def program_in_terminal(
     """Run a program whose controlling terminal it is, so that Ctrl-C typed into `leader` interrupts it."""
     terminal = Terminal(columns)
     descriptor = terminal.descriptor
-    take: Callable[[], object] = lambda: fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)  # noqa: E731
+
+    def take() -> None:
+        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
+
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdin=descriptor,

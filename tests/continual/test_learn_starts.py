@@ -231,7 +231,7 @@ class TestLearner:
         learner.memory.save(tmp_path / "memory")
         with pytest.raises(ValueError, match=f"the starts {starts.digest[:12]}…; this learner has no starts"):
             learner_with(kind).memory.load(tmp_path / "memory")
-        with pytest.raises(ValueError, match=f"this learner has the starts {other.digest[:12]}….*as starts="):
+        with pytest.raises(ValueError, match=f"this learner has the starts {other.digest[:12]}….*starts="):
             learner_with(kind, starts=other).memory.load(tmp_path / "memory")
         with pytest.raises(ValueError, match="starts"):
             reopen(tmp_path / "memory", MODEL)

@@ -41,7 +41,7 @@ def oracle_level(learner, index, **options):
         if level.rank is None:
             factors[target.name] = [torch.zeros_like(target.weight)]
         else:
-            factors[target.name] = [t.clone() for t in writer._initial_factors(target)]
+            factors[target.name] = [t.clone() for t in writer.initial_factors(target, writer.level.rank)]
     return OracleLevel(level.chunk_size, level.lr, factors, level.clip, level.reread, **options)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from nested_learning.layers import Attention, SlidingWindowAttention
 from nested_learning.layers.attention import AttentionState
-from tests.models.small_models import MORE_OPTIONS, OPTIONS, small_model
+from tests.models.small_models import MORE_OPTIONS, OPTIONS, assert_equal_weights, small_model
 
 WIDTH, HEADS = 16, 4
 VARIANTS = {
@@ -233,7 +233,8 @@ def test_a_model_without_positions_decodes_and_is_saved(mixer, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert loaded.config.mixer_options[mixer]["rope_theta"] is None
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert_equal_weights(loaded, model)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-12)
     with_positions = small_model([mixer, mixer])
     assert (with_positions(ids).logits - model(ids).logits).abs().max() > 1e-6
     assert with_positions.config.fingerprint() != model.config.fingerprint()

@@ -1,6 +1,7 @@
 """Small Hope models, one per mixer that exists, and a hybrid."""
 
 import torch
+from torch import nn
 
 import nested_learning.layers  # noqa: F401  (registers the mixers)
 from nested_learning import HopeConfig, HopeForCausalLM
@@ -44,3 +45,13 @@ def small_config(mixers: list[str], **overrides) -> HopeConfig:
 def small_model(mixers: list[str], seed: int = 0, **overrides) -> HopeForCausalLM:
     torch.manual_seed(seed)
     return HopeForCausalLM(small_config(mixers, **overrides)).double().eval()
+
+
+def assert_equal_weights(found: nn.Module, expected: nn.Module) -> None:
+    """The parameters and buffers of two models are equal bit by bit.
+
+    Their answers may differ in the last bits: a product depends on where a weight lies in memory.
+    """
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

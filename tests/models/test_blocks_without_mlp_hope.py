@@ -8,7 +8,7 @@ from nested_learning import ContinuumMemorySystem, HopeConfig
 from nested_learning.levels import levels
 from nested_learning.optimizers import build
 from nested_learning.parts import parts
-from tests.models.small_models import CASES, small_config, small_model
+from tests.models.small_models import CASES, assert_equal_weights, small_config, small_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -70,7 +70,8 @@ def test_saved_and_loaded(mixers, ids, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert loaded.config.cms_levels == []
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert_equal_weights(loaded, model)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **EXACT)
     cache = model(ids, use_cache=True).past_key_values
     cache.save(tmp_path / "state.safetensors")
     again = type(cache).load(tmp_path / "state.safetensors", loaded)
