@@ -6,7 +6,7 @@ import pytest
 
 from nested_learning.continual import compiled_calls
 from tests.cli.test_chat import chat, folder  # noqa: F401 - fixtures
-from tests.continual.test_compiled import Counting
+from tests.continual.test_compiled_learner import Counting
 
 
 @pytest.mark.slow
