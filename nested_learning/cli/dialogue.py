@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nested_learning._precision import loading_dtype
+from nested_learning.cli.turns import SpokenTurn, SpokenTurns
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.replaying.sources import KnownSource
@@ -35,16 +36,6 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), tokenizer
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A message and its answer, and the memory before them."""
-
-    before: Snapshot
-    message: str
-    reply: str
-    surprise: list[tuple[str, float]]
-
-
 @dataclass
 class Dialogue:
     """Answers messages and learns from them.
@@ -66,7 +57,7 @@ class Dialogue:
     learn_from_replies: bool = False
     source: str = "chat"
     retrieve: int = 0
-    _turns: list[_Turn] = field(default_factory=list)
+    _turns: SpokenTurns[Snapshot] = field(default_factory=SpokenTurns)
 
     def reply(self, message: str) -> str:
         """The answer to a message, which is learned then."""
@@ -78,7 +69,7 @@ class Dialogue:
             raise
         return self._turns[-1].reply
 
-    def _take_turn(self, message: str, before: Snapshot) -> _Turn:
+    def _take_turn(self, message: str, before: Snapshot) -> SpokenTurn[Snapshot]:
         prompt = self._prompt(message)
         ids = self.learner.generate(prompt, pad_token_id=self._padding(), **self.generation)
         reply = self.learner.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
@@ -88,15 +79,15 @@ class Dialogue:
         if self.learn_from_replies and reply:
             self.learner.observe(f"{reply}\n", source=source)
         words = [self.learner.tokenizer.decode([token]) for token in tokens.tolist()]
-        return _Turn(before, message, reply, list(zip(words, losses, strict=True)))
+        return SpokenTurn(before, message, reply, list(zip(words, losses, strict=True)))
 
     def surprise(self) -> list[tuple[str, float]]:
         """(token, next-token loss in nats) of the last message. ValueError if there is none."""
-        return self._last().surprise
+        return self._turns.last().surprise
 
     def undo(self) -> str:
         """Take back the last message, its answer and what was learned from them; returns the message."""
-        turn = self._last()
+        turn = self._turns.last()
         self.learner.memory.restore(turn.before)
         self._turns.pop()
         return turn.message
@@ -145,11 +136,6 @@ class Dialogue:
     def save(self, path: str | os.PathLike[str]) -> None:
         """As `Memory.save`."""
         self.learner.memory.save(path)
-
-    def _last(self) -> _Turn:
-        if not self._turns:
-            raise ValueError("nothing has been said yet in this conversation")
-        return self._turns[-1]
 
     def _encode(self, text: str) -> list[int]:
         return self.learner.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nested_learning.cli.turns import SpokenTurn, SpokenTurns
 from nested_learning.continual.files import locked
 from nested_learning.models.hope.session_hope import HopeSession
 from nested_learning.server.generation import AnswerPart, Generation
@@ -19,16 +20,6 @@ from nested_learning.server.sampling import Sampling, spread
 POSITIONS = 8192  # most tokens of a prompt and its answer: older turns remain in the memory alone
 NOTHING_KEPT = "a Hope model reads and keeps no texts, so there are no sources to list, to name or to forget"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _ReadTurn:
-    """A message and its answer, and the memory before them."""
-
-    before: HopeSession
-    message: str
-    reply: str
-    surprise: list[tuple[str, float]]
 
 
 @dataclass
@@ -50,7 +41,7 @@ class HopeDialogue:
     top_p: float = 0.95
     seed: int = 0
     learn_from_replies: bool = False
-    _turns: list[_ReadTurn] = field(default_factory=list)
+    _turns: SpokenTurns[HopeSession] = field(default_factory=SpokenTurns)
 
     def __post_init__(self) -> None:
         self.memory: HopeSession = self.mind.empty
@@ -77,17 +68,17 @@ class HopeDialogue:
             memory = _result(self.mind.learn(memory, self.mind.lesson_ids([reply]))).memory
         nats = [float("nan") if loss is None else loss for loss in learned.surprise]
         surprise = list(zip(learned.tokens, nats, strict=True))
-        self._turns.append(_ReadTurn(self.memory, message, reply, surprise))
+        self._turns.append(SpokenTurn(self.memory, message, reply, surprise))
         self.memory = memory
         return reply
 
     def surprise(self) -> list[tuple[str, float]]:
         """(token, next-token loss in nats) of the last message. ValueError if there is none."""
-        return self._last().surprise
+        return self._turns.last().surprise
 
     def undo(self) -> str:
         """Take back the last message, its answer and what was read of them; returns the message."""
-        turn = self._last()
+        turn = self._turns.last()
         self.memory = turn.before
         self._turns.pop()
         return turn.message
@@ -108,11 +99,6 @@ class HopeDialogue:
     def name_source(self, source: str) -> None:
         """ValueError: nothing is kept by name."""
         raise ValueError(NOTHING_KEPT)
-
-    def _last(self) -> _ReadTurn:
-        if not self._turns:
-            raise ValueError("nothing has been said yet in this conversation")
-        return self._turns[-1]
 
     # The file of the memory ----------------------------------------------------------------------------
 
