@@ -16,7 +16,8 @@ Answer the paper's questions: train or teach methods on tasks, tabulate, and jud
 TASK is one of those that `nested-learning eval --list` names, or `all`. Every finished run is kept in the
 folder of --output, so that the same command goes on where it was interrupted or ran out of --max_minutes. It
 writes there report.md, report.html (one page, no network), results.json, trials.jsonl and a plot per task.
---option TASK.NAME=VALUE (as JSON) replaces an option of the budget. Exit code 1: a run failed; the report
+--option TASK.NAME=VALUE (as JSON) replaces an option of the budget. --finished takes trials.jsonl files of
+other folders or machines into one report. Exit code 1: a run failed; the report
 says which.
 
 example:
@@ -39,6 +40,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds instead of as many as the task says")
     parser.add_argument("--option", nargs="+", type=str, default=[], help="TASK.NAME=VALUE, options of tasks")
     parser.add_argument("--output", type=str, help="folder of finished runs and of the report")
+    parser.add_argument(
+        "--finished",
+        nargs="+",
+        type=str,
+        default=[],
+        help="trials.jsonl of other folders",
+    )
+    parser.add_argument(
+        "--only_report", action="store_true", help="make no run: report those that are finished"
+    )
     parser.add_argument("--max_minutes", type=float, help="begin no run that would probably end later")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share runs and cores")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, alone on stdout")
@@ -58,6 +69,8 @@ def run(argv: list[str]) -> int:
         seeds=values.seeds,
         options=options(values.option),
         output=values.output,
+        finished=values.finished,
+        only_report=values.only_report,
         max_minutes=values.max_minutes,
         jobs=values.jobs,
     )

@@ -40,6 +40,8 @@ class EvalConfig:
         seeds: reported seeds; None: as many as each task's options say, from 0
         options: options by task that replace those of the budget
         output: folder of finished trials and of the report; None: nothing is written
+        finished: files trials.jsonl of other evaluations, whose trials are not made again
+        only_report: no trial is made; methods of which none is finished are left out
         max_minutes: no trial is begun that would probably end later; run the same command again to go on
         jobs: processes that share the trials, and the cores
     """
@@ -50,6 +52,8 @@ class EvalConfig:
     seeds: list[int] | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: str | None = None
+    finished: list[str] = field(default_factory=list)
+    only_report: bool = False
     max_minutes: float | None = None
     jobs: int = 1
 
@@ -80,6 +84,7 @@ class TaskResult:
         unfinished: trials for which there was no time.
         failed: outcomes with an error.
         outcomes: of all trials that ended, also those that were kept.
+        left_out: methods without a row, because none of their runs has ended.
     """
 
     task: Task[Any]
@@ -88,6 +93,7 @@ class TaskResult:
     unfinished: int = 0
     failed: list[TrialOutcome] = field(default_factory=list)
     outcomes: list[TrialOutcome] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -142,14 +148,18 @@ def evaluate(config: EvalConfig) -> list[TaskResult]:
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
     later = sum(len(p.seeds) for p, _ in entrants)
     with progress("evaluating", len(tried) + later, "run") as bar, ExitStack() as held:
-        crew = _Crew(config, TrialCache(folder), bar, held)
+        crew = _Crew(config, TrialCache(folder, config.finished), bar, held)
         tuned = crew.run(tried, later)
         for _, entrant in entrants:
             tuning = entrant.tuning
             entrant.best = tuning[0].method if len(tuning) == 1 else _best(tuning, tuned)
         reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
         outcomes = crew.run(reported, 0)
-    return [_result(p, {**tuned, **outcomes}) for p in plans]
+    results = [_result(p, {**tuned, **outcomes}) for p in plans]
+    if config.only_report:
+        for result in results:
+            _leave_out(result)
+    return results
 
 
 def plan(config: EvalConfig) -> list[_Plan]:
@@ -193,7 +203,7 @@ class _Crew:
     """Runs trials, in this process or in several, which `held` ends with itself."""
 
     def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress, held: ExitStack) -> None:
-        self.kept, self.bar, self.jobs = kept, bar, config.jobs
+        self.kept, self.bar, self.jobs, self.none = kept, bar, config.jobs, config.only_report
         minutes = config.max_minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
@@ -250,7 +260,9 @@ class _Crew:
         return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, set_threads, (threads,)))
 
     def _in_time(self, trial: Trial) -> bool:
-        """Whether a trial would probably end before the deadline."""
+        """Whether a trial may be made and would probably end before the deadline."""
+        if self.none:
+            return False
         if self.deadline is None:
             return True
         key = (trial.task.name, trial.method.name)
@@ -289,6 +301,13 @@ def _best(tuning: Sequence[Trial], outcomes: Mapping[str, TrialOutcome | None]) 
         if figure is not None:
             scores.append((float(figure) if task.higher_is_better else -float(figure), trial.method))
     return max(scores, key=lambda scored: scored[0])[1] if scores else None
+
+
+def _leave_out(result: TaskResult) -> None:
+    """Drop rows of methods of which no run has ended."""
+    for name in [name for name, row in result.rows.items() if not row.figures and not row.errors]:
+        del result.rows[name]
+        result.left_out.append(name)
 
 
 def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult:

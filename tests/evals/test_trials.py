@@ -62,6 +62,61 @@ def test_trials_of_other_versions_are_said_and_made_again(tmp_path):
     assert result.rows["good"].figures[0]["heads"] < 1
 
 
+def test_trials_of_several_folders_make_one_report(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        assert run(tmp_path / str(seed), "--seeds", str(seed), "--methods", "good", "tuned") == 0
+    files = [tmp_path / name / "trials.jsonl" for name in "01"]
+    monkeypatch.setattr(Coin, "run", lambda self, method, seed: pytest.fail("run again"))
+    assert run(tmp_path / "both", "--only_report", "--finished", *map(str, files)) == 0
+    (task,) = json.loads((tmp_path / "both/results.json").read_text())["tasks"]
+    rows = {row["method"]: row for row in task["rows"]}
+    assert rows["good"]["seeds"] == [0, 1]
+    assert rows["tuned"]["settings"] == {"bias": 0.4}
+    assert task["left_out"] == ["bad"]
+    assert "No run of: bad." in (tmp_path / "both/report.md").read_text()
+    merged = (tmp_path / "both/trials.jsonl").read_text().splitlines()
+    given = [line for path in files for line in path.read_text().splitlines()]
+    assert set(merged) <= set(given)
+    assert len(merged) == len(given) - 3  # each tuned on its own
+    assert run(tmp_path / "again", "--only_report", "--finished", str(tmp_path / "both/trials.jsonl")) == 0
+    (again,) = json.loads((tmp_path / "again/results.json").read_text())["tasks"]
+    assert again["rows"] == task["rows"]
+
+
+def test_the_report_says_where_runs_were_made(tmp_path):
+    assert run(tmp_path, "--methods", "good") == 0
+    line = json.loads((tmp_path / "trials.jsonl").read_text().splitlines()[0])
+    line |= {"seed": 5, "made": line["made"] | {"device_name": "another processor", "git": "abc"}}
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(line) + "\n")
+    assert run(tmp_path, "--methods", "good", "--seeds", "0", "1", "5", "--finished", str(other)) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"- 2 runs on \d{4}-\d\d-\d\d, .* thread\(s\), nested_learning .*, torch ", text)
+    assert re.search(r"- 1 runs on .*, another processor, .* at abc, torch ", text)
+
+
+def test_a_finished_trial_of_other_versions_is_made_again(tmp_path):
+    assert run(tmp_path, "--methods", "good", "--seeds", "0") == 0
+    line = json.loads((tmp_path / "trials.jsonl").read_text())
+    line["made"]["transformers"] = "1.0"
+    line["figures"]["heads"] = 7
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(line) + "\n")
+    config = EvalConfig(tasks=["coin"], methods=["good"], seeds=[0], finished=[str(other)])
+    with pytest.warns(RuntimeWarning, match=r"transformers 1\.0, here .*made again"):
+        (result,) = evaluate(config)
+    assert result.rows["good"].figures[0]["heads"] < 1
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", '{"what": "trial"}', '{"what": "model"}'])
+def test_finished_trials_that_cannot_be_read(tmp_path, capsys, text):
+    path = tmp_path / "trials.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert run(tmp_path / "out", "--finished", str(path)) == 2
+    assert "a trials.jsonl that `nested-learning eval` wrote" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_failed_trial_is_told_and_others_go_on(tmp_path, capsys):
     assert run(tmp_path, "--option", "coin.fail=bad") == 1
     report = json.loads((tmp_path / "results.json").read_text())

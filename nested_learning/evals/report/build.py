@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,9 +32,30 @@ def contents(results: Sequence[TaskResult], command: str, folder: Path | None = 
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": versions(),
         "hardware": hardware(process_state().device),
+        "made": _origins(results),
         "verdicts": [{"task": each["name"], **claim} for each in sections for claim in each["claims"]],
         "tasks": sections,
     }
+
+
+def _origins(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
+    """Machines, versions and days that runs were made on, with their number, the most frequent first."""
+    names = ("device_name", "nested_learning", "git", "torch", "python", "threads", "date")
+    counted = Counter(
+        tuple(outcome.made.get(name) for name in names) for result in results for outcome in result.outcomes
+    )
+    return [{**dict(zip(names, made, strict=True)), "runs": runs} for made, runs in counted.most_common()]
+
+
+def origin(made: Mapping[str, Any]) -> str:
+    """An origin of runs in words."""
+    if made["date"] is None:
+        return f"{made['runs']} runs, their origin not recorded"
+    package = made["nested_learning"] + (f" at {made['git']}" if made["git"] else "")
+    return (
+        f"{made['runs']} runs on {made['date']}, {made['device_name']}, {made['threads']} thread(s), "
+        f"nested_learning {package}, torch {made['torch']}, Python {made['python']}"
+    )
 
 
 def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
@@ -48,6 +70,7 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "note": task.note(),
         "options": dict(vars(task.options)),
         "skipped": result.skipped,
+        "left_out": list(result.left_out),
         "unfinished": result.unfinished,
         "seconds": round(result.seconds, 1),
         "failed": [{"trial": str(each.trial), "error": each.error} for each in result.failed],

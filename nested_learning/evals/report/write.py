@@ -61,6 +61,7 @@ def render(template: str, found: dict[str, Any]) -> str:
         "cell": build.cell,
         "count": build.count,
         "settings": build.settings,
+        "origin": build.origin,
         "cells": _markdown_cells,
     }
     return environment.get_template(template).render(**found)
