@@ -304,7 +304,7 @@ def _best(tuning: Sequence[Trial], outcomes: Mapping[str, TrialOutcome | None]) 
 
 
 def _leave_out(result: TaskResult) -> None:
-    """Drop rows of methods of which no run has ended."""
+    """Move the rows of methods of which no run has ended to `left_out`."""
     for name in [name for name, row in result.rows.items() if not row.figures and not row.errors]:
         del result.rows[name]
         result.left_out.append(name)

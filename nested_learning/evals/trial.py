@@ -103,7 +103,7 @@ def _machine() -> dict[str, Any]:
 
 
 def made_here() -> dict[str, Any]:
-    """What a run of this process is made with, and the day."""
+    """Versions, machine and day of a run in this process."""
     return {**_machine(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
 
 
