@@ -10,10 +10,18 @@ import math
 import pytest
 import torch
 
-from nested_learning.continual import stack_levels
+from nested_learning.continual import Starts, stack_levels
 from nested_learning.evals import Ahead, find_method, find_task
 from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD
-from nested_learning.evals.methods.pretrained import Base, Passage, Reading, Teaching, new_base
+from nested_learning.evals.methods.pretrained import (
+    Base,
+    Passage,
+    PretrainedMethod,
+    Reading,
+    Teaching,
+    learned_starts,
+    new_base,
+)
 from nested_learning.evals.methods.pretrained.asking import View, ask
 from nested_learning.evals.methods.pretrained.base import random_llama
 from nested_learning.evals.methods.pretrained.method import stacked
@@ -25,7 +33,7 @@ from nested_learning.evals.tasks.facts.invented import made_up_filler, make_fact
 from nested_learning.evals.tasks.facts_long.task import told_early
 from nested_learning.evals.tasks.longdoc import documents as files
 from nested_learning.evals.tasks.longdoc import task as longdoc
-from nested_learning.evals.tasks.longdoc.readers import READERS
+from nested_learning.evals.tasks.longdoc.readers import READERS, STARTED, DocumentReader
 from nested_learning.evals.tasks.month.conversations import TOPICS, two_months
 from nested_learning.evals.tasks.month.task import ScoredValues, answers, scored
 from nested_learning.training.data import byte_tokenizer
@@ -229,6 +237,26 @@ def test_a_folder_of_documents(tmp_path):
         "expected 2 short, 2 long"
         in find_task("longdoc").at("smoke", documents=str(tmp_path), long=2).missing()
     )
+
+
+def test_learned_starts_come_from_the_tuning_documents_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("NESTED_LEARNING_CACHE", str(tmp_path))
+    task = find_task("longdoc").at("smoke", documents="made-up")
+    first = task.run(STARTED.method, 0)
+    (path,) = (tmp_path / "starts").iterdir()
+    found = Starts.load(path)
+    best = min(loss for _, loss in found.report["held_out"])
+    assert best < found.report["held_out"][0][1]
+    monkeypatch.setattr(learned_starts, "learn_starts", lambda *a, **k: pytest.fail("learned again"))
+    assert task.run(STARTED.method, 0)["bits per byte"] == first["bits per byte"]
+    plain = PretrainedMethod("plain", "stack", options={"levels": STARTED.method.options["levels"]})
+    monkeypatch.setitem(longdoc.BY_NAME, "plain", DocumentReader(plain))
+    assert first["bits per byte"] < task.run(plain, 0)["bits per byte"]  # texts of one kind
+    with pytest.raises(pytest.fail.Exception, match="learned again"):
+        find_task("longdoc").at("smoke", documents="made-up", tuning=2).run(STARTED.method, 0)
+    short = find_task("longdoc").at("smoke", documents="made-up", tokens=130)
+    with pytest.raises(ValueError, match=r"have 1 pieces of two windows \(128 tokens\)"):
+        short.run(STARTED.method, 0)
 
 
 def test_every_reader_is_registered_and_its_settings_fit():

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from nested_learning._precision import bfloat16_is_slow
 from nested_learning.evals.methods.pretrained.features import Features
 from nested_learning.training.data import byte_tokenizer
 from nested_learning.training.process import process_state
@@ -78,6 +79,8 @@ def is_downloaded(name: str) -> bool:
 def load_base(name: str) -> Base:
     """The model of a name (see `lacking`) in bfloat16, the random one in float32, on this process' device.
 
+    Where a CPU has no instructions for bfloat16, the same weights are put into float32.
+
     Raises:
         ValueError: it is not on this machine.
     """
@@ -100,6 +103,8 @@ def load_base(name: str) -> Base:
     if options:  # the weights are whole now; peft and save_pretrained would take them for quantised ones
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
+    if bfloat16_is_slow(process_state().device):
+        model = model.float()
     return new_base(model, tokenizer)
 
 

@@ -12,6 +12,7 @@ from nested_learning.continual import Level
 from nested_learning.continual.labels.class_head import HeadSettings
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained.base import Base
+from nested_learning.evals.methods.pretrained.learned_starts import starts_for
 from nested_learning.evals.methods.pretrained.passages import HAS_BM25, PassageStudent
 from nested_learning.evals.methods.pretrained.students import (
     ClassifierStudent,
@@ -53,6 +54,7 @@ class Teaching:
         clip: largest norm of their gradients; None: no bound.
         reading: positions of the context in which a text is read that is scored while it is learned, and
             tokens of it that a new one begins with.
+        practice: ids of texts on which rates and starts are learned; none of them is reported.
     """
 
     chunks: tuple[int, int, int]
@@ -63,6 +65,7 @@ class Teaching:
     examples: int | None = None
     clip: float | None = None
     reading: tuple[int, int] = (1024, 128)
+    practice: Sequence[Sequence[int]] = ()
 
     @property
     def levels_window(self) -> tuple[int, int] | None:
@@ -206,6 +209,15 @@ def _stack(
     return nullcontext(LevelStudent(base.model, stacked(teaching, levels, learning), teaching.reading))
 
 
+def _started(
+    base: Base, teaching: Teaching, seed: int, levels: list[dict[str, Any]], starts: Mapping[str, Any]
+) -> AbstractContextManager[Student]:
+    """Levels as `_stack` has them, with rates and starts learned on the task's texts for practice."""
+    found = stacked(teaching, levels, {})
+    begins = starts_for(base.model, found, teaching.reading, teaching.practice, **starts)
+    return nullcontext(LevelStudent(base.model, found, teaching.reading, starts=begins))
+
+
 def stacked(
     teaching: Teaching, levels: Sequence[Mapping[str, Any]], learning: Mapping[str, Any]
 ) -> list[Level]:
@@ -246,6 +258,7 @@ WAYS: dict[str, Way] = {
     "levels": _levels,
     "averaged levels": _averaged_levels,
     "stack": _stack,
+    "started stack": _started,
     "passages": _passages,
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual import Level, stack_levels
+from nested_learning.continual import Level, Starts, stack_levels
 from nested_learning.continual.labels.class_head import ClassHead, HeadSettings
 from nested_learning.evals.methods.pretrained.asking import View, most_probable
 from nested_learning.evals.methods.pretrained.features import Features
@@ -193,6 +193,7 @@ class LevelStudent(Student):
             chunk of the fastest level by itself. None: the default one.
         answers: indices of the levels that are in force when it is asked; None for all.
         examples: what stands before a prompt; None: nothing.
+        starts: rates and starts of the levels; None: their own rates, from zero.
     """
 
     def __init__(
@@ -202,11 +203,12 @@ class LevelStudent(Student):
         window: tuple[int, int] | None = None,
         answers: Sequence[int] | None = None,
         examples: ExampleStudent | None = None,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__(model)
         self.block, self.answers, self.examples = levels[0].chunk_size, answers, examples
         positions, overlap = window or (None, None)
-        self.learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
+        self.learner = stack_levels(model, levels=levels, window=positions, overlap=overlap, starts=starts)
 
     def read(self, ids: Tensor) -> Tensor:
         losses: Tensor = self.learner.observe(ids)

@@ -30,12 +30,14 @@ class DocumentReader:
         window: index of the option `windows`.
         grid: settings of which one is chosen on the tuning documents.
         read_again: share of a window that the next one begins with; None: all but the task's stride.
+        practises: rates and starts are learned on the documents for tuning first.
     """
 
     method: PretrainedMethod
     window: int = SHORT
     grid: Sequence[Mapping[str, Any]] = field(default_factory=lambda: [{}])
     read_again: float | None = None
+    practises: bool = False
 
 
 def reader(
@@ -75,6 +77,18 @@ DISTILLED = replace(
     reader("distilled-reading", [{**ADAM, "distill": 0.3}], SHORT, ADAM_RATES), read_again=0.25
 )
 REREAD = reader("rereading", [{**ADAM, "reread": 1}], SHORT, ADAM_RATES)
+# Rates and starts of one level, by the first-order gradient, on what the settings of others are chosen on.
+STARTED = DocumentReader(
+    PretrainedMethod(
+        "started-reading",
+        "started stack",
+        options={
+            "levels": [{**ADAM, "lr": 2e-4}],
+            "starts": {"steps": 24, "rank": 8, "lr_rates": 0.1},
+        },
+    ),
+    practises=True,
+)
 ONE_LEVEL_WHOLE = reader("one-level-reading-8k", [ADAM], WHOLE, ADAM_RATES)
 AVERAGED_WHOLE = reader("levels-average-reading-8k", [FAST, SLOW], WHOLE, ADAM_RATES)
 
@@ -91,6 +105,7 @@ READERS = (
     SPARSE,
     DISTILLED,
     REREAD,
+    STARTED,
     DYNAMIC_WHOLE,
     ONE_LEVEL_WHOLE,
     AVERAGED_WHOLE,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -43,6 +43,7 @@ from nested_learning.evals.tasks.longdoc.readers import (
     ONE_LEVEL,
     ONE_LEVEL_WHOLE,
     READERS,
+    STARTED,
     WINDOW,
     WINDOW_WHOLE,
     DocumentReader,
@@ -223,6 +224,11 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         reading = (positions, kept)
         return Teaching(self.chunks, positions, rule="adam", alone=False, clip=1.0, reading=reading)
 
+    def _practice(self) -> list[list[int]]:
+        """Ids of the documents for tuning."""
+        base, tuning = load_base(self.options.model), self.documents()[0][self.options.seeds :]
+        return [bits_of(each.text(), self.options.tokens, base)[0].tolist() for each in tuning]
+
     def run(self, method: Method, seed: int) -> Figures:
         found = self.documents()[0][: self.options.seeds]
         if not 0 <= seed < len(found):
@@ -240,7 +246,11 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         options, base = self.options, load_base(self.options.model)
         count = options.long_tokens if document.part == "long" else options.tokens
         ids, read = bits_of(document.text(), count, base)
-        with method.open(base, self.teaching(BY_NAME[method.name]), seed) as student:
+        reader = BY_NAME[method.name]
+        teaching = self.teaching(reader)
+        if reader.practises:
+            teaching = replace(teaching, practice=self._practice())
+        with method.open(base, teaching, seed) as student:
             start = time.perf_counter()
             losses = student.read(ids)
             seconds = time.perf_counter() - start
@@ -274,6 +284,8 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         found.append(below(f"one level in a window of {last} takes less than the window of {first} with one",
                            ONE_LEVEL_WHOLE, ONE_LEVEL, 0.0))  # fmt: skip
         found.append(below("one level takes less than LoRA in the same window", ONE_LEVEL, LORA, 0.0))
+        text = "one level with learned rates and starts takes less than one without"
+        found.append(below(text, STARTED, ONE_LEVEL, 0.0))
         return found
 
     def note(self) -> str:
