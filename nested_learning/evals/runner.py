@@ -22,7 +22,7 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_method, find_task, known_tasks
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
-from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, set_threads
+from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, start_worker
 
 ALL = "all"
 SEEDS = 3  # where the options of a task do not say how many
@@ -257,7 +257,7 @@ class _Crew:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         context = multiprocessing.get_context("spawn")  # a fork would take over threads that hold locks
         threads = max(1, cores // self.jobs)
-        return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, set_threads, (threads,)))
+        return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, start_worker, (threads,)))
 
     def _in_time(self, trial: Trial) -> bool:
         """Whether a trial may be made and would probably end before the deadline."""

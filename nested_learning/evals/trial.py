@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nested_learning._tensor_files import parse_json
+from nested_learning._workers import end_with_parent
 from nested_learning.evals.method import Method
 from nested_learning.evals.rows import Figures
 from nested_learning.evals.task import Task
@@ -207,6 +208,7 @@ def _text(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def set_threads(count: int) -> None:
-    """Let torch use so many threads; what a worker process calls first."""
-    torch.set_num_threads(count)
+def start_worker(threads: int) -> None:
+    """Let torch use so many threads, and end with the parent; what a worker process calls first."""
+    end_with_parent()
+    torch.set_num_threads(threads)

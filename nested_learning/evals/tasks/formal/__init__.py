@@ -69,7 +69,7 @@ class FormalOptions:
     seeds: int = 3
     languages: list[str] = field(default_factory=lambda: ["parity", "(aa)*", "a^n b^n"])
     windows: list[tuple[int, int]] = field(default_factory=lambda: [(2, 20), (21, 40), (41, 80)])
-    by_count: bool = False
+    by_count: bool = True
     steps: int = 1000
     batch_size: int = 64
     test_size: int = 256
@@ -94,8 +94,8 @@ class Formal(Task[FormalOptions]):
         ),
         "small": FormalOptions(),
         "full": FormalOptions(
-            languages=list(LANGUAGES), windows=[(2, 50), (51, 100), (101, 150)], by_count=True, steps=10_000,
-            test_size=2000, rates=[1e-3, 3e-3], tuned_on=["parity", "(aa)*"],
+            languages=list(LANGUAGES), windows=[(2, 50), (51, 100), (101, 150)], steps=10_000, test_size=2000,
+            rates=[1e-3, 3e-3], tuned_on=["parity", "(aa)*"],
         ),
     }  # fmt: skip
     columns: ClassVar[Mapping[str, str]] = {
@@ -217,8 +217,9 @@ class Formal(Task[FormalOptions]):
         """Distance from the protocol of Irie et al., which the paper follows."""
         options = self.options
         first, last = options.windows[0], options.windows[-1]
+        counts = " (of aⁿbⁿ and aⁿbⁿcⁿ: n)" if options.by_count else ""
         return (
-            f"Trained on lengths {first[0]} to {first[1]} for {options.steps:,} steps of "
+            f"Trained on lengths {first[0]} to {first[1]}{counts} for {options.steps:,} steps of "
             f"{options.batch_size} fresh strings at width {options.width}, tested up to {last[1]}; the "
             "original has 10,000 strings of lengths 2 to 50 for up to 300 epochs and takes the checkpoint "
             "that is best on the test bins, where the last one stands here and settings are chosen on "
