@@ -289,6 +289,6 @@ def test_claims_hold_on_the_paper_s_own_table():
     claims = task.claims()
     assert len(claims) == 4 + 3
     assert {claim.judge(rows).verdict for claim in claims} == {HOLDS}
-    order = next(claim for claim in claims if claim.text.startswith("memorisation"))
+    order = next(claim for claim in claims if claim.text.startswith("(9) memorisation"))
     assert order.order == ("hope", "transformer", "titans")
     assert printed["comba"]["copying"] == PRINTED["comba"][3] == 0.964

@@ -132,7 +132,7 @@ def test_claims_are_judged_by_the_seeds_that_both_rows_have():
     rows = {name: row(name, 2.0 + 0.1 * (name != "mechanism-whole"), 0.5) for name in names}
     rows["mechanism-adaptive-q"] = row("mechanism-adaptive-q", 1.9, 0.5)
     verdicts = {claim.text: claim.judge(rows).verdict for claim in Mechanism.at("small").claims()}
-    assert verdicts.pop("adaptive q does not help (nats per byte)") == DOES_NOT
+    assert verdicts.pop("(6) adaptive q does not help (nats per byte)") == DOES_NOT
     told = [verdict for text, verdict in verdicts.items() if "nats" in text]
     assert set(told) == {HOLDS}
     assert len(told) == 5

@@ -202,10 +202,10 @@ class Mechanism(Task[MechanismOptions]):
         """The paper's claims on single parts, and the control of a linear memory."""
         whole = "mechanism-whole"
         pairs = [
-            ("a CMS of two levels is ahead of one MLP of as many parameters", TABLE, whole, "one-level"),
-            ("adaptive k and v help", TABLE, whole, "static-k-v"),
-            ("adaptive q does not help", TABLE, whole, "adaptive-q"),
-            ("momentum helps", TABLE, whole, "no-momentum"),
+            ("(5) a CMS of two levels is ahead of one MLP of as many parameters", TABLE, whole, "one-level"),
+            ("(6) adaptive k and v help", TABLE, whole, "static-k-v"),
+            ("(6) adaptive q does not help", TABLE, whole, "adaptive-q"),
+            ("(3) momentum helps", TABLE, whole, "no-momentum"),
             ("self-modification helps", "Tables 2 and 6", whole, "static"),
             (
                 "more comes from it than from an exact linear memory whose matrix has as many numbers",

@@ -50,15 +50,15 @@ class Ablations(LanguageModelling):
 
     def claims(self) -> Sequence[Claim]:
         helps = {
-            "hope-no-dgd": "DGD beats gradient descent inside",
-            "hope-no-momentum": "momentum helps",
-            "hope-no-retention": "weight decay helps",
-            "hope-no-cms": "the CMS helps",
-            "hope-static-k": "adaptive k helps",
-            "hope-static-v": "adaptive v helps",
+            "hope-no-dgd": "(2) DGD beats gradient descent inside",
+            "hope-no-momentum": "(3) momentum helps",
+            "hope-no-retention": "(4) weight decay helps",
+            "hope-no-cms": "(5) the CMS helps",
+            "hope-static-k": "(6) adaptive k helps",
+            "hope-static-v": "(6) adaptive v helps",
         }
         pairs = [(text, (HOPE, name)) for name, text in helps.items()]
-        pairs.append(("adaptive q does not help", ("hope-static-q", HOPE)))
+        pairs.append(("(6) adaptive q does not help", ("hope-static-q", HOPE)))
         return [Ahead(text, "Table 6", self.headline, order, higher=False) for text, order in pairs]
 
     def printed(self) -> Mapping[str, Mapping[str, float]]:

@@ -173,7 +173,7 @@ class LanguageModelling(Task[LanguageOptions]):
     def claims(self) -> Sequence[Claim]:
         return [
             Ahead(
-                f"{hope} < Titans < {delta} < Transformer in loss",
+                f"(1) {hope} < Titans < {delta} < Transformer in loss",
                 "Table 2",
                 self.headline,
                 (hope, "titans", delta, "transformer"),

@@ -219,7 +219,7 @@ class LanguagesTask(OfPretrained[LanguagesOptions]):
             return Ahead(text, "Fig. 8", figure, order)
 
         return [
-            ahead("more levels keep more of the first language", KEPT, levels, ONE_LEVEL.name),
+            ahead("(7) more levels keep more of the first language", KEPT, levels, ONE_LEVEL.name),
             *(
                 ahead(f"averaged levels translate the first language better than {o}", FIRST, levels, o)
                 for o in others

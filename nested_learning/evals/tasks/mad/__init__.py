@@ -209,10 +209,11 @@ class Mad(Task[MadOptions]):
             rows = sorted(("hope", "titans", "transformer"), key=lambda name: -PRINTED[name][column])
             if PRINTED[rows[0]][column] == PRINTED[rows[-1]][column]:
                 claims += [
-                    Reaches(f"{task}: {row} is right everywhere", SOURCE, row, {task: 0.995}) for row in rows
+                    Reaches(f"(9) {task}: {row} is right everywhere", SOURCE, row, {task: 0.995})
+                    for row in rows
                 ]
             else:
-                text = f"{task}: {rows[0]} is ahead of {rows[1]}, and that of {rows[2]}"
+                text = f"(9) {task}: {rows[0]} is ahead of {rows[1]}, and that of {rows[2]}"
                 claims.append(Ahead(text, SOURCE, task, tuple(rows), chance=guess[task]))
         return claims
 

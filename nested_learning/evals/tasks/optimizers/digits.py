@@ -202,7 +202,7 @@ class DigitsTask(Task[DigitsOptions]):
 
     def claims(self) -> Sequence[Claim]:
         return [
-            Ahead(f"M3's {figure} is below {name}'s", "Fig. 11", figure, ("m3", other), higher=False)
+            Ahead(f"(11) M3's {figure} is below {name}'s", "Fig. 11", figure, ("m3", other), higher=False)
             for figure in ("training loss", "test loss")
             for other, name in (("adamw", "AdamW"), ("muon", "Muon"))
         ]

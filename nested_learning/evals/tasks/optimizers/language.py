@@ -179,7 +179,9 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
     def claims(self) -> Sequence[Claim]:
         time_bound = {"of Muon's": TARGET}
         return [
-            Ahead("M3's loss is below Muon's", "Fig. 11", "validation loss", ("m3", "muon"), higher=False),
+            Ahead(
+                "(11) M3's loss is below Muon's", "Fig. 11", "validation loss", ("m3", "muon"), higher=False
+            ),
             Reaches(
                 f"M3's step() takes at most {TARGET} times as long as Muon's",
                 "Fig. 12",

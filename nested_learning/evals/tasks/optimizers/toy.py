@@ -224,7 +224,7 @@ class ToyTask(Task[ToyOptions]):
         return {"limit": {"log2 steps": math.log2(self.options.steps), "converged": 0.0}}
 
     def claims(self) -> Sequence[Claim]:
-        equal = "at equal constants delta momentum (β = 1) needs fewer steps than momentum"
+        equal = "(12) at equal constants delta momentum (β = 1) needs fewer steps than momentum"
         tuned = [(f"lr and momentum, β = {beta:g},", f"log2 steps, β {beta:g}") for beta in BETAS] + [
             ("lr, momentum and β", "log2 steps")
         ]
@@ -232,7 +232,7 @@ class ToyTask(Task[ToyOptions]):
             FasterAtEqualConstants(equal, "Fig. 4", BETAS[-1]),
             *(
                 Ahead(
-                    f"with the best {what} for each landscape delta momentum needs fewer steps",
+                    f"(12) with the best {what} for each landscape delta momentum needs fewer steps",
                     "Fig. 4",
                     figure,
                     ("delta-momentum", "momentum"),

@@ -250,11 +250,15 @@ class StreamTask(OfPretrained[StreamOptions]):
         three, two, one = (m.name for m in (THREE_LEVELS_AVERAGED, TWO_LEVELS_AVERAGED, ONE_LEVEL))
         both = THREE_LEVELS_IN_CONTEXT.name
         return [
-            ahead("more levels are more accurate in the end: three, two, one", three, two, one),
+            ahead("(7) more levels are more accurate in the end: three, two, one", three, two, one),
             Ahead(
-                "more levels forget less: three, two, one", "Fig. 6", "forgetting", (three, two, one), False
+                "(7) more levels forget less: three, two, one",
+                "Fig. 6",
+                "forgetting",
+                (three, two, one),
+                False,
             ),
-            ahead("three levels are ahead of one level", three, one),
+            ahead("(7) three levels are ahead of one level", three, one),
             ahead("three levels are ahead of in-context learning", three, IN_CONTEXT.name),
             ahead("three levels are ahead of EWC", three, EWC.name),
             ahead("three levels are ahead of class means (InCA's kind)", three, CLASS_MEANS.name),
