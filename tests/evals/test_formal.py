@@ -14,7 +14,7 @@ from nested_learning.evals.methods.lstm import LSTM, _count
 from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
 from nested_learning.evals.registry import find_method
 from nested_learning.evals.rows import MethodRow
-from nested_learning.evals.tasks.formal import Formal, Strings, all_right
+from nested_learning.evals.tasks.formal import BestCheck, Formal, Strings, all_right
 from nested_learning.evals.tasks.formal.languages import LANGUAGES, SYMBOLS, encode, strings
 
 MEMBERS = {
@@ -154,6 +154,42 @@ def test_the_harness_learns_parity_with_an_lstm_and_tunes_on_other_strings() -> 
     assert first.pop("seconds") > 0
     assert again.pop("seconds") > 0
     assert first == again
+
+
+class Fading(Reader):
+    """A reader whose longest right string changes from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.until = nn.Parameter(Tensor([0.0]), requires_grad=False)
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        self.right = int(self.until)
+        return super().forward(ids)
+
+
+def test_the_best_check_on_validation_strings_is_tested() -> None:
+    data = Strings(LANGUAGES["parity"], [(2, 10), (11, 20), (21, 40)], 20, seed=1)
+    model = Fading()
+    best = BestCheck(model, data, every=10)
+    for step, right in enumerate([40] * 9 + [5, 12, 40, 15, 15], start=1):
+        for within in (10 * step - 1, 10 * step):
+            model.until[0] = right if within % 10 == 0 else 40
+            assert best(within, 0.0) is False
+        if step == 9:  # an earlier reader that was right everywhere would win
+            best = BestCheck(model, data, every=10)
+    assert best.restore() == 120
+    assert int(model.until) == 40
+    model.until[0] = 5
+    assert best.restore() == 120  # the state is a copy
+    assert int(model.until) == 40
+    tied = BestCheck(model, data, every=1)
+    for step in (1, 2, 3):
+        tied(step, 0.0)
+    assert tied.restore() == 3
+    figures = Formal.at("smoke", steps=4, checks=2).run(LSTM, 0)
+    assert figures["parity step"] in (2, 4)
+    assert Formal.at("smoke", steps=4, checks=0).run(LSTM, 0)["parity step"] == 4
 
 
 def test_rows_with_an_erase_choose_the_bound_of_their_rate() -> None:
