@@ -41,7 +41,8 @@ class EvalConfig:
         options: options by task that replace those of the budget
         output: folder of finished trials and of the report; None: nothing is written
         finished: files trials.jsonl of other evaluations, whose trials are not made again
-        only_report: no trial is made; methods of which none is finished are left out
+        only_report: no trial is made, so that no data is needed (rows such as chance are left out where it
+            is missing); methods of which no trial is finished are left out
         max_minutes: no trial is begun that would probably end later; run the same command again to go on
         jobs: processes that share the trials, and the cores
     """
@@ -185,7 +186,8 @@ def plan(config: EvalConfig) -> list[_Plan]:
         seeds = (
             list(range(getattr(task.options, "seeds", SEEDS))) if config.seeds is None else list(config.seeds)
         )
-        skipped = task.missing() or (None if chosen else "none of the methods that were asked for is for it")
+        missing = None if config.only_report else task.missing()  # a report of what is finished needs no data
+        skipped = missing or (None if chosen else "none of the methods that were asked for is for it")
         entrants = {
             method.name: _Entrant(
                 [Trial(task, method.at(each), TUNING_SEED, True) for each in task.grid(method)]
@@ -330,6 +332,7 @@ def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult
             {s: o.figures for s, o in by_seed.items() if o is not None and o.figures is not None},
             {s: o.error for s, o in by_seed.items() if o is not None and o.error is not None},
         )
-    for name, figures in p.task.constants().items():
+    constants = {} if p.task.missing() else p.task.constants()
+    for name, figures in constants.items():
         result.rows[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, figures))
     return result

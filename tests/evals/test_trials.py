@@ -83,6 +83,15 @@ def test_trials_of_several_folders_make_one_report(tmp_path, monkeypatch):
     assert again["rows"] == task["rows"]
 
 
+def test_a_report_of_finished_runs_needs_no_data(tmp_path, monkeypatch):
+    assert run(tmp_path, "--methods", "good") == 0
+    monkeypatch.setattr(Coin, "missing", lambda self: "a coin; mint one")
+    assert run(tmp_path, "--methods", "good", "--only_report") == 0
+    (task,) = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert task["skipped"] is None
+    assert [row["method"] for row in task["rows"]] == ["good"]
+
+
 def test_the_report_says_where_runs_were_made(tmp_path):
     assert run(tmp_path, "--methods", "good") == 0
     line = json.loads((tmp_path / "trials.jsonl").read_text().splitlines()[0])

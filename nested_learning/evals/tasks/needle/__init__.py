@@ -62,7 +62,7 @@ class Needle(ByLength[NeedleOptions]):
         "smoke": NeedleOptions(
             seeds=1, width=16, layers=1, steps=6, train_lengths=[128], lengths=[128, 512], rows=2
         ),
-        "small": NeedleOptions(),
+        "small": NeedleOptions(steps=1500),
         "full": NeedleOptions(
             width=128, heads=4, letters=4, digits=7, train_lengths=[256, 256, 512, 1024], batch_tokens=16_384,
             steps=10_000, lr=1e-3, lengths=[1024, 2048, 4096, 8192, 16_384, 32_768], rows=100, bound=16_384,

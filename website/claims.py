@@ -1,0 +1,124 @@
+"""Verdicts on the paper's claims, from the evaluation's runs that the repository keeps.
+
+python -m website.claims              write docs/evaluations/report.html and the table in docs/results.md
+python -m website.claims FILE ...     the same, with runs of other trials.jsonl files taken over before
+
+No run is made: docs/evaluations/trials.jsonl has a line for each one that was, with its figures, its machine
+and its day. A run that stands there already is not replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nested_learning._files import write_text
+from nested_learning.evals import known_tasks
+from nested_learning.evals.report.write import write_report
+from nested_learning.evals.runner import EvalConfig, TaskResult, evaluate
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "evaluations" / "trials.jsonl"
+PAGE = ROOT / "docs" / "evaluations" / "report.html"
+RESULTS = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- claims: written by python -m website.claims -->\n", "<!-- end of claims -->\n"
+NUMBER = re.compile(r"\((\d+)\) ")
+NOT_OF_A_RUN = ("figures", "seconds", "error", "made")
+
+
+def kept_options() -> dict[str, dict[str, Any]]:
+    """Options of the tasks that have a run, by name, in the order of `eval --list`.
+
+    Raises:
+        ValueError: runs of one task have different options.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in KEPT.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        if found.setdefault(run["task"], run["options"]) != run["options"]:
+            raise ValueError(
+                f"{KEPT} has runs of {run['task']} with the options {found[run['task']]} and "
+                f"{run['options']}; expected one set, so take the others out"
+            )
+    return {name: found[name] for name in known_tasks() if name in found}
+
+
+def command() -> str:
+    """The command that makes the report of the kept runs."""
+    kept, names = KEPT.relative_to(ROOT).as_posix(), " ".join(kept_options())
+    return f"nested-learning eval {names} --finished {kept} --only_report --output runs/report"
+
+
+def results() -> list[TaskResult]:
+    """Rows of the kept runs."""
+    options = kept_options()
+    return evaluate(EvalConfig(tasks=list(options), options=options, finished=[str(KEPT)], only_report=True))
+
+
+def table(found: Sequence[TaskResult]) -> str:
+    """Markdown table of the numbered claims, by number: verdict, task, and the figures that it rests on."""
+    lines = []
+    for result in found:
+        for claim in result.task.claims():
+            if (match := NUMBER.match(claim.text)) is None:
+                continue
+            verdict = claim.judge(result.rows)
+            cells = [
+                match[1],
+                claim.text[match.end() :],
+                claim.source,
+                f"**{verdict.verdict}**",
+                f"`{result.task.name}`",
+                verdict.because,
+            ]
+            lines.append(
+                (int(match[1]), "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |")
+            )
+    head = "| | claim | source | verdict | task | because |\n|---|---|---|---|---|---|\n"
+    return head + "".join(f"{line}\n" for _, line in sorted(lines, key=lambda numbered: numbered[0]))
+
+
+def take_over(paths: Sequence[Path]) -> int:
+    """Add runs of other files to the kept ones, failed ones left out. Returns how many were new."""
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.is_file() else []
+    known = {_identity(line) for line in lines}
+    before = len(lines)
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if json.loads(line)["error"] is None and _identity(line) not in known:
+                known.add(_identity(line))
+                lines.append(line)
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    write_text(KEPT, "".join(f"{line}\n" for line in lines))
+    return len(lines) - before
+
+
+def _identity(line: str) -> str:
+    run = json.loads(line)
+    return json.dumps({key: value for key, value in run.items() if key not in NOT_OF_A_RUN}, sort_keys=True)
+
+
+def write() -> None:
+    """Write the page and the table from the kept runs."""
+    found = results()
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(found, command(), Path(folder))
+        shutil.copyfile(Path(folder) / "report.html", PAGE)
+    text = RESULTS.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{RESULTS} has no lines {BEGIN.strip()!r} and {END.strip()!r} to write between")
+    write_text(RESULTS, f"{before}{BEGIN}{table(found)}{END}{after}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(f"{take_over([Path(each) for each in sys.argv[1:]])} runs taken over into {KEPT}")
+    write()
