@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from typing import Any
 
 from nested_learning._files import write_text
 from nested_learning.evals import known_tasks
-from nested_learning.evals.report.write import write_report
+from nested_learning.evals.report.write import markdown_cells, write_report
 from nested_learning.evals.runner import EvalConfig, TaskResult, evaluate
+from nested_learning.evals.trial import finished_lines, identity_of
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "evaluations" / "trials.jsonl"
@@ -29,7 +29,6 @@ PAGE = ROOT / "docs" / "evaluations" / "report.html"
 RESULTS = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- claims: written by python -m website.claims -->\n", "<!-- end of claims -->\n"
 NUMBER = re.compile(r"\((\d+)\) ")
-NOT_OF_A_RUN = ("figures", "seconds", "error", "made")
 
 
 def kept_options() -> dict[str, dict[str, Any]]:
@@ -39,8 +38,7 @@ def kept_options() -> dict[str, dict[str, Any]]:
         ValueError: runs of one task have different options.
     """
     found: dict[str, dict[str, Any]] = {}
-    for line in KEPT.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
+    for run in finished_lines(KEPT):
         if found.setdefault(run["task"], run["options"]) != run["options"]:
             raise ValueError(
                 f"{KEPT} has runs of {run['task']} with the options {found[run['task']]} and "
@@ -69,39 +67,29 @@ def table(found: Sequence[TaskResult]) -> str:
             if (match := NUMBER.match(claim.text)) is None:
                 continue
             verdict = claim.judge(result.rows)
-            cells = [
+            cells = (
                 match[1],
                 claim.text[match.end() :],
                 claim.source,
                 f"**{verdict.verdict}**",
                 f"`{result.task.name}`",
                 verdict.because,
-            ]
-            lines.append(
-                (int(match[1]), "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |")
             )
+            lines.append((int(match[1]), markdown_cells(cells)))
     head = "| | claim | source | verdict | task | because |\n|---|---|---|---|---|---|\n"
     return head + "".join(f"{line}\n" for _, line in sorted(lines, key=lambda numbered: numbered[0]))
 
 
 def take_over(paths: Sequence[Path]) -> int:
     """Add runs of other files to the kept ones, failed ones left out. Returns how many were new."""
-    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.is_file() else []
-    known = {_identity(line) for line in lines}
-    before = len(lines)
+    kept = finished_lines(KEPT) if KEPT.is_file() else []
+    runs = {identity_of(line): line for line in kept}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if json.loads(line)["error"] is None and _identity(line) not in known:
-                known.add(_identity(line))
-                lines.append(line)
+        for line in finished_lines(path):
+            runs.setdefault(identity_of(line), line)
     KEPT.parent.mkdir(parents=True, exist_ok=True)
-    write_text(KEPT, "".join(f"{line}\n" for line in lines))
-    return len(lines) - before
-
-
-def _identity(line: str) -> str:
-    run = json.loads(line)
-    return json.dumps({key: value for key, value in run.items() if key not in NOT_OF_A_RUN}, sort_keys=True)
+    write_text(KEPT, "".join(f"{json.dumps(line)}\n" for line in runs.values()))
+    return len(runs) - len(kept)
 
 
 def write() -> None:
@@ -109,7 +97,7 @@ def write() -> None:
     found = results()
     with tempfile.TemporaryDirectory() as folder:
         write_report(found, command(), Path(folder))
-        shutil.copyfile(Path(folder) / "report.html", PAGE)
+        write_text(PAGE, (Path(folder) / PAGE.name).read_text(encoding="utf-8"))
     text = RESULTS.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

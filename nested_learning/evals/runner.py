@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
@@ -121,11 +122,12 @@ class _Entrant:
 
 @dataclass
 class _Plan:
-    """A task and the methods, by name, and seeds that it is run with."""
+    """A task with its methods, by name, and seeds; what this machine lacks for it, and why it is not run."""
 
     task: Task[Any]
     entrants: dict[str, _Entrant]
     seeds: list[int]
+    missing: str | None = None
     skipped: str | None = None
 
 
@@ -186,15 +188,16 @@ def plan(config: EvalConfig) -> list[_Plan]:
         seeds = (
             list(range(getattr(task.options, "seeds", SEEDS))) if config.seeds is None else list(config.seeds)
         )
-        missing = None if config.only_report else task.missing()  # a report of what is finished needs no data
-        skipped = missing or (None if chosen else "none of the methods that were asked for is for it")
+        missing = task.missing()
+        skipped = None if config.only_report else missing  # a report of what is finished needs no data
+        skipped = skipped or (None if chosen else "none of the methods that were asked for is for it")
         entrants = {
             method.name: _Entrant(
                 [Trial(task, method.at(each), TUNING_SEED, True) for each in task.grid(method)]
             )
             for method in ([] if skipped else chosen)
         }
-        plans.append(_Plan(task, entrants, seeds, skipped))
+        plans.append(_Plan(task, entrants, seeds, missing, skipped))
     for reasons in refusals.values():
         if len(reasons) == len(plans):
             raise ValueError(f"no task takes the method: {reasons[0]}")
@@ -205,8 +208,8 @@ class _Crew:
     """Runs trials, in this process or in several, which `held` ends with itself."""
 
     def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress, held: ExitStack) -> None:
-        self.kept, self.bar, self.jobs, self.none = kept, bar, config.jobs, config.only_report
-        minutes = config.max_minutes
+        self.kept, self.bar, self.jobs = kept, bar, config.jobs
+        minutes = -math.inf if config.only_report else config.max_minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
         self._held = held
@@ -262,9 +265,7 @@ class _Crew:
         return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, start_worker, (threads,)))
 
     def _in_time(self, trial: Trial) -> bool:
-        """Whether a trial may be made and would probably end before the deadline."""
-        if self.none:
-            return False
+        """Whether a trial would probably end before the deadline."""
         if self.deadline is None:
             return True
         key = (trial.task.name, trial.method.name)
@@ -332,7 +333,7 @@ def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult
             {s: o.figures for s, o in by_seed.items() if o is not None and o.figures is not None},
             {s: o.error for s, o in by_seed.items() if o is not None and o.error is not None},
         )
-    constants = {} if p.task.missing() else p.task.constants()
+    constants = {} if p.missing else p.task.constants()
     for name, figures in constants.items():
         result.rows[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, figures))
     return result

@@ -24,6 +24,7 @@ from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 from nested_learning.training.run_cache import RunCache
 
+FOUND = ("figures", "seconds", "error", "made")  # names of a line that do not decide the trial
 COUNTED = ("nested_learning", "torch", "transformers")  # packages whose version decides figures
 
 
@@ -128,13 +129,13 @@ class TrialCache:
         self.versions = {name: found[name] for name in COUNTED}
         self._given: dict[str, dict[str, Any]] = {}
         for path in finished:
-            for key, result in finished_trials(Path(path)):
-                self._given.setdefault(_text(key), result)
+            for line in finished_lines(Path(path)):
+                self._given.setdefault(identity_of(line), {**line, "versions": line["made"]})
 
     def find(self, trial: Trial) -> TrialOutcome | None:
         """The outcome that was kept, if it is of these versions; the folder's before that of a file."""
         key = trial.key()
-        for kept in (self.cache.find(key), self._given.get(_text(key))):
+        for kept in (self.cache.find(key), self._given.get(identity_of(key))):
             if kept is not None and self._of_these_versions(trial, kept):
                 return TrialOutcome(trial, kept["figures"], kept["seconds"], made=kept.get("made", {}))
         return None
@@ -171,8 +172,8 @@ class TrialCache:
         return outcome
 
 
-def finished_trials(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Keys and results of the trials in a file trials.jsonl, without the failed ones.
+def finished_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file trials.jsonl, as `TrialOutcome.line` has them, without the failed trials.
 
     Raises:
         ValueError: the file cannot be read, or a line is no trial.
@@ -189,9 +190,10 @@ def finished_trials(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
             line = parse_json(text)
             if not isinstance(line, dict) or line.get("what") != "trial":
                 raise ValueError("it is no trial")
-            figures, seconds, ended_by = (line.pop(name) for name in ("figures", "seconds", "error"))
-            made = line.pop("made", {})
-            if (figures is not None and not isinstance(figures, dict)) or not isinstance(made, dict):
+            figures, _, ended_by = (line[name] for name in ("figures", "seconds", "error"))
+            if (figures is not None and not isinstance(figures, dict)) or not isinstance(
+                line.setdefault("made", {}), dict
+            ):
                 raise ValueError("its figures are no mapping")
         except (ValueError, KeyError) as problem:
             raise ValueError(
@@ -199,13 +201,13 @@ def finished_trials(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
                 "`nested-learning eval` wrote"
             ) from None
         if ended_by is None and figures is not None:
-            found.append((line, {"figures": figures, "seconds": seconds, "versions": made, "made": made}))
+            found.append(line)
     return found
 
 
-def _text(key: Mapping[str, Any]) -> str:
-    """A key in a form that is equal where JSON is."""
-    return json.dumps(key, sort_keys=True)
+def identity_of(line: Mapping[str, Any]) -> str:
+    """Text of all that decides a trial, from its key or its line; equal where their JSON is."""
+    return json.dumps({name: line[name] for name in line if name not in FOUND}, sort_keys=True)
 
 
 def start_worker(threads: int) -> None:

@@ -62,12 +62,12 @@ def render(template: str, found: dict[str, Any]) -> str:
         "count": build.count,
         "settings": build.settings,
         "origin": build.origin,
-        "cells": _markdown_cells,
+        "cells": markdown_cells,
     }
     return environment.get_template(template).render(**found)
 
 
-def _markdown_cells(values: Iterable[object]) -> str:
+def markdown_cells(values: Iterable[object]) -> str:
     """A line of a Markdown table; bars and line breaks in values would end cells and lines."""
     texts = [str(value).replace("|", "\\|").replace("\n", " ") for value in values]
     return "| " + " | ".join(texts) + " |"

@@ -55,12 +55,12 @@ def starts_for(
             f"texts for practice of {[len(ids) for ids in practice]} tokens have {len(pieces)} pieces of two "
             f"windows ({piece} tokens); expected two or more: longer texts, or more of them"
         )
-    learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
     count = max(1, len(pieces) // EIGHTH)
     held_out = sorted({len(pieces) * (2 * n + 1) // (2 * count) for n in range(count)})
     settings = {"held_out": held_out, "steps": steps, "reading": reading, **options}
     path = _path(fingerprint(model), levels, settings, pieces)
     if not path.is_file():
+        learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
         found = learn_starts(
             learner,
             [each for n, each in enumerate(pieces) if n not in held_out],

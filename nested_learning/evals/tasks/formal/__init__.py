@@ -61,7 +61,7 @@ class FormalOptions:
         batch_size: strings.
         test_size: strings per bin, where a language has so many.
         checks: how often, evenly over the training, a model is asked for validation strings of the first two
-            bins; that of the best check is tested. 0: that of the last step.
+            bins; that of the best check is tested. 1 (or 0): that of the last step.
         width, layers, heads: of the models.
         rates: learning rates to choose from.
         rate_bounds: of the inner learning rate of rows with an erase, to choose from, the largest last.
@@ -155,10 +155,9 @@ class Formal(Task[FormalOptions]):
             model = method.new_model(self._size(windows[0][1]), seed)
             training = Training(self.options.steps, self.options.rates[0])
             best = BestCheck(model, data, self.options.steps // max(1, self.options.checks))
-            on_step = best if self.options.checks else lambda step, loss: False
             batches = data.batches(self.options.batch_size)
-            losses[name] = summary(fit(method, model, batches, training, on_step))
-            figures[f"{name} step"] = best.restore() if self.options.checks else self.options.steps
+            losses[name] = summary(fit(method, model, batches, training, best))
+            figures[f"{name} step"] = best.restore()
             for number in range(len(windows)):
                 whole, single = all_right(model, language, data.bin(number, part))
                 figures[f"{name} bin {number}"] = whole
