@@ -68,6 +68,7 @@ class LongdocOptions:
             empty: the manifest of files of pinned packages; "made-up": none is needed.
         short, long, tuning: numbers of documents; short and long ones are reported.
         tokens, long_tokens: tokens that are read of them, at most.
+        tuning_tokens: tokens that are read of a document for tuning to choose a setting, at most.
         skip_absent: a missing or changed file is passed over, where the manifest has others, and named;
             else the task is refused. Finished runs do not notice if more are missing later.
         windows: positions of the three windows.
@@ -85,6 +86,7 @@ class LongdocOptions:
     tuning: int = TUNING
     tokens: int = 8192
     long_tokens: int = 32_768
+    tuning_tokens: int = 4096
     skip_absent: bool = False
     windows: tuple[int, int, int] = (1024, 2048, 8192)
     stride: int = 512
@@ -148,6 +150,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
             tuning=1,
             tokens=256,
             long_tokens=512,
+            tuning_tokens=128,
             skip_absent=True,
             windows=(64, 128, 256),
             stride=32,
@@ -233,18 +236,22 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         found = self.documents()[0][: self.options.seeds]
         if not 0 <= seed < len(found):
             raise ValueError(f"seed {seed} is the number of a document; expected 0 to {len(found) - 1}")
-        return self.read(method, found[seed], seed)
+        return self.read(method, found[seed], seed, self._length(found[seed]))
 
     def tune(self, method: Method, seed: int) -> Figures:
         """The mean of the documents for tuning."""
-        found = [self.read(method, each, seed)[BITS] for each in self.documents()[0][self.options.seeds :]]
+        tuning, count = self.documents()[0][self.options.seeds :], self.options.tuning_tokens
+        found = [self.read(method, each, seed, count)[BITS] for each in tuning]
         return {BITS: None if None in found else fmean(found)}
 
-    def read(self, method: Method, document: UnreadDocument, seed: int) -> Figures:
-        """Figures of a method on a document, read from the base model."""
+    def _length(self, document: UnreadDocument) -> int:
+        """Tokens that are read of a reported document, at most."""
+        return self.options.long_tokens if document.part == "long" else self.options.tokens
+
+    def read(self, method: Method, document: UnreadDocument, seed: int, count: int) -> Figures:
+        """Figures of a method on the first `count` tokens of a document, read from the base model."""
         assert isinstance(method, PretrainedMethod)
-        options, base = self.options, load_base(self.options.model)
-        count = options.long_tokens if document.part == "long" else options.tokens
+        base = load_base(self.options.model)
         ids, read = bits_of(document.text(), count, base)
         reader = BY_NAME[method.name]
         teaching = self.teaching(reader)
@@ -297,8 +304,9 @@ class LongdocTask(OfPretrained[LongdocOptions]):
         text = (
             f"{listed(found[: options.seeds])}; {options.tokens:,} tokens of the short ones, "
             f"{options.long_tokens:,} of the {options.long} long ones, at most; settings are chosen on "
-            f"{options.tuning} others. Windows of {options.windows[0]:,} and {options.windows[1]:,} advance "
-            f"by {options.stride:,} tokens, that of {options.windows[2]:,} by {options.whole_stride:,}. The "
+            f"{options.tuning_tokens:,} tokens of each of {options.tuning} others. Windows of "
+            f"{options.windows[0]:,} and {options.windows[1]:,} advance by {options.stride:,} tokens, that "
+            f"of {options.windows[2]:,} by {options.whole_stride:,}. The "
             "seed is the number of the document."
         )
         return " ".join([text, *(f"Passed over: {problem}." for problem in absent), *self.remarks()])
