@@ -78,6 +78,22 @@ def test_an_element_that_never_had_a_gradient_has_a_finite_derivative(memory):
     assert grads.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_adam_reads_alike_with_and_without_gradients(eps):
+    """Two ways to compute it: one to differentiate, one on fewer passes; also where no gradient ever was."""
+    memory = AdamMemory((0.8, 0.95), eps)
+    grads = GRADS.clone()
+    grads[:, 0] = 0
+    grads[:, 1] *= 1e-12
+    followed, plain = memory.init(grads[0]), memory.init(grads[0])
+    for grad in grads:
+        followed = memory.update(followed, grad.clone().requires_grad_())
+        plain = memory.update(plain, grad)
+        read, kept = memory.read(plain), plain.square.clone()
+        torch.testing.assert_close(read, memory.read(followed).detach(), rtol=1e-13, atol=0)
+        assert torch.equal(plain.square, kept)
+
+
 def minimise(objective, shape, seed=1):
     """The argmin of a quadratic objective by one exact Newton step from a random point."""
     x = torch.randn(

@@ -16,8 +16,9 @@ SHORT, DOUBLE, WHOLE = 0, 1, 2  # indices of the option `windows`
 ADAM: dict[str, Any] = {"chunk": 0, "rule": "adam"}
 AVERAGE: dict[str, Any] = {"chunk": 1, "lr": 0.0}  # what it takes over from the fast level stays
 ADAM_RATES = tuple({"lr": rate} for rate in (1e-4, 2e-4, 4e-4))
-RANKED_RATES = tuple({"lr": rate} for rate in (5e-4, 1e-3, 2e-3))
-RATES_OF_SGD = tuple({"lr": rate, "decay": decay} for rate, decay in ((0.1, 0.0), (0.3, 0.0), (0.3, 0.02)))
+SPARSE_RATES = tuple({"lr": rate} for rate in (2e-4, 4e-4, 8e-4))
+RANKED_RATES = tuple({"lr": rate} for rate in (1e-3, 2e-3, 4e-3))
+RATES_OF_SGD = tuple({"lr": rate, "decay": decay} for rate, decay in ((0.03, 0.0), (0.1, 0.0), (0.1, 0.02)))
 RATES_OF_RMS = tuple({"lr": rate, "decay": decay} for rate, decay in ((3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.02)))
 
 
@@ -66,12 +67,12 @@ DYNAMIC = reader("dynamic-evaluation", [SGD], SHORT, RATES_OF_SGD)
 DYNAMIC_RMS = reader("dynamic-evaluation-rms", [RMS], SHORT, RATES_OF_RMS)
 DYNAMIC_WHOLE = reader("dynamic-evaluation-8k", [SGD], WHOLE, RATES_OF_SGD)
 LORA = DocumentReader(
-    PretrainedMethod("lora-reading", "lora"), SHORT, tuple({"lr": rate} for rate in (3e-4, 1e-3, 3e-3))
+    PretrainedMethod("lora-reading", "lora"), SHORT, tuple({"lr": rate} for rate in (1e-3, 3e-3, 1e-2))
 )
 ONE_LEVEL = reader("one-level-reading", [ADAM], SHORT, ADAM_RATES)
 AVERAGED = reader("levels-average-reading", [FAST, SLOW], SHORT, ADAM_RATES)
 RANKED = reader("rank-8-reading", [{**ADAM, "rank": 8}], SHORT, RANKED_RATES)  # what Learner.auto is
-SPARSE = reader("sparse-reading", [{**ADAM, "sparse": 0.05}], SHORT, ADAM_RATES)
+SPARSE = reader("sparse-reading", [{**ADAM, "sparse": 0.05}], SHORT, SPARSE_RATES)
 # What the second half of a window is taught is what the first half told, so that less is read again.
 DISTILLED = replace(
     reader("distilled-reading", [{**ADAM, "distill": 0.3}], SHORT, ADAM_RATES), read_again=0.25
