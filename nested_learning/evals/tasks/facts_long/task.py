@@ -62,12 +62,20 @@ AVERAGED = PretrainedMethod(
         "levels": [{"chunk": 0, "rule": "adam", "decay": 0.1}, {"chunk": 1, "lr": 0.0, "consolidate": 0.4}]
     },
 )
+RANKED = PretrainedMethod(  # the level of Learner.auto
+    "level-rank-8", "stack", options={"levels": [{"chunk": 0, "rule": "adam", "rank": 8}]}
+)
 PASSAGES = PretrainedMethod("retrieval-context", "passages", options={"over": "context"})
 PASSAGES_ALONE = PretrainedMethod("retrieval-alone", "passages", options={"over": "nothing"})
 PASSAGES_LEVEL = PretrainedMethod("retrieval-level", "passages", options={"over": "levels", "levels": 1})
-GRIDS = {**RATES, AVERAGED.name: RATES[ONE_LEVEL.name], PASSAGES_LEVEL.name: RATES[ONE_LEVEL.name]}
+GRIDS = {
+    **RATES,
+    AVERAGED.name: RATES[ONE_LEVEL.name],
+    RANKED.name: (1e-3, 2e-3, 4e-3),
+    PASSAGES_LEVEL.name: RATES[ONE_LEVEL.name],
+}
 
-for _method in (SHORT_CONTEXT, LONG_CONTEXT, AVERAGED, PASSAGES, PASSAGES_ALONE, PASSAGES_LEVEL):
+for _method in (SHORT_CONTEXT, LONG_CONTEXT, AVERAGED, RANKED, PASSAGES, PASSAGES_ALONE, PASSAGES_LEVEL):
     register_method(_method)
 
 
@@ -177,6 +185,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         LORA,
         ONE_LEVEL,
         AVERAGED,
+        RANKED,
         PASSAGES_LEVEL,
     )
 
@@ -228,7 +237,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
 
         by_fact: dict[str, Any] = {"unit": "facts"}
         found: list[Claim] = []
-        for level in (ONE_LEVEL.name, AVERAGED.name):
+        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name):
             found += [
                 Reaches(f"{level} recalls 0.35 of the facts", "ours", level, {self.headline: 0.35}),
                 ahead(f"{level} damages a third as much as fine-tuning at most", "damage", level,

@@ -46,7 +46,13 @@ from nested_learning.evals.report.figures import grouped_bars
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.facts.invented import made_up_filler
 from nested_learning.evals.tasks.facts.task import OTHER, other_loss, other_text
-from nested_learning.evals.tasks.facts_long.task import AVERAGED, GRIDS, PASSAGES_ALONE, PASSAGES_LEVEL
+from nested_learning.evals.tasks.facts_long.task import (
+    AVERAGED,
+    GRIDS,
+    PASSAGES_ALONE,
+    PASSAGES_LEVEL,
+    RANKED,
+)
 from nested_learning.evals.tasks.month.conversations import Asked, Month, two_months
 
 SHARED = PretrainedMethod("fine-tuning-shared", "fine-tuning")  # one model for both users
@@ -185,6 +191,7 @@ class MonthTask(ReadsText[MonthOptions]):
         LORA,
         ONE_LEVEL,
         AVERAGED,
+        RANKED,
         PASSAGES_LEVEL,
     )
 
@@ -244,7 +251,7 @@ class MonthTask(ReadsText[MonthOptions]):
             return Ahead(text, "ours", figure, order, **how)
 
         found: list[Claim] = []
-        for level in (ONE_LEVEL.name, AVERAGED.name):
+        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name):
             found += [
                 *(
                     ahead(f"{level} recalls more than {other.name}", EACH, level, other.name, unit=QUESTIONS)
