@@ -16,8 +16,8 @@ SHORT, DOUBLE, WHOLE = 0, 1, 2  # indices of the option `windows`
 ADAM: dict[str, Any] = {"chunk": 0, "rule": "adam"}
 AVERAGE: dict[str, Any] = {"chunk": 1, "lr": 0.0}  # what it takes over from the fast level stays
 ADAM_RATES = tuple({"lr": rate} for rate in (1e-4, 2e-4, 4e-4))
-SPARSE_RATES = tuple({"lr": rate} for rate in (2e-4, 4e-4, 8e-4))
-RANKED_RATES = tuple({"lr": rate} for rate in (1e-3, 2e-3, 4e-3))
+SPARSE_RATES = tuple({"lr": rate} for rate in (4e-4, 8e-4, 1.6e-3))
+RANKED_RATES = tuple({"lr": rate} for rate in (2e-3, 4e-3, 8e-3))
 RATES_OF_SGD = tuple({"lr": rate, "decay": decay} for rate, decay in ((0.03, 0.0), (0.1, 0.0), (0.1, 0.02)))
 RATES_OF_RMS = tuple({"lr": rate, "decay": decay} for rate, decay in ((3e-5, 0.0), (1e-4, 0.0), (1e-4, 0.02)))
 
