@@ -8,8 +8,8 @@ and the singular values of the small matrix between them: no matrix of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,24 @@ def answering(levels: Sequence[Level]) -> tuple[int, ...] | None:
     if not slowest:
         return None
     return tuple(i for i, level in enumerate(levels) if level.average_of is None or i in slowest.values())
+
+
+def chosen_levels(levels: Sequence[Level], given: Any) -> tuple[int, ...] | None:
+    """Indices of the levels that are to answer, ascending; None for all that do by themselves.
+
+    Raises:
+        ValueError: there is no such level, or a level is asked for together with its average.
+    """
+    if given is None:
+        return answering(levels)
+    indices: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(levels) for i in indices):
+        raise ValueError(
+            f"levels must be a list of indices from 0 (the fastest) to {len(levels) - 1}, got {given!r}"
+        )
+    chosen = tuple(sorted(set(indices)))
+    check_chosen(levels, chosen)
+    return chosen
 
 
 def check_chosen(levels: Sequence[Level], chosen: Collection[int]) -> None:

@@ -92,8 +92,8 @@ def check_file_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError for a precision that memory files cannot have."""
     if dtype not in (None, torch.bfloat16):
         raise ValueError(
-            f"a memory file is exact (None) or in torch.bfloat16, got {dtype}: float16 has not the range of "
-            "gradients and of the rules' states"
+            f"a memory file is exact (None) or in torch.bfloat16, got {dtype!r}; float16 has not the "
+            "range of gradients and of the rules' states"
         )
 
 

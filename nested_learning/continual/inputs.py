@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,21 +53,20 @@ def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMa
         ValueError: text without a tokenizer, an empty text, ids that are no whole numbers or outside the
             vocabulary; a mask for text, of another shape, or with other values.
     """
+    if isinstance(given, np.ndarray):
+        given = _ids(given)
     if isinstance(given, Tensor):
-        if given.ndim not in (1, 2):
+        if given.ndim not in (1, 2) or (given.ndim == 2 and not len(given)):
             raise ValueError(f"ids must be [T] or [B, T], got shape {tuple(given.shape)}")
         rows, kind = (list(given), "matrix") if given.ndim == 2 else ([given], "one")
     elif isinstance(given, str):
         rows, kind = [_encode(given, tokenizer)], "one"
-    elif isinstance(given, Sequence) and given and all(isinstance(item, int) for item in given):
-        rows, kind = [torch.tensor(given)], "one"
-    elif isinstance(given, Sequence) and given:
-        convert: Callable[[Any], Tensor] = lambda item: (  # noqa: E731
-            _encode(item, tokenizer) if isinstance(item, str) else torch.as_tensor(item)
-        )
-        rows, kind = [convert(item) for item in given], "list"
-    else:
+    elif isinstance(given, bytes) or not isinstance(given, Sequence) or not given:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}")
+    elif all(isinstance(item, Integral) for item in given):
+        rows, kind = [_ids([int(item) for item in given])], "one"  # type: ignore[arg-type]
+    else:
+        rows, kind = [_encode(x, tokenizer) if isinstance(x, str) else _ids(x) for x in given], "list"
     vocab_size = vocabulary_size(model)
     rows = [_checked(row, vocab_size).to(model.device) for row in rows]
     if learn_mask is None:
@@ -73,6 +74,22 @@ def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMa
     if isinstance(given, str) or (kind == "list" and any(isinstance(item, str) for item in given)):
         raise ValueError("learn_mask has one value per token: give ids, not text, to go with it")
     return Batch(rows, _read_mask(learn_mask, rows, kind), kind)
+
+
+def read_one(what: str, given: TextOrIds, tokenizer: Any, model: Any) -> Tensor:
+    """Ids [T] of one text, as `read_batch` takes it; ValueError for several. `what`: its word in messages."""
+    batch = read_batch(given, tokenizer, model)
+    if batch.kind != "one":
+        raise ValueError(f"{what} must be one text or ids [T], got {len(batch.rows)} sequences in a list")
+    return batch.rows[0]
+
+
+def _ids(given: Any) -> Tensor:
+    """Ids of a list or an array as a tensor. ValueError for what is none."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"expected a text, ids, or a list of them, got {given!r}") from error
 
 
 def _read_mask(learn_mask: LearnMask, rows: list[Tensor], kind: str) -> list[Tensor]:
@@ -124,15 +141,26 @@ def _encode(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(ids)
 
 
+def checked_index(what: str, index: Any, count: int) -> int:
+    """An index from 0 to `count` − 1; ValueError for anything else. `what` it is of, for the message."""
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        fastest = " (the fastest)" if what == "level" else ""
+        raise ValueError(f"{what} must be from 0{fastest} to {count - 1}, got {index!r}")
+    return index
+
+
 def _checked(ids: Tensor, vocab_size: int) -> Tensor:
+    if ids.is_meta or ids.layout != torch.strided:
+        raise ValueError(f"ids must be a dense tensor with values, got {ids.layout} on {ids.device}")
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be whole numbers [T], got shape {tuple(ids.shape)} of {ids.dtype}")
     if not len(ids):
         raise ValueError("got a sequence without tokens; expected at least one")
+    ids = ids.long()  # first, for unsigned types know no order
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
-    return ids.long()
+    return ids.clone() if ids.is_inference() else ids
 
 
 def vocabulary_size(model: Any) -> int:

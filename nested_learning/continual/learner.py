@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,19 @@ import torch
 from torch import Tensor
 
 from nested_learning._progress import Progress, progress
-from nested_learning.continual.averages import answering, check_chosen
+from nested_learning.continual.averages import chosen_levels
 from nested_learning.continual.budget import Budget, budget
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.exporting.export import Exported, export
-from nested_learning.continual.inputs import Batch, LearnMask, Names, TextOrIds, read_batch, read_names
+from nested_learning.continual.inputs import (
+    Batch,
+    LearnMask,
+    Names,
+    TextOrIds,
+    read_batch,
+    read_one,
+)
 from nested_learning.continual.labels.class_head import ClassHead, HeadSettings
 from nested_learning.continual.labels.classifier import Classifier
 from nested_learning.continual.labels.hidden_features import HiddenFeatures
@@ -35,6 +41,7 @@ from nested_learning.continual.replaying.sources import (
     KnownSource,
     forget_source,
     known_sources,
+    names_read,
 )
 from nested_learning.continual.study import score_ahead, study
 from nested_learning.continual.writing import Write
@@ -113,7 +120,7 @@ class Learner:
                 known.
             source: name of where it comes from, for `sources`, `forget` and retrieval; one for all
                 sequences or a list with one for each. Text of one source may come in any pieces. Needs
-                replay.
+                replay; once the stores were dropped (`memory.drop_stores`) names are taken, and not kept.
             label: label of the text, for replay that is balanced by label; one, or a list. A labelled
                 sequence is a text of its own, whose examples have nothing of others. Needs replay.
 
@@ -124,33 +131,27 @@ class Learner:
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, another number of rows than before, a mask of
-                another shape or kind, or a name where nothing is kept by it.
+                another shape or kind, or a name without replay. Nothing is changed then.
 
         Warns:
             RuntimeWarning: a write was dropped since its loss or gradient was NaN or infinite.
         """
+        if torch.is_inference_mode_enabled():  # nothing could be learned, nor be learned from later
+            with torch.inference_mode(False):
+                return self.observe(text_or_ids, row=row, learn_mask=learn_mask, source=source, label=label)
         batch = read_batch(text_or_ids, self.tokenizer, self.model, learn_mask)
-        names = self._names(source, label, len(batch.rows))
-        if batch.kind != "one":
+        names = names_read(source, label, len(batch.rows), keeps=self.replayer is not None)
+        if row is None and (batch.kind != "one" or self.memory.is_empty):
             self.memory.set_rows(len(batch.rows))
+        assigned = self._assign(batch, row)
         self.writes = []
-        parts = zip(self._assign(batch, row), batch.learn, names, strict=True)
+        parts = zip(assigned, batch.learn, names, strict=True)
         with progress("learning", sum(map(len, batch.rows)), "token") as bar:
             losses = [self._observe_row(index, ids, learn, *name, bar) for (index, ids), learn, name in parts]
         for write in self.writes:
             if write.outcome == "dropped":
                 warnings.warn(write.complaint, RuntimeWarning, stacklevel=2)
         return batch.restore(losses)
-
-    def _names(self, source: Names, label: Names, count: int) -> list[tuple[str | None, str | None]]:
-        """(source, label) of each of `count` sequences."""
-        if self.replayer is None and not (source is None and label is None):
-            raise ValueError(
-                "source and label are names under which text is kept, but this learner keeps none; "
-                "give stack_levels a replay=Replay(…), or leave them out"
-            )
-        names = read_names("source", source, count), read_names("label", label, count)
-        return list(zip(*names, strict=True))
 
     def _observe_row(
         self, index: int, ids: Tensor, learn: Tensor, source: str | None, label: str | None, bar: Progress
@@ -237,7 +238,7 @@ class Learner:
         Raises:
             ValueError: there is no such row or level, or a level is asked for together with its average.
         """
-        chosen = self.memory.row(row).only(self._chosen(levels))
+        chosen = self.memory.row(row).only(chosen_levels(self.levels, levels))
         with self.reader.workspace.installed(self.reader.writers, chosen):
             yield self.model
 
@@ -261,7 +262,7 @@ class Learner:
                 f"row {row} keeps nothing of what it read, so there is nothing to retrieve; give "
                 "stack_levels a replay=Replay(…) before it reads"
             )
-        (ids,) = read_batch(query, self.tokenizer, self.model).rows
+        ids = read_one("query", query, self.tokenizer, self.model)
         self._retriever = self._retriever or Retriever(self.tokenizer)
         return self._retriever.best(store, ids, tokens)
 
@@ -280,15 +281,15 @@ class Learner:
         those of `retrieve`, that stands before each sequence and is not scored.
         """
         batch = read_batch(text_or_ids, self.tokenizer, self.model)
-        if context is None or not len(context):
+        if context is None or (isinstance(context, (str, Tensor)) and not len(context)):
             return batch.restore(self._score_batch(batch, row, levels))
-        (before,) = read_batch(context, self.tokenizer, self.model).rows
+        before = read_one("context", context, self.tokenizer, self.model)
         joined = dataclasses.replace(batch, rows=[torch.cat([before, ids]) for ids in batch.rows])
         losses = self._score_batch(joined, row, levels)
         return batch.restore([each[len(before) :] for each in losses])
 
     def _score_batch(self, batch: Batch, row: int | None, levels: Sequence[int] | None) -> list[Tensor]:
-        chosen = self._chosen(levels)
+        chosen = chosen_levels(self.levels, levels)
         if len(self.memory.rows) == 1 and row is None:
             pairs = [(0, ids) for ids in batch.rows]
         else:
@@ -318,15 +319,18 @@ class Learner:
         batch = read_batch(text_or_ids, self.tokenizer, self.model)
         if any(len(ids) < 2 for ids in batch.rows):
             raise ValueError("perplexity needs at least two tokens: the first one predicts the second")
-        means = [math.exp(float(losses[1:].mean())) for losses in self._score_batch(batch, row, levels)]
+        means = [float(losses[1:].double().mean().exp()) for losses in self._score_batch(batch, row, levels)]
         return means[0] if batch.kind == "one" else means
 
     @torch.no_grad()
     def logits(self, ids: Tensor, *, row: int = 0, levels: Sequence[int] | None = None) -> Tensor:
         """Logits [B, T, V] of ids [B, T] with a row's deltas (those of `levels`, see `active`): the base
-        model's own, bit for bit, where nothing was learned."""
+        model's own, bit for bit, where nothing was learned. ValueError for what are no such ids."""
+        batch = read_batch(ids, self.tokenizer, self.model)
+        if batch.kind != "matrix":
+            raise ValueError("expected ids [B, T]; a single text is ids[None]")
         with self.active(row, levels=levels), evaluating(self.model):
-            return self.model(input_ids=ids.to(self.model.device)).logits
+            return self.model(input_ids=torch.stack(batch.rows)).logits
 
     def generate(
         self,
@@ -349,25 +353,26 @@ class Learner:
             retrieve: most tokens of passages that fit the prompt best, as `Learner.retrieve` finds them; one
                 sequence only. They stand before it as plain text, behind the token that begins a document
                 where the prompt has it, and are neither returned nor learned again.
-            options: keyword arguments of transformers' `generate`, such as max_new_tokens.
+            options: keyword arguments of transformers' `generate`, such as max_new_tokens. Lengths and a
+                mask are those of the prompt without the passages.
 
         Returns:
             for a text the continuation as text, without special tokens; for ids [B, T] what transformers
-            returns; for ids [T] its only row.
+            returns; for ids [T] its only row. With num_return_sequences above 1 a list of texts, and for
+            ids [T] all rows.
         """
         batch = read_batch(prompt, self.tokenizer, self.model)
         if batch.kind == "list":
             raise ValueError(
                 "expected one text, ids [T] or ids [B, T]; generate from several texts one by one"
             )
-        if learn and len(batch.rows) > 1:
-            raise ValueError(
-                f"learn=True takes one sequence, got {len(batch.rows)}: which one should row {row} learn?"
-            )
+        count = len(batch.rows) * (options.get("num_return_sequences") or 1)
+        if learn and count > 1:
+            raise ValueError(f"learn=True takes one sequence, got {count}: which one should row {row} learn?")
         ids = torch.stack(batch.rows)
         inserted = Insertion(0, ids[:, :0]) if retrieve is None else self._insertion(batch, retrieve, row)
         inputs = inserted.put_into(ids)
-        options.setdefault("attention_mask", torch.ones_like(inputs))
+        options = inserted.put_into_options({"attention_mask": torch.ones_like(ids), **options})
         with self.active(row, levels=levels) as model, evaluating(model):
             output = model.generate(inputs, **options)
         if isinstance(output, Tensor):
@@ -376,9 +381,11 @@ class Learner:
             output.sequences = sequences = inserted.taken_out_of(output.sequences)
         if learn:
             self.observe(sequences[0], row=row)
+        one = len(sequences) == 1
         if isinstance(prompt, str):
-            return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
-        return output if batch.kind == "matrix" or output is not sequences else sequences[0]
+            texts = self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+            return texts[0] if one else texts
+        return sequences[0] if one and batch.kind == "one" and output is sequences else output
 
     def _insertion(self, batch: Batch, tokens: int, row: int) -> Insertion:
         """What fits the only prompt of a batch best. ValueError for several prompts."""
@@ -423,7 +430,7 @@ class Learner:
                 `lora_rank`, or a rank below 1.
             OSError: the folder cannot be written; nothing of it is left.
         """
-        chosen = self.memory.row(row).only(self._chosen(levels))
+        chosen = self.memory.row(row).only(chosen_levels(self.levels, levels))
         return export(self.reader, self.tokenizer, chosen, folder, lora_rank, probe)
 
     def classifier(
@@ -461,19 +468,6 @@ class Learner:
     def info(self) -> Budget:
         """The memory budget in bytes: base model, deltas, sums, rules, store, activations; see `Budget`."""
         return budget(self.reader, len(self.memory.rows), self.replayer)
-
-    def _chosen(self, levels: Sequence[int] | None) -> tuple[int, ...] | None:
-        """Indices of the levels that answer, ascending; None for all. ValueError for others."""
-        if levels is None:
-            return answering(self.levels)
-        known = range(len(self.levels))
-        if isinstance(levels, int) or any(index not in known for index in levels):
-            raise ValueError(
-                f"levels must be a list of indices from 0 (the fastest) to {known[-1]}, got {levels!r}"
-            )
-        chosen = tuple(sorted(set(levels)))
-        check_chosen(self.levels, chosen)
-        return chosen
 
     # Rows ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -129,7 +129,13 @@ class Level:
                 "set rank=None on the level that consolidates"
             )
         if not isinstance(self.layers, str):
+            if not isinstance(self.layers, Iterable):
+                raise ValueError(
+                    f"layers must be 'all', 'last third' or a list of indices, got {self.layers!r}"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
+        if not isinstance(self.learn_down, bool):
+            raise ValueError(f"learn_down must be True or False, got {self.learn_down!r}")
         if isinstance(self.rule, str):
             object.__setattr__(self, "rule", rule_name(self.rule))
         resolve_rule(self.rule)
@@ -227,6 +233,8 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
         ValueError: none, not Levels, chunk sizes that do not increase, a fastest level that consolidates,
             or an average of what cannot be averaged.
     """
+    if not isinstance(levels, Iterable):
+        raise ValueError(f"levels must be a list of at least one Level, got {levels!r}")
     levels = tuple(levels)
     wrong = [level for level in levels if not isinstance(level, Level)]
     if wrong or not levels:
@@ -249,9 +257,10 @@ def _averaging(levels: Sequence[Level], index: int, level: Level) -> Level:
     """Level `index`, an average, with the form of the level that it averages."""
     assert level.average_of is not None
     if level.average_of >= index:
+        none = "" if index else ": the fastest level has no faster one, so leave average_of out"
         raise ValueError(
             f"level {index} has average_of={level.average_of}; expected the index of a faster level, "
-            f"from 0 to {index - 1}"
+            f"from 0 to {index - 1}{none}"
         )
     averaged = levels[level.average_of]
     if averaged.average_of is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
+from nested_learning.continual.inputs import checked_index
+from nested_learning.continual.level import COUNT
 from nested_learning.continual.objectives.anchors import NO_ANCHORS, Anchors
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.replaying.settings import Replay
@@ -29,6 +32,7 @@ class Snapshot:
     """The memory at one moment, for `Memory.restore`. It costs no memory until something is learned."""
 
     rows: list[Row]
+    settings: str  # of the levels, and the weights that they have
 
 
 class Memory:
@@ -59,7 +63,7 @@ class Memory:
         self._plan = plan
         self._anchors = anchors
         self._replay = replay
-        self._held: Path | None = None
+        self._held: frozenset[Path] = frozenset()
         self.file_dtype: torch.dtype | None = None
         self.rows = self._new_rows(1)
 
@@ -87,8 +91,10 @@ class Memory:
         """Make room for `count` rows, before anything is read.
 
         Raises:
-            ValueError: the memory has another number of rows and has read something.
+            ValueError: no whole number above 0, or the memory has another number of rows and has read
+                something.
         """
+        COUNT.check("rows", count)
         if count == len(self.rows):
             return
         if not self.is_empty:
@@ -110,18 +116,26 @@ class Memory:
 
     def row(self, index: int) -> Row:
         """The row `index`. ValueError if there is no such row."""
-        if not 0 <= index < len(self.rows):
-            raise ValueError(f"row must be from 0 to {len(self.rows) - 1}, got {index}")
-        return self.rows[index]
+        return self.rows[checked_index("row", index, len(self.rows))]
 
     # Undoing -------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """The memory as it is now."""
-        return Snapshot([row.share() for row in self.rows])
+        return Snapshot([row.share() for row in self.rows], to_json(self._levels()))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot, exactly. It can be restored any number of times."""
+        """Go back to a snapshot, exactly. It can be restored any number of times.
+
+        Raises:
+            ValueError: it is none, or of a learner with other levels; the memory stays as it was.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"expected what `snapshot` returned, got {type(snapshot).__name__}")
+        if snapshot.settings != (own := to_json(self._levels())):
+            raise ValueError(
+                f"the snapshot is of a learner with other levels: it has {snapshot.settings}, this one {own}"
+            )
         self.rows = [row.share() for row in snapshot.rows]
 
     def reset(self, level: int | None = None) -> None:
@@ -139,8 +153,7 @@ class Memory:
         if level is None:
             self.rows = self._new_rows(len(self.rows))
             return
-        if not 0 <= level < len(self._writers):
-            raise ValueError(f"level must be from 0 (the fastest) to {len(self._writers) - 1}, got {level}")
+        checked_index("level", level, len(self._writers))
         for row in self.rows:
             relay(self._writers, row, level)  # sums that the slower level has yet to add
             # averages of the level are products with its drawn factors
@@ -150,7 +163,8 @@ class Memory:
             row.mark_changed()
 
     def drop_stores(self) -> None:
-        """Delete all that replay has kept of what was read, and keep nothing from now on, in no row.
+        """Delete all that replay has kept of what was read, and keep nothing from now on, in no row, also
+        not the names that `observe` is given.
 
         What was learned stays, and so do the tokens of the present window. A file that is saved then can be
         loaded by a learner without replay.
@@ -165,9 +179,15 @@ class Memory:
             level: index of the only level to count; None for the sum over all that answer, where averages
                 stand in the place of what they average.
             row: index of the row.
+
+        Raises:
+            ValueError: there is no such level or row.
         """
         total: Weights = {}
-        chosen = answering([writer.level for writer in self._writers]) if level is None else (level,)
+        if level is None:
+            chosen = answering([writer.level for writer in self._writers])
+        else:
+            chosen = (checked_index("level", level, len(self._writers)),)
         for writer, state, target in acting(self._writers, self.row(row).only(chosen)):
             delta = writer.full_delta(state, target)
             if delta is not None:
@@ -184,12 +204,13 @@ class Memory:
             ValueError: another process, or another memory, has it in use; it is a folder, a device or a pipe.
             OSError: its folder is missing, or it is write-protected.
         """
-        with locked(path):
-            self._held = Path(os.path.realpath(path))
+        with self._locked(path):
+            held = self._held
+            self._held = held | {Path(os.path.realpath(path))}
             try:
                 yield
             finally:
-                self._held = None
+                self._held = held
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write the memory to one safetensors file, under a temporary name first.
@@ -239,7 +260,14 @@ class Memory:
         self.rows = rows
 
     def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
-        return nullcontext() if self._held == Path(os.path.realpath(path)) else locked(path)
+        return nullcontext() if Path(os.path.realpath(path)) in self._held else locked(path)
+
+    def _levels(self) -> dict[str, list[Any]]:
+        """Settings of the levels, and the names of the weights that each has."""
+        return {
+            "levels": [writer.level.describe() for writer in self._writers],
+            "weights": [[target.name for target in writer.targets] for writer in self._writers],
+        }
 
     def _identity(self) -> dict[str, str]:
         """Everything that a file must agree with to be loaded."""
@@ -247,8 +275,7 @@ class Memory:
             base = fingerprint(self._model)
         return {
             "fingerprint": base,
-            "levels": to_json([writer.level.describe() for writer in self._writers]),
-            "weights": to_json([[target.name for target in writer.targets] for writer in self._writers]),
+            **{name: to_json(value) for name, value in self._levels().items()},
             "reading": to_json(self._plan.describe()),
             **self._anchors.identity(),
         }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.level import Level
+from nested_learning.optimizers.checks import Bound
 
 DEFAULT_WINDOW = 1024
+WHOLE = Bound(low=-math.inf, integer=True)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,14 @@ class ReadingPlan:
         """The plan of `stack_levels`, whose defaults stand for None.
 
         Raises:
-            ValueError: a segment of one token, or a window that does not fit.
+            ValueError: a segment of one token, a window that does not fit, or no whole numbers.
         """
+        sizes = {"segment": segment, "window": window, "overlap": overlap}
+        for name, size in sizes.items():
+            if size is not None:
+                WHOLE.check(name, size)
+        if not isinstance(gradient_checkpointing, bool):
+            raise ValueError(f"gradient_checkpointing must be True or False, got {gradient_checkpointing!r}")
         limit = most_positions(model)
         fast = levels[0].chunk_size
         if segment is None:
@@ -67,8 +76,8 @@ class ReadingPlan:
                 f"least 1) before it, and be at most the model's {limit} positions; choose a shorter "
                 "segment or overlap"
             )
-        sizes = tuple(level.chunk_size for level in levels)
-        return cls(sizes, segment, window, overlap, gradient_checkpointing)
+        chunks = tuple(level.chunk_size for level in levels)
+        return cls(chunks, segment, window, overlap, gradient_checkpointing)
 
     def describe(self) -> dict[str, int]:
         """The settings that decide how a text is read, as JSON values."""

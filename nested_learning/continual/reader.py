@@ -187,7 +187,8 @@ class Reader:
     ) -> tuple[Tensor, Context]:
         """Losses [n − 1] of tokens[1:] given all before, and the context after reading tokens[:-1]."""
         if len(tokens) < 2:
-            return torch.empty(0, device=tokens.device), context
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            return torch.empty(0, dtype=dtype, device=tokens.device), context
         logits, context = self.predict(tokens[:-1], context)
         if answers is not None:
             answers.append(KeptAnswers.of(logits, self.plan.distill_top_k))

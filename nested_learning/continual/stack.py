@@ -86,11 +86,17 @@ def stack_levels(
         FileNotFoundError: there is no such file of starts.
     """
     levels = check_levels(levels)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not isinstance(compile, (bool, Mapping)):
+        raise ValueError(f"compile must be True, False or options of torch.compile, got {compile!r}")
+    if not isinstance(starts, (Starts, str, os.PathLike, type(None))):
+        raise ValueError(f"starts must be what learn_starts returned, or its file, got {starts!r}")
     model = _base_model(model)
     workspace = Workspace.of(model)
     with workspace.bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
-    if not (starts is None or isinstance(starts, Starts)):
+    if isinstance(starts, (str, os.PathLike)):
         starts = Starts.load(starts)
     anchors = Anchors.checked(model, tokenizer, levels, background, fisher, starts)
     writers = _writers(levels, targets, seed, fisher, starts)

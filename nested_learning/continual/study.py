@@ -46,6 +46,8 @@ def study(
         re-readings.
     """
     # What needs the model comes first and is done on a copy: where it fails, the row is as it was before.
+    # So it is where a re-reading fails, which needs what was written.
+    before = row.share() if _reads_again(reader, row.position + len(ids)) else None
     moved = dataclasses.replace(row)
     losses, lesson = reader.read_segment(moved, ids, learn)
     taught: dict[int, Weights] = {}
@@ -66,11 +68,20 @@ def study(
         for write in list(writes):
             if write.outcome == "written":
                 writes += reread(reader, reader.writers[write.level], row, row_index)
-    finally:
-        _let_go(reader, row)
+    except BaseException:
+        if before is not None:
+            vars(row).update(vars(before))
+        raise
+    _let_go(reader, row)
     if not lesson.is_finite:
         row.clear_context()  # its keys and values may be NaN as well
     return losses, writes
+
+
+def _reads_again(reader: Reader, position: int) -> bool:
+    """Whether a level whose chunk ends at a position goes over it again."""
+    levels = (writer.level for writer in reader.writers)
+    return any(level.reread and position % level.chunk_size == 0 for level in levels)
 
 
 def _keep(reader: Reader, row: Row, ids: Tensor, learn: Tensor) -> None:

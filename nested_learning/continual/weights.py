@@ -61,15 +61,17 @@ FACTORS = "_factors_in_force"  # attribute of a module: (down, up) of each low-r
 
 @dataclass
 class _Buffers:
-    """Effective weights by name, and the version of the row that they were made for.
+    """Effective weights by name, and the versions of the row and of the base that they were made for.
 
     Attributes:
+        base: what tells whether a weight of the base model has been written to since, by name.
         written: by name, the slices of a weight in which it differs from W_base, if only those of hidden
             units do: the next sum need not touch others.
     """
 
     weights: Weights
     version: Hashable | None = None
+    base: dict[str, tuple[int, int]] = field(default_factory=dict)
     written: Weights = field(default_factory=dict)
 
     @torch.no_grad()
@@ -95,7 +97,11 @@ class _Buffers:
                 nothing = torch.zeros((), dtype=memory_dtype(weight), device=weight.device)
                 weight = nothing.expand(target.shape)
             if found:
-                buffer = self.weights.get(target.name)
+                buffer, base = self.weights.get(target.name), _base_version(target.weight)
+                if self.base.get(target.name) != base:  # whatever was kept is of another model
+                    buffer = None
+                    self.written.pop(target.name, None)
+                    self.base[target.name] = base
                 if buffer is None or stale:
                     buffer = self._sum(target.name, weight, found)
                 self.weights[target.name] = weight = buffer
@@ -131,6 +137,11 @@ def _sum_into(buffer: Tensor | None, weight: Tensor, deltas: Sequence[Tensor]) -
     if buffer is None or not _alike(buffer, weight):
         buffer = torch.empty_like(weight)
     return torch.add(total, weight, out=buffer)
+
+
+def _base_version(weight: Tensor) -> tuple[int, int]:
+    """Where a parameter lies, and how often it was written to; not through `.data`, which nothing counts."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _alike(buffer: Tensor, weight: Tensor) -> bool:
@@ -242,6 +253,17 @@ def _add_full(
     return y + nn.functional.linear(inputs[0], delta.mT if transposed else delta)
 
 
+def _check_parameters(writers: Sequence[DeltaWriter]) -> None:
+    """Raise ValueError where the model has another parameter than the one that a level has its delta on."""
+    for target in (target for writer in writers for target in writer.targets):
+        if target.module._parameters.get(target.parameter) is not target.weight:
+            raise ValueError(
+                f"{target.name} of the base model is another parameter than when the learner was made (as "
+                "after load_state_dict(assign=True), merging an adapter or quantising); make a learner on "
+                "the model as it is now, and load its memory"
+            )
+
+
 class Workspace:
     """The effective weights of one base model, shared by all learners on it, made anew when they differ."""
 
@@ -300,6 +322,8 @@ class Workspace:
             the leaf of each matrix that wants a gradient, by `DeltaWriter.keys`. Empty without `learning`.
         """
         with self.lock:
+            if not self._active:
+                _check_parameters(writers)
             buffers = self._take(row.version)
             factors = [
                 (writer, target, down.detach(), up.detach())

@@ -116,6 +116,8 @@ class DeltaWriter:
                     f"level {index} averages level {averaged.index}, but their layers have no weight in "
                     f"common: {level.layers!r} and {averaged.level.layers!r}"
                 )
+        if level.consolidate and faster is not None:
+            self._check_common(faster)
         self._by_name = {target.name: target for target in self.targets}
         self.rule = resolve_rule(level.rule)
         self.seed = seed
@@ -141,6 +143,15 @@ class DeltaWriter:
         self.direct = frozenset(self.keys) - self.relayed
         self.rates = {} if start is None else dict(start.rates)
         self.begin = self._beginning(start or LevelStart())
+
+    def _check_common(self, faster: DeltaWriter) -> None:
+        """Raise ValueError where there is nothing that this level could take over from a faster one."""
+        if not {target.name for target in faster.targets} & {target.name for target in self.targets}:
+            raise ValueError(
+                f"level {self.index} takes over from level {faster.index} (consolidate="
+                f"{self.level.consolidate}), but their layers have no weight in common: "
+                f"{self.level.layers!r} and {faster.level.layers!r}"
+            )
 
     def new_state(self) -> DeltaState:
         """State of the level in a row that has read nothing."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nested_learning._progress import progress
+from nested_learning.continual.averages import answering
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.memory import Memory
@@ -45,6 +46,28 @@ def pooled_states(
     return found
 
 
+@contextmanager
+def leaving_nothing(model: nn.Module) -> Iterator[None]:
+    """The modules of a model have no other hooks and attributes after the scope than before.
+
+    transformers leaves the hooks that it takes hidden states with, and they cannot be pickled.
+    """
+    before = {module: (set(vars(module)), set(module._forward_hooks)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, (names, hooks) in before.items():
+            for key in set(module._forward_hooks) - hooks:
+                for table in (
+                    module._forward_hooks,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    table.pop(key, None)
+            for name in set(vars(module)) - names:
+                delattr(module, name)
+
+
 class HiddenFeatures:
     """Features of texts: the hidden states of a reader's model behind one layer, pooled.
 
@@ -77,7 +100,8 @@ class HiddenFeatures:
         if longest > limit:
             raise ValueError(f"a text has {longest} tokens, the model {limit} positions; give a part of it")
         found = []
-        with self._running(), evaluating(self.model), progress("reading", len(texts), "text") as bar:
+        running, bars = self._running(), progress("reading", len(texts), "text")
+        with running, evaluating(self.model), leaving_nothing(self.model), bars as bar:
             for start in range(0, len(texts), BATCH):
                 states = pooled_states(self.model, texts[start : start + BATCH], [self._layer])
                 found += [each[self._layer, self._pooling] for each in states]
@@ -88,7 +112,9 @@ class HiddenFeatures:
         workspace = self._reader.workspace
         if self._row is None:
             return workspace.bare()
-        return workspace.installed(self._reader.writers, self._memory.row(self._row))
+        writers = self._reader.writers
+        chosen = self._memory.row(self._row).only(answering([writer.level for writer in writers]))
+        return workspace.installed(writers, chosen)
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,19 @@ class Insertion:
         if not self.passages.shape[1]:
             return ids
         return torch.cat([ids[:, : self.at], self.passages, ids[:, self.at :]], dim=1)
+
+    def put_into_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `generate` for the prompt with the passages: mask and lengths are given without."""
+        found, count = dict(options), self.passages.shape[1]
+        if not count:
+            return found
+        mask = found["attention_mask"]
+        passages = mask.new_ones(len(mask), count)
+        found["attention_mask"] = torch.cat([mask[:, : self.at], passages, mask[:, self.at :]], dim=1)
+        for name in ("max_length", "min_length"):
+            if found.get(name) is not None:
+                found[name] += count
+        return found
 
     def taken_out_of(self, ids: Tensor) -> Tensor:
         """Ids [R, T] of R continued prompts [R, T + n] without the passages."""

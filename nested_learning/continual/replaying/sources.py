@@ -13,6 +13,7 @@ from nested_learning._errors import unknown
 from nested_learning._progress import progress
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
+from nested_learning.continual.inputs import Names, read_names
 from nested_learning.continual.memory import Memory
 from nested_learning.continual.replaying.store import REASONS, Count, Span, Store
 
@@ -66,6 +67,28 @@ class Text(NamedTuple):
     label: str | None
 
 
+def names_read(
+    source: Names, label: Names, count: int, *, keeps: bool
+) -> list[tuple[str | None, str | None]]:
+    """(source, label) of each of `count` sequences.
+
+    Args:
+        source, label: names that `observe` was given.
+        count: number of sequences.
+        keeps: whether the learner keeps text by such names.
+
+    Raises:
+        ValueError: names where nothing is kept, no names, or another number of them.
+    """
+    if not keeps and not (source is None and label is None):
+        raise ValueError(
+            "source and label are names under which text is kept, but this learner keeps none; "
+            "give stack_levels a replay=Replay(…), or leave them out"
+        )
+    names = read_names("source", source, count), read_names("label", label, count)
+    return list(zip(*names, strict=True))
+
+
 def known_sources(rows: Sequence[Row]) -> list[KnownSource]:
     """The sources of rows, in the order in which they were first read."""
     counts: dict[str | None, Count] = {}
@@ -96,7 +119,14 @@ def forget_source(
     counts = {
         index: _counts(memory.row(index)) for index in (range(len(memory.rows)) if row is None else [row])
     }
+    if not isinstance(source, (str, type(None))):
+        raise ValueError(f"source must be the name of a source, or None, got {source!r}")
     had = [index for index, known in counts.items() if source in known]
+    if not any(counts.values()):
+        raise ValueError(
+            f"unknown source {source!r}. None is known: nothing that was read is kept. Give stack_levels a "
+            "replay=Replay(…) before it reads"
+        )
     if not had:
         raise unknown(
             "source", str(source), {str(name) for known in counts.values() for name in known if name}
