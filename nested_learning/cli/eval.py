@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nested_learning._checks import shown
 from nested_learning.cli.output import print_json, print_table, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -89,7 +90,7 @@ def options(given: list[str]) -> dict[str, dict[str, Any]]:
     """Options by task of TASK.NAME=VALUE; a VALUE that is no JSON is text.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, or two values of one option.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in given:
@@ -98,9 +99,14 @@ def options(given: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and point and task and name):
             raise ValueError(f"--option {text!r} has not the form TASK.NAME=VALUE, such as recall.steps=500")
         try:
-            found.setdefault(task, {})[name] = json.loads(value)
+            read = json.loads(value)
         except ValueError:
-            found.setdefault(task, {})[name] = value
+            read = value
+        before = found.setdefault(task, {}).setdefault(name, read)
+        if json.dumps(before) != json.dumps(read):  # 1 and true are two values
+            raise ValueError(
+                f"--option {task}.{name} is given as {shown(before)} and as {shown(read)}; expected one value"
+            )
     return found
 
 

@@ -1,12 +1,14 @@
 """Tasks and methods by name: the library's own, and those that other packages add.
 
 A package adds its own by calling `register_task` and `register_method` in a module that it names as an entry
-point of the group `nested_learning.evals`; the module is imported when names are looked up.
+point of the group `nested_learning.evals`; the module is imported when names are looked up. One that cannot
+be imported is passed over, with a warning.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -85,4 +87,15 @@ def _load() -> None:
     for module in OWN:
         importlib.import_module(module)
     for entry in entry_points(group=GROUP):
-        entry.load()
+        try:
+            entry.load()
+        except (Exception, SystemExit) as error:  # the others are of use without it
+            package = (
+                "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+            )
+            warnings.warn(
+                f"the entry point {entry.name} = {entry.value} of {package} is passed over: "
+                f"{type(error).__name__}: {error}. Repair or uninstall that package to have its tasks.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -20,7 +20,7 @@ from nested_learning._checks import require
 from nested_learning._errors import unknown
 from nested_learning._progress import Progress, progress
 from nested_learning.evals.method import Method
-from nested_learning.evals.registry import find_method, find_task, known_tasks
+from nested_learning.evals.registry import find_task, known_methods, known_tasks
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
 from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, start_worker
@@ -37,7 +37,7 @@ class EvalConfig:
         tasks: names of tasks; "all": every one
         budget: smoke: seconds a task, to see that it works; small: hours of two cores; full: the protocols
             of the papers
-        methods: names of methods; None: those of each task's table
+        methods: names of methods, registered or of the tasks' tables; None: those of each task's table
         seeds: reported seeds; None: as many as each task's options say, from 0
         options: options by task that replace those of the budget
         output: folder of finished trials and of the report; None: nothing is written
@@ -62,7 +62,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
-        for name in ("tasks", "methods", "seeds"):
+        _check_tasks(self.tasks)
+        for name in ("methods", "seeds"):
             values = getattr(self, name)
             distinct = values is None or len(set(values)) == len(values) > 0
             require(distinct, name, values, "one or more, all different")
@@ -73,6 +74,21 @@ class EvalConfig:
             raise ValueError(f"seed {TUNING_SEED} chooses settings; expected others in --seeds")
         for name in self.options:
             find_task(name)
+
+
+def _check_tasks(names: Sequence[str]) -> None:
+    """Raise ValueError unless there are tasks, all different, or `all` alone."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        raise ValueError(
+            f"the tasks are {', '.join(names) or 'none'}; expected one or more names, all different"
+            + (f", so name {', '.join(twice)} once" if twice else "")
+        )
+    if ALL in names and len(names) > 1:
+        raise ValueError(
+            f"the tasks are {', '.join(names)}; `{ALL}` stands alone, as it takes every task: "
+            f"leave it out, or the other names"
+        )
 
 
 @dataclass
@@ -174,12 +190,12 @@ def plan(config: EvalConfig) -> list[_Plan]:
             raise ValueError(
                 f"options of {name!r} are given, which is not among the tasks {', '.join(names)}"
             )
-    asked = None if config.methods is None else [find_method(name) for name in config.methods]
+    tasks = [cls.at(config.budget, **config.options.get(cls.name, {})) for cls in found]
+    asked = None if config.methods is None else _asked(config.methods, tasks)
     plans = []
     refusals: dict[str, list[str]] = {}
-    for cls in found:
-        task = cls.at(config.budget, **config.options.get(cls.name, {}))
-        chosen = list(task.methods() if asked is None else asked)
+    for place, task in enumerate(tasks):
+        chosen = list(task.methods()) if asked is None else asked[place]
         refused = {method.name: task.accepts(method) for method in chosen} if asked is not None else {}
         for name, reason in refused.items():
             if reason is not None:
@@ -202,6 +218,21 @@ def plan(config: EvalConfig) -> list[_Plan]:
         if len(reasons) == len(plans):
             raise ValueError(f"no task takes the method: {reasons[0]}")
     return plans
+
+
+def _asked(names: Sequence[str], tasks: Sequence[Task[Any]]) -> list[list[Method]]:
+    """For each task the methods of these names: registered ones, its own, or those of another of the tasks.
+
+    Raises:
+        ValueError: there is none of a name.
+    """
+    known = known_methods()
+    own = [{method.name: method for method in task.methods()} for task in tasks]
+    anyones = {name: method for each in reversed(own) for name, method in each.items()}
+    for name in names:
+        if name not in known and name not in anyones:
+            raise unknown("method", name, {*known, *anyones})
+    return [[{**anyones, **each, **known}[name] for name in names] for each in own]
 
 
 class _Crew:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from nested_learning._checks import check_types
+from nested_learning._checks import check_types, require
 from nested_learning._errors import unknown
 from nested_learning.evals.claims import Claim
 from nested_learning.evals.method import Method
@@ -54,7 +54,7 @@ class Task(ABC, Generic[OptionsT]):
         """The task at a budget, with options changed by name.
 
         Raises:
-            ValueError: no such budget or option, or a value of another type.
+            ValueError: no such budget or option, a value of another type, or no seed.
         """
         if budget not in cls.budgets:
             raise unknown(f"budget of {cls.name}", budget, cls.budgets)
@@ -63,8 +63,11 @@ class Task(ABC, Generic[OptionsT]):
         for name in changed:
             if name not in names:
                 raise unknown(f"option of {cls.name}", name, names)
+        how = f"--option {cls.name}.{{}}=…"
         options = dataclasses.replace(options, **changed)
-        check_types(options)
+        check_types(options, how=how)
+        seeds = getattr(options, "seeds", 1)
+        require(1 <= seeds <= TUNING_SEED, "seeds", seeds, f"1 to {TUNING_SEED} reported seeds", how)
         return cls(options)
 
     @abstractmethod

@@ -5,6 +5,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from nested_learning.cli.eval import options
 from nested_learning.cli.main import main
 from nested_learning.evals import Task, known_tasks, registry, runner
 from nested_learning.evals.runner import EvalConfig, evaluate
-from tests.evals.guessing import GOOD, Coin
+from tests.evals.guessing import GOOD, Coin, CoinMethod
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +216,14 @@ def test_the_report(tmp_path, capsys):
         (["eval", "coin", "--budget", "huge"], "unknown budget 'huge'"),
         (["eval", "coin", "--option", "coin.flip=3"], "unknown option of coin 'flip'. Did you mean 'flips'?"),
         (["eval", "coin", "--option", "coin.flips=many"], "flips is 'many'; expected a whole number"),
+        (["eval", "coin", "--option", "coin.flips=many"], "Set --option coin.flips=… accordingly."),
+        (["eval", "coin", "--option", "coin.seeds=0"], "seeds is 0; expected 1 to 1000 reported seeds."),
+        (["eval", "coin", "--option", "coin.seeds=1001"], "Set --option coin.seeds=… accordingly."),
+        (["eval", "coin", "--option", "coin.flips=5", "--option", "coin.flips=6"], "given as 5 and as 6"),
+        (["eval", "coin", "--option", "coin.flips=1", "coin.flips=true"], "given as 1 and as True"),
+        (["eval", "coin", "coin"], "the tasks are coin, coin; expected one or more names, all different"),
+        (["eval", "all", "coin"], "the tasks are all, coin; `all` stands alone"),
+        (["eval", "coin", "--seeds", "1", "--seeds", "1"], "seeds is [1, 1]; expected one or more, all diff"),
         (["eval", "coin", "--option", "flips=3"], "has not the form TASK.NAME=VALUE"),
         (["eval", "coin", "--seeds", "1000"], "seed 1000 chooses settings"),
         (["eval", "coin", "--seeds", "1", "1"], "all different"),
@@ -225,6 +234,49 @@ def test_the_report(tmp_path, capsys):
 def test_bad_input(arguments, words, capsys):
     assert main([*arguments, "--quiet"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_flags_may_be_repeated(tmp_path):
+    repeated = ["--option", "coin.flips=7", "--seeds", "4", "--option", "coin.fail=bad", "coin.flips=7"]
+    assert run(tmp_path, *repeated, "--methods", "good", "--models=bad", "--seeds", "5") == 1
+    (task,) = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert task["options"] == {"flips": 7, "seeds": 3, "fail": "bad"}
+    assert [(row["method"], row["seeds"]) for row in task["rows"][:2]] == [("good", [4, 5]), ("bad", [])]
+
+
+def test_methods_are_also_those_of_the_tasks_themselves(tmp_path, monkeypatch, capsys):
+    class Dice(Coin):
+        name = "dice"
+
+        def methods(self):
+            return [CoinMethod("six", chance=1 / 6)]
+
+    monkeypatch.setattr(registry, "_METHODS", {})
+    monkeypatch.setattr(registry, "_TASKS", {"coin": Coin, "dice": Dice})
+    coin, dice = evaluate(EvalConfig(tasks=["coin", "dice"], methods=["six", "good"], seeds=[0]))
+    for result in (coin, dice):
+        assert {name for name, row in result.rows.items() if row.figures} == {"six", "good", "always heads"}
+    assert main(["eval", "dice", "--methods", "good", "--quiet"]) == 2
+    assert "unknown method 'good'. Known: six." in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_loaded_is_named_and_others_go_on(monkeypatch):
+    class Broken:
+        name, value, dist = "ours", "ours.tasks", SimpleNamespace(name="broken-package", version="1.2")
+
+        def __init__(self, error):
+            self.error = error
+
+        def load(self):
+            raise self.error
+
+    loaded = []
+    good = SimpleNamespace(load=lambda: loaded.append("good"))
+    broken = [Broken(ModuleNotFoundError("No module named 'lost'")), Broken(SystemExit(3))]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*broken, good])
+    with pytest.warns(RuntimeWarning, match=r"ours = ours\.tasks of broken-package 1\.2 .* 'lost'"):
+        registry._load.__wrapped__()
+    assert loaded == ["good"]
 
 
 def test_a_method_that_no_task_takes(monkeypatch):
