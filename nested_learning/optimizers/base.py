@@ -171,9 +171,16 @@ class BaseOptimizer(Optimizer):
                     raise unknown(f"option of {type(self).__name__}'s parameter group:", key, self.options)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        try:
+            self._refuse_unreal(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _refuse_unreal(self, params: Iterable[Tensor]) -> None:
+        """Raise ValueError for parameters that are complex or integer."""
+        for p in params:
             if not p.is_floating_point():
-                self.param_groups.pop()
                 raise ValueError(
                     f"{type(self).__name__} trains real floating-point parameters, got one of {p.dtype} with "
                     f"shape {tuple(p.shape)}. Store a complex parameter as its real and imaginary parts."

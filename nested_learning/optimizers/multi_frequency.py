@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, load_exactly, work_dtype
+from nested_learning._errors import unknown
+from nested_learning.optimizers.base import (
+    FOREIGN_KEYS,
+    BaseOptimizer,
+    Group,
+    Params,
+    load_exactly,
+    work_dtype,
+)
 from nested_learning.optimizers.checks import COUNT, Bound, Check
 
 NORM = Bound(open_low=True, optional=True)
+COUNTED_KEYS = ("accumulated_steps",)  # kept in a group besides its options
 WAITING = ("accumulated", "gradients")  # in a state: the sum of the period's gradients, and their number
 
 
@@ -44,6 +53,10 @@ class MultiFrequency(BaseOptimizer):
         max_grad_norm: norm to which the gradients are clipped that the inner optimizer is about to see, those
             of all groups that step at the same call together; None: they are not clipped.
         error_if_nonfinite: see `BaseOptimizer`.
+
+    Raises:
+        ValueError: an option is out of its range, a group has a key that neither this nor the inner optimizer
+            knows, or a parameter is complex or integer.
     """
 
     options: ClassVar[dict[str, Check]] = {"period": COUNT}  # the others are the inner optimizer's
@@ -105,15 +118,34 @@ class MultiFrequency(BaseOptimizer):
         options = dict(param_group)
         period = options.pop("period", self.defaults["period"])
         self._check_group({"period": period})
+        params = options["params"]
+        if not isinstance(params, (Tensor, set)):  # a set has no order: the inner optimizer refuses it
+            options["params"] = params = list(params)
+        single = (
+            [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+        )
+        self._refuse_unreal(p for p in single if isinstance(p, Tensor))
         if self._inner is None:
             self._inner = self._make_inner([options])
             if not isinstance(self._inner, Optimizer):
                 raise ValueError(f"inner must make a torch optimizer, it made {type(self._inner).__name__}")
+            self._check_keys(options)
         else:
+            self._check_keys(options)
             self._inner.add_param_group(options)
         for group in self._inner.param_groups:
             if "period" not in group:
                 group.update(period=period, accumulated_steps=0)
+
+    def _check_keys(self, group: Group) -> None:
+        """Raise ValueError for a key that neither this nor the inner optimizer knows."""
+        inner = type(self.inner).__name__
+        known = {"period"}
+        for each in (self.inner, *getattr(self.inner, "optimizers", ())):  # a NestedOptimizer has no defaults
+            known |= {*each.defaults, *getattr(each, "options", ())}
+        for key in group:
+            if key not in known and key not in FOREIGN_KEYS and key not in COUNTED_KEYS:
+                raise unknown(f"option of MultiFrequency's parameter group around {inner}:", key, known)
 
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}

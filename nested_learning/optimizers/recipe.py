@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.base import Group
+from nested_learning.optimizers.base import BaseOptimizer, Group
 from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.mended import MENDED, Muon
 from nested_learning.optimizers.nested import NestedOptimizer
@@ -164,7 +164,20 @@ class Recipe:
             found = {**self.adamw, **found}
         if self.lr is not None:
             found["lr"] = self.lr
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        for key, value in found.items():
+            self._check_length(key, value)
+        return found
+
+    def _check_length(self, key: str, value: Any) -> None:
+        """Refuse too few or too many numbers, which torch's optimizers notice at a step, if at all."""
+        default = options_of(self.cls).get(key)
+        if issubclass(self.cls, BaseOptimizer) or not isinstance(default, tuple):
+            return
+        if not isinstance(value, tuple) or len(value) != len(default):
+            raise ValueError(
+                f"{key} of {self.cls.__name__} is {value!r}; expected {len(default)} numbers: {default}"
+            )
 
     def _groups(self, model: nn.Module, named: Named) -> list[Group]:
         """Groups with and without weight decay; one for an optimizer that knows none."""
@@ -207,5 +220,5 @@ def _told(cls: type[Optimizer]) -> Iterator[None]:
     """Make a ValueError with the optimizer's name of what torch's checks of options raise."""
     try:
         yield
-    except (TypeError, AssertionError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
         raise ValueError(f"an option of {cls.__name__} has a value that it cannot take: {error}") from error

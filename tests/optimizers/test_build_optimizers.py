@@ -357,6 +357,13 @@ def frozen():
         ({"levels": ["cms.1"]}, "expected keys such as"),
         ({"levels": [{"part": "cms", "lr": "fast"}]}, r"levels\[0\] \(cms\): an option of AdamW"),
         ({"levels": [{"part": "cms", "betas": [0.9, 2]}]}, r"levels\[0\] \(cms\): Invalid beta"),
+        (
+            {"levels": [{"part": "cms", "betas": [0.9]}]},
+            r"\(cms\): betas of AdamW is \(0.9,\); expected 2 numbers",
+        ),
+        ({"betas": (0.9, 0.9, 0.9)}, r"betas of AdamW is \(0.9, 0.9, 0.9\); expected 2 numbers"),
+        ({"betas": 0.9}, "betas of AdamW is 0.9; expected 2 numbers"),
+        ({"adamw": {"betas": [0.9]}}, r"betas of AdamW is \(0.9,\); expected 2 numbers"),
         ({"name": "adamm"}, "Did you mean 'adam"),
         ({"name": "multifrequency"}, "MultiFrequency needs inner besides parameters"),
         ({"beta": (0.9, 0.9)}, "unknown option of AdamW: 'beta'. Did you mean 'betas'"),

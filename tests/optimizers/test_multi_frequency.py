@@ -127,3 +127,37 @@ def test_errors():
         MultiFrequency([p], INNERS["sgd"]).load_state_dict(INNERS["sgd"]([p]).state_dict())
     with pytest.raises(ValueError, match=r"saved by MultiFrequency\(SGD, 'sum'\)"):
         MultiFrequency([p], INNERS["adamw"]).load_state_dict(MultiFrequency([p], INNERS["sgd"]).state_dict())
+
+
+@inners
+def test_an_option_that_nobody_knows_is_refused(inner):
+    fast, slow = weight(), weight()
+    with pytest.raises(ValueError, match=r"parameter group.* 'perid'\. Did you mean 'period'|group: 'perid'"):
+        MultiFrequency([{"params": [fast]}, {"params": [slow], "perid": 16}], inner)
+    with pytest.raises(ValueError, match="'perid'"):
+        MultiFrequency([{"params": [slow], "perid": 16}], inner)
+    optimizer = MultiFrequency([fast], inner)
+    with pytest.raises(ValueError, match=r"'weight_decy'\. Did you mean 'weight_decay'"):
+        optimizer.add_param_group({"params": [slow], "weight_decy": 0.1})
+    assert [group["params"] for group in optimizer.param_groups] == [[fast]]
+    optimizer.add_param_group({"params": slow, "period": 2, "name": "slow", "initial_lr": 0.1, "lr": 0.1})
+    assert optimizer.param_groups[1]["name"] == "slow"
+
+
+@inners
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_parameters_that_are_not_real_are_refused(inner, dtype):
+    p, wrong = weight(), torch.ones(3, dtype=dtype)
+    words = f"trains real floating-point parameters, got one of {dtype} with shape"
+    for params in (
+        wrong,
+        [wrong],
+        [("named", wrong)],
+        [{"params": [p]}, {"params": (each for each in [wrong])}],
+    ):
+        with pytest.raises(ValueError, match=words):
+            MultiFrequency([params] if params is wrong else params, inner)
+    optimizer = MultiFrequency([p], inner)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": wrong})
+    assert len(optimizer.param_groups) == 1
