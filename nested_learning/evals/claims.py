@@ -12,17 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 from typing import NamedTuple, Protocol
 
 from nested_learning.evals.rows import MethodRow, MethodRows
 
 HOLDS, DOES_NOT, UNTOLD = "holds", "does not", "cannot be told here"
-# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom.
-T_QUANTILES = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-)  # fmt: skip
 
 
 class Verdict(NamedTuple):
@@ -52,9 +48,29 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     count = len(differences)
     if count < 2:
         return None
-    quantile = T_QUANTILES[min(count - 1, len(T_QUANTILES)) - 1]  # beyond the table: wider than it need be
-    half = quantile * stdev(differences) / math.sqrt(count)
+    half = t_quantile(count - 1) * stdev(differences) / math.sqrt(count)
     return fmean(differences) - half, fmean(differences) + half
+
+
+@cache
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    low, high = 1.9, 12.8  # around that of the normal distribution and that of one degree
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, freedom: int) -> float:
+    """The probability of a value between −t and t, a finite series (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for place in range(1, freedom // 2 + 1):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * place - 1 + odd) / (2 * place + odd)
+    area = math.sin(angle) * total
+    return 2 / math.pi * (angle + area) if odd else area
 
 
 @dataclass(frozen=True)

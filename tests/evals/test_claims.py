@@ -3,7 +3,7 @@
 import pytest
 
 from nested_learning.evals import Ahead, MethodRow, Reaches
-from nested_learning.evals.claims import DOES_NOT, HOLDS, T_QUANTILES, UNTOLD, interval
+from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD, interval, t_quantile
 
 
 def rows(**values):
@@ -22,10 +22,35 @@ def test_interval():
     assert interval([1.0]) is None
 
 
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [
+        (1, 12.70620474),
+        (2, 4.30265273),
+        (3, 3.18244631),
+        (10, 2.22813885),
+        (20, 2.08596345),
+        (21, 2.07961384),
+        (30, 2.04227246),
+        (60, 2.00029782),
+        (120, 1.97993041),
+        (149, 1.97601318),
+        (1000, 1.96233908),
+    ],
+)
+def test_quantiles_are_those_of_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=2e-8)
+
+
 def test_quantiles_are_those_of_student():
     stats = pytest.importorskip("scipy.stats")
-    expected = [stats.t.ppf(0.975, df) for df in range(1, len(T_QUANTILES) + 1)]
-    assert pytest.approx(expected, abs=5e-5) == T_QUANTILES
+    for freedom in [*range(1, 400), 1000, 9999]:
+        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-9)
+
+
+def test_intervals_of_many_pairs():
+    half = 2.04227246 / 31**0.5 * (sum((n - 15) ** 2 for n in range(31)) / 30) ** 0.5
+    assert interval([float(n) for n in range(31)]) == pytest.approx((15 - half, 15 + half))
 
 
 @pytest.mark.parametrize(
