@@ -63,6 +63,27 @@ def check_types(config: Any, prefix: str = "", how: str = "--{}") -> None:
         require(fits(value, kind), prefix + field.name, value, expected(kind), how)
 
 
+def check_fields(found: object, kinds: Mapping[str, Any], optional: Sequence[str] = ()) -> None:
+    """Check the values of a JSON object, by their names, against annotations.
+
+    Args:
+        found: the object.
+        kinds: annotation of each value; others may be there too.
+        optional: names that may be missing.
+
+    Raises:
+        ValueError: it is no object, or a value is missing or of another kind; see `check_types`.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"it is {shown(found)}; expected keys with their values")
+    for name, kind in kinds.items():
+        if name not in found:
+            if name not in optional:
+                raise ValueError(f"its {name} is missing")
+        elif not fits(found[name], kind):
+            raise ValueError(f"its {name} is {shown(found[name])}; expected {expected(kind)}")
+
+
 def _named(cls: type, error: Exception) -> str:
     """The error of a class's annotations, with the fields whose annotation alone raises it."""
     wrong = []

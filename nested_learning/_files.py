@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,23 @@ def existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Write and remove a small file in a folder, or in the nearest above it that is there.
+
+    Raises:
+        OSError: that fails.
+    """
+    place = existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0" * 65536)
+    except OSError as error:
+        raise OSError(
+            f"the output folder {folder} cannot be written: {error.strerror or error} ({place}). "
+            "Choose another --output or make room."
+        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

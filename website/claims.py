@@ -19,9 +19,9 @@ from typing import Any
 
 from nested_learning._files import write_text
 from nested_learning.evals import known_tasks
+from nested_learning.evals.kept import finished_lines, identity_of
 from nested_learning.evals.report.write import markdown_cells, write_report
 from nested_learning.evals.runner import EvalConfig, TaskResult, evaluate
-from nested_learning.evals.trial import finished_lines, identity_of
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "evaluations" / "trials.jsonl"

@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
         jobs=values.jobs,
     )
     command = shlex.join(["nested-learning", "eval", *argv])
-    results = evaluate(config)
+    results = evaluate(config, say)
     from nested_learning.evals.report.build import contents
     from nested_learning.evals.report.write import write_report
 
@@ -156,6 +156,8 @@ def _print(report: dict[str, Any], folder: Path | None) -> None:
             for row in task["rows"]
         ]
         print_table(f"{task['name']}: {task['title']}", ("method", "seeds", "parameters", *columns), rows)
+        for method, devices in task["mixed"].items():
+            print(f"runs of {method} were made on several devices: {devices}")
         if task["unfinished"]:
             print(f"{task['unfinished']} runs are still to be made")
         for each in task["failed"]:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
+from nested_learning._checks import shown
+
 Figures = dict[str, Any]  # of one run, fit for JSON: numbers by name, and what a plot needs besides
+
+
+def checked_figures(found: object, numbers: Iterable[str]) -> Figures:
+    """The figures of a run as JSON gives them back, so that they are the same whether kept or not.
+
+    Args:
+        found: what a run gave.
+        numbers: names of the figures that have to be numbers, where they are there and not None.
+
+    Raises:
+        ValueError: it is no mapping, JSON cannot hold a figure, or one of those is no number.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError(f"its figures are {shown(found)}; expected a mapping of numbers by name")
+    for name, value in found.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as problem:
+            raise ValueError(
+                f"its figure {name} is {shown(value)}, which JSON does not hold ({problem}); expected finite "
+                "numbers of Python, such as those of float(), in lists and mappings at most"
+            ) from None
+    figures: Figures = json.loads(json.dumps(dict(found)))
+    for name in numbers:
+        if not isinstance(figures.get(name), (int, float, type(None))):
+            raise ValueError(f"its figure {name} is {shown(figures[name])}; expected a number")
+    return figures
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -18,12 +18,14 @@ from typing import Any
 
 from nested_learning._checks import require
 from nested_learning._errors import unknown
+from nested_learning._files import check_writable
 from nested_learning._progress import Progress, progress
+from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_task, known_methods, known_tasks
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
-from nested_learning.evals.trial import Trial, TrialCache, TrialOutcome, start_worker
+from nested_learning.evals.trial import Trial, TrialOutcome, start_worker
 
 ALL = "all"
 SEEDS = 3  # where the options of a task do not say how many
@@ -103,6 +105,7 @@ class TaskResult:
         failed: outcomes with an error.
         outcomes: of all trials that ended, also those that were kept.
         left_out: methods without a row, because none of their runs has ended.
+        mixed: devices with their seeds, in words, by method whose row has runs of several devices.
     """
 
     task: Task[Any]
@@ -112,6 +115,7 @@ class TaskResult:
     failed: list[TrialOutcome] = field(default_factory=list)
     outcomes: list[TrialOutcome] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    mixed: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -147,33 +151,40 @@ class _Plan:
     skipped: str | None = None
 
 
-def evaluate(config: EvalConfig) -> list[TaskResult]:
+def evaluate(config: EvalConfig, say: Callable[[str], None] | None = None) -> list[TaskResult]:
     """Run what is not kept from before, tuning first.
 
     Args:
         config: tasks, methods and limits.
+        say: takes a sentence on each file of `finished`; None: a warning for those not used as a whole.
 
     Returns:
         The result of each task, in the order of the configuration.
 
     Raises:
-        ValueError: an unknown task, method or option, or a method that no chosen task takes.
+        ValueError: an unknown task, method or option, a method that no chosen task takes, or a file of
+            `finished` that cannot be read or is damaged.
+        OSError: the folder cannot be written.
     """
     plans = plan(config)
     folder = None if config.output is None else Path(config.output) / "trials"
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the first trial
+        for each in (folder.parent, *([] if config.only_report else [folder])):
+            check_writable(each)
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
     later = sum(len(p.seeds) for p, _ in entrants)
     with progress("evaluating", len(tried) + later, "run") as bar, ExitStack() as held:
-        crew = _Crew(config, TrialCache(folder, config.finished), bar, held)
+        kept = TrialCache(folder, config.finished, config.only_report)
+        crew = _Crew(config, kept, bar, held)
         tuned = crew.run(tried, later)
         for _, entrant in entrants:
             tuning = entrant.tuning
             entrant.best = tuning[0].method if len(tuning) == 1 else _best(tuning, tuned)
         reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
         outcomes = crew.run(reported, 0)
+    kept.report_files(say)
     results = [_result(p, {**tuned, **outcomes}) for p in plans]
     if config.only_report:
         for result in results:
@@ -255,6 +266,7 @@ class _Crew:
                 waiting.append(trial)
             else:
                 found[identity(trial)] = self._note(kept)
+        self.kept.warn_of_versions()
         self.bar.total = self.bar.done + len(waiting) + later
         for trial, outcome in self._outcomes(waiting):
             found[identity(trial)] = None if outcome is None else self._note(self.kept.keep(outcome))
@@ -344,6 +356,16 @@ def _leave_out(result: TaskResult) -> None:
         result.left_out.append(name)
 
 
+def _devices(by_seed: Mapping[int, TrialOutcome | None]) -> str:
+    """The devices of a row and their seeds in words; empty unless there are several."""
+    seeds: dict[str, list[int]] = {}
+    for seed, outcome in by_seed.items():
+        if outcome is not None and outcome.figures is not None and outcome.device is not None:
+            seeds.setdefault(outcome.device, []).append(seed)
+    words = [f"{device} (seeds {', '.join(map(str, each))})" for device, each in sorted(seeds.items())]
+    return ", ".join(words) if len(words) > 1 else ""
+
+
 def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult:
     """Rows of a plan."""
     result = TaskResult(p.task, skipped=p.skipped)
@@ -364,6 +386,8 @@ def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult
             {s: o.figures for s, o in by_seed.items() if o is not None and o.figures is not None},
             {s: o.error for s, o in by_seed.items() if o is not None and o.error is not None},
         )
+        if words := _devices(by_seed):
+            result.mixed[name] = words
     constants = {} if p.missing else p.task.constants()
     for name, figures in constants.items():
         result.rows[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, figures))

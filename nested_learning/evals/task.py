@@ -33,7 +33,7 @@ class Task(ABC, Generic[OptionsT]):
         version: raised with every change that alters figures; kept runs of another version are not used.
         budgets: options by budget, all instances of one frozen dataclass whose fields JSON can hold. A field
             `seeds` says how many seeds are reported.
-        columns: figures of the table, by name, each with what it is.
+        columns: figures of the table, numbers, by name, each with what it is.
         headline: the figure by which `grid` is decided and methods are plotted; one of the columns.
         higher_is_better: whether a larger headline is better.
     """
@@ -120,6 +120,10 @@ class Task(ABC, Generic[OptionsT]):
     def note(self) -> str:
         """Parts of the original protocol that the options leave out, for the reader of the table."""
         return ""
+
+    def shown(self) -> set[str]:
+        """Names of the figures that are shown or compared, and so have to be numbers."""
+        return {*self.columns, self.headline, "parameters"}
 
     def plot(self, rows: MethodRows, path: Path) -> None:
         """Write a figure (PNG) of the rows, several plots in one; by default the headline of each method."""

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from nested_learning._checks import check_types, require
+from nested_learning._checks import check_fields, check_types, expected, fits, require
 from nested_learning._progress import Progress, progress
 from nested_learning.models import preset
 from nested_learning.training.carried import CarriedRows, carried_rows
@@ -274,7 +274,7 @@ class _Rounds:
             return False
         this, cache = self._at(contestants, seed), RunCache(self.config.cache)
         device = process_state().device
-        return all(cache.find(this.key(each, device)) is not None for each in contestants)
+        return all(cache.find(this.key(each, device), _check_run) is not None for each in contestants)
 
     def _at(self, contestants: list[Contestant], seed: int) -> _Round:
         config = self.config
@@ -340,7 +340,7 @@ def _round(this: _Round, bar: Progress) -> list[dict[str, Any]]:
     config, bundle, device = this.config, this.bundle, process_state().device
     cache = RunCache(config.cache)
     keys = {each.name: this.key(each, device) for each in this.contestants}
-    found = {name: cache.find(key) for name, key in keys.items()}
+    found = {name: cache.find(key, _check_run) for name, key in keys.items()}
     contenders = []
     for each in this.contestants:
         if found[each.name] is None:
@@ -370,8 +370,21 @@ def _memory(config: CompareConfig, each: Contestant, bundle: DataBundle, device:
     shape = (config.batch_size, config.data.block_size)
     key = {"what": "memory", "model": fields, "optim": to_dict(each.optim), "shape": list(shape)}
     key |= _surroundings(device)
-    found: int = RunCache(config.cache).get(key, lambda: step_memory(fields, shape, device, each.optim))
+
+    def check(kept: Any) -> None:
+        require(fits(kept, int), "memory", kept, expected(int))
+
+    cache = RunCache(config.cache)
+    found: int = cache.get(key, lambda: step_memory(fields, shape, device, each.optim), check)
     return found
+
+
+def _check_run(kept: Any) -> None:
+    """Raise ValueError for a run in the cache that is not as `_run_of` makes it."""
+    number = float | None
+    kinds = {"lr": float, "seed": int, "parameters": int, "nats_per_token": number, "bits_per_byte": number}
+    kinds |= {"positions": dict | None, "median_step_seconds": number, "train_losses": list}
+    check_fields(kept, kinds, optional=("positions",))
 
 
 def batches(data: Dataset, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

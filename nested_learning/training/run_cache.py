@@ -27,12 +27,19 @@ class RunCache:
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
 
-    def find(self, key: dict[str, Any]) -> Any:
-        """The result that was kept under the key, or None."""
-        path = self._path(key)
-        if path is None or not path.is_file():
+    def find(self, key: dict[str, Any], check: Callable[[Any], None] = lambda result: None) -> Any:
+        """The result that was kept under the key, or None.
+
+        Args:
+            key: all that decides the result.
+            check: raises ValueError for a result that is damaged.
+        """
+        path = self.path(key)
+        if path is None or not path.exists():
             return None
         try:
+            if not path.is_file():
+                raise ValueError("it is no file")
             saved = parse_json(path.read_text(encoding="utf-8"))
             if (
                 not isinstance(saved, dict)
@@ -42,6 +49,7 @@ class RunCache:
                 raise ValueError("it is no finished result of this version")
             if saved.get("key") != json.loads(json.dumps(key)) or "result" not in saved:
                 raise ValueError("it belongs to other settings")
+            check(saved["result"])
         except (ValueError, OSError) as error:
             warnings.warn(f"{path} is passed over: {error}", RuntimeWarning, stacklevel=2)
             return None
@@ -49,18 +57,24 @@ class RunCache:
 
     def keep(self, key: dict[str, Any], result: Any) -> Any:
         """Write the result, whole or not at all, and give it back."""
-        path = self._path(key)
+        path = self.path(key)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": FORMAT, "version": VERSION, "key": key, "result": result})
         return result
 
-    def get(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """The kept result, or that of `compute`, which is kept."""
-        found = self.find(key)
+    def get(
+        self,
+        key: dict[str, Any],
+        compute: Callable[[], Any],
+        check: Callable[[Any], None] = lambda result: None,
+    ) -> Any:
+        """The kept result, see `find`, or that of `compute`, which is kept."""
+        found = self.find(key, check)
         return self.keep(key, compute()) if found is None else found
 
-    def _path(self, key: dict[str, Any]) -> Path | None:
+    def path(self, key: dict[str, Any]) -> Path | None:
+        """Path of the file for a key; None where nothing is kept."""
         if self.folder is None:
             return None
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

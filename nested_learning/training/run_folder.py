@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from nested_learning._files import existing, write_text
+from nested_learning._files import check_writable, existing, write_text
 from nested_learning.training.checkpoints import numbered, standing
 from nested_learning.training.config import OptimConfig, TrainConfig
 from nested_learning.training.config_file import load_config, read_yaml
@@ -82,19 +81,7 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of ours, so nothing is written there. "
                 "Choose an empty or a new folder as --output."
             )
-        self._probe()
-
-    def _probe(self) -> None:
-        """Write and remove a small file in the folder or its nearest parent; OSError where that fails."""
-        place = existing(self.path)
-        try:
-            with tempfile.TemporaryFile(dir=place) as file:
-                file.write(b"\0" * 65536)
-        except OSError as error:
-            raise OSError(
-                f"the output folder {self.path} cannot be written: {error.strerror or error} ({place}). "
-                "Choose another --output or make room."
-            ) from error
+        check_writable(self.path)
 
     def check_space(self, nbytes: int) -> None:
         """Raise OSError if the file system has less than `nbytes` bytes free."""

@@ -4,6 +4,9 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy
+import torch
+
 from nested_learning.evals import Ahead, Method, Reaches, Task
 
 
@@ -23,6 +26,22 @@ class CoinOptions:
 GOOD, BAD, TUNED = CoinMethod("good", chance=0.9), CoinMethod("bad", chance=0.1), CoinMethod("tuned")
 
 
+def unfit(kind):
+    """What is no figures of a run."""
+    if kind == "exit":
+        raise SystemExit(3)
+    deep = []
+    deep.append(deep)
+    return {
+        "nan": {"heads": float("nan")},
+        "tensor": {"heads": torch.tensor(0.5)},
+        "numpy": {"heads": numpy.float32(0.5)},
+        "None": None,
+        "text": {"heads": "many"},
+        "deep": {"heads": 1.0, "more": deep},
+    }[kind]
+
+
 class Coin(Task[CoinOptions]):
     name = "coin"
     title = "heads | tails <b>"
@@ -39,6 +58,8 @@ class Coin(Task[CoinOptions]):
     def run(self, method, seed):
         if method.name == self.options.fail:
             raise ValueError("the coin | fell off <the> table")
+        if self.options.fail.startswith(f"{method.name} "):
+            return unfit(self.options.fail.split()[1])
         drawn = random.Random(seed)
         chance = method.settings.get("bias", method.chance)
         return {"heads": sum(drawn.random() < chance for _ in range(self.options.flips)) / self.options.flips}

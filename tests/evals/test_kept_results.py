@@ -4,15 +4,15 @@ import json
 
 import pytest
 
+from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.runner import SEEDS
-from nested_learning.evals.trial import TrialCache
 from website import claims
 
 
 @pytest.fixture(scope="module")
 def results():
     with pytest.MonkeyPatch.context() as patch:  # what was found stays so with other versions
-        patch.setattr(TrialCache, "_of_these_versions", lambda self, trial, kept: True)
+        patch.setattr(TrialCache, "_of_these_versions", lambda self, made_with: True)
         return claims.results()
 
 
@@ -37,7 +37,8 @@ def test_rows_have_three_seeds_or_say_so(results):
 
 def test_runs_are_taken_over_once(tmp_path, monkeypatch):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    line = {"what": "trial", "task": "recall", "seed": 0, "figures": {"x": 1.0}, "seconds": 1.0, "made": {}}
+    line = {"what": "trial", "task": "recall", "version": 1, "options": {}, "method": {"name": "hope"}}
+    line |= {"seed": 0, "tuning": False, "device": "cpu", "figures": {"x": 1.0}, "seconds": 1.0, "made": {}}
     runs = [
         {**line, "error": None},
         {**line, "seed": 1, "error": "it failed"},

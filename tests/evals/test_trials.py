@@ -12,6 +12,7 @@ import pytest
 from nested_learning.cli.eval import options
 from nested_learning.cli.main import main
 from nested_learning.evals import Task, known_tasks, registry, runner
+from nested_learning.evals.report.write import markdown_line
 from nested_learning.evals.runner import EvalConfig, evaluate
 from tests.evals.guessing import GOOD, Coin, CoinMethod
 
@@ -135,17 +136,36 @@ def test_a_failed_trial_is_told_and_others_go_on(tmp_path, capsys):
     assert len(task["failed"]) == 3
     assert "the coin | fell off <the> table" in capsys.readouterr().out
     assert "fell off &lt;the&gt; table" in (tmp_path / "report.html").read_text()
+    assert "coin \\| fell off &lt;the&gt; table" in (tmp_path / "report.md").read_text()
+    assert markdown_line("a\n*b*\u2028<i>|`") == "a \\*b\\* &lt;i&gt;\\|\\`"
     lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 3 + 3
     assert sum(line["error"] is not None for line in lines) == 3
     assert run(tmp_path, "--option", "coin.fail=nobody") == 0
 
 
-def test_figures_that_are_no_numbers_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(Coin, "run", lambda self, method, seed: {"heads": float("nan")})
-    (result,) = evaluate(EvalConfig(tasks=["coin"], methods=["good"], output=str(tmp_path)))
-    assert len(result.failed) == 3
-    assert not list((tmp_path / "trials").iterdir())
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_trial_that_gives_no_figures_fails_and_others_go_on(tmp_path, capsys, kept):
+    kinds = {"nan": "heads is nan", "tensor": r"heads is tensor\(0\.5", "numpy": "heads is np.float32"}
+    kinds |= {"None": "figures are None; expected a mapping", "text": "heads is 'many'; expected a number"}
+    kinds |= {"deep": "more is .*JSON does not hold", "exit": "SystemExit: 3"}
+    output = ["--output", str(tmp_path)] if kept else []
+    for kind, words in kinds.items():
+        given = ["--option", f"coin.fail=good {kind}", "--methods", "good", "bad"]
+        assert main(["eval", "coin", "--seeds", "0", "1", "--quiet", *given, *output]) == 1
+        found = capsys.readouterr().out
+        assert len(re.findall(f"failed: coin good seed .: .*{words}", found)) == 2
+        assert re.search(r"^good +0 ", found, re.MULTILINE)
+        assert re.search(r"^bad +2 ", found, re.MULTILINE)
+    if kept:
+        assert len(list((tmp_path / "trials").iterdir())) == 2 * len(kinds)
+
+
+def test_figures_are_the_same_whether_kept_or_not(monkeypatch):
+    given = {"heads": 1, "parts": (1.5, True), "by length": {8: 0.5}}
+    monkeypatch.setattr(Coin, "run", lambda self, method, seed: given)
+    (result,) = evaluate(EvalConfig(tasks=["coin"], methods=["good"], seeds=[0]))
+    assert result.rows["good"].figures[0] == json.loads(json.dumps(given))
 
 
 def test_several_processes_give_the_same(tmp_path):

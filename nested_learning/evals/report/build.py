@@ -51,7 +51,7 @@ def origin(made: Mapping[str, Any]) -> str:
     """An origin of runs in words."""
     if made["date"] is None:
         return f"{made['runs']} runs, their origin not recorded"
-    package = made["nested_learning"] + (f" at {made['git']}" if made["git"] else "")
+    package = str(made["nested_learning"]) + (f" at {made['git']}" if made["git"] else "")
     return (
         f"{made['runs']} runs on {made['date']}, {made['device_name']}, {made['threads']} thread(s), "
         f"nested_learning {package}, torch {made['torch']}, Python {made['python']}"
@@ -71,6 +71,7 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "options": dict(vars(task.options)),
         "skipped": result.skipped,
         "left_out": list(result.left_out),
+        "mixed": dict(result.mixed),
         "unfinished": result.unfinished,
         "seconds": round(result.seconds, 1),
         "failed": [{"trial": str(each.trial), "error": each.error} for each in result.failed],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,14 @@ def render(template: str, found: dict[str, Any]) -> str:
         "settings": build.settings,
         "origin": build.origin,
         "cells": markdown_cells,
+        "line": markdown_line,
     }
     return environment.get_template(template).render(**found)
+
+
+def markdown_line(value: object) -> str:
+    """A text as one line of Markdown that shows as it is: no tag, cell or emphasis begins in it."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def markdown_cells(values: Iterable[object]) -> str:
