@@ -18,8 +18,8 @@ TASK is one of those that `nested-learning eval --list` names, or `all`. Every f
 folder of --output, so that the same command goes on where it was interrupted or ran out of --max_minutes. It
 writes there report.md, report.html (one page, no network), results.json, trials.jsonl and a plot per task.
 --option TASK.NAME=VALUE (as JSON) replaces an option of the budget. --finished takes trials.jsonl files of
-other folders or machines into one report. Exit code 1: a run failed; the report
-says which.
+other folders or machines into one report. Both, --methods and --seeds may be repeated. Exit code 1: a run
+failed; the report says which.
 
 example:
   nested-learning eval all --budget smoke --output runs/smoke
@@ -36,15 +36,25 @@ def run(argv: list[str]) -> int:
         "--budget", type=str, default="small", help="smoke, small (hours of two cores) or full (the papers')"
     )
     parser.add_argument(
-        "--methods", "--models", nargs="+", type=str, help="methods in place of each task's own"
+        "--methods",
+        "--models",
+        nargs="+",
+        type=str,
+        action="extend",
+        help="methods in place of each task's own",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds instead of as many as the task says")
-    parser.add_argument("--option", nargs="+", type=str, default=[], help="TASK.NAME=VALUE, options of tasks")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, action="extend", help="seeds instead of as many as the task says"
+    )
+    parser.add_argument(
+        "--option", nargs="+", type=str, action="extend", default=[], help="TASK.NAME=VALUE, options of tasks"
+    )
     parser.add_argument("--output", type=str, help="folder of finished runs and of the report")
     parser.add_argument(
         "--finished",
         nargs="+",
         type=str,
+        action="extend",
         default=[],
         help="trials.jsonl of other folders",
     )

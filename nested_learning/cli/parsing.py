@@ -52,8 +52,7 @@ def parse(
 
     Args:
         parser: the parser of the command.
-        argv: the arguments; dashes and underscores inside a flag are the same. The values of a flag that
-            takes several, given more than once, are those of all its places.
+        argv: the arguments; dashes and underscores inside a flag are the same.
         aliases: short flags and what they stand for.
         open_groups: groups below which any key is let through; the code that takes it checks it.
         defaults: include the values of flags that were not given.
@@ -62,7 +61,7 @@ def parse(
         ValueError: an unknown flag, with the nearest known one, or a value of the wrong type.
     """
     aliases = aliases or {}
-    argv = _joined(parser, [_normal(item, aliases) for item in argv])
+    argv = [_normal(item, aliases) for item in argv]
     known = {option for action in parser._actions for option in action.option_strings}
     for item in argv:
         flag = item.partition("=")[0]
@@ -77,36 +76,6 @@ def parse(
         return parser.parse_args(argv, defaults=defaults)
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-
-
-def _joined(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
-    """The arguments with all values of a flag that takes several where it stands first.
-
-    argparse would forget the earlier ones.
-    """
-    several = {
-        flag: each.dest
-        for each in parser._actions
-        if each.nargs in ("+", "*")
-        for flag in each.option_strings
-    }
-    pieces: list[list[str]] = [[]]  # a flag with what follows it
-    first: dict[str, list[str]] = {}
-    piece = pieces[0]
-    for item in argv:
-        flag, equals, value = item.partition("=")
-        if flag in several:
-            piece = first.setdefault(several[flag], [])
-            if not piece:
-                piece.append(flag)
-                pieces.append(piece)
-            piece += [value] if equals else []
-        elif item.startswith("--"):
-            piece = [item]
-            pieces.append(piece)
-        else:
-            piece.append(item)
-    return [item for piece in pieces for item in piece]
 
 
 def hide_group_flags(parser: ArgumentParser, aliases: Mapping[str, str]) -> None:
