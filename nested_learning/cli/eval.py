@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from nested_learning._checks import shown
 from nested_learning.cli.output import print_json, print_table, say
 from nested_learning.cli.parsing import new_parser, parse
@@ -29,6 +31,39 @@ example:
 
 def run(argv: list[str]) -> int:
     """Parse, evaluate, print. Returns the exit code."""
+    values = parse(_parser(), argv)
+
+    from nested_learning.evals.runner import EvalConfig, evaluate
+
+    if values.list:
+        _list(values.json)
+        return 0
+    if not values.tasks:
+        raise ValueError("no task is named; `nested-learning eval --list` names all, `all` takes them all")
+    config = EvalConfig(
+        tasks=values.tasks,
+        budget=values.budget,
+        methods=values.methods,
+        seeds=values.seeds,
+        options=options(values.option),
+        output=values.output,
+        finished=values.finished,
+        only_report=values.only_report,
+        max_minutes=values.max_minutes,
+        jobs=values.jobs,
+    )
+    command = shlex.join(["nested-learning", "eval", *argv])
+    results = evaluate(config, say)
+    from nested_learning.evals.report.build import contents
+    from nested_learning.evals.report.write import write_report
+
+    folder = None if config.output is None else Path(config.output)
+    report = contents(results, command) if folder is None else write_report(results, command, folder)
+    print_json(report) if values.json else _print(report, folder)
+    return 1 if any(result.failed for result in results) else 0
+
+
+def _parser() -> ArgumentParser:
     parser = new_parser("eval", "TASK ... ", DESCRIPTION)
     parser.add_argument("tasks", nargs="*", type=str, help="tasks, or all")
     parser.add_argument("--list", action="store_true", help="list tasks and methods, and do no more")
@@ -64,36 +99,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--max_minutes", type=float, help="begin no run that would probably end later")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share runs and cores")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, alone on stdout")
-    values = parse(parser, argv)
-
-    from nested_learning.evals.runner import EvalConfig, evaluate
-
-    if values.list:
-        _list(values.json)
-        return 0
-    if not values.tasks:
-        raise ValueError("no task is named; `nested-learning eval --list` names all, `all` takes them all")
-    config = EvalConfig(
-        tasks=values.tasks,
-        budget=values.budget,
-        methods=values.methods,
-        seeds=values.seeds,
-        options=options(values.option),
-        output=values.output,
-        finished=values.finished,
-        only_report=values.only_report,
-        max_minutes=values.max_minutes,
-        jobs=values.jobs,
-    )
-    command = shlex.join(["nested-learning", "eval", *argv])
-    results = evaluate(config, say)
-    from nested_learning.evals.report.build import contents
-    from nested_learning.evals.report.write import write_report
-
-    folder = None if config.output is None else Path(config.output)
-    report = contents(results, command) if folder is None else write_report(results, command, folder)
-    print_json(report) if values.json else _print(report, folder)
-    return 1 if any(result.failed for result in results) else 0
+    return parser
 
 
 def options(given: list[str]) -> dict[str, dict[str, Any]]:
