@@ -176,7 +176,8 @@ class Recipe:
             return
         if not isinstance(value, tuple) or len(value) != len(default):
             raise ValueError(
-                f"{key} of {self.cls.__name__} is {value!r}; expected {len(default)} numbers: {default}"
+                f"an option of {self.cls.__name__} has a value that it cannot take: {key} is {value!r}; "
+                f"expected {len(default)} numbers, such as {default}"
             )
 
     def _groups(self, model: nn.Module, named: Named) -> list[Group]:
