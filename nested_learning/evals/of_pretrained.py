@@ -25,6 +25,12 @@ class OfPretrained(Task[OptionsT]):
         """Methods of the table that this machine has the packages for."""
         return [method for method in self.chosen if method.lacking() is None]
 
+    def tabled(self) -> Sequence[PretrainedMethod]:
+        return list(self.chosen)
+
+    def lacking(self, method: Method) -> str | None:
+        return method.lacking() if isinstance(method, PretrainedMethod) else None
+
     def accepts(self, method: Method) -> str | None:
         """Why the task cannot be put to a method: its kind, what it needs (`unfit`), a missing package."""
         if not isinstance(method, PretrainedMethod):

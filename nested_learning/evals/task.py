@@ -93,6 +93,15 @@ class Task(ABC, Generic[OptionsT]):
         kinds = ", ".join(sorted(kind.kind for kind in known))
         return f"{method.name!r} is a method of kind {method.kind!r}; {self.name} takes {kinds}"
 
+    def lacking(self, method: Method) -> str | None:
+        """Package that this machine lacks for a method, in words; None: none. Reports of finished runs do
+        without."""
+        return None
+
+    def tabled(self) -> Sequence[Method]:
+        """As `methods`, also those that this machine lacks something for."""
+        return self.methods()
+
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         """Settings of which the best is chosen on the tuning seed, by the headline; one: nothing is tuned."""
         return [{}]

@@ -17,6 +17,7 @@ from nested_learning.evals.methods.pretrained.method import averaging_levels, le
 from nested_learning.evals.methods.pretrained.students import LevelStudent, WindowStudent, by_itself
 from nested_learning.evals.methods.pretrained.tuning import HAS_PEFT, Steps, TunedStudent, adapted, own_copy
 from nested_learning.evals.rows import MethodRow
+from nested_learning.evals.runner import EvalConfig, plan
 from nested_learning.evals.tasks.facts import task as facts
 from nested_learning.evals.tasks.facts.invented import BREAK, RELATIONS, made_up_filler, make_facts, stream
 from nested_learning.evals.tasks.languages import task as languages
@@ -164,6 +165,11 @@ def test_lora_without_peft(model, monkeypatch):
     task = find_task("facts").at("smoke")
     assert "lora" not in [method.name for method in task.methods()]
     assert "needs peft" in task.accepts(find_method("lora"))
+    with pytest.raises(ValueError, match="needs peft"):
+        plan(EvalConfig(tasks=["facts"], budget="smoke", methods=["lora"]))
+    for methods in (None, ["lora"]):  # a report of finished runs needs no package
+        (planned,) = plan(EvalConfig(tasks=["facts"], budget="smoke", methods=methods, only_report=True))
+        assert "lora" in planned.entrants
     assert "needs peft" in task.note()
 
 

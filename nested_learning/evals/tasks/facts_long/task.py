@@ -71,7 +71,7 @@ PASSAGES_LEVEL = PretrainedMethod("retrieval-level", "passages", options={"over"
 GRIDS = {
     **RATES,
     AVERAGED.name: RATES[ONE_LEVEL.name],
-    RANKED.name: (2e-3, 4e-3, 8e-3),
+    RANKED.name: (1e-3, 2e-3, 4e-3),
     PASSAGES_LEVEL.name: RATES[ONE_LEVEL.name],
 }
 
