@@ -109,15 +109,9 @@ class DeltaWriter:
         self.targets = list(targets)
         self.averaged = averaged
         if averaged is not None:
-            known = {target.name for target in averaged.targets}
-            self.targets = [target for target in targets if target.name in known]
-            if not self.targets:
-                raise ValueError(
-                    f"level {index} averages level {averaged.index}, but their layers have no weight in "
-                    f"common: {level.layers!r} and {averaged.level.layers!r}"
-                )
+            self.targets = self._common(averaged, f"averages level {averaged.index}")
         if level.consolidate and faster is not None:
-            self._check_common(faster)
+            self._common(faster, f"takes over from level {faster.index} (consolidate={level.consolidate})")
         self._by_name = {target.name: target for target in self.targets}
         self.rule = resolve_rule(level.rule)
         self.seed = seed
@@ -144,14 +138,17 @@ class DeltaWriter:
         self.rates = {} if start is None else dict(start.rates)
         self.begin = self._beginning(start or LevelStart())
 
-    def _check_common(self, faster: DeltaWriter) -> None:
-        """Raise ValueError where there is nothing that this level could take over from a faster one."""
-        if not {target.name for target in faster.targets} & {target.name for target in self.targets}:
+    def _common(self, other: DeltaWriter, does: str) -> list[Target]:
+        """Targets of this level that another one has too. ValueError where there are none for what it `does`
+        with that one."""
+        known = {target.name for target in other.targets}
+        found = [target for target in self.targets if target.name in known]
+        if not found:
             raise ValueError(
-                f"level {self.index} takes over from level {faster.index} (consolidate="
-                f"{self.level.consolidate}), but their layers have no weight in common: "
-                f"{self.level.layers!r} and {faster.level.layers!r}"
+                f"level {self.index} {does}, but their layers have no weight in common: "
+                f"{self.level.layers!r} and {other.level.layers!r}"
             )
+        return found
 
     def new_state(self) -> DeltaState:
         """State of the level in a row that has read nothing."""

@@ -23,7 +23,7 @@ class OfPretrained(Task[OptionsT]):
 
     def methods(self) -> Sequence[PretrainedMethod]:
         """Methods of the table that this machine has the packages for."""
-        return [method for method in self.chosen if method.lacking() is None]
+        return [method for method in self.tabled() if self.lacking(method) is None]
 
     def tabled(self) -> Sequence[PretrainedMethod]:
         return list(self.chosen)
@@ -35,7 +35,7 @@ class OfPretrained(Task[OptionsT]):
         """Why the task cannot be put to a method: its kind, what it needs (`unfit`), a missing package."""
         if not isinstance(method, PretrainedMethod):
             return super().accepts(method)
-        return self.unfit(method) or method.lacking()
+        return self.unfit(method) or self.lacking(method)
 
     def unfit(self, method: PretrainedMethod) -> str | None:
         """Why what the task reads is not what the method needs; None: it is."""

@@ -208,9 +208,11 @@ def plan(config: EvalConfig) -> list[_Plan]:
     for place, task in enumerate(tasks):
         own = task.tabled() if config.only_report else task.methods()
         chosen = list(own) if asked is None else asked[place]
-        refused = {method.name: task.accepts(method) for method in chosen} if asked is not None else {}
-        if config.only_report:  # what is finished needs no package either
-            refused = {m.name: None if task.lacking(m) else refused.get(m.name) for m in chosen}
+        refused = {
+            method.name: task.accepts(method)
+            for method in (chosen if asked is not None else ())
+            if not (config.only_report and task.lacking(method))  # what is finished needs no package
+        }
         for name, reason in refused.items():
             if reason is not None:
                 refusals.setdefault(name, []).append(reason)

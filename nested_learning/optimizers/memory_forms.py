@@ -127,7 +127,7 @@ class AdamMemory:
         if traced() or (torch.is_grad_enabled() and state.square.requires_grad):
             mean, square = state.mean / corrections[0], state.square / corrections[1]
             return mean / (_sqrt(square) + eps)  # eq 105: u = m̂/(√v̂ + ε)
-        # The same on three passes over memory in place of eight, which is most of what a write costs.
+        # The same on four passes over memory in place of eight, which is much of what a write costs.
         scale = state.square.sqrt().mul_(corrections[0] / corrections[1].sqrt()).add_(corrections[0] * eps)
         return state.mean / scale
 
