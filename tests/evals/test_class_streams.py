@@ -10,16 +10,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from nested_learning.continual import Level
+from nested_learning.continual import Level, Replay
 from nested_learning.continual.labels.class_head import HeadSettings
 from nested_learning.evals import find_method, find_task
 from nested_learning.evals.data_files import data_folder
-from nested_learning.evals.methods.pretrained import Base, Reading
+from nested_learning.evals.methods.pretrained import Base, Passage, Reading, Teaching
 from nested_learning.evals.methods.pretrained import tuning as tuned
 from nested_learning.evals.methods.pretrained.asking import View, _keys_and_values, most_probable
 from nested_learning.evals.methods.pretrained.base import random_llama
 from nested_learning.evals.methods.pretrained.features import Features
-from nested_learning.evals.methods.pretrained.reading import packed
+from nested_learning.evals.methods.pretrained.method import averaging_levels
 from nested_learning.evals.methods.pretrained.students import (
     ClassifierStudent,
     ExampleStudent,
@@ -367,10 +367,36 @@ def test_features_are_those_of_each_prompt_alone(model):
 
 
 def test_blocks_cut_no_example():
-    blocks = packed([[1, 1], [2, 2, 2], [3], [4] * 7, [5]], 5, [0])
-    expected = [[1, 1, 2, 2, 2], [3, 0, 0, 0, 0], [4] * 5, [4, 4, 5, 0, 0]]
-    assert [block.tolist() for block in blocks] == expected
-    assert [block.tolist() for block in packed([[1] * 4], 2, [0])] == [[1, 1], [1, 1]]
+    def packed(passages, size):
+        parts = [Passage(tuple(ids), (len(ids) - 1, len(ids)), str(ids[0])) for ids in passages]
+        return Reading(tuple(parts), (0, 9)).blocks(size)
+
+    blocks = packed([[1, 1], [2, 2, 2], [3], [4] * 7, [5]], 5)
+    expected = [[1, 1, 2, 2, 2], [3, 0, 9, 0, 9], [4] * 5, [4, 4, 5, 0, 9]]
+    assert [ids.tolist() for ids, _ in blocks] == expected
+    learned = [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0] * 5, [0, 1, 1, 0, 0]]
+    assert [mask.int().tolist() for _, mask in blocks] == learned
+    assert [ids.tolist() for ids, _ in packed([[1] * 4], 2)] == [[1, 1], [1, 1]]
+
+
+def test_replaying_levels_read_what_others_read_and_keep_each_example_with_its_label(model):
+    passages = tuple(WORDING.example(Example(f"number {n}", "ab"[n % 2])) for n in range(12))
+    reading = Reading(passages, WORDING.line_break)
+    levels = averaging_levels(Teaching((32, 64, 128), 256), 0.1, [0.1])
+    plain = LevelStudent(model, levels, by_itself(32))
+    replaying = LevelStudent(model, levels, by_itself(32), replay=Replay(share=0.5, choose="label", piece=32))
+    for student in (plain, replaying):
+        student.learn(reading)
+    (row,) = replaying.learner.memory.rows
+    assert row.position == plain.learner.memory.rows[0].position  # the same blocks
+    kept = [example for example in row.store.examples if example.label is not None]
+    assert len(kept) == len(passages)
+    assert [(tuple(e.tokens.tolist()), e.label) for e in kept] == [(p.ids, p.label) for p in passages]
+    assert [e.learn.int().tolist() for e in kept] == [p.mask for p in passages]
+    with plain.learner.active() as first:
+        without = first(torch.tensor([passages[0].ids])).logits
+    with replaying.learner.active() as second:
+        assert not torch.equal(second(torch.tensor([passages[0].ids])).logits, without)
 
 
 LABELS_IN_WORDS = {label: WORDING.label(label) for label in ("abc", "de")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,10 +83,8 @@ class Replayer:
     def _gradients(self, examples: Sequence[KeptExample], leaves: Weights) -> tuple[float, Weights]:
         """Sum of the losses of the learned tokens, and its gradient by key, in passes of about a segment."""
         device = self.reader.model.device
-        at_once = max(self.reader.plan.segment // self.settings.piece, 1)
         total, grads = torch.zeros((), device=device), dict[str, Tensor]()
-        for first in range(0, len(examples), at_once):
-            batch = examples[first : first + at_once]
+        for batch in _passes(examples, self.reader.plan.segment):
             tokens = _padded([example.tokens.long() for example in batch]).to(device)
             learn = _padded([example.learn for example in batch])[:, 1:]
             with torch.enable_grad():
@@ -127,6 +125,17 @@ class Replayer:
         # Every level's running chunk begins where its runs are still known.
         running = min(end // level.chunk_size * level.chunk_size for level in levels)
         row.store = self.settings.bounded(store.written(names, running))
+
+
+def _passes(examples: Sequence[KeptExample], size: int) -> Iterator[Sequence[KeptExample]]:
+    """The examples in their order, as many at once as have `size` tokens, padding counted; one at least."""
+    first, longest = 0, 0
+    for place, example in enumerate(examples):
+        longest = max(longest, len(example))
+        if first < place and (place - first + 1) * longest > size:
+            yield examples[first:place]
+            first, longest = place, len(example)
+    yield examples[first:]
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

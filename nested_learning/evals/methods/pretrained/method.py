@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from nested_learning._errors import unknown
-from nested_learning.continual import Level
+from nested_learning.continual import Level, Replay
 from nested_learning.continual.labels.class_head import HeadSettings
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained.base import Base
@@ -34,6 +34,7 @@ from nested_learning.evals.methods.pretrained.tuning import (
 )
 from nested_learning.optimizers.memory_forms import AdamMemory, GradientMemory
 
+PIECE = 64  # tokens of an example that levels replay, at most
 KEPT = 2  # examples of each label that replay keeps
 RULES: dict[str, GradientMemory] = {"rms": AdamMemory((0.0, 0.99))}  # the gradient by its root mean square
 TAKEN_OVER = (0.2, 0.4)  # shares of the next faster level that slower ones take over at each write
@@ -194,12 +195,26 @@ def _levels(
 
 
 def _averaged_levels(
-    base: Base, teaching: Teaching, seed: int, lr: float, consolidate: list[float], kept: int = 0
+    base: Base,
+    teaching: Teaching,
+    seed: int,
+    lr: float,
+    consolidate: list[float],
+    kept: int = 0,
+    replayed: float = 0.0,
 ) -> AbstractContextManager[Student]:
-    """The slowest level answers, behind `kept` examples of each label."""
+    """The slowest level answers, behind `kept` examples of each label; `replayed` is Replay's share."""
     examples = ExampleStudent(base.model, teaching.window, kept) if kept else None
+    replay = (
+        Replay(share=replayed, choose="label", piece=min(PIECE, teaching.chunks[0]), seed=seed)
+        if replayed
+        else None
+    )
     found = averaging_levels(teaching, lr, consolidate)
-    return nullcontext(LevelStudent(base.model, found, teaching.levels_window, [len(found) - 1], examples))
+    answers = [len(found) - 1]
+    return nullcontext(
+        LevelStudent(base.model, found, teaching.levels_window, answers, examples, replay=replay)
+    )
 
 
 def _stack(
@@ -277,6 +292,7 @@ TWO_LEVELS = PretrainedMethod("two-levels", "levels", options={"levels": 2})
 THREE_LEVELS = PretrainedMethod("three-levels", "levels", options={"levels": 3})
 TWO_LEVELS_AVERAGED = PretrainedMethod("two-levels-averaged", "averaged levels")
 THREE_LEVELS_AVERAGED = PretrainedMethod("three-levels-averaged", "averaged levels")
+TWO_LEVELS_REPLAY = PretrainedMethod("two-levels-replay", "averaged levels", labelled=True)
 THREE_LEVELS_IN_CONTEXT = PretrainedMethod(
     "three-levels-in-context", "averaged levels", options={"kept": 1}, labelled=True
 )
@@ -298,6 +314,7 @@ PRETRAINED = (
     THREE_LEVELS,
     TWO_LEVELS_AVERAGED,
     THREE_LEVELS_AVERAGED,
+    TWO_LEVELS_REPLAY,
     THREE_LEVELS_IN_CONTEXT,
     JOINT,
 )

@@ -58,13 +58,33 @@ class Reading:
 
     def blocks(self, size: int) -> list[tuple[Tensor, Tensor | None]]:
         """Blocks of `size` ids [T] with the mask of what is learned [T]; no mask where that is all."""
-        ids = [passage.ids for passage in self.passages]
         if all(passage.learned is None for passage in self.passages):
-            whole = torch.tensor([i for each in ids for i in each])
+            whole = torch.tensor([i for passage in self.passages for i in passage.ids])
             return [(block, None) for block in whole.split(size)]
+        pieces = self.spaced(size)
+        ids = torch.tensor([i for piece in pieces for i in piece.ids])
+        masks = torch.tensor([i for piece in pieces for i in piece.mask]).bool()
+        return list(zip(ids.split(size), masks.split(size), strict=True))
+
+    def spaced(self, size: int) -> list[Passage]:
+        """The passages, with filler between them and at the end that fills blocks of `size` ids up.
+
+        Only a passage that is longer than a block goes over several. Nothing of the filler is learned, and it
+        has no label.
+        """
+        pieces, taken = [], 0  # ids of the block that is not full yet
+        for passage in self.passages:
+            length = len(passage.ids)
+            if taken and taken + length > size:
+                pieces.append(self._filler(size - taken))
+                taken = 0
+            pieces.append(passage)
+            taken = (taken + length) % size
+        return [*pieces, self._filler(size - taken)] if taken else pieces
+
+    def _filler(self, length: int) -> Passage:
         filler = self.filler or (0,)
-        masks = packed([passage.mask for passage in self.passages], size, [0] * len(filler))
-        return [(block, mask.bool()) for block, mask in zip(packed(ids, size, filler), masks, strict=True)]
+        return Passage(tuple(filler[place % len(filler)] for place in range(length)), (0, 0))
 
     def labels(self) -> list[str]:
         """The labels, each once, in the order of reading."""
@@ -86,17 +106,3 @@ def merged_reading(readings: Sequence[Reading], seed: int) -> Reading:
     passages = [passage for reading in readings for passage in reading.passages]
     random.Random(seed).shuffle(passages)
     return Reading(tuple(passages), readings[0].filler)
-
-
-def packed(pieces: Sequence[Sequence[int]], size: int, filler: Sequence[int]) -> list[Tensor]:
-    """Pieces in their order in blocks [size]; only one that is longer than a block goes over several."""
-    blocks: list[list[int]] = [[]]
-    for piece in pieces:
-        if blocks[-1] and len(blocks[-1]) + len(piece) > size:
-            blocks.append([])
-        blocks[-1] += piece
-        while len(blocks[-1]) > size:
-            blocks.append(blocks[-1][size:])
-            del blocks[-2][size:]
-    filled = (block + list(filler) * (size - len(block)) for block in blocks)
-    return [torch.tensor(block[:size]) for block in filled]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nested_learning.continual import Level, Starts, stack_levels
+from nested_learning.continual import Level, Replay, Starts, stack_levels
 from nested_learning.continual.labels.class_head import ClassHead, HeadSettings
 from nested_learning.evals.methods.pretrained.asking import View, most_probable
 from nested_learning.evals.methods.pretrained.features import Features
@@ -194,6 +194,7 @@ class LevelStudent(Student):
         answers: indices of the levels that are in force when it is asked; None for all.
         examples: what stands before a prompt; None: nothing.
         starts: rates and starts of the levels; None: their own rates, from zero.
+        replay: examples that are kept, each with its label, and mixed into what is learned; None: none.
     """
 
     def __init__(
@@ -204,11 +205,15 @@ class LevelStudent(Student):
         answers: Sequence[int] | None = None,
         examples: ExampleStudent | None = None,
         starts: Starts | None = None,
+        replay: Replay | None = None,
     ) -> None:
         super().__init__(model)
         self.block, self.answers, self.examples = levels[0].chunk_size, answers, examples
+        self.replays = replay is not None
         positions, overlap = window or (None, None)
-        self.learner = stack_levels(model, levels=levels, window=positions, overlap=overlap, starts=starts)
+        self.learner = stack_levels(
+            model, levels=levels, window=positions, overlap=overlap, starts=starts, replay=replay
+        )
 
     def read(self, ids: Tensor) -> Tensor:
         losses: Tensor = self.learner.observe(ids)
@@ -217,6 +222,11 @@ class LevelStudent(Student):
     def learn(self, reading: Reading) -> None:
         if self.examples is not None:
             self.examples.learn(reading)
+        if self.replays:  # passage by passage: each is kept with its label
+            for piece in reading.spaced(self.block):
+                mask = torch.tensor(piece.mask).bool()
+                self.learner.observe(torch.tensor(piece.ids), learn_mask=mask, label=piece.label)
+            return
         blocks = reading.blocks(self.block)
         ids = torch.cat([block for block, _ in blocks])
         masks = [mask for _, mask in blocks if mask is not None]

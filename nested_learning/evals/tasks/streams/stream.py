@@ -11,8 +11,10 @@ is not reported; then the seeds decide stages, their order, examples and queries
 Whatever is trained learns from the labels' tokens: fine-tuning, EWC, replay and joint training in batches of
 8 examples, levels at every 128 tokens, which are about as many. One level answers as it is; of two or three
 averaged ones the slowest answers, which every 512 or 2,048 tokens takes over a share of the next faster one
-and so is an average of what that one was ("averaged" fine-tuning has an average too). Three levels that are
-not averaged all learn and answer together. "joint" has all stages at once, shuffled.
+and so is an average of what that one was ("averaged" fine-tuning has an average too). With replay two
+levels keep every example, and each write of the fast one goes over kept ones too, labels in turn; the method
+"replay" keeps two examples of each label. Three levels that are not averaged all learn and answer together.
+"joint" has all stages at once, shuffled.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nested_learning.evals.claims import Ahead, Claim
+from nested_learning.evals.claims import Ahead, Claim, Reaches
 from nested_learning.evals.data_files import MADE_UP
 from nested_learning.evals.method import Method
 from nested_learning.evals.methods.pretrained import (
@@ -49,6 +51,7 @@ from nested_learning.evals.methods.pretrained.method import (
     THREE_LEVELS_AVERAGED,
     THREE_LEVELS_IN_CONTEXT,
     TWO_LEVELS_AVERAGED,
+    TWO_LEVELS_REPLAY,
 )
 from nested_learning.evals.of_pretrained import OfPretrained
 from nested_learning.evals.report.figures import draw_bars, new_figure, save
@@ -72,6 +75,7 @@ METHODS = (
     KERNEL_LDA,
     ONE_LEVEL,
     TWO_LEVELS_AVERAGED,
+    TWO_LEVELS_REPLAY,
     THREE_LEVELS_AVERAGED,
     THREE_LEVELS,
     THREE_LEVELS_IN_CONTEXT,
@@ -174,6 +178,9 @@ def settings_of(name: str) -> list[dict[str, Any]]:
         "two-levels-averaged": [
             {"lr": lr, "consolidate": [share]} for lr in (0.6, 1.0) for share in (0.05, 0.1)
         ],
+        "two-levels-replay": [
+            {"lr": lr, "consolidate": [0.1], "replayed": share} for lr in (0.6, 1.0) for share in (0.5, 0.75)
+        ],
         "three-levels-averaged": three,
         "three-levels-in-context": three[:4:2],
         "joint": [{"lr": lr} for lr in RATES[1:]],
@@ -263,6 +270,27 @@ class StreamTask(OfPretrained[StreamOptions]):
             ahead("three levels are ahead of EWC", three, EWC.name),
             ahead("three levels are ahead of class means (InCA's kind)", three, CLASS_MEANS.name),
             ahead("three levels and a context are ahead of a context alone", both, IN_CONTEXT.name),
+            *self._targets(),
+        ]
+
+    def _targets(self) -> list[Claim]:
+        """What levels are to reach beside what is used instead; not claims of the paper."""
+
+        def ahead(text: str, better: Method, worse: Method, margin: float = 0.0) -> Claim:
+            return Ahead(text, "ours", "accuracy", (better.name, worse.name), margin=margin)
+
+        kept, forgetting = TWO_LEVELS_REPLAY, {"forgetting": 0.03}
+        return [
+            ahead("levels with replay are not 0.01 below joint training", kept, JOINT, -0.01),
+            Reaches("levels with replay forget 0.03 at most", "ours", kept.name, forgetting, higher=False),
+            *(
+                ahead(f"{each.name} are ahead of averaged fine-tuning", each, FINE_TUNING_AVERAGED)
+                for each in (TWO_LEVELS_AVERAGED, THREE_LEVELS_AVERAGED)
+            ),
+            *(
+                Reaches(f"{each.name} of frozen features reach 0.92", "ours", each.name, {"accuracy": 0.92})
+                for each in (CLASS_MEANS, KERNEL_LDA)
+            ),
         ]
 
     def note(self) -> str:
