@@ -178,9 +178,7 @@ def settings_of(name: str) -> list[dict[str, Any]]:
         "two-levels-averaged": [
             {"lr": lr, "consolidate": [share]} for lr in (0.6, 1.0) for share in (0.05, 0.1)
         ],
-        "two-levels-replay": [
-            {"lr": lr, "consolidate": [0.1], "replayed": share} for lr in (0.6, 1.0) for share in (0.5, 0.75)
-        ],
+        "two-levels-replay": [{"lr": lr, "consolidate": [0.1], "replayed": 0.5} for lr in (0.6, 1.0)],
         "three-levels-averaged": three,
         "three-levels-in-context": three[:4:2],
         "joint": [{"lr": lr} for lr in RATES[1:]],
