@@ -74,8 +74,7 @@ def as_sequence(
         FloatingPointError: for values that are not finite, with NESTED_LEARNING_CHECK=1.
     """
     check_sequence(x, width, mask, module, or_token=True)
-    if mask is not None:
-        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    x = without_padding(x, mask)
     if x.dim() == 2:
         return x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
     return x, mask
@@ -108,7 +107,12 @@ def check_sequence(
             "one by mask.bool()"
         )
     if check.enabled():
-        check.check_values("input", x=x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0))
+        check.check_values("input", x=without_padding(x, mask))
+
+
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, T] or [B, T, D] with zeros where `mask` is False: padding may hold NaN, and 0 · NaN is NaN."""
+    return x if mask is None else x.masked_fill(~mask.view(mask.shape + (1,) * (x.dim() - mask.dim())), 0)
 
 
 def check_state(state: State, kind: type[State], x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -24,11 +24,11 @@ class RowLayout(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, columns, ...]; empty columns are zero."""
-        return _rows(x, self.source) * _like(self.real, x)
+        return _chosen(self.real, _rows(x, self.source))
 
     def unpack(self, y: Tensor) -> Tensor:
         """[B, columns, ...] -> [B, T, ...]; padding is zero."""
-        return _rows(y, self.target) * _like(self.given, y)
+        return _chosen(self.given, _rows(y, self.target))
 
 
 def row_layout(real: Tensor, offset: Tensor, columns: int) -> RowLayout:
@@ -53,5 +53,6 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.view(shape).expand(index.shape + x.shape[2:]))
 
 
-def _like(flag: Tensor, x: Tensor) -> Tensor:
-    return flag.view(flag.shape + (1,) * (x.dim() - 2)).to(x.dtype)
+def _chosen(flag: Tensor, x: Tensor) -> Tensor:
+    """x [B, C, ...] where `flag` [B, C] is set, else zero: no product, as padding may hold NaN."""
+    return torch.where(flag.view(flag.shape + (1,) * (x.dim() - 2)), x, 0)

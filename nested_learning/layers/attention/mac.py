@@ -20,6 +20,7 @@ from nested_learning.layers.token_inputs import (
     check_sequence,
     check_state,
     find_documents,
+    without_padding,
 )
 from nested_learning.memory.running import MemoryState
 from nested_learning.memory.state import State
@@ -153,11 +154,12 @@ class MemoryAsContext(nn.Module):
         self, x: Tensor, state: ContextState | None, mask: Tensor | None, aligned: bool
     ) -> tuple[tuple[Tensor, Tensor], ContextState]:
         """y [B, T, D] and the surprise [B, T], and the state; `aligned`: all rows begin a segment."""
-        real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         position = x.new_zeros(len(x), dtype=torch.long) if state is None else state.position
         if x.shape[1] == 1:  # one token of each row, wherever the row stands inside its segment
-            y, state, surprise = self._read_segment(x, state, real, position.unsqueeze(1))
-            return (y * real.unsqueeze(-1), surprise * real), state
+            x = without_padding(x, mask)
+            y, state, surprise = self._read_segment(x, state, mask, position.unsqueeze(1))
+            return (without_padding(y, mask), surprise), state
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         y, state, surprise = self._read_sequence(x, state, real, position, aligned)
         return (y, surprise), state
 
@@ -180,13 +182,14 @@ class MemoryAsContext(nn.Module):
         return layout.unpack(torch.cat(outputs, 1)), state, layout.unpack(torch.cat(surprises, 1))
 
     def _read_segment(
-        self, x: Tensor, state: ContextState | None, real: Tensor, column: Tensor
+        self, x: Tensor, state: ContextState | None, real: Tensor | None, column: Tensor
     ) -> tuple[Tensor, ContextState, Tensor]:
         """Tokens x [B, S, D] at the columns [B, S] of the running segment: all C of them, or one."""
         memory = None if state is None else state.memory
         query, key, value = self._project(x, self._recall(x, memory), column)
         every = torch.arange(self.segment, device=x.device)  # column of the segment
-        key, value = self._insert(state, key, value, real & (every == column))
+        here = every == column
+        key, value = self._insert(state, key, value, here if real is None else real & here)
         y = self.attention_out(self._attend(query, key, value, column).transpose(1, 2).flatten(2))
         remembered, memory, surprise = self.memory(y, memory, real, return_surprise=True)
         gate = normed(self.memory_norm, remembered).to(y.dtype)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from nested_learning._checks import fits
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
-from nested_learning.layers.token_inputs import RMSNorm, check_count, check_sequence, find_documents
+from nested_learning.layers.token_inputs import (
+    RMSNorm,
+    check_count,
+    check_sequence,
+    find_documents,
+    without_padding,
+)
 from nested_learning.memory.state import State
 from nested_learning.ops.context import attention_kernels
 from nested_learning.ops.documents import Documents
@@ -132,6 +138,7 @@ class Attention(nn.Module):
         packed = find_documents(x, real, state is not None, documents, position_ids)
         if packed is not None:
             return self._read_documents(x, state, packed)
+        x = without_padding(x, real)
         positions = self._positions(x, state, real)
         query, key, value = self._project(x, positions)
         key_positions = positions

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nested_learning.layers.token_inputs import without_padding
 from nested_learning.ops.packing import RowLayout, row_layout
 
 
@@ -97,7 +98,7 @@ class Segments:
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, columns, ...]; empty columns are zero."""
         if self._layout is None:
-            return x
+            return without_padding(x, self._real)
         if x.is_floating_point():
             return self._layout.pack(x)
         return self._layout.pack(x.long()).to(x.dtype)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from nested_learning.layers.effective import effective, effective_gain, effective_kernel, held
 from nested_learning.layers.initial_memories import InitialMemories
 from nested_learning.layers.memory.history import packed_history
-from nested_learning.layers.token_inputs import RMSNorm, check_sequence, find_documents, is_plain
+from nested_learning.layers.token_inputs import (
+    RMSNorm,
+    check_sequence,
+    find_documents,
+    is_plain,
+    without_padding,
+)
 from nested_learning.memory import check, engine
 from nested_learning.memory.engines.fla import Backend, check_backend
 from nested_learning.memory.running import Boundaries, How, Inputs, MemoryState, Readouts
@@ -388,6 +394,7 @@ class MemoryLayer(nn.Module):
             position = torch.full((B,), T % period, dtype=torch.long, device=x.device)
             return Place(x, None, Boundaries(common=True), position)
         if state is not None and T == 1:
+            x = x if real is None else without_padding(x, real)
             end = state.position + (1 if real is None else real[:, 0])
             boundaries = Boundaries(False, state.position, end=None if real is None else end)
             return Place(x, real, boundaries, end % period)
