@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 from nested_learning.layers import CMSState, ContinuumMemorySystem
 from nested_learning.layers.cms.regression import summed_gradients
@@ -194,6 +195,28 @@ def test_the_exact_gradient_without_autograd():
     with torch.no_grad():
         found = cms(x)[0]
     torch.testing.assert_close(found, cms(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["sequential", "nested", "nested, exact", "independent"])
+def test_derivatives_of_torch_func_and_forward_mode_are_autograds(variant):
+    cms = system(FOUR[:3], variant)
+    x, v = tokens(2, 11).requires_grad_(), tokens(2, 11, seed=2)
+    y = cms(x)[0]
+    (gradient,) = torch.autograd.grad(y, x, v)
+    for transform in ("vjp", "vmap"):
+        if transform == "vjp":
+            (found,) = torch.func.vjp(lambda x: cms(x)[0], x.detach())[1](v)
+        else:  # rows one by one, and the gradient of autograd through it
+            outputs = torch.func.vmap(lambda x: cms(x.unsqueeze(0))[0].squeeze(0))(x)
+            (found,) = torch.autograd.grad(outputs, x, v)
+        torch.testing.assert_close(found, gradient, **CLOSE)
+    _, along = torch.func.jvp(lambda x: cms(x)[0], (x.detach(),), (v,))
+    with forward_ad.dual_level():
+        dual = cms(forward_ad.make_dual(x.detach(), v))[0]
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along, **CLOSE)
+    with torch.no_grad():
+        slope = (cms(x + 1e-6 * v)[0] - cms(x - 1e-6 * v)[0]) / 2e-6
+    torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])

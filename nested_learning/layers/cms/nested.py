@@ -18,6 +18,7 @@ from torch import Tensor
 from nested_learning.layers.cms.regression import summed_gradients
 from nested_learning.layers.cms.writer import LevelState, LevelWriter
 from nested_learning.memory.state import Weights
+from nested_learning.ops.context import transformed
 
 
 def start_context(batch_size: int, length: int, width: int, like: Tensor) -> dict[str, Tensor]:
@@ -83,10 +84,11 @@ def initial_gradients(writer: LevelWriter, activation: str, state: LevelState) -
             weights, rule = writer.write(weights, initial, grads, rule, True)
         return torch.stack(losses).sum()
 
-    if not torch.is_grad_enabled():
+    if transformed() or not torch.is_grad_enabled():
         alone: Weights = torch.func.grad(loss)(state.initial)
         return alone
-    # Not torch.func.grad: gradient checkpointing works by hooks on saved tensors, which it refuses.
+    # Not torch.func.grad, except within torch.func, which takes nothing else: gradient checkpointing works by
+    # hooks on saved tensors, which it refuses.
     leaves = {
         n: W.view_as(W) if W.requires_grad else W.detach().requires_grad_() for n, W in state.initial.items()
     }
