@@ -351,6 +351,22 @@ def test_options_that_do_not_go_together_are_refused(levels, options, message):
         ContinuumMemorySystem(8, levels, **options)
 
 
+def test_tokens_and_masks_that_do_not_fit_are_refused():
+    cms = system([*FOUR[:1], {"chunk_size": 4, "rule": "adam"}])
+    x = tokens(2, 5)
+    for wrong in (x[..., :3], x[0], x[:, :0], x[:, None]):
+        with pytest.raises(ValueError, match=rf"x must be \[B, T >= 1, {WIDTH}\], got"):
+            cms(wrong)
+    for wrong in (x.float(), x.long()):
+        with pytest.raises(ValueError, match=r"x must be torch\.float64 as the layer's weights are"):
+            cms(wrong)
+    for wrong in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5), torch.ones(2, 5, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"mask must be bool \(2, 5\)"):
+            cms(x, mask=wrong)
+        with pytest.raises(ValueError, match=r"learn must be bool \(2, 5\)"):
+            cms(x, learn=wrong)
+
+
 def test_states_and_weights_that_do_not_fit_are_refused():
     cms = system(FOUR[:2])
     x = tokens(2, 3)

@@ -23,7 +23,7 @@ from nested_learning.layers.cms.regression import KeyValue
 from nested_learning.layers.cms.segments import Segments
 from nested_learning.layers.cms.writer import CMSState, LevelWriter
 from nested_learning.layers.effective import held
-from nested_learning.layers.token_inputs import check_documents, find_documents
+from nested_learning.layers.token_inputs import check_documents, check_sequence, find_documents
 from nested_learning.memory.state import State, Weights
 from nested_learning.ops.documents import Documents
 
@@ -141,11 +141,13 @@ class ContinuumMemorySystem(nn.Module):
             is learned in the call, or no state is wanted of `documents`.
 
         Raises:
-            ValueError: for a state, weights or documents that do not fit.
+            ValueError: for a state, weights or documents that do not fit; where the call learns, for
+                tokens, a mask or `learn` that do not.
         """
         if state is not None or weights is not None:
             self._check(x, state, weights)
         if self.learns and self.update == "regression":
+            self._check_tokens(x, mask, learn)
             packed = find_documents(x, mask, state is not None, documents, position_ids)
             before = cast("CMSState | None", state)
             if packed is not None:
@@ -325,6 +327,16 @@ class ContinuumMemorySystem(nn.Module):
         return weights.repeat_interleave(cast(MLPBlock, self.blocks[index]).intermediate_size // len(weights))
 
     # Checks --------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, x: Tensor, mask: Tensor | None, learn: Tensor | None) -> None:
+        """ValueError for tokens, a mask or `learn` that do not fit the levels that learn from them."""
+        width = cast(MLPBlock, self.blocks[0]).hidden_size
+        check_sequence(x, width, mask, cast(KeyValue, self.projections[str(self._learning[0])]).key)
+        if learn is not None and (learn.shape != x.shape[:2] or learn.dtype != torch.bool):
+            raise ValueError(
+                f"learn must be bool {tuple(x.shape[:2])} (True = learned from), got {learn.dtype} "
+                f"{tuple(learn.shape)}"
+            )
 
     def _check(self, x: Tensor, state: State | None, weights: Sequence[Weights | None] | None) -> None:
         """ValueError for a state or weights that do not fit the system or the rows of x."""
