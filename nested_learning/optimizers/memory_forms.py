@@ -38,7 +38,10 @@ class GradientMemory(Protocol):
     """A memory of gradients: three pure functions on the state of one tensor."""
 
     def init(self, like: Tensor) -> Any:
-        """The empty state for a parameter like `like`: a NamedTuple of tensors of its dtype and device."""
+        """The empty state for a parameter like `like`: a NamedTuple of tensors of its dtype and device.
+
+        Numbers of writes are float32 at least.
+        """
 
     def update(self, state: Any, grad: Tensor) -> Any:
         """The state after writing `grad`."""
@@ -113,10 +116,11 @@ class AdamMemory:
         NON_NEGATIVE.check("eps", self.eps)
 
     def init(self, like: Tensor) -> AdamState:
-        return AdamState(torch.zeros_like(like), torch.zeros_like(like), like.new_zeros(()))
+        return AdamState(torch.zeros_like(like), torch.zeros_like(like), _no_writes(like))
 
     def update(self, state: AdamState, grad: Tensor) -> AdamState:
         beta1, beta2 = self.betas
+        grad = grad.to(state.mean.dtype)  # lerp takes one dtype alone
         mean = state.mean.lerp(grad, 1 - beta1)
         square = (beta2 * state.square).addcmul(grad, grad, value=1 - beta2)
         return AdamState(mean, square, state.step + 1)
@@ -132,9 +136,17 @@ class AdamMemory:
         return state.mean / scale
 
 
+def _no_writes(like: Tensor) -> Tensor:
+    """The number of writes, 0-D, at the start: bfloat16 and float16 could not count beyond 256 and 2048."""
+    return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 def _one_minus_power(beta: float, step: Tensor) -> Tensor:
-    """1 − βᵗ without the cancellation that float32 would suffer at β near 1."""
-    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+    """1 − βᵗ without the cancellation that float32 would suffer at β near 1.
+
+    Before the first write it is that of t = 1, so that an empty average is zero and not 0/0.
+    """
+    return -torch.expm1(step.clamp(min=1) * (math.log(beta) if beta > 0 else -math.inf))
 
 
 class AdaGradState(NamedTuple):
@@ -160,6 +172,7 @@ class AdaGradMemory:
         return AdaGradState(torch.zeros_like(like), torch.full_like(like, self.initial))
 
     def update(self, state: AdaGradState, grad: Tensor) -> AdaGradState:
+        grad = grad.to(state.total.dtype)  # squared in the state's precision
         return AdaGradState(grad, state.total + grad * grad)  # eq 106-111: H ← H + g²
 
     def read(self, state: AdaGradState) -> Tensor:
@@ -229,7 +242,7 @@ class PreconditionedMomentumMemory:
         if self.given is not None and like.ndim:  # 0-D: only the names of the fields are asked for
             check_given(self.given, like)
         if self.preconditioner == "diagonal":
-            return DiagonalState(zeros, torch.zeros_like(like), like.new_zeros(()))
+            return DiagonalState(zeros, torch.zeros_like(like), _no_writes(like))
         if self.preconditioner == "learned":
             side = min(matrix_shape(like))
             return LearnedState(zeros, torch.eye(side, dtype=like.dtype, device=like.device))
@@ -238,7 +251,7 @@ class PreconditionedMomentumMemory:
     def update(
         self, state: MomentumState | DiagonalState | LearnedState, grad: Tensor
     ) -> MomentumState | DiagonalState | LearnedState:
-        kept = self.momentum * state.momentum
+        kept, grad = self.momentum * state.momentum, grad.to(state.momentum.dtype)
         if isinstance(state, DiagonalState):
             square = self.beta2 * state.square + (1 - self.beta2) * grad * grad
             step = state.step + 1

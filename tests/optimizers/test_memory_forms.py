@@ -15,6 +15,7 @@ from nested_learning.optimizers import (
     adagrad_optimum,
     adam_optimum,
 )
+from nested_learning.optimizers import PreconditionedMomentumMemory as Preconditioned
 
 PAIRS = {
     "sgd": (GDMemory(), lambda p: torch.optim.SGD(p, lr=0.01)),
@@ -172,3 +173,33 @@ def test_the_state_of_another_memory_is_refused():
     adam.step()
     with pytest.raises(ValueError, match="another memory"):
         momentum.load_state_dict(adam.state_dict())
+
+
+DIAGONAL, LEARNED = (Preconditioned(preconditioner=name) for name in ("diagonal", "learned"))
+FORMS = {**{name: memory for name, (memory, _) in PAIRS.items()}, "diagonal": DIAGONAL, "learned": LEARNED}
+
+
+@pytest.mark.parametrize("memory", FORMS.values(), ids=FORMS)
+def test_a_memory_without_a_write_reads_zero(memory):
+    state = memory.init(torch.ones(3, 5))
+    assert torch.equal(memory.read(state), torch.zeros(3, 5))
+    rows = torch.func.vmap(memory.init)(torch.ones(2, 3, 5))
+    assert torch.equal(torch.func.vmap(memory.read)(rows), torch.zeros(2, 3, 5))
+
+
+@pytest.mark.parametrize("memory", [AdamMemory((0.9, 0.999)), DIAGONAL], ids=["adam", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_writes_are_counted_in_half_precision(memory, dtype):
+    state = memory.init(torch.zeros(2, dtype=dtype))
+    for _ in range(2100):
+        state = memory.update(state, torch.full((2,), 0.1, dtype=dtype))
+    assert state.step == 2100
+    assert memory.read(state).dtype == dtype
+
+
+@pytest.mark.parametrize("memory", FORMS.values(), ids=FORMS)
+def test_gradients_of_another_dtype(memory):
+    state, expected = memory.init(torch.ones(3, 5)), memory.init(torch.ones(3, 5))
+    for grad in GRADS[:3].bfloat16():
+        state, expected = memory.update(state, grad), memory.update(expected, grad.float())
+    torch.testing.assert_close(memory.read(state).float(), memory.read(expected), rtol=0, atol=0)
