@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -118,13 +118,8 @@ class MultiFrequency(BaseOptimizer):
         options = dict(param_group)
         period = options.pop("period", self.defaults["period"])
         self._check_group({"period": period})
-        params = options["params"]
-        if not isinstance(params, (Tensor, set)):  # a set has no order: the inner optimizer refuses it
-            options["params"] = params = list(params)
-        single = (
-            [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
-        )
-        self._refuse_unreal(p for p in single if isinstance(p, Tensor))
+        if isinstance(options.get("params"), Iterator):  # which `inner` may want to go through twice
+            options["params"] = list(options["params"])
         if self._inner is None:
             self._inner = self._make_inner([options])
             if not isinstance(self._inner, Optimizer):
@@ -133,9 +128,20 @@ class MultiFrequency(BaseOptimizer):
         else:
             self._check_keys(options)
             self._inner.add_param_group(options)
-        for group in self._inner.param_groups:
-            if "period" not in group:
-                group.update(period=period, accumulated_steps=0)
+        new = [group for group in self._inner.param_groups if "period" not in group]
+        try:  # the parameters as the inner optimizer takes them, from whatever they were given as
+            self._refuse_unreal(p for group in new for p in group["params"])
+        except ValueError:
+            self._drop(new)
+            raise
+        for group in new:
+            group.update(period=period, accumulated_steps=0)
+
+    def _drop(self, groups: list[Group]) -> None:
+        """Take groups out of the optimizers that hold them."""
+        for holder in (self.inner, *getattr(self.inner, "optimizers", ())):
+            held = holder.param_groups
+            held[:] = [group for group in held if not any(group is other for other in groups)]
 
     def _check_keys(self, group: Group) -> None:
         """Raise ValueError for a key that neither this nor the inner optimizer knows."""

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from nested_learning.optimizers import AdamMemory, DeltaMomentum, MemoryOptimizer, MultiFrequency
+from nested_learning.optimizers import (
+    AdamMemory,
+    DeltaMomentum,
+    MemoryOptimizer,
+    MultiFrequency,
+    NestedOptimizer,
+)
 
 INNERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -161,3 +167,29 @@ def test_parameters_that_are_not_real_are_refused(inner, dtype):
     with pytest.raises(ValueError, match=words):
         optimizer.add_param_group({"params": wrong})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("form", ["one", "list", "generator", "named", "view"])
+def test_parameters_in_any_form_that_the_inner_optimizer_takes(form):
+    first, p = weight(), weight()
+    forms = {"one": p, "list": [p], "generator": (each for each in [p]), "named": [("p", p)], "view": {"p": p}}
+    given = forms[form].values() if form == "view" else forms[form]
+    other = [("first", first)] if form == "named" else [first]
+    optimizer = MultiFrequency(other, INNERS["sgd"])
+    optimizer.add_param_group({"params": given, "period": 2})
+    assert [group["params"] for group in optimizer.param_groups] == [[first], [p]]
+    assert optimizer.param_groups[1]["period"] == 2
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind():
+    first, second, wrong = weight(), weight(), torch.ones(3, dtype=torch.complex64)
+    nested = NestedOptimizer([torch.optim.SGD([first], lr=0.1), torch.optim.AdamW([second])])
+    for inner in (nested, torch.optim.AdamW([first, second])):
+        optimizer = MultiFrequency([first, second], lambda _, inner=inner: inner)
+        groups = list(optimizer.param_groups)
+        for params in (wrong, [wrong], (each for each in [wrong]), iter([weight(), wrong])):
+            with pytest.raises(ValueError, match=r"trains real floating-point parameters, got one of"):
+                optimizer.add_param_group({"params": params})
+        assert optimizer.param_groups == groups
+        optimizer.add_param_group({"params": weight(), "period": 3})
+        assert [group["period"] for group in optimizer.param_groups] == [1] * len(groups) + [3]
