@@ -31,8 +31,9 @@ class MultiFrequency(BaseOptimizer):
 
     A group with `period` K adds up the gradients of K calls of `step`; the K-th hands their sum or mean to
     the inner optimizer, which then steps for that group. Between, its parameters do not move and the inner
-    optimizer's state does not change. A group added later starts its own count. How parameters of each
-    shape are trained is up to the inner optimizer.
+    optimizer's state does not change. A group added later starts its own count. A `period` that is lowered
+    to what a group has waited for, or less, ends the block at the next step. How parameters of each shape are
+    trained is up to the inner optimizer.
 
         MultiFrequency([{"params": fast}, {"params": slow, "period": 16}],
                        inner=lambda groups: torch.optim.AdamW(groups, lr=1e-3))
@@ -155,48 +156,72 @@ class MultiFrequency(BaseOptimizer):
 
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}
-        emptied: dict[Tensor, dict[str, Any]] = {}
         probe = self._is_probe()  # then every group takes part, so that every state is there
-        for group in self.param_groups:
-            group["accumulated_steps"] += not probe
-            steps = probe or group["accumulated_steps"] == group["period"]
-            if group["period"] > 1:
-                self._accumulate(group)
-                emptied |= self._hand_over(group) if steps else {}
+        groups = [(g, probe or g["accumulated_steps"] + 1 >= g["period"]) for g in self.param_groups]
+        waiting: dict[Tensor, dict[str, Any]] = {}
+        # Nothing is counted before the inner optimizer has stepped: where it refuses to, all is as it was.
+        try:
+            for group, steps in groups:
+                if steps:
+                    waiting |= self._hand_over(group)
+                    continue
+                for p in group["params"]:
+                    p.grad = None
+            due = [p for p in given if p.grad is not None]
+            if due:
+                if self.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(due, self.max_grad_norm)
+                self.inner.step()
+        finally:
+            for p, grad in given.items():
+                p.grad = grad
+            for p, sums in waiting.items():
+                self.state[p].update(sums)
+        for group, steps in groups:
             if steps:
-                group["accumulated_steps"] = 0
-        due = [p for p in given if p.grad is not None]
-        if due:
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(due, self.max_grad_norm)
-            self.inner.step()
-        for p, waiting in emptied.items():
-            self.state[p].update(waiting)
-        for p, grad in given.items():
-            p.grad = grad
+                self._begin_anew(group)
+            else:
+                self._accumulate(group)
+            group["accumulated_steps"] = 0 if steps else group["accumulated_steps"] + 1
+
+    def _hand_over(self, group: Group) -> dict[Tensor, dict[str, Any]]:
+        """Move the totals to p.grad. Returns what was taken from each state meanwhile."""
+        scale = 1 / (group["accumulated_steps"] + 1) if self.reduction == "mean" else 1.0
+        taken: dict[Tensor, dict[str, Any]] = {}
+        for p in group["params"]:
+            waiting = {name: self.state[p].pop(name) for name in WAITING if name in self.state.get(p, {})}
+            if waiting:
+                taken[p] = waiting
+                if p.grad is not None or waiting["gradients"]:
+                    total = waiting["accumulated"]
+                    total = total if p.grad is None else total + p.grad
+                    p.grad = (scale * total).to(p.dtype)
+            elif p.grad is not None and scale != 1:
+                p.grad = (scale * p.grad.to(work_dtype(p))).to(p.dtype)
+        return taken
+
+    def _begin_anew(self, group: Group) -> None:
+        """After a step: sums of zero, and none in a group that has nothing to wait for."""
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            if group["period"] == 1:
+                for name in WAITING:
+                    state.pop(name, None)
+            elif "accumulated" in state:
+                state["accumulated"].zero_()
+                state["gradients"] = 0
+            elif p.grad is not None:
+                self.state[p].update(_no_sum(p))
 
     def _accumulate(self, group: Group) -> None:
-        """Eq 71: add the gradients up, and leave None in their place."""
+        """Eq 71: add the gradients up."""
         for p in group["params"]:
             if p.grad is not None:
                 state = self.state[p]
                 if "accumulated" not in state:
-                    state.update(accumulated=torch.zeros_like(p.grad, dtype=work_dtype(p)), gradients=0)
+                    state.update(_no_sum(p))
                 state["accumulated"].add_(p.grad)
                 state["gradients"] += 1
-            p.grad = None
-
-    def _hand_over(self, group: Group) -> dict[Tensor, dict[str, Any]]:
-        """Move the totals to p.grad. Returns what is to wait in each state after the inner step: zeros."""
-        scale = 1 / group["period"] if self.reduction == "mean" else 1.0
-        emptied: dict[Tensor, dict[str, Any]] = {}
-        for p in group["params"]:
-            waiting = {name: self.state[p].pop(name) for name in WAITING if name in self.state.get(p, {})}
-            if waiting:
-                if waiting["gradients"]:
-                    p.grad = (scale * waiting["accumulated"]).to(p.dtype)
-                emptied[p] = {"accumulated": waiting["accumulated"].zero_(), "gradients": 0}
-        return emptied
 
     # -- checkpoints
 
@@ -234,6 +259,11 @@ class MultiFrequency(BaseOptimizer):
             if waiting.get(i):
                 total = waiting[i]["accumulated"].detach().to(p.device, copy=True)
                 self.state[p].update(accumulated=total, gradients=waiting[i].get("gradients", 1))
+
+
+def _no_sum(p: Tensor) -> dict[str, Any]:
+    """What waits in the state of a parameter before its first gradient."""
+    return {"accumulated": torch.zeros_like(p.grad, dtype=work_dtype(p)), "gradients": 0}
 
 
 def _apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:

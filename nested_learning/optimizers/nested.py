@@ -161,6 +161,9 @@ class _States(MutableMapping[Tensor, Any]):
         self.nested = nested
 
     def __getitem__(self, parameter: Tensor) -> Any:
+        for optimizer in self.nested.optimizers:
+            if parameter in optimizer.state:  # sooner than a search of the groups
+                return optimizer.state[parameter]
         return self.nested.owner(parameter).state[parameter]
 
     def __setitem__(self, parameter: Tensor, state: Any) -> None:

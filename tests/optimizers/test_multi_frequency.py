@@ -10,6 +10,7 @@ from torch import nn
 
 from nested_learning.optimizers import (
     AdamMemory,
+    DeltaGD,
     DeltaMomentum,
     MemoryOptimizer,
     MultiFrequency,
@@ -172,8 +173,8 @@ def test_parameters_that_are_not_real_are_refused(inner, dtype):
 @pytest.mark.parametrize("form", ["one", "list", "generator", "named", "view"])
 def test_parameters_in_any_form_that_the_inner_optimizer_takes(form):
     first, p = weight(), weight()
-    forms = {"one": p, "list": [p], "generator": (each for each in [p]), "named": [("p", p)], "view": {"p": p}}
-    given = forms[form].values() if form == "view" else forms[form]
+    forms = {"one": p, "list": [p], "generator": (each for each in [p]), "named": [("p", p)]}
+    given = {"p": p}.values() if form == "view" else forms[form]
     other = [("first", first)] if form == "named" else [first]
     optimizer = MultiFrequency(other, INNERS["sgd"])
     optimizer.add_param_group({"params": given, "period": 2})
@@ -193,3 +194,56 @@ def test_a_group_that_is_refused_leaves_nothing_behind():
         assert optimizer.param_groups == groups
         optimizer.add_param_group({"params": weight(), "period": 3})
         assert [group["period"] for group in optimizer.param_groups] == [1] * len(groups) + [3]
+
+
+@inners
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("period", "blocks"), [(2, [3, 2, 2]), (1, [3, 1, 1, 1, 1]), (6, [6, 6])])
+def test_a_period_that_is_changed_in_the_middle_of_a_block(inner, reduction, period, blocks):
+    p, alone, g = weight(), weight(), grads(12, 0)
+    optimizer, reference = MultiFrequency([p], inner, period=4, reduction=reduction), inner([alone])
+    feed(optimizer, [(p, g)], range(2))
+    optimizer.param_groups[0]["period"] = period
+    feed(optimizer, [(p, g)], range(2, sum(blocks)))
+    for part in g[: sum(blocks)].split(blocks):
+        alone.grad = part.sum(0) if reduction == "sum" else part.mean(0)
+        reference.step()
+    torch.testing.assert_close(p, alone, rtol=0, atol=1e-12)
+    assert ("accumulated" in optimizer.state[p]) == (period > 1)
+
+
+def test_a_period_of_one_after_the_end_of_a_block():
+    p, g = weight(), grads(5, 0)
+    optimizer = MultiFrequency([p], INNERS["memory"], period=2)
+    feed(optimizer, [(p, g)], range(2))
+    optimizer.param_groups[0]["period"] = 1
+    feed(optimizer, [(p, g)], range(2, 5))
+    assert set(optimizer.state[p]) == {"mean", "square", "step"}
+
+
+def test_a_step_that_the_inner_optimizer_refuses_changes_nothing():
+    layers = [nn.Linear(4, 3, bias=False).double() for _ in range(2)]
+    g = grads(2, 0)
+    optimizers = [
+        MultiFrequency(
+            [{"params": layer.weight}], lambda groups: DeltaGD(groups, lr=0.1, inner="gd"), period=2
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        layers[1].weight.copy_(layers[0].weight)
+    optimizers[1].inner.attach(layers[1])
+    for step in range(2):
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            layer.weight.grad = g[step].clone()
+            before = copy.deepcopy(optimizer.state_dict())
+            if optimizer is optimizers[0] and step == 1:
+                with pytest.raises(ValueError, match="call attach"):
+                    optimizer.step()
+                after = optimizer.state_dict()
+                torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+                assert after["param_groups"] == before["param_groups"]
+                assert torch.equal(layer.weight.grad, g[step])
+                optimizer.inner.attach(layer)
+            optimizer.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)
