@@ -104,10 +104,48 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state_dict; counters and products (0-D) of torch's optimizers keep their dtype too."""
+    """Load a state_dict, and keep none of its tensors: it may be that of an optimizer that goes on.
+
+    Counters and products (0-D) of torch's optimizers keep their dtype too.
+    """
     optimizer.load_state_dict(state_dict)
-    if not isinstance(optimizer, BaseOptimizer):
-        restore_scalars(optimizer, state_dict)
+    if isinstance(optimizer, BaseOptimizer):
+        return
+    restore_scalars(optimizer, state_dict)
+    given = {id(t) for t in torch.utils._pytree.tree_leaves(state_dict["state"]) if isinstance(t, Tensor)}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = torch.utils._pytree.tree_map(lambda t: t.clone() if id(t) in given else t, value)
+
+
+def header(optimizer: Optimizer) -> dict[str, Any]:
+    """Name of an optimizer and shapes of its parameters, as its state_dict holds them."""
+    return {
+        "name": getattr(optimizer, "_name", type(optimizer).__name__),
+        "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
+    }
+
+
+def check_header(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """ValueError where a state_dict says that it is of another optimizer, or of other parameters."""
+    mine, said = header(optimizer), state_dict.get("optimizer", {})
+    if said.get("name", mine["name"]) != mine["name"]:
+        raise ValueError(
+            f"this state_dict does not belong to {mine['name']}: it was saved by {said['name']}. Build that "
+            "optimizer to load it."
+        )
+    shapes = said.get("shapes", mine["shapes"])
+    for g, (own, saved) in enumerate(zip(mine["shapes"], shapes, strict=True)):
+        for i, (shape, other) in enumerate(zip(own, saved, strict=True)):
+            if shape != list(other):
+                raise ValueError(_other_model(g, i, shape, other))
+
+
+def _other_model(group: int, index: int, shape: Iterable[int], saved: Iterable[int]) -> str:
+    return (
+        f"the state_dict is for another model: parameter {index} of group {group} has shape {tuple(shape)}, "
+        f"the saved one {tuple(saved)}"
+    )
 
 
 def restore_scalars(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -357,12 +395,10 @@ class BaseOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with the optimizer's name, its parameters' shapes and `skipped_steps`."""
-        header = {
-            "name": self._name,
-            "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
-            "skipped_steps": self.skipped_steps,
+        return {
+            **super().state_dict(),
+            "optimizer": {**header(self), "skipped_steps": self.skipped_steps},
         }
-        return {**super().state_dict(), "optimizer": header}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, bit by bit as the saved optimizer would have.
@@ -406,10 +442,7 @@ class BaseOptimizer(Optimizer):
                 found += [list(state[name].shape) for name in self.parameter_shaped if name in state]
                 wrong = next((shape for shape in found if shape != list(p.shape)), None)
                 if wrong is not None:
-                    raise ValueError(
-                        f"the state_dict is for another model: parameter {i} of group {g} has shape "
-                        f"{tuple(p.shape)}, the saved one {tuple(wrong)}"
-                    )
+                    raise ValueError(_other_model(g, i, p.shape, wrong))
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16)."""

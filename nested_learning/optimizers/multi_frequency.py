@@ -211,7 +211,7 @@ class MultiFrequency(BaseOptimizer):
                 state["accumulated"].zero_()
                 state["gradients"] = 0
             elif p.grad is not None:
-                self.state[p].update(_no_sum(p))
+                self.state[p].update(_no_sum(p.grad, work_dtype(p)))
 
     def _accumulate(self, group: Group) -> None:
         """Eq 71: add the gradients up."""
@@ -219,7 +219,7 @@ class MultiFrequency(BaseOptimizer):
             if p.grad is not None:
                 state = self.state[p]
                 if "accumulated" not in state:
-                    state.update(_no_sum(p))
+                    state.update(_no_sum(p.grad, work_dtype(p)))
                 state["accumulated"].add_(p.grad)
                 state["gradients"] += 1
 
@@ -261,9 +261,9 @@ class MultiFrequency(BaseOptimizer):
                 self.state[p].update(accumulated=total, gradients=waiting[i].get("gradients", 1))
 
 
-def _no_sum(p: Tensor) -> dict[str, Any]:
+def _no_sum(grad: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """What waits in the state of a parameter before its first gradient."""
-    return {"accumulated": torch.zeros_like(p.grad, dtype=work_dtype(p)), "gradients": 0}
+    return {"accumulated": torch.zeros_like(grad, dtype=dtype), "gradients": 0}
 
 
 def _apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import Group, load_exactly
+from nested_learning.optimizers.base import Group, check_header, header, load_exactly
 
 # In every state_dict; the rest of an optimizer's own stands in "optimizers".
 NAMED = ("state", "param_groups")
@@ -104,7 +104,10 @@ class NestedOptimizer(Optimizer):
             states |= {first + number: state for number, state in own["state"].items()}
             for group in own["param_groups"]:
                 groups.append({**group, "params": [first + number for number in group["params"]]})
-            rest.append({key: value for key, value in own.items() if key not in NAMED})
+            extras = {key: value for key, value in own.items() if key not in NAMED}
+            if not hasattr(optimizer, "_check_state_dict"):  # one of torch's, which does not say whose it is
+                extras["optimizer"] = header(optimizer)
+            rest.append(extras)
         return {"state": states, "param_groups": groups, "optimizers": rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -113,16 +116,17 @@ class NestedOptimizer(Optimizer):
         Raises:
             ValueError: it is that of other optimizers, or for other parameters.
         """
-        parts = self._apart(state_dict)
-        for optimizer, part in zip(self.optimizers, parts, strict=True):
-            check = getattr(optimizer, "_check_state_dict", None)
-            if check is not None:  # of all of them before any loads
-                check(part)
-        for optimizer, part in zip(self.optimizers, parts, strict=True):
+        self._check_state_dict(state_dict)  # of all of them before any loads
+        for optimizer, part in zip(self.optimizers, self._apart(state_dict), strict=True):
             load_exactly(optimizer, part)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._apart(state_dict)
+        for optimizer, part in zip(self.optimizers, self._apart(state_dict), strict=True):
+            check = getattr(optimizer, "_check_state_dict", None)
+            if check is None:  # one of torch's
+                check_header(optimizer, part)
+            else:
+                check(part)
 
     def _apart(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The state_dict of each optimizer, its parameters numbered from 0."""

@@ -1,0 +1,96 @@
+"""Several optimizers as one: what is loaded is theirs, and theirs alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nested_learning.optimizers import DeltaMomentum, MultiFrequency, NestedOptimizer
+
+
+def weights(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(n, 2, generator=generator)) for n in sizes]
+
+
+def feed(optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.1)
+
+
+def delta(params):
+    return DeltaMomentum(params, lr=0.1)
+
+
+def nested(params, *makes):
+    return NestedOptimizer([make([p]) for make, p in zip(makes, params, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "makes", "message"),
+    [
+        ((3, 4), (adamw, sgd), "does not belong to AdamW: it was saved by SGD"),
+        ((3, 4), (sgd, delta), "does not belong to DeltaMomentum: it was saved by AdamW"),
+        ((3, 4), (delta, adamw), "does not belong to DeltaMomentum: it was saved by SGD"),
+        ((3, 5), (sgd, adamw), r"parameter 0 of group 0 has shape \(5, 2\), the saved one \(4, 2\)"),
+    ],
+    ids=["swapped", "second", "first", "shape"],
+)
+def test_states_of_others_are_refused_before_anything_is_loaded(sizes, makes, message):
+    saved = nested(weights(3, 4), sgd, adamw)
+    feed(saved, range(2))
+    other = nested(weights(*sizes), *makes)
+    feed(other, range(1))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(other.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert other.state_dict()["param_groups"] == before["param_groups"]
+
+
+def test_a_file_that_does_not_say_whose_it_is_loads():
+    saved = nested(weights(3, 4), sgd, adamw)
+    feed(saved, range(2))
+    older = copy.deepcopy(saved.state_dict())
+    for extras in older["optimizers"]:
+        del extras["optimizer"]
+    other = nested(weights(3, 4), sgd, adamw)
+    other.load_state_dict(older)
+    torch.testing.assert_close(other.state_dict()["state"], older["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: nested(params, sgd, adamw),
+        lambda params: nested(params, delta, adamw),
+        lambda params: MultiFrequency(params, adamw, period=2),
+        lambda params: MultiFrequency(params, lambda _: nested(params, sgd, adamw), period=3),
+    ],
+    ids=["nested", "mixed", "frequency", "both"],
+)
+def test_an_optimizer_loaded_from_one_that_goes_on_has_states_of_its_own(make):
+    first = make(weights(3, 4))
+    feed(first, range(4))
+    params = [p for group in first.param_groups for p in group["params"]]
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    second = make(copies)
+    second.load_state_dict(first.state_dict())
+    feed(first, range(4, 9))
+    feed(second, range(4, 9))
+    for p, q in zip(params, copies, strict=True):
+        assert torch.equal(p, q)
