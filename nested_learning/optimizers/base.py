@@ -27,6 +27,8 @@ Group = dict[str, Any]
 
 MAX_GATHERED = 2**26  # elements of the matrices that are whole at one time where parameters lie in shards
 
+SCALARS = ("step", "mu_product", "mu", "eta")  # 0-D states of torch's optimizers, of 0-D parameters too
+
 # keys that torch, its schedulers and users keep in a group besides hyperparameters
 FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "swa_lr"}
 
@@ -119,10 +121,11 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def header(optimizer: Optimizer) -> dict[str, Any]:
-    """Name of an optimizer and shapes of its parameters, as its state_dict holds them."""
+    """Name of an optimizer, shapes of its parameters and dtypes of their states, for its state_dict."""
     return {
         "name": getattr(optimizer, "_name", type(optimizer).__name__),
         "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
+        "dtypes": [[str(work_dtype(p)) for p in group["params"]] for group in optimizer.param_groups],
     }
 
 
@@ -157,9 +160,18 @@ def restore_scalars(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             if (
                 isinstance(saved, Tensor)
                 and saved.ndim == 0
+                and (p.ndim > 0 or name in SCALARS)
                 and saved.dtype != optimizer.state[p][name].dtype
             ):
                 optimizer.state[p][name] = saved.detach().to(p.device, copy=True)
+
+
+def _moved(value: Any, p: Tensor, was: str) -> Any:
+    """A copy of a state's value on the device of p; of p's work dtype, where it `was` of the saved one."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = work_dtype(p) if str(value.dtype) == was else value.dtype
+    return value.detach().to(p.device, dtype, copy=True)
 
 
 class BaseOptimizer(Optimizer):
@@ -445,17 +457,22 @@ class BaseOptimizer(Optimizer):
                     raise ValueError(_other_model(g, i, p.shape, wrong))
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16)."""
+        """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16).
+
+        Where the parameters' own was another, states of that dtype get the one that arithmetic has here.
+        """
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for i, p in zip(ids, params, strict=True):
+        said = state_dict.get("optimizer", {}).get("dtypes")
+        dtypes = (
+            [str(work_dtype(p)) for p in params] if said is None else [d for group in said for d in group]
+        )
+        for i, p, was in zip(ids, params, dtypes, strict=True):
             if i in state_dict["state"]:
                 # torch.distributed.checkpoint fills in {} for what was not saved
                 saved = {
                     name: v for name, v in state_dict["state"][i].items() if not isinstance(v, dict) or v
                 }
-                state[p] = torch.utils._pytree.tree_map(
-                    lambda v, p=p: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v, saved
-                )
+                state[p] = torch.utils._pytree.tree_map(lambda v, p=p, was=was: _moved(v, p, was), saved)
         self.state = state

@@ -175,10 +175,10 @@ class DeltaGD(BaseOptimizer):
         super()._restore_dtypes(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         waiting = state_dict.get("inputs", {})
-        self._moments = {
-            params[int(i)]: (total.detach().to(params[int(i)].device, copy=True), int(count))
-            for i, (total, count) in waiting.items()
-        }
+        self._moments = {}
+        for i, (total, count) in waiting.items():
+            p = params[int(i)]
+            self._moments[p] = (total.detach().to(p.device, work_dtype(p), copy=True), int(count))
 
     # -- the step
 

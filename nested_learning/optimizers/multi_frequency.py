@@ -257,7 +257,7 @@ class MultiFrequency(BaseOptimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             if waiting.get(i):
-                total = waiting[i]["accumulated"].detach().to(p.device, copy=True)
+                total = waiting[i]["accumulated"].detach().to(p.device, work_dtype(p), copy=True)
                 self.state[p].update(accumulated=total, gradients=waiting[i].get("gradients", 1))
 
 
