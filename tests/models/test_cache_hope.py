@@ -115,6 +115,26 @@ def test_saved_and_loaded_it_goes_on_identically(model, ids, tmp_path, dtype):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_under_levels_that_learn_holds_what_was_read(ids, tmp_path, size, padded):
+    """Pieces that end between a level's boundaries leave no empty columns, and can be loaded."""
+    model = small_model(["attention", "attention"], cms_update="lm")
+    cache, path = HopeCache(model.config), tmp_path / "state.safetensors"
+    for number, piece in enumerate(ids.split(size, dim=1)):
+        mask = torch.ones_like(piece)
+        mask[0] = 0 if padded and not number else 1
+        model(piece, attention_mask=mask, past_key_values=cache)
+        assert cache.states["layers.1.mixer"].positions.shape[1] <= cache.get_seq_length()
+        cache.save(path)
+        loaded = HopeCache.load(path, model)
+        for next_piece in (ids[:, :1], ids[:, :4]):
+            expected = model(next_piece, past_key_values=cache.clone()).logits
+            assert torch.allclose(model(next_piece, past_key_values=loaded.clone()).logits, expected)
+    if not padded:
+        assert torch.allclose(expected, model(torch.cat([ids, ids[:, :4]], 1)).logits[:, 13:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_session_goes_on_in_another_precision(model, mixers, ids, tmp_path, dtype):
     exact = model(ids).logits[:, 6:]

@@ -50,6 +50,20 @@ class AttentionState(State):
             name: t.narrow(dim := columns[name], empty, t.shape[dim] - empty) for name, t in tensors.items()
         }
 
+    def tokens_last(self) -> AttentionState:
+        """The state with each row's padding in front of its tokens."""
+        order = self.positions.argsort(dim=1, stable=True)
+        index = order[:, None, :, None].expand_as(self.key)
+        return AttentionState(
+            self.key.gather(2, index), self.value.gather(2, index), self.positions.gather(1, order)
+        )
+
+    def last_columns(self, columns: int) -> AttentionState:
+        """The last columns of the state alone."""
+        return AttentionState(
+            self.key[:, :, -columns:], self.value[:, :, -columns:], self.positions[:, -columns:]
+        )
+
 
 @register_mixer("attention")
 class Attention(nn.Module):
@@ -293,15 +307,9 @@ class Attention(nn.Module):
         if self.window is None:
             return state
         keep = max(self.window - 1, 1)  # one at least: it carries the row's position
-        key, value, positions = state.key, state.value, state.positions
-        if padded:
-            # Move padding to the front, so that the cut below never drops a real token for it; a state
-            # without later padding stays in this order.
-            order = positions.argsort(dim=1, stable=True)
-            index = order[:, None, :, None].expand_as(key)
-            key, value = key.gather(2, index), value.gather(2, index)
-            positions = positions.gather(1, order)
-        return AttentionState(key[:, :, -keep:], value[:, :, -keep:], positions[:, -keep:])
+        # Padding goes to the front, so that the cut never drops a real token for it; a state without later
+        # padding stays in this order.
+        return (state.tokens_last() if padded else state).last_columns(keep)
 
 
 @register_mixer("sliding_window_attention")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from nested_learning.layers.attention.softmax import AttentionState
 from nested_learning.layers.cms import CMSState
 from nested_learning.layers.cms.learning import LearningLevel
 from nested_learning.layers.cms.segments import Segment, Segments
@@ -94,6 +95,11 @@ class LMUpdate:
         of them has come to a boundary.
         """
         check_passes(self.blocks.blocks, tokens.documents)
+        piece, after = self._read(tokens, states)
+        return piece, self._without_gaps(after, states, tokens.x.shape[1])
+
+    def _read(self, tokens: Tokens, states: States) -> tuple[Piece, States]:
+        """`read`, where attention that keeps all tokens may be left with more columns than were read."""
         if tokens.documents is None:
             return self._read_rows(tokens, states)
 
@@ -183,6 +189,21 @@ class LMUpdate:
             return state
 
         return [inside(block, partial(start, block), nothing) for block in self.blocks.blocks]
+
+    def _without_gaps(self, after: States, before: States, length: int) -> States:
+        """`after` a call on `length` columns, with as many more columns of keys and values at most.
+
+        Where rows stand at different places, segments have empty columns. A window drops them; attention
+        without one would keep them for ever, and hold more columns than it has read.
+        """
+        for mixer, start in zip(self.mixer_names, self.start_names, strict=True):
+            held = before.get(mixer)
+            most = length + (held.positions.shape[1] if isinstance(held, AttentionState) else 0)
+            for name in (mixer, start):
+                state = after.get(name)
+                if isinstance(state, AttentionState) and state.positions.shape[1] > most:
+                    after[name] = state.tokens_last().last_columns(most)
+        return after
 
     def _enter(
         self, states: States, segment: Segment, ids: Tensor, learn: Tensor, number: int | None
