@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from nested_learning import HopeCache
 from tests.models.small_models import CASES, RECURRENT, VOCAB, small_model
@@ -115,6 +116,57 @@ def test_new_text_that_repeats_the_old_one(model, ids):
     got = generate(model, again, past_key_values=cache.clone(), attention_mask=mask)
     assert torch.equal(got[:, -8:], expected)
     assert torch.equal(generate(model, again, past_key_values=cache), greedy_loop(model, again, 8))
+
+
+@pytest.mark.parametrize("given", ["keywords", "configuration", "position", "model"])
+def test_an_end_of_text_that_also_pads_is_read_after_a_cache(model, ids, given):
+    """As in a first call, where no mask can be told from such a token."""
+    options = {"pad_token_id": 5, "eos_token_id": [7, 5], "max_new_tokens": 8, "do_sample": False}
+    ids[0, 5] = 5
+    expected = greedy_loop(model, ids, 8)[:, 9:]
+    expected[1:, 1:] = -1  # rows may end; the first token is enough
+    args, kwargs = (), {"generation_config": GenerationConfig(**options)}
+    if given == "keywords":
+        kwargs = options
+    elif given == "position":
+        args, kwargs = (kwargs["generation_config"],), {}
+    elif given == "model":
+        model.generation_config, kwargs = kwargs["generation_config"], {}
+    cache = model(ids[:, :4]).past_key_values
+    got = model.generate(ids[:, 4:], *args, past_key_values=cache, **kwargs)
+    assert torch.equal(got[:, 5], expected[:, 0])
+    assert cache.tokens_seen.tolist() == [cache.get_seq_length()] * 3
+
+
+def test_padding_that_a_configuration_names_is_not_read_after_a_cache(model, ids):
+    cache = model(ids).past_key_values
+    new = torch.cat([torch.full((3, 2), 4), ids[:, :3]], 1)
+    config = GenerationConfig(pad_token_id=4, max_new_tokens=8, do_sample=False)
+    got = model.generate(new, generation_config=config, past_key_values=cache)
+    assert torch.equal(got[:, -8:], greedy_loop(model, torch.cat([ids, ids[:, :3]], 1), 8)[:, -8:])
+
+
+@pytest.mark.parametrize("seen", [3, 7])  # more new embeddings than columns seen, and fewer
+def test_embeddings_after_a_cache(model, ids, seen):
+    """All of them so far, or, by the mask, the new ones."""
+    expected = greedy_loop(model, ids, 8)[:, 9:]
+    cache, embeds = model(ids[:, :seen]).past_key_values, model.get_input_embeddings()(ids)
+    new, all_columns = embeds[:, seen:], torch.ones_like(ids)
+    for given, mask in ((embeds, None), (embeds, all_columns), (new, all_columns)):
+        got = generate(model, None, inputs_embeds=given, attention_mask=mask, past_key_values=cache.clone())
+        assert torch.equal(got, expected)
+    if seen == 7:
+        with pytest.raises(
+            ValueError, match=r"inputs_embeds has 2 columns, the cache has read 7: .*\[batch, 9\]"
+        ):
+            generate(model, None, inputs_embeds=new, past_key_values=cache)
+
+
+def test_a_start_token_after_a_cache(model, ids):
+    cache = model(ids[:1]).past_key_values
+    got = generate(model, None, past_key_values=cache, bos_token_id=3)
+    expected = greedy_loop(model, torch.cat([ids[:1], torch.tensor([[3]])], 1), 8)
+    assert torch.equal(got, expected[:, 9:])
 
 
 def test_continuing_a_padded_batch_from_a_cache(model, ids):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from nested_learning.models.hope.cache_hope import HopeCache
@@ -49,7 +49,8 @@ class HopeGenerationMixin(GenerationMixin):
         that happen to begin with exactly all the ids seen so far, in every row, are taken for all ids, and
         what repeats is not read again. Where that can happen, say which columns are meant: with an
         `attention_mask` over the old and the new columns, such as torch.ones(B, cache.get_seq_length() + T),
-        `inputs` are the new ones.
+        `inputs` are the new ones. Embeddings (`inputs_embeds`) cannot be compared: they are all so far and
+        new ones, as in transformers, unless such a mask says that they are the new ones.
 
         The given cache is advanced, except where rows are multiplied (beams, num_return_sequences): then a
         copy is.
@@ -58,13 +59,15 @@ class HopeGenerationMixin(GenerationMixin):
         `learn_from_generated`. The last token returned is read by the next call, as part of its prompt.
 
         Raises:
-            ValueError: for `learn_from_generated` where no CMS learns in context, for ways to generate that
-                transformers loads from the hub, and for whatever transformers refuses.
+            ValueError: for `learn_from_generated` where no CMS learns in context, for embeddings that are no
+                more than what the cache was fed, for ways to generate that transformers loads from the hub,
+                and for whatever transformers refuses.
         """
         cache = kwargs.get("past_key_values")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if isinstance(cache, HopeCache) and cache.get_seq_length() and input_ids is not None:
-            kwargs["attention_mask"] = self._mask_over_all_columns(cache, input_ids, kwargs)
+        if isinstance(cache, HopeCache) and cache.get_seq_length():
+            config = next(filter(None, (kwargs.get("generation_config"), *args[:1])), self.generation_config)
+            kwargs["attention_mask"] = self._mask_over_all_columns(cache, input_ids, kwargs, config)
         if self.config.cms_learns:
             if not learn_from_generated:  # an assistant is told how much of its input was the prompt
                 kwargs.setdefault("learned_columns", _prompt_columns(cache, input_ids, kwargs))
@@ -81,6 +84,7 @@ class HopeGenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         learned_columns: int | None = None,
         columns_read: int | None = None,
+        embeds_are_new: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, and for Hope:
@@ -88,9 +92,12 @@ class HopeGenerationMixin(GenerationMixin):
         Args:
             learned_columns: columns from here on are read, but not learned from.
             columns_read: of the first `input_ids` of assisted decoding, how many the cache has read.
+            embeds_are_new: whether none of the columns of `inputs_embeds` is in the cache.
         """
         if columns_read is not None and kwargs.get("is_first_iteration"):
             kwargs["next_sequence_length"] = input_ids.shape[1] - columns_read
+        if embeds_are_new and kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = None
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
             past_key_values=past_key_values,  # type: ignore[arg-type]
@@ -139,8 +146,15 @@ class HopeGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        """As in transformers; an assistant's guesses may be taken back up to the last token of the prompt."""
-        cache = model_kwargs.get("past_key_values")
+        """As in transformers; an assistant's guesses may be taken back up to the last token of the prompt.
+
+        Embeddings are those of all columns there. Here a mask that covers more says that they are new ones.
+        """
+        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        if embeds is not None and isinstance(cache, HopeCache):
+            mask = model_kwargs.get("attention_mask")  # None where all of it was 1
+            columns = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[1]
+            model_kwargs = {**model_kwargs, "embeds_are_new": columns > embeds.shape[1]}
         if generation_config.is_assistant and isinstance(cache, HopeCache):
             if not cache.get_seq_length():
                 self._read_prompt(input_ids, cache, generation_config, model_kwargs)
@@ -222,17 +236,43 @@ class HopeGenerationMixin(GenerationMixin):
         return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
 
     def _mask_over_all_columns(
-        self, cache: HopeCache, input_ids: Tensor, kwargs: dict[str, Any]
+        self, cache: HopeCache, input_ids: Tensor | None, kwargs: dict[str, Any], config: GenerationConfig
     ) -> Tensor | None:
         """transformers takes ids for the whole sequence unless the attention mask is longer than they are."""
-        mask = kwargs.get("attention_mask")
+        seen, mask, embeds = cache.get_seq_length(), kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        if embeds is not None:
+            length = embeds.shape[1]
+            if length <= seen and (mask is None or mask.shape[1] <= length):
+                raise ValueError(
+                    f"inputs_embeds has {length} columns, the cache has read {seen}: give the embeddings of "
+                    "all columns and new ones, or the new ones alone with an attention_mask over all "
+                    f"columns, [batch, {seen + length}]"
+                )
+            return mask
+        if input_ids is None:  # generate starts from one token of its own, after those in the cache
+            device = self.device  # type: ignore[attr-defined]
+            return torch.ones(1, seen + 1, dtype=torch.long, device=device) if mask is None else mask
         given_all = mask is not None and mask.shape[1] != input_ids.shape[1]
         if given_all or cache.is_prefix_of(input_ids):
             return mask
         if mask is None:
-            pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
-            mask = torch.ones_like(input_ids) if pad is None else input_ids.ne(pad).long()
-        return torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], dim=1)
+            mask = self._mask_of_padding(input_ids, kwargs, config)
+        return torch.cat([mask.new_ones(len(mask), seen), mask], dim=1)
+
+    def _mask_of_padding(self, input_ids: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> Tensor:
+        """The mask [B, T] that transformers makes where none is given.
+
+        A padding token that also ends texts may be either: then no token is taken for padding.
+        """
+        pad, eos = (
+            next((v for v in (kwargs.get(name), *own) if v is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+            for own in [[getattr(each, name) for each in (config, self.generation_config)]]
+        )
+        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+        if pad is None or int(pad) in ends:
+            return torch.ones_like(input_ids)
+        return input_ids.ne(int(pad)).long()
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: the model counts positions itself. generate makes them for any model that could take them."""
