@@ -377,6 +377,29 @@ def test_bad_input_is_refused(ids):
         model(ids, atention_mask=torch.ones(3, 13))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: {"input_ids": ids[0]}, r"input_ids must be \[batch, tokens\], got \[13\].*\[None\]"),
+        (lambda ids: {"input_ids": ids.float()}, "int64 or int32 token ids, got torch.float32"),
+        (lambda ids: {"input_ids": ids.bool()}, "int64 or int32 token ids, got torch.bool"),
+        (lambda ids: {"input_ids": ids.tolist()}, "must be a tensor .* got list; a tokenizer gives"),
+        (lambda ids: {"inputs_embeds": torch.zeros(3, 1, 7)}, r"\[batch, tokens, 16\], got \[3, 1, 7\]"),
+        (lambda ids: {"inputs_embeds": torch.zeros(3, 16)}, r"\[batch, tokens, 16\], got \[3, 16\]"),
+        (
+            lambda ids: {"input_ids": ids, "attention_mask": ids.tolist()},
+            "attention_mask must be .* got list",
+        ),
+        (lambda ids: {"input_ids": ids, "logits_to_keep": -2}, "logits_to_keep must be .* got -2"),
+        (lambda ids: {"input_ids": ids, "logits_to_keep": 2.5}, "logits_to_keep must be .* got 2.5"),
+        (lambda ids: {"input_ids": ids, "labels": ids.tolist()}, "labels must be .*tensor.* got list"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(ids, change, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(["attention"])(**change(ids))
+
+
 def test_a_cache_of_another_configuration_is_refused(mixers, ids):
     model = small_model(mixers)
     for fields in ({"num_heads": 1}, {"cms_levels": [{"chunk_size": 4}]}):

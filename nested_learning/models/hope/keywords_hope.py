@@ -19,6 +19,8 @@ _REFUSED = {
     "encoder_hidden_states": "Hope has no cross-attention; leave them away",
 }
 
+ID_DTYPES = (torch.int64, torch.int32)  # that an embedding reads
+
 
 def check_keywords(given: Mapping[str, Any], own: Collection[str]) -> None:
     """Pass over keywords of other models, as all models of transformers do, but not over what was meant.
@@ -45,6 +47,26 @@ def check_keywords(given: Mapping[str, Any], own: Collection[str]) -> None:
             raise TypeError(
                 f"forward() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?"
             )
+
+
+def wrong_input(given: Any, width: int | None) -> ValueError:
+    """The error for an input that is neither ids [B, T] nor embeddings [B, T, width].
+
+    Args:
+        given: the input.
+        width: that of embeddings; None for ids.
+    """
+    name = "input_ids" if width is None else "inputs_embeds"
+    shape = "[batch, tokens]" if width is None else f"[batch, tokens, {width}]"
+    if not isinstance(given, Tensor):
+        return ValueError(
+            f"{name} must be a tensor {shape}, got {type(given).__name__}; a tokenizer gives tensors with "
+            "return_tensors='pt'"
+        )
+    if width is None and given.dtype not in ID_DTYPES:
+        return ValueError(f"input_ids must be int64 or int32 token ids, got {given.dtype}; use .long()")
+    hint = "; for one text, give it a batch dimension with [None]" if given.dim() == 1 else ""
+    return ValueError(f"{name} must be {shape}, got {list(given.shape)}{hint}")
 
 
 def check_positions(position_ids: Tensor, given: Tensor, real: Tensor | None) -> None:

@@ -53,6 +53,8 @@ def causal_lm_loss(
 
 
 def _check(logits: Tensor, labels: Tensor, vocab_size: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be an integer tensor [batch, tokens], got {type(labels).__name__}")
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels must be [batch, tokens] = {list(logits.shape[:2])}, as the input, "

@@ -20,7 +20,12 @@ from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.generation_hope import HopeGenerationMixin
-from nested_learning.models.hope.keywords_hope import check_keywords, check_positions
+from nested_learning.models.hope.keywords_hope import (
+    ID_DTYPES,
+    check_keywords,
+    check_positions,
+    wrong_input,
+)
 from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
@@ -231,6 +236,14 @@ class HopeModel(HopePreTrainedModel):
         if input_ids is None and self.cms_learns and self.config.cms_update == "lm":
             raise ValueError("cms_update='lm' learns from tokens: give input_ids, not inputs_embeds")
         given = cast(Tensor, inputs_embeds if input_ids is None else input_ids)
+        width = self.config.hidden_size if input_ids is None else None
+        if not isinstance(given, Tensor) or given.dim() != (2 if width is None else 3):
+            raise wrong_input(given, width)
+        if given.dtype not in ID_DTYPES if width is None else given.shape[2] != width:
+            raise wrong_input(given, width)
+        for name, mask in (("attention_mask", attention_mask), ("learn_mask", learn_mask)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise ValueError(f"{name} must be a tensor [batch, tokens], got {type(mask).__name__}")
         rows, length = given.shape[:2]
         if length == 0:
             raise ValueError("the input has no tokens; give at least one column (a start or padding token)")
@@ -327,6 +340,12 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
         """
         shift_labels = others.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
+        kept = logits_to_keep
+        if isinstance(kept, (float, str)) or (isinstance(kept, int) and kept < 0):
+            raise ValueError(
+                "logits_to_keep must be a number of last positions, 0 for all, or a tensor of positions, "
+                f"got {kept!r}"
+            )
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         outputs = self.model(
