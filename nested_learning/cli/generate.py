@@ -61,6 +61,7 @@ class GenerateConfig:
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or a whole number above 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""

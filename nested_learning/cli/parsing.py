@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice, pairwise
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -71,11 +71,32 @@ def parse(
     for before, after in pairwise([*argv, ""]):
         if before == "--config" or before.startswith("--config="):
             path = before.partition("=")[2] or after
-            check_keys(read_yaml(path), path)
+            if path:  # else the parser says that it is missing
+                check_keys(read_yaml(path), path)
     try:
-        return parser.parse_args(argv, defaults=defaults)
+        return parser.parse_args(_widest_first(argv, known, open_groups), defaults=defaults)
     except ArgumentError as error:
         raise ValueError(str(error)) from error
+
+
+def _widest_first(argv: Sequence[str], known: Collection[str], open_groups: Sequence[str]) -> list[str]:
+    """The arguments with files first, then groups, then the rest: what comes later counts.
+
+    So a flag of one key counts wherever it stands, and is not lost to a file that stands behind it.
+    """
+    groups = {option for option in known if any(other.startswith(f"{option}.") for other in known)}
+    groups |= {f"--{name}" for name in open_groups}
+    files: list[str] = []
+    wide: list[str] = []
+    rest: list[str] = []
+    items = iter(argv)
+    for item in items:
+        flag, equals, _ = item.partition("=")
+        part = files if flag == "--config" else wide if flag in groups else rest
+        part.append(item)
+        if part is not rest and not equals:
+            part += islice(items, 1)
+    return [*files, *wide, *rest]
 
 
 def hide_group_flags(parser: ArgumentParser, aliases: Mapping[str, str]) -> None:

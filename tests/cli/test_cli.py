@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import chain, permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, preset
 from nested_learning.cli.anatomy import parts, state_bytes
 from nested_learning.cli.main import COMMANDS, main
 from nested_learning.cli.output import human_bytes, print_table
+from nested_learning.cli.train import parse_train
 from nested_learning.training.run_folder import RunFolder
 
 MODEL = [
@@ -97,11 +100,14 @@ def test_help_of_everything(capsys):
         (["train", "--steps", "5", "--optim.warmup_steps", "5"], "fewer than the 5 steps"),
         (["train", "--data", "/no/such/text"], "unknown data source '/no/such/text'"),
         (["train", "--config", "/no/such.yaml"], "No such file or directory: /no/such.yaml"),
+        (["train", "--config"], "argument --config: expected one argument"),
         (["train", "--batch_size", "4", "--micro_batch_size", "3"], "Choose a divisor"),
         (["train", "--resume"], "nothing to resume"),
         (["generate"], "model"),
         (["generate", "/no/model"], "'/no/model' is not a folder"),
         (["generate", "x", "--temperature=-1"], "temperature is -1.0"),
+        (["generate", "x", "--seed=-1"], "seed is -1; expected a whole number from 0"),
+        (["chat", "--model", "x", "--seed", "4294967296"], "seed is 4294967296; expected"),
         (["generate", "x", "--max_new_token", "3"], "Did you mean '--max_new_tokens'?"),
         (["info", "hope-1.4b"], "Did you mean 'hope-1.3b'?"),
         (["info", "hope-tiny", "--tokens", "0"], "--tokens is [0]"),
@@ -172,6 +178,25 @@ def test_yaml_and_flags_make_one_configuration(text, tmp_path, capsys):
     assert "already holds a run" in refused(capsys, "train", *flags, *MODEL, *DATA)
     path.write_text("optim: {weigth_decay: 1}\n")
     assert "Did you mean 'optim.weight_decay'?" in refused(capsys, "train", "--config", str(path))
+
+
+FLAGS = (["--steps", "2"], ["--optim.lr=0.5"], ["--config", "run.yaml"])
+
+
+@pytest.mark.parametrize("argv", list(permutations(FLAGS)))
+def test_a_flag_counts_on_either_side_of_a_file(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("steps: 3\nbatch_size: 2\noptim: {lr: 1.0, weight_decay: 0.3}\n")
+    config, _ = parse_train([*chain(*argv)])
+    assert (config.steps, config.batch_size, config.optim.lr, config.optim.weight_decay) == (2, 2, 0.5, 0.3)
+
+
+@pytest.mark.parametrize("turned", [1, -1])
+def test_a_flag_counts_on_either_side_of_its_group(turned):
+    argv = ["--model.num_heads=2", '--model={"hidden_size": 32, "num_heads": 4}']
+    assert parse_train(argv[::turned])[0].model == {"hidden_size": 32, "num_heads": 2}
+    optim = parse_train(["--optim.lr=0.5", '--optim={"lr": 1.0, "weight_decay": 0.3}'][::turned])[0].optim
+    assert (optim.lr, optim.weight_decay) == (0.5, 0.3)
 
 
 # train -----------------------------------------------------------------------------------------------
