@@ -1,9 +1,10 @@
-"""Derivatives that go forward: torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad."""
+"""Derivatives that go forward (torch.func.jvp, jacfwd, hessian, forward_ad), and gradients of gradients."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nested_learning.layers.registry import build_mixer
 from nested_learning.memory.engines import generic, token
@@ -70,6 +71,21 @@ def test_jacobian_and_hessian(name):
     torch.testing.assert_close(jacfwd(run)(x), jacrev(run)(x), rtol=1e-11, atol=1e-11)
     along = (hessian(energy)(x).flatten(3) @ v.flatten()).view_as(x)
     torch.testing.assert_close(along, difference(grad(energy), x, v), **CLOSE)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_gradients_of_gradients(name):
+    layer, x, v = layer_and_input(name)
+
+    def gradient(x):
+        with sdpa_kernel(SDPBackend.MATH):
+            energy = layer(x)[0].square().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    x, step = x.requires_grad_(), 1e-6
+    (along,) = torch.autograd.grad((gradient(x) * v).sum(), x)
+    expected = (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+    torch.testing.assert_close(along, expected.detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("recompute", [None, "chunk"])
