@@ -94,7 +94,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """
     if not tensors:
         return True
-    here = [local(t) for t in tensors]
+    here = [_numbers(local(t)) for t in tensors]
     home = here[0].device
     norms = torch.stack([n.to(home, torch.float32) for n in torch._foreach_norm(here)])
     finite = bool(norms.isfinite().all())
@@ -103,6 +103,30 @@ def all_finite(tensors: list[Tensor]) -> bool:
     if any(is_sharded(t) for t in tensors):
         return bool(agreed(tensors, torch.tensor([finite], device=home)).all())
     return finite
+
+
+def nonfinite_message(optimizer: Optimizer) -> str:
+    """The parameters of an optimizer whose gradients are not finite, in words."""
+    named = {
+        f"parameter {i} of group {g}, shape {tuple(p.shape)}": p.grad
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+        if p.grad is not None
+    }
+    flags = torch.tensor([bool(_numbers(local(grad)).isfinite().all()) for grad in named.values()])
+    home = local(next(iter(named.values()))).device
+    finite = agreed(list(named.values()), flags.to(home)).tolist()
+    where = [name for name, usable in zip(named, finite, strict=True) if not usable]
+    more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+    return (
+        f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
+        "changed. Lower the learning rate, clip the gradients, or pass error_if_nonfinite=False to skip."
+    )
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    """The elements of a gradient; those that are stored of a sparse one."""
+    return grad if grad.layout == torch.strided else grad._values()
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -204,6 +228,7 @@ class BaseOptimizer(Optimizer):
     }
     one_memory: ClassVar[bool] = False  # parameters of a group share a state, so that all are needed at once
     parameter_shaped: ClassVar[tuple[str, ...]] = ()  # state entries that have their parameter's shape
+    is_checked = False  # the gradients of this step were looked at, by the optimizer that holds this one
 
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
         self.error_if_nonfinite: bool = arguments["error_if_nonfinite"]
@@ -250,7 +275,7 @@ class BaseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._gradients_are_usable():
+        if self.is_checked or self.gradients_are_usable():
             self._apply()
         return loss
 
@@ -307,8 +332,8 @@ class BaseOptimizer(Optimizer):
         """Whether the direction of one element of `p` depends on other elements' gradients."""
         return True
 
-    def _gradients_are_usable(self) -> bool:
-        """Refuse sparse and complex gradients; count, or raise for, non-finite ones."""
+    def gradients_are_usable(self) -> bool:
+        """Refuse sparse and complex gradients; skip the step, or raise, for non-finite ones."""
         grads = []
         for group in self.param_groups:
             for p in group["params"]:
@@ -323,26 +348,13 @@ class BaseOptimizer(Optimizer):
         if all_finite(grads):
             return True
         if self.error_if_nonfinite:
-            raise FloatingPointError(self._nonfinite_message())
-        self.skipped_steps += 1
+            raise FloatingPointError(nonfinite_message(self))
+        self.skip()
         return False
 
-    def _nonfinite_message(self) -> str:
-        named = {
-            f"parameter {i} of group {g}, shape {tuple(p.shape)}": p.grad
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if p.grad is not None
-        }
-        flags = torch.tensor([bool(local(grad).isfinite().all()) for grad in named.values()])
-        home = local(next(iter(named.values()))).device
-        finite = agreed(list(named.values()), flags.to(home)).tolist()
-        where = [name for name, usable in zip(named, finite, strict=True) if not usable]
-        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-        return (
-            f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
-            "changed. Lower the learning rate, clip the gradients, or pass error_if_nonfinite=False to skip."
-        )
+    def skip(self) -> None:
+        """Let a step go by that changes neither weights nor state."""
+        self.skipped_steps += 1
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """The directions u, in the parameters' shapes; updates `self.state`, leaves `grads` alone."""

@@ -202,23 +202,26 @@ class DeltaGD(BaseOptimizer):
             }
         super()._apply()
 
-    def _gradients_are_usable(self) -> bool:
-        usable = super()._gradients_are_usable()
-        if usable:
-            params = [p for group in self.param_groups for p in group["params"]]
-            self._means = {
-                p: self._mean_moment(p) for p in params if p.grad is not None and p in self._moments
-            }
-            usable = all_finite(list(self._means.values()))
-            if not usable and self.error_if_nonfinite:
-                raise FloatingPointError(
-                    "inputs of a layer that are not finite, or whose squares overflow. No parameter was "
-                    "changed. Normalise them, or pass error_if_nonfinite=False to skip."
-                )
-            self.skipped_steps += not usable
-        if not usable:
-            self._moments.clear()
-        return usable
+    def gradients_are_usable(self) -> bool:
+        """As of the base, and that the mean inputs are finite."""
+        if not super().gradients_are_usable():
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._means = {p: self._mean_moment(p) for p in params if p.grad is not None and p in self._moments}
+        if all_finite(list(self._means.values())):
+            return True
+        if self.error_if_nonfinite:
+            raise FloatingPointError(
+                "inputs of a layer that are not finite, or whose squares overflow. No parameter was "
+                "changed. Normalise them, or pass error_if_nonfinite=False to skip."
+            )
+        self.skip()
+        return False
+
+    def skip(self) -> None:
+        """Let a step go by, with the inputs that were collected for it."""
+        super().skip()
+        self._moments.clear()
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         directions = []

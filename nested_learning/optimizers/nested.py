@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import Group, check_header, header, load_exactly
+from nested_learning.optimizers.base import (
+    BaseOptimizer,
+    Group,
+    all_finite,
+    check_header,
+    header,
+    load_exactly,
+    nonfinite_message,
+)
 
 # In every state_dict; the rest of an optimizer's own stands in "optimizers".
 NAMED = ("state", "param_groups")
@@ -22,7 +30,8 @@ class NestedOptimizer(Optimizer):
     To schedulers, GradScaler, transformers' Trainer and torch.distributed.checkpoint it is one optimizer:
     `param_groups` are the groups of all, `state` has the states of all, both live, and its state_dict numbers
     the parameters of all in one row. Copies (copy.deepcopy, pickle) of a model and its optimizer together go
-    on as the originals would, as far as the optimizers inside do.
+    on as the originals would, as far as the optimizers inside do. Where one of them is of this package, which
+    skip (or refuse) a step with a NaN or infinite gradient, all do, whoever has that gradient.
 
     Args:
         optimizers: one or more. Groups that are added later go to the last one.
@@ -79,14 +88,51 @@ class NestedOptimizer(Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every optimizer; returns what `closure`, called once before, returns."""
+        """One step of every optimizer; returns what `closure`, called once before, returns.
+
+        Raises:
+            FloatingPointError: a gradient has a NaN or infinite element, and one of the optimizers was made
+                with `error_if_nonfinite`. Nothing was changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        if not self._gradients_are_usable():
+            return loss
+        try:
+            for ours in self._ours():
+                ours.is_checked = True
+            for optimizer in self.optimizers:
+                optimizer.step()
+        finally:
+            for ours in self._ours():
+                ours.is_checked = False
         return loss
+
+    def _ours(self) -> list[BaseOptimizer]:
+        """The optimizers that look at their gradients."""
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, BaseOptimizer)]
+
+    @torch.no_grad()
+    def _gradients_are_usable(self) -> bool:
+        """Whether all may step: half a step, where one skips it, is none of the model's."""
+        ours = self._ours()
+        if not ours:
+            return True
+        usable = [optimizer.gradients_are_usable() for optimizer in ours]  # each skips for itself, or raises
+        others = (each for each in self.optimizers if each not in ours)
+        groups = (group for optimizer in others for group in optimizer.param_groups)
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if not all_finite(grads):
+            if any(optimizer.error_if_nonfinite for optimizer in ours):
+                raise FloatingPointError(nonfinite_message(self))
+        elif all(usable):
+            return True
+        for optimizer, was_usable in zip(ours, usable, strict=True):
+            if was_usable:
+                optimizer.skip()
+        return False
 
     # -- copies and checkpoints
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nested_learning.optimizers import DeltaMomentum, MultiFrequency, NestedOptimizer
+from nested_learning.optimizers import M3, DeltaMomentum, MultiFrequency, NestedOptimizer
 
 
 def weights(*sizes):
@@ -94,3 +94,46 @@ def test_an_optimizer_loaded_from_one_that_goes_on_has_states_of_its_own(make):
     feed(second, range(4, 9))
     for p, q in zip(params, copies, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_gradient_of_one_skips_the_step_of_all(bad, value):
+    params = weights(3, 4, 5)
+    optimizer = nested(params, delta, adamw, lambda params: M3(params, lr=0.1))
+    feed(optimizer, range(2))
+    before = copy.deepcopy((optimizer.state_dict()["state"], params))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[bad].grad[0, 0] = value
+    optimizer.step()
+    torch.testing.assert_close((optimizer.state_dict()["state"], params), before, rtol=0, atol=0)
+    assert [optimizer.optimizers[0].skipped_steps, optimizer.optimizers[2].skipped_steps] == [1, 1]
+    feed(optimizer, range(2, 3))  # and goes on
+    assert all(not torch.equal(p, was) for p, was in zip(params, before[1], strict=True))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_gradient_of_one_is_refused_by_all(bad):
+    params = weights(3, 4)
+    optimizer = nested(params, lambda params: DeltaMomentum(params, lr=0.1, error_if_nonfinite=True), adamw)
+    feed(optimizer, range(1))
+    before = copy.deepcopy(params)
+    params[bad].grad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"parameter 0 of group .* No parameter was changed"):
+        optimizer.step()
+    torch.testing.assert_close(params, before, rtol=0, atol=0)
+    feed(optimizer, range(1, 2))
+    assert all(not torch.equal(p, was) for p, was in zip(params, before, strict=True))
+
+
+def test_sparse_gradients_of_another_are_looked_at_too():
+    embedding, weight = nn.Embedding(5, 2, sparse=True), weights(3)[0]
+    sparse = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
+    optimizer = NestedOptimizer([sparse, delta([weight])])
+    before = copy.deepcopy(embedding.weight)
+    for scale in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        (scale * (embedding(torch.tensor([1, 1])).sum() + weight.sum())).backward()
+        optimizer.step()
+        assert torch.equal(embedding.weight, before) == (scale != 1.0)
