@@ -153,23 +153,30 @@ def header(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def check_header(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """ValueError where a state_dict says that it is of another optimizer, or of other parameters."""
-    mine, said = header(optimizer), state_dict.get("optimizer", {})
-    if said.get("name", mine["name"]) != mine["name"]:
-        raise ValueError(
-            f"this state_dict does not belong to {mine['name']}: it was saved by {said['name']}. Build that "
-            "optimizer to load it."
-        )
-    shapes = said.get("shapes", mine["shapes"])
-    for g, (own, saved) in enumerate(zip(mine["shapes"], shapes, strict=True)):
-        for i, (shape, other) in enumerate(zip(own, saved, strict=True)):
-            if shape != list(other):
-                raise ValueError(_other_model(g, i, shape, other))
+def check_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """ValueError where a state_dict says that it is of another optimizer."""
+    mine = header(optimizer)["name"]
+    name = state_dict.get("optimizer", {}).get("name", mine)
+    if name != mine:
+        raise foreign(mine, f"it was saved by {name}")
 
 
-def _other_model(group: int, index: int, shape: Iterable[int], saved: Iterable[int]) -> str:
-    return (
+def foreign(name: str, why: str) -> ValueError:
+    """The error for a state_dict of something else than the optimizer of that name."""
+    return ValueError(f"this state_dict does not belong to {name}: {why}. Build that optimizer to load it.")
+
+
+def check_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """ValueError where a state_dict of as many parameters says that it is for those of another model."""
+    saved = state_dict.get("optimizer", {}).get("shapes")
+    for g, shapes in enumerate([] if saved is None else header(optimizer)["shapes"]):
+        for i, shape in enumerate(shapes):
+            if shape != list(saved[g][i]):
+                raise _other_model(g, i, shape, saved[g][i])
+
+
+def _other_model(group: int, index: int, shape: Iterable[int], saved: Iterable[int]) -> ValueError:
+    return ValueError(
         f"the state_dict is for another model: parameter {index} of group {group} has shape {tuple(shape)}, "
         f"the saved one {tuple(saved)}"
     )
@@ -437,36 +444,27 @@ class BaseOptimizer(Optimizer):
         self.skipped_steps = state_dict.get("optimizer", {}).get("skipped_steps", 0)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        mine = self._name
         missing = {"state", "param_groups"} - state_dict.keys()
         if missing:
             raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
-        name = state_dict.get("optimizer", {}).get("name", mine)
+        check_name(self, state_dict)
         groups = state_dict["param_groups"]
         lacking = sorted({key for group in groups for key in self.options if key not in group})
-        if name != mine or lacking:
-            why = f"its groups lack {', '.join(lacking)}" if name == mine else f"it was saved by {name}"
-            raise ValueError(
-                f"this state_dict does not belong to {mine}: {why}. Build that optimizer to load it."
-            )
+        if lacking:
+            raise foreign(self._name, f"its groups lack {', '.join(lacking)}")
         sizes, own_sizes = [[len(g["params"]) for g in gs] for gs in (groups, self.param_groups)]
         if sizes != own_sizes:
             raise ValueError(
                 f"the state_dict has groups of {sizes} parameters, this optimizer of {own_sizes}. Build it "
                 "with the same groups, those added later included, before loading."
             )
-        self._check_shapes(state_dict)
-
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        shapes = state_dict.get("optimizer", {}).get("shapes")
-        for g, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=True)):
+        check_shapes(self, state_dict)
+        for g, (group, saved) in enumerate(zip(self.param_groups, groups, strict=True)):
             for i, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                found = [list(shapes[g][i])] if shapes else []
                 state = state_dict["state"].get(key, {})
-                found += [list(state[name].shape) for name in self.parameter_shaped if name in state]
-                wrong = next((shape for shape in found if shape != list(p.shape)), None)
-                if wrong is not None:
-                    raise ValueError(_other_model(g, i, p.shape, wrong))
+                for shape in (state[name].shape for name in self.parameter_shaped if name in state):
+                    if shape != p.shape:
+                        raise _other_model(g, i, p.shape, shape)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16).

@@ -14,7 +14,8 @@ from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
     all_finite,
-    check_header,
+    check_name,
+    check_shapes,
     header,
     load_exactly,
     nonfinite_message,
@@ -73,6 +74,9 @@ class NestedOptimizer(Optimizer):
     def owner(self, parameter: Tensor) -> Optimizer:
         """The optimizer that trains a parameter. KeyError where none does."""
         for optimizer in self.optimizers:
+            if parameter in optimizer.state:  # sooner than a search of the groups
+                return optimizer
+        for optimizer in self.optimizers:
             if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
                 return optimizer
         raise KeyError("no optimizer trains this parameter")
@@ -98,41 +102,28 @@ class NestedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._gradients_are_usable():
+        ours = self._ours()
+        if not _usable(self, ours):
             return loss
         try:
-            for ours in self._ours():
-                ours.is_checked = True
+            for each in ours:
+                each.is_checked = True
             for optimizer in self.optimizers:
                 optimizer.step()
         finally:
-            for ours in self._ours():
-                ours.is_checked = False
+            for each in ours:
+                each.is_checked = False
         return loss
 
     def _ours(self) -> list[BaseOptimizer]:
-        """The optimizers that look at their gradients."""
-        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, BaseOptimizer)]
-
-    @torch.no_grad()
-    def _gradients_are_usable(self) -> bool:
-        """Whether all may step: half a step, where one skips it, is none of the model's."""
-        ours = self._ours()
-        if not ours:
-            return True
-        usable = [optimizer.gradients_are_usable() for optimizer in ours]  # each skips for itself, or raises
-        others = (each for each in self.optimizers if each not in ours)
-        groups = (group for optimizer in others for group in optimizer.param_groups)
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if not all_finite(grads):
-            if any(optimizer.error_if_nonfinite for optimizer in ours):
-                raise FloatingPointError(nonfinite_message(self))
-        elif all(usable):
-            return True
-        for optimizer, was_usable in zip(ours, usable, strict=True):
-            if was_usable:
-                optimizer.skip()
-        return False
+        """The optimizers that look at their gradients, of those within others here too."""
+        found: list[BaseOptimizer] = []
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, NestedOptimizer):
+                found += optimizer._ours()
+            elif isinstance(optimizer, BaseOptimizer):
+                found.append(optimizer)
+        return found
 
     # -- copies and checkpoints
 
@@ -170,7 +161,8 @@ class NestedOptimizer(Optimizer):
         for optimizer, part in zip(self.optimizers, self._apart(state_dict), strict=True):
             check = getattr(optimizer, "_check_state_dict", None)
             if check is None:  # one of torch's
-                check_header(optimizer, part)
+                check_name(optimizer, part)
+                check_shapes(optimizer, part)
             else:
                 check(part)
 
@@ -204,6 +196,31 @@ class NestedOptimizer(Optimizer):
         return found
 
 
+@torch.no_grad()
+def _usable(nested: NestedOptimizer, ours: Sequence[BaseOptimizer]) -> bool:
+    """Whether all may step: half a step, where one skips it, is none of the model's.
+
+    Args:
+        nested: the optimizers.
+        ours: those of them that look at their gradients; each skips for itself, or raises.
+    """
+    pending = [optimizer for optimizer in ours if not optimizer.is_checked]
+    if not pending:
+        return True
+    usable = [optimizer.gradients_are_usable() for optimizer in pending]
+    looked_at = {p for optimizer in ours for group in optimizer.param_groups for p in group["params"]}
+    params = (p for group in nested.param_groups for p in group["params"] if p not in looked_at)
+    if not all_finite([p.grad for p in params if p.grad is not None]):
+        if any(optimizer.error_if_nonfinite for optimizer in ours):
+            raise FloatingPointError(nonfinite_message(nested))
+    elif all(usable):
+        return True
+    for optimizer, was_usable in zip(pending, usable, strict=True):
+        if was_usable:
+            optimizer.skip()
+    return False
+
+
 class _States(MutableMapping[Tensor, Any]):
     """The states of several optimizers, as one mapping by parameter."""
 
@@ -211,9 +228,6 @@ class _States(MutableMapping[Tensor, Any]):
         self.nested = nested
 
     def __getitem__(self, parameter: Tensor) -> Any:
-        for optimizer in self.nested.optimizers:
-            if parameter in optimizer.state:  # sooner than a search of the groups
-                return optimizer.state[parameter]
         return self.nested.owner(parameter).state[parameter]
 
     def __setitem__(self, parameter: Tensor, state: Any) -> None:

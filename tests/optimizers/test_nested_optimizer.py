@@ -113,6 +113,23 @@ def test_a_bad_gradient_of_one_skips_the_step_of_all(bad, value):
     assert all(not torch.equal(p, was) for p, was in zip(params, before[1], strict=True))
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_bad_gradient_within_another_nested_optimizer_skips_the_step_of_all(bad):
+    params = weights(3, 4, 5, 6)
+    inner = nested(params[1:3], delta, adamw)
+    optimizer = NestedOptimizer([adamw(params[:1]), inner, sgd(params[3:])])
+    feed(optimizer, range(2))
+    before = copy.deepcopy((optimizer.state_dict()["state"], params))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[bad].grad[0, 0] = float("nan")
+    optimizer.step()
+    torch.testing.assert_close((optimizer.state_dict()["state"], params), before, rtol=0, atol=0)
+    assert inner.optimizers[0].skipped_steps == 1
+    feed(optimizer, range(2, 3))
+    assert all(not torch.equal(p, was) for p, was in zip(params, before[1], strict=True))
+
+
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_bad_gradient_of_one_is_refused_by_all(bad):
     params = weights(3, 4)
