@@ -36,6 +36,11 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
+def require_seed(seed: int) -> None:
+    """Raise the ValueError of a setting `seed` that random generators do not take."""
+    require(0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+
+
 def check_types(config: Any, prefix: str = "", how: str = "--{}") -> None:
     """Check the fields of a dataclass against their annotations.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nested_learning._checks import check_types, require
+from nested_learning._checks import check_types, require, require_seed
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class ChatConfig:
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number above 0")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+        require_seed(self.seed)
         require(self.replay >= 0, "replay", self.replay, "0 or a number of tokens")
         require(
             self.replay_choose in ("random", "surprise"),

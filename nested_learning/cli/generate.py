@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from nested_learning._checks import check_types, require
+from nested_learning._checks import check_types, require, require_seed
 from nested_learning._progress import Progress, progress
 from nested_learning.cli.output import human_bytes, print_json, say
 from nested_learning.cli.parsing import new_parser, parse
@@ -61,7 +61,7 @@ class GenerateConfig:
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(self.top_k >= 0, "top_k", self.top_k, "0 or a whole number above 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+        require_seed(self.seed)
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nested_learning._checks import LARGEST, check_types, require
+from nested_learning._checks import LARGEST, check_types, require, require_seed
 from nested_learning.training.data.config import DataConfig
 
 DEFAULT_STEPS = 1000
@@ -162,7 +162,7 @@ class TrainConfig:
         few = "0, or 2 tokens or more"
         require(self.memory_tokens == 0 or self.memory_tokens >= 2, "memory_tokens", self.memory_tokens, few)
         require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "0 or more tokens")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 2**32 - 1")
+        require_seed(self.seed)
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
         if self.max_minutes is not None:
             require(

@@ -67,8 +67,7 @@ def test_a_sequence_and_what_follows_it(build, fill):
         loss = y[real].square().sum() + after.square().sum()
         gradients = torch.autograd.grad(loss, list(layer.parameters()))
         results.append([y[real], after, *gradients])
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 @layers
@@ -83,5 +82,4 @@ def test_single_tokens(build, fill):
             ys.append(y)
         ys = torch.cat(ys, 1)
         outputs.append([ys[real], layer(x, state)[0]])
-    for expected, got in zip(*outputs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-12)

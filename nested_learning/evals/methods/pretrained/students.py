@@ -209,7 +209,6 @@ class LevelStudent(Student):
     ) -> None:
         super().__init__(model)
         self.block, self.answers, self.examples = levels[0].chunk_size, answers, examples
-        self.replays = replay is not None
         positions, overlap = window or (None, None)
         self.learner = stack_levels(
             model, levels=levels, window=positions, overlap=overlap, starts=starts, replay=replay
@@ -222,7 +221,7 @@ class LevelStudent(Student):
     def learn(self, reading: Reading) -> None:
         if self.examples is not None:
             self.examples.learn(reading)
-        if self.replays:  # passage by passage: each is kept with its label
+        if self.learner.replayer is not None:  # passage by passage: each is kept with its label
             for piece in reading.spaced(self.block):
                 mask = torch.tensor(piece.mask).bool()
                 self.learner.observe(torch.tensor(piece.ids), learn_mask=mask, label=piece.label)
