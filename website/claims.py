@@ -1,6 +1,6 @@
 """Verdicts on the paper's claims, from the evaluation's runs that the repository keeps.
 
-python -m website.claims              write docs/evaluations/report.html and the table in docs/results.md
+python -m website.claims              write docs/evaluations/report.html and the tables in docs/results.md
 python -m website.claims FILE ...     the same, with runs of other trials.jsonl files taken over before
 
 No run is made: docs/evaluations/trials.jsonl has a line for each one that was, with its figures, its machine
@@ -22,12 +22,12 @@ from nested_learning.evals import known_tasks
 from nested_learning.evals.kept import finished_lines, identity_of
 from nested_learning.evals.report.write import markdown_cells, write_report
 from nested_learning.evals.runner import EvalConfig, TaskResult, evaluate
+from website.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "evaluations" / "trials.jsonl"
 PAGE = ROOT / "docs" / "evaluations" / "report.html"
 RESULTS = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- claims: written by python -m website.claims -->\n", "<!-- end of claims -->\n"
 NUMBER = re.compile(r"\((\d+)\) ")
 
 
@@ -92,18 +92,42 @@ def take_over(paths: Sequence[Path]) -> int:
     return len(runs) - len(kept)
 
 
+def blocks(found: Sequence[TaskResult]) -> dict[str, str]:
+    """What docs/results.md says of the kept runs, by the name of the block: claims, and each table."""
+    rows = {result.task.name: result.rows for result in found}
+    return {"claims": table(found), **{each.name: each.text(rows.get(each.task, {})) for each in TABLES}}
+
+
+def markers(block: str) -> tuple[str, str]:
+    """The lines of docs/results.md between which a block stands."""
+    return f"<!-- {block}: written by python -m website.claims -->\n", f"<!-- end of {block} -->\n"
+
+
+def parts(text: str, block: str) -> tuple[str, str, str]:
+    """The text before a block with its marker, the block, and the text from its end on.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    begin, end = markers(block)
+    before, found, rest = text.partition(begin)
+    inside, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{RESULTS} has no lines {begin.strip()!r} and {end.strip()!r} to write between")
+    return before + begin, inside, end + after
+
+
 def write() -> None:
-    """Write the page and the table from the kept runs."""
+    """Write the page and the tables from the kept runs."""
     found = results()
     with tempfile.TemporaryDirectory() as folder:
         write_report(found, command(), Path(folder))
         write_text(PAGE, (Path(folder) / PAGE.name).read_text(encoding="utf-8"))
     text = RESULTS.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{RESULTS} has no lines {BEGIN.strip()!r} and {END.strip()!r} to write between")
-    write_text(RESULTS, f"{before}{BEGIN}{table(found)}{END}{after}")
+    for name, block in blocks(found).items():
+        before, _, after = parts(text, name)
+        text = before + block + after
+    write_text(RESULTS, text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The runs that docs/evaluations keeps lead to the verdicts that docs/results.md states."""
 
 import json
+import re
 
 import pytest
 
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.runner import SEEDS
 from website import claims
+from website.tables import TABLES
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,20 @@ def test_every_kept_run_has_its_place_in_the_report(results):
     assert all(line["made"]["git"] and line["made"]["device_name"] for line in lines)
 
 
-def test_the_table_of_claims_is_that_of_the_runs(results):
-    _, _, rest = claims.RESULTS.read_text(encoding="utf-8").partition(claims.BEGIN)
-    assert rest.partition(claims.END)[0] == claims.table(results)
-    assert claims.table(results).count("| **") >= len(results)
+def test_the_tables_of_the_page_are_those_of_the_runs(results):
+    text = claims.RESULTS.read_text(encoding="utf-8")
+    blocks = claims.blocks(results)
+    for name, block in blocks.items():
+        assert claims.parts(text, name)[1] == block, name
+    assert blocks["claims"].count("| **") >= len(results)
+    assert set(re.findall(r"<!-- (?!end of )(.*?):", text)) == set(blocks)
+
+
+def test_every_cell_of_a_table_has_a_figure(results):
+    rows = {result.task.name: result.rows for result in results}
+    for each in TABLES:
+        lines = [line.split(" | ") for line in each.text(rows[each.task]).splitlines()[2:]]
+        assert sum(cell.strip("| ") == "" for line in lines for cell in line) <= 1, each.name
 
 
 def test_rows_have_three_seeds_or_say_so(results):

@@ -1,0 +1,234 @@
+"""Tables of docs/results.md that the evaluation's kept runs fill: methods by figures, means over the seeds.
+
+`python -m website.claims` writes each between the two lines of the page that name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Protocol
+
+from nested_learning.evals.claims import interval
+from nested_learning.evals.report.write import markdown_cells
+from nested_learning.evals.rows import MethodRow, MethodRows
+
+MIXERS = {
+    "transformer": "transformer",
+    "linear-attention": "linear attention",
+    "deltanet": "DeltaNet",
+    "gated-deltanet": "Gated DeltaNet",
+    "titans": "Titans",
+    "self-modifying-titans": "self-modifying Titans",
+}
+MODELS = {**MIXERS, "hope": "Hope", "hope-in-context": "Hope in context", "hope-attention": "Hope-Attention"}
+
+
+class Cells(Protocol):
+    """What a table says of each method under one heading."""
+
+    def texts(self, rows: MethodRows, methods: Sequence[str]) -> list[str]:
+        """One cell for each method; empty where it has no such figures."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over the seeds of one figure or of several.
+
+    Attributes:
+        figures: their names.
+        decimals: of each.
+        joined: what stands between several.
+        best: "highest" or "lowest" of the first figure stands out; None: no cell does.
+        exact: whole numbers stand without decimals, so that 1 says of every seed what 1.00 does not.
+    """
+
+    figures: tuple[str, ...]
+    decimals: int = 3
+    joined: str = " / "
+    best: str | None = None
+    exact: bool = False
+
+    def texts(self, rows: MethodRows, methods: Sequence[str]) -> list[str]:
+        """As `Cells.texts`."""
+        means = [[_mean(rows.get(method), figure) for figure in self.figures] for method in methods]
+        firsts = [values[0] for values in means if values[0] is not None]
+        bold = None
+        if self.best and firsts:
+            bold = self._text(max(firsts) if self.best == "highest" else min(firsts))
+        texts = []
+        for values in means:
+            found = [self._text(value) for value in values if value is not None]
+            text = self.joined.join(found)
+            texts.append(f"**{text}**" if found and found[0] == bold else text)
+        return texts
+
+    def _text(self, value: float) -> str:
+        decimals = 0 if self.exact and value == round(value) else self.decimals
+        return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The paired difference of a figure to that of one method, with its 95 % interval.
+
+    Attributes:
+        figure: its name.
+        to: the method.
+        less: by how much less a method has, in place of how much more.
+        decimals: of each number.
+    """
+
+    figure: str
+    to: str
+    less: bool = False
+    decimals: int = 3
+
+    def texts(self, rows: MethodRows, methods: Sequence[str]) -> list[str]:
+        """As `Cells.texts`; the method that the others are compared with has an empty cell."""
+        return [self._text(rows, method) for method in methods]
+
+    def _text(self, rows: MethodRows, method: str) -> str:
+        if method == self.to or method not in rows or self.to not in rows:
+            return ""
+        ours, theirs = rows[method].values(self.figure), rows[self.to].values(self.figure)
+        sign = -1 if self.less else 1
+        differences = [sign * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        found = interval(differences)
+        if found is None:
+            return ""
+        numbers = [f"{value:.{self.decimals}f}".replace("-", "−") for value in (fmean(differences), *found)]
+        return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table of docs/results.md.
+
+    Attributes:
+        name: in the lines around it.
+        task: whose rows it shows.
+        methods: headings by method.
+        cells: what is said of each, by heading.
+        across: methods stand beside one another, not below.
+        corner: heading of the headings.
+    """
+
+    name: str
+    task: str
+    methods: Mapping[str, str]
+    cells: Mapping[str, Cells] = field(default_factory=dict)
+    across: bool = True
+    corner: str = ""
+
+    def text(self, rows: MethodRows) -> str:
+        """Its Markdown, for the rows of its task."""
+        found = {label: each.texts(rows, list(self.methods)) for label, each in self.cells.items()}
+        lines = [[label, *texts] for label, texts in found.items()]
+        heads = [self.corner, *self.methods.values()]
+        if not self.across:
+            heads = [self.corner, *found]
+            columns = zip(*found.values(), strict=True)
+            lines = [[label, *cells] for label, cells in zip(self.methods.values(), columns, strict=True)]
+        ruler = "|" + "---|" * len(heads)
+        return "\n".join([markdown_cells(heads), ruler, *map(markdown_cells, lines)]) + "\n"
+
+
+def _mean(row: MethodRow | None, figure: str) -> float | None:
+    return None if row is None else row.mean(figure)
+
+
+def _bits(figure: str) -> Means:
+    return Means((figure,), best="lowest")
+
+
+def _bins(language: str) -> Means:
+    return Means(tuple(f"{language} bin {n}" for n in range(3)), decimals=2, exact=True)
+
+
+def _documents(alone: str) -> dict[str, Cells]:
+    """What is said of readers of long documents, and beside which one."""
+    quarters = tuple(f"quarter {n}" for n in range(1, 5))
+    return {
+        "bits per byte": _bits("bits per byte"),
+        "by quarter": Means(quarters, joined=", "),
+        "of the window alone": Difference("bits per byte", alone),
+        "seconds": Means(("seconds",), decimals=0),
+    }
+
+
+TABLES = (
+    ResultTable(
+        "language",
+        "language",
+        MODELS,
+        {
+            "held-out text": _bits("bits_per_byte"),
+            "WikiText-2, never seen": _bits("wikitext2"),
+            "documents of 2,048 bytes, from the empty state": _bits("empty"),
+            "… the state carried": _bits("carried"),
+        },
+    ),
+    ResultTable(
+        "ablations",
+        "ablations",
+        {
+            "hope-full": "whole: DGD, momentum, retention, CMS of two levels, adaptive k, v, q",
+            "hope-no-dgd": "gradient descent in place of DGD",
+            "hope-no-momentum": "no momentum",
+            "hope-no-retention": "no retention (weight decay)",
+            "hope-no-cms": "one MLP of as many parameters in place of the CMS",
+            "hope-static-k": "static k",
+            "hope-static-v": "static v",
+            "hope-static-q": "static q (the paper's Hope)",
+        },
+        {
+            "bits per byte": _bits("bits_per_byte"),
+            "less than the whole by": Difference("bits_per_byte", "hope-full", less=True),
+        },
+        across=False,
+    ),
+    ResultTable(
+        "formal",
+        "formal",
+        {"lstm": "LSTM", **MODELS},
+        {"parity": _bins("parity"), "(aa)*": _bins("(aa)*"), "aⁿbⁿ": _bins("a^n b^n")},
+    ),
+    ResultTable(
+        "babilong",
+        "babilong",
+        MODELS,
+        {f"{words:,}": Means((f"exact_at_{words}",), best="highest") for words in (256, 1024, 4096)},
+        corner="words read",
+    ),
+    ResultTable(
+        "longdoc",
+        "longdoc",
+        {
+            "window-1k": "alone",
+            "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
+            "lora-reading": "LoRA of rank 8 (3e-3)",
+            "rank-8-reading": "one level at rank 8 (Adam 4e-3)",
+            "sparse-reading": "one level, sparse, 0.05 of the units a write (8e-4)",
+            "one-level-reading": "one level (Adam 1e-4)",
+            "levels-average-reading": "two, the slow one takes over, the fast one forgets (2e-4)",
+        },
+        _documents("window-1k"),
+        across=False,
+        corner="window of 1,024",
+    ),
+    ResultTable(
+        "longdoc-8k",
+        "longdoc",
+        {
+            "window-8k": "alone",
+            "dynamic-evaluation-8k": "dynamic evaluation (SGD 0.1)",
+            "one-level-reading-8k": "one level (Adam 1e-4)",
+            "levels-average-reading-8k": "two, as above (2e-4)",
+        },
+        _documents("window-8k"),
+        across=False,
+        corner="window of 8,192, the whole document",
+    ),
+)  # fmt: skip
