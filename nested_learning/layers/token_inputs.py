@@ -147,7 +147,8 @@ def find_documents(
     documents: Tensor | Documents | None = None,
     position_ids: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    cu_seq_lens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     keep: bool = True,
 ) -> Documents | None:
     """The documents of a call, None where each row is at most one that needs no treatment of its own.
@@ -163,7 +164,8 @@ def find_documents(
         position_ids: [B, T] or [1, T] int; a real token at 0 begins a document, also where it is its row's
             first and there is a state. Those of padding are ignored.
         seq_idx: as `documents`.
-        cu_seq_lens: [documents + 1] int, the first column of each document and T, where B = 1.
+        cu_seq_lens_q, cu_seq_lens_k: [documents + 1] int, the first column of each document and T, where
+            B = 1.
         keep: whether the states after the call are wanted.
 
     Raises:
@@ -172,17 +174,43 @@ def find_documents(
     if isinstance(documents, Documents):
         check_documents(x, documents)
         return documents if len(documents) else None
-    if documents is position_ids is seq_idx is cu_seq_lens is None:
+    if documents is position_ids is seq_idx is cu_seq_lens_q is cu_seq_lens_k is None:
         return None
     if isinstance(x, FakeTensor):
         raise ValueError(
             "where documents begin decides what is computed, which a program of torch.export cannot follow: "
             "leave position_ids and the like away"
         )
-    begins = _begins(x, real, documents, position_ids, seq_idx, cu_seq_lens)
+    begins = _begins(x, real, documents, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
     found = Documents(begins, real, keep)
     plain = len(found) == len(found.rows.unique()) and (not given or bool(found.goes_on(True).all()))
     return None if plain or not len(found) else found
+
+
+def document_positions(
+    x: Tensor,
+    real: Tensor,
+    seen: int,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+) -> Tensor:
+    """[B, T] int64, position_ids that say what the given words say of documents; they themselves, if given.
+
+    Args:
+        x, real, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k: as in `find_documents`.
+        seen: columns of the state that each row's first document goes on with, 0 without one.
+
+    Raises:
+        ValueError: as in `find_documents`.
+    """
+    begins = _begins(x, real, None, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+    if position_ids is not None:
+        return position_ids
+    count = real.cumsum(1) - 1  # place among the row's real tokens
+    start = torch.where(begins, count, -seen).cummax(1).values
+    return count - start
 
 
 def _begins(
@@ -191,7 +219,8 @@ def _begins(
     documents: Tensor | None,
     position_ids: Tensor | None,
     seq_idx: Tensor | None,
-    cu_seq_lens: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
 ) -> Tensor:
     """[B, T] bool, tokens that begin a document; arguments and errors as in `find_documents`.
 
@@ -203,8 +232,9 @@ def _begins(
         said["documents"] = _changes(_checked("documents", documents, x), real)
     if seq_idx is not None:
         said["seq_idx"] = _changes(_checked("seq_idx", seq_idx, x), real)
-    if cu_seq_lens is not None:
-        said["cu_seq_lens"] = _changes(_numbers(cu_seq_lens, x), real)
+    for name, ends in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if ends is not None:
+            said[name] = _changes(_numbers(ends, x), real)
     if position_ids is not None:
         begins = _checked("position_ids", position_ids, x) == 0
         begins = begins if real is None else begins & real

@@ -27,9 +27,9 @@ def test_all_ways_say_the_same() -> None:
     wanted = [[0, 0], [0, 2], [0, 5]]
     assert starts(ROW, documents=torch.tensor([[7, 7, 3, 3, 3, 7]])) == wanted
     assert starts(ROW, position_ids=torch.tensor([[0, 1, 0, 1, 2, 0]])) == wanted
-    assert starts(ROW, cu_seq_lens=torch.tensor([0, 2, 5, 6], dtype=torch.int32)) == wanted
-    assert starts(ROW, cu_seq_lens=torch.tensor([0, 2, 2, 5, 6])) == wanted
-    both = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0]]), "cu_seq_lens": torch.tensor([0, 2, 5, 6])}
+    assert starts(ROW, cu_seq_lens_q=torch.tensor([0, 2, 5, 6], dtype=torch.int32)) == wanted
+    assert starts(ROW, cu_seq_lens_q=torch.tensor([0, 2, 2, 5, 6])) == wanted
+    both = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0]]), "cu_seq_lens_q": torch.tensor([0, 2, 5, 6])}
     assert starts(ROW, **both) == wanted
 
 
@@ -62,12 +62,12 @@ def test_padding_is_ignored() -> None:
         (X, {"position_ids": torch.zeros(2, 5, dtype=torch.long)}, r"\[2, 6\].*got torch.int64 \[2, 5\]"),
         (X, {"documents": torch.zeros(2, 6)}, "integer tensor"),
         (X, {"documents": [[0] * 6] * 2}, "got list"),
-        (X, {"cu_seq_lens": torch.tensor([0, 6])}, "there are 2"),
-        (ROW, {"cu_seq_lens": torch.tensor([0, 4])}, "rise from 0 to the number of tokens 6"),
-        (ROW, {"cu_seq_lens": torch.tensor([0, 5, 3, 6])}, "rise"),
+        (X, {"cu_seq_lens_q": torch.tensor([0, 6])}, "there are 2"),
+        (ROW, {"cu_seq_lens_q": torch.tensor([0, 4])}, "rise from 0 to the number of tokens 6"),
+        (ROW, {"cu_seq_lens_q": torch.tensor([0, 5, 3, 6])}, "rise"),
         (
             ROW,
-            {"cu_seq_lens": torch.tensor([0, 3, 6]), "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
+            {"cu_seq_lens_q": torch.tensor([0, 3, 6]), "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
             "disagree",
         ),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from nested_learning.layers.token_inputs import document_positions
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.ops.context import has_values
@@ -55,19 +56,30 @@ class HopeGenerationMixin(GenerationMixin):
         The given cache is advanced, except where rows are multiplied (beams, num_return_sequences): then a
         copy is.
 
-        A CMS that learns in context (`cms_update`) learns from the prompt; from what is generated only with
-        `learn_from_generated`. The last token returned is read by the next call, as part of its prompt.
+        A CMS that learns in context (`cms_update`) learns from the prompt, or from what a `learn_mask` of its
+        shape names; from what is generated only with `learn_from_generated`. The last token returned is read
+        by the next call, as part of its prompt.
+
+        Rows of several documents are told as to the model, by `position_ids`, `seq_idx` or `cu_seq_lens_q`
+        for the columns of `inputs`; what is generated belongs to each row's last one.
 
         Raises:
-            ValueError: for `learn_from_generated` where no CMS learns in context, for embeddings that are no
-                more than what the cache was fed, for ways to generate that transformers loads from the hub,
-                and for whatever transformers refuses.
+            ValueError: for `learn_from_generated` where no CMS learns in context, for a `learn_mask` or
+                documents that do not fit `inputs`, for embeddings that are no more than what the cache was
+                fed, for ways to generate that transformers loads from the hub, and for whatever transformers
+                refuses.
         """
         cache = kwargs.get("past_key_values")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        config = next(filter(None, (kwargs.get("generation_config"), *args[:1])), self.generation_config)
         if isinstance(cache, HopeCache) and cache.get_seq_length():
-            config = next(filter(None, (kwargs.get("generation_config"), *args[:1])), self.generation_config)
             kwargs["attention_mask"] = self._mask_over_all_columns(cache, input_ids, kwargs, config)
+        given = input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if given is not None and not config.is_assistant:
+            columns = _prompt_columns(cache, input_ids, kwargs)
+            _as_positions(given, columns, self._mask_of(given, kwargs, config), kwargs)
+            if self.config.cms_learns and kwargs.get("learn_mask") is not None:
+                kwargs["learned_prompt"] = _over_all_columns(kwargs.pop("learn_mask"), given, columns)
         if self.config.cms_learns:
             if not learn_from_generated:  # an assistant is told how much of its input was the prompt
                 kwargs.setdefault("learned_columns", _prompt_columns(cache, input_ids, kwargs))
@@ -83,6 +95,7 @@ class HopeGenerationMixin(GenerationMixin):
         past_key_values: HopeCache | None = None,
         inputs_embeds: Tensor | None = None,
         learned_columns: int | None = None,
+        learned_prompt: Tensor | None = None,
         columns_read: int | None = None,
         embeds_are_new: bool = False,
         **kwargs: Any,
@@ -91,6 +104,7 @@ class HopeGenerationMixin(GenerationMixin):
 
         Args:
             learned_columns: columns from here on are read, but not learned from.
+            learned_prompt: [B, columns] the `learn_mask` of the prompt, from the start of the cache.
             columns_read: of the first `input_ids` of assisted decoding, how many the cache has read.
             embeds_are_new: whether none of the columns of `inputs_embeds` is in the cache.
         """
@@ -114,11 +128,15 @@ class HopeGenerationMixin(GenerationMixin):
             model_inputs["attention_mask"] = mask = mask[:, -1:].contiguous()
             if has_values(mask) and mask.all():
                 del model_inputs["attention_mask"]
-        if learned_columns is not None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            if seen + fed.shape[1] > learned_columns:
-                columns = torch.arange(seen, seen + fed.shape[1], device=fed.device)
-                model_inputs["learn_mask"] = (columns < learned_columns).expand(len(fed), -1)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        after = seen + fed.shape[1]
+        masked = 0 if learned_prompt is None else learned_prompt.shape[1]
+        if seen < masked or (learned_columns is not None and after > learned_columns):
+            columns = torch.arange(seen, after, device=fed.device)
+            most = after if learned_columns is None else learned_columns
+            model_inputs["learn_mask"] = (columns < most).repeat(len(fed), 1)
+            if learned_prompt is not None and seen < masked:
+                model_inputs["learn_mask"][:, : masked - seen] &= learned_prompt[:, seen:after]
         return model_inputs
 
     # Guesses that are taken back where they are wrong ------------------------------------------------------
@@ -174,6 +192,7 @@ class HopeGenerationMixin(GenerationMixin):
         Where hidden states are wanted, nothing: they come from the call that reads the whole prompt.
         """
         length, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+        positions = model_kwargs.get("position_ids")
         all_columns = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         start = cache.get_seq_length() if all_columns == length else 0
         if generation_config.output_hidden_states:
@@ -184,6 +203,8 @@ class HopeGenerationMixin(GenerationMixin):
             options = dict(model_kwargs)
             if mask is not None:
                 options["attention_mask"] = mask[:, -length:][:, first:last]
+            if positions is not None:
+                options["position_ids"] = positions[:, -length:][:, first:last]
             inputs = self.prepare_inputs_for_generation(
                 input_ids[:, first:last], is_first_iteration=True, **options
             )
@@ -203,7 +224,7 @@ class HopeGenerationMixin(GenerationMixin):
                 )
         assistant = kwargs.get("assistant_model")
         learns = getattr(getattr(assistant, "config", None), "cms_learns", False)
-        hidden = {"columns_read"} if learns else {"columns_read", "learned_columns"}
+        hidden = {"columns_read"} if learns else {"columns_read", "learned_columns", "learned_prompt"}
         given = {name: value for name, value in model_kwargs.items() if name not in hidden}
         return super()._get_candidate_generator(*args, model_kwargs=given, **kwargs)  # type: ignore[misc]
 
@@ -255,9 +276,17 @@ class HopeGenerationMixin(GenerationMixin):
         given_all = mask is not None and mask.shape[1] != input_ids.shape[1]
         if given_all or cache.is_prefix_of(input_ids):
             return mask
-        if mask is None:
-            mask = self._mask_of_padding(input_ids, kwargs, config)
+        mask = self._mask_of(input_ids, kwargs, config)
         return torch.cat([mask.new_ones(len(mask), seen), mask], dim=1)
+
+    def _mask_of(self, given: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> Tensor:
+        """The mask [B, T] of the given ids or embeddings, nonzero for real tokens."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            return mask[:, -given.shape[1] :]
+        if given.dim() == 3:
+            return torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+        return self._mask_of_padding(given, kwargs, config)
 
     def _mask_of_padding(self, input_ids: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> Tensor:
         """The mask [B, T] that transformers makes where none is given.
@@ -309,6 +338,35 @@ class HopeGenerationMixin(GenerationMixin):
             cache = cache.clone()
             cache.batch_repeat_interleave(copies)
             model_kwargs["past_key_values"] = cache
+
+
+def _as_positions(given: Tensor, columns: int, mask: Tensor, kwargs: dict[str, Any]) -> None:
+    """Put position_ids of all columns in the place of what says where documents begin in the given ones.
+
+    `generate` lengthens and cuts these alone, by the place of a column.
+
+    Args:
+        given: [B, T] or [B, T, D], of the last T columns.
+        columns: all columns, with those that the cache has read.
+        mask: [B, T], nonzero for real tokens.
+        kwargs: of `generate`.
+    """
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+    said = {name: kwargs.pop(name, None) for name in names}
+    if all(each is None for each in said.values()):
+        return
+    seen, real = columns - given.shape[1], mask.to(given.device).bool()
+    found = document_positions(given, real, seen, **said).expand(len(given), -1)
+    kwargs["position_ids"] = torch.cat([found.new_zeros(len(found), seen), found], dim=1)
+
+
+def _over_all_columns(learn_mask: Tensor, given: Tensor, columns: int) -> Tensor:
+    """A learn_mask of the given tokens, [B, columns] bool; what was read before is not read again."""
+    if not isinstance(learn_mask, Tensor) or learn_mask.shape != given.shape[:2]:
+        got = list(learn_mask.shape) if isinstance(learn_mask, Tensor) else type(learn_mask).__name__
+        raise ValueError(f"learn_mask must be [batch, tokens] = {list(given.shape[:2])}, got {got}")
+    learned = learn_mask.to(given.device).bool()
+    return torch.cat([learned.new_ones(len(learned), columns - learned.shape[1]), learned], dim=1)
 
 
 def _prompt_columns(cache: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> int:

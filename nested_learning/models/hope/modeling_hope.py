@@ -150,15 +150,9 @@ class HopeModel(HopePreTrainedModel):
         states = {} if cache is None else cache.states
         if torch.is_grad_enabled():
             states = {name: state.recordable() for name, state in states.items()}
-        documents, ends = None, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        if not (position_ids is seq_idx is ends is None):
-            if cu_seq_lens_q is not None and ends is not None and not torch.equal(cu_seq_lens_q, ends):
-                raise ValueError(
-                    "cu_seq_lens_q and cu_seq_lens_k must be the same, got "
-                    f"{cu_seq_lens_q.tolist()} and {ends.tolist()}"
-                )
-            keep = cache is not None
-            documents = find_documents(x, real, bool(states), None, position_ids, seq_idx, ends, keep)
+        documents, said = None, (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        if any(each is not None for each in said):
+            documents = find_documents(x, real, bool(states), None, *said, cache is not None)
         size = self.config.segment_size or length
         tokens, pieces = Tokens(x, input_ids, real, learn, documents), []
         # without segments no look at the length, which torch.export may leave open
