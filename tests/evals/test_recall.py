@@ -127,6 +127,19 @@ def test_a_run_learns_and_says_how_large_the_state_is() -> None:
     assert figures["state bytes"] == 2 * (2 * 8 * 16 * 4 + 8 * 8)
 
 
+def test_keys_are_told_again_after_the_plain_part_of_the_training() -> None:
+    task = Recall.at("smoke", steps=8, train=[(32, 4)], forgetting=1.0, plain=0.75)
+    changed = []
+    for _, batch in zip(range(8), task._batches(0), strict=False):  # type: ignore[attr-defined]
+        first = batch.ids[:, :8].unflatten(1, (4, 2))
+        asked = batch.targets != IGNORED
+        of_key = (batch.ids[:, :, None] == first[:, None, :, 0]) & asked[..., None]
+        values = (of_key * first[:, None, :, 1]).sum(-1)[asked]
+        changed.append(int((values != batch.targets[asked]).sum()))
+    assert changed[:6] == [0] * 6
+    assert changed[6:] == [2 * 8] * 2  # half of the keys of each sequence
+
+
 def test_a_run_repeats_itself_and_another_seed_is_another_run() -> None:
     task = Recall.at("smoke", steps=2, test_size=4)
     method = find_method("deltanet").at({"lr": 1e-2})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,25 +43,28 @@ class RecallOptions:
         test_size: sequences per segment.
         forgetting: share of the training batches whose sequences tell half of their keys again; 0: no
             forgetting variant.
+        plain: share of the steps before the first such batch: a model that has not yet learned to recall
+            learns it later, or not at all, where keys have two values.
         width, layers, heads, mlp: of the models; without MLPs, as in zoology, rows differ in parameters.
         rates: learning rates of which the best is chosen.
     """
 
     seeds: int = 3
-    steps: int = 1500
+    steps: int = 2000
     batch_size: int = 64
-    vocab_size: int = 512
-    train: list[tuple[int, int]] = field(default_factory=lambda: [(64, 4), (64, 8), (128, 16)])
+    vocab_size: int = 128
+    train: list[tuple[int, int]] = field(default_factory=lambda: [(64, 4)] * 3 + [(64, 8), (128, 16)])
     test: list[tuple[int, int]] = field(
         default_factory=lambda: [(64, 4), (64, 8), (128, 16), (128, 24), (128, 32)]
     )
     test_size: int = 256
     forgetting: float = 0.5
+    plain: float = 0.5
     width: int = 32
     layers: int = 2
     heads: int = 1
     mlp: bool = False
-    rates: list[float] = field(default_factory=lambda: [3e-3, 1e-2])
+    rates: list[float] = field(default_factory=lambda: [5e-3, 1e-2])
 
 
 FULL = RecallOptions(
@@ -136,10 +141,11 @@ class Recall(Task[RecallOptions]):
 
     def _batches(self, seed: int) -> Iterator[TaskBatch]:
         options, generator = self.options, torch.Generator().manual_seed(seed)
-        while True:
+        for step in itertools.count():
             which, coin = torch.rand(2, generator=generator).tolist()
             length, pairs = options.train[int(which * len(options.train))]
-            updates = self._updates(length, pairs) if coin < options.forgetting else 0
+            twice = step >= options.plain * options.steps and coin < options.forgetting
+            updates = self._updates(length, pairs) if twice else 0
             yield recall_batch((options.batch_size, length), pairs, options.vocab_size, generator, updates)
 
     def _tested(self, model: nn.Module, seed: int) -> Figures:
@@ -214,7 +220,8 @@ class Recall(Task[RecallOptions]):
     def note(self) -> str:
         """Distance from zoology's protocol."""
         options = self.options
-        segments = ", ".join(f"({length}, {pairs})" for length, pairs in sorted(set(options.train)))
+        counted = sorted(Counter(map(tuple, options.train)).items())
+        segments = ", ".join(f"({length}, {pairs}) × {times}" for (length, pairs), times in counted)
         text = (
             f"V {options.vocab_size}, width {options.width}, {options.steps:,} steps of "
             f"{options.batch_size} on (tokens, pairs) {segments}; zoology trains widths of 64 to 512 with V "
@@ -223,9 +230,10 @@ class Recall(Task[RecallOptions]):
         )
         if options.forgetting:
             text += (
-                f", and one model learns both tasks: in {options.forgetting:.0%} of the batches half of the "
-                "keys are told again, if there is room (zoology: models of their own, four keys). Questions "
-                "for these keys alone count as forgetting"
+                f", and one model learns both tasks: after {options.plain:.0%} of the steps, in "
+                f"{options.forgetting:.0%} of the batches half of the keys are told again, if there is room "
+                "(zoology: models of their own, four keys). Questions for these keys alone count as "
+                "forgetting"
             )
         if not options.mlp:
             text += (
