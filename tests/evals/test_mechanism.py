@@ -109,6 +109,14 @@ def test_rows_have_equally_many_parameters():
     assert max(counts) <= 1.01 * min(counts)
 
 
+def test_parity_is_trained_with_inner_rates_that_can_flip_a_sign():
+    task = Mechanism.at("small")
+    bounds = {each.name: _layer(task.for_parity(each)).system.eta_max for each in (*GRID, *MORE)}
+    del bounds["mechanism-ungated"]  # its rate is always the same
+    assert set(bounds.values()) == {2.0}
+    assert max(_layer(each).system.eta_max for each in GRID) == 1.0  # recall and language
+
+
 def test_a_trial_follows_from_its_seed_and_has_language_on_the_first_seeds():
     task = Mechanism.at("smoke")
     method = find_method("mechanism-linear")

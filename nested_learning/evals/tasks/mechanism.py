@@ -58,6 +58,9 @@ class MechanismOptions:
         width: of the models in parity and recall.
         layers, heads: of all models.
         rates: learning rates of which the best is chosen, by language.
+        parity_rate, recall_rate: learning rates there; recall is not learned in so few steps at language's.
+        parity_bound: of the inner rate in parity: up to 2 an erase can flip a sign, without which no row
+            learns parity.
     """
 
     seeds: int = 5
@@ -80,6 +83,9 @@ class MechanismOptions:
     layers: int = 2
     heads: int = 2
     rates: list[float] = field(default_factory=lambda: [3e-3])
+    parity_rate: float = 3e-3
+    recall_rate: float = 1e-2
+    parity_bound: float = 2.0
 
 
 @register_task
@@ -165,18 +171,24 @@ class Mechanism(Task[MechanismOptions]):
         """Shares of strings of which every symbol is answered right."""
         options, language = self.options, LANGUAGES["parity"]
         data = Strings(language, options.windows, options.test_size, seed)
+        method = self.for_parity(method)
         model = method.new_model(self._size(VOCABULARY, options.windows[0][1]), seed)
-        fit(method, model, data.batches(options.batch), Training(options.steps, options.rates[0]))
+        fit(method, model, data.batches(options.batch), Training(options.steps, options.parity_rate))
         bins = {
             f"parity bin {number}": all_right(model, language, data.bin(number, "test"))[0]
             for number in range(len(options.windows))
         }
         return {"parity": fmean(bins.values()), **bins}
 
+    def for_parity(self, method: TrainedModel) -> TrainedModel:
+        """The method as parity trains it; a row whose inner rate has no gate keeps its own."""
+        bound = {} if method.options.get("rate") == "one" else {"mixer.eta_max": self.options.parity_bound}
+        return method.at({"lr": self.options.parity_rate, **bound})
+
     def _recall(self, method: TrainedModel, seed: int) -> Figures:
         """Share of the questions right, and what the model has for it."""
         options = self.options
-        length = 8 * options.pairs
+        length, method = 8 * options.pairs, method.at({"lr": options.recall_rate})
         model = method.new_model(self._size(options.vocab_size, length), seed)
         train, test = (torch.Generator().manual_seed(number) for number in (seed, TEST + seed))
 
@@ -184,7 +196,7 @@ class Mechanism(Task[MechanismOptions]):
             return recall_batch((rows, length), options.pairs, options.vocab_size, generator)
 
         endless = (batch(options.batch, train) for _ in iter(int, 1))
-        fit(method, model, endless, Training(options.steps, options.rates[0]))
+        fit(method, model, endless, Training(options.steps, options.recall_rate))
         ids, targets = batch(options.test_size, test)
         given = torch.cat([answers(model, rows) for rows in ids.split(ROWS)])
         right = (given == targets)[targets != IGNORED].double().mean().item()
@@ -239,14 +251,16 @@ class Mechanism(Task[MechanismOptions]):
         read = options.language_steps * options.language_batch * options.block
         text = (
             f"Language: {read:,} bytes of {options.source} at widths {options.widths}, on the first "
-            f"{options.language_seeds} seeds. Parity: lengths {options.windows}; recall: {options.pairs} "
-            f"pairs in {8 * options.pairs} tokens; both {options.steps:,} steps of {options.batch} at width "
-            f"{options.width}, without positions. The paper's models have 760M parameters or more. The first "
-            "row has memories that generate k, v, the rate and the retention, targets of their own, momentum,"
-            " and two CMS levels; each other row differs in what its name says, and all have as many "
-            "parameters, by wider or narrower MLPs. The linear memory is the delta rule with decay on one "
-            "head's matrix, exact at every token, with as many numbers as the memory that the first row reads"
-            " out; that row's generating memories come on top of those, and a momentum beside each."
+            f"{options.language_seeds} seeds. Parity: lengths {options.windows}, at a rate of "
+            f"{options.parity_rate:g} with inner rates up to {options.parity_bound:g}; recall: "
+            f"{options.pairs} pairs in {8 * options.pairs} tokens, at {options.recall_rate:g}; both "
+            f"{options.steps:,} steps of {options.batch} at width {options.width}, without positions. The "
+            "paper's models have 760M parameters or more. The first row has memories that generate k, v, the "
+            "rate and the retention, targets of their own, momentum, and two CMS levels; each other row "
+            "differs in what its name says, and all have as many parameters, by wider or narrower MLPs. The "
+            "linear memory is the delta rule with decay on one head's matrix, exact at every token, with as "
+            "many numbers as the memory that the first row reads out; that row's generating memories come on "
+            "top of those, and a momentum beside each."
         )
         if not options.more:
             text += (
