@@ -101,6 +101,26 @@ def test_a_command_is_one_that_its_program_takes(command, stop_after_parsing):
         check(command)
 
 
+def evaluations() -> list[str]:
+    """Command lines of evaluations, each once, without the files that they read and write."""
+    found = []
+    for case in CASES:
+        words = shlex.split(str(case.values[0]), comments=True)
+        if words[:2] == ["nested-learning", "eval"] and words[2:] and "TASK" not in words:
+            found.append(re.sub(r" --(output|finished)( [^-\s]\S*)+", "", shlex.join(words[2:])))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("command", evaluations())
+def test_an_evaluation_has_such_tasks_methods_and_options(command, tmp_path):
+    """As the command does, without runs."""
+    words = shlex.split(command)
+    for flag in {"--only_report", "--quiet"} - set(words):
+        words.append(flag)
+    assert main(["eval", *words, "--output", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("*.png"))  # of guesses alone there is no plot
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -81,7 +81,7 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "claims": [_claim(claim, rows) for claim in task.claims()] if ran else [],
         "figure": None,
     }
-    if folder is not None and ran:
+    if folder is not None and any(outcome.figures for outcome in result.outcomes):  # more than guesses
         path = folder / f"{task.name}.png"
         task.plot(rows, path)
         section["figure"] = path.name if path.is_file() else None
