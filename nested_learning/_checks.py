@@ -129,7 +129,7 @@ def fits(value: Any, kind: Any) -> bool:
             fits(part, own) for item in value.items() for part, own in zip(item, inner, strict=False)
         )
     if kind is str:
-        return isinstance(value, str) and "\0" not in value and _has_encoding(value)
+        return isinstance(value, str) and "\0" not in value and has_encoding(value)
     if isinstance(value, bool):
         return kind in (bool, object) or not _can_be_told(kind)
     if kind is int:
@@ -155,12 +155,22 @@ def _can_be_told(kind: Any) -> bool:
     return True
 
 
-def _has_encoding(text: str) -> bool:
+def has_encoding(text: str) -> bool:
+    """Whether a text is one: no half of a surrogate pair is in it, which tokenizers and files do not take."""
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes of a command line or of YAML that are no text
         return False
     return True
+
+
+def check_text(text: str, what: str = "the text") -> None:
+    """Raise ValueError for a text that no tokenizer takes; `what` it is, for the message."""
+    if not has_encoding(text):
+        raise ValueError(
+            f"{what} has half of a surrogate pair, which is no character (bytes that are not UTF-8, or an "
+            "emoji that was cut in two); give whole characters, in UTF-8"
+        )
 
 
 def expected(kind: Any) -> str:

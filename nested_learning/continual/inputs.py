@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nested_learning._checks import check_text
+
 LearnMask = Tensor | Sequence[Any]
 Names = str | Sequence[str | None] | None
 UNBOUNDED = 2**31  # positions of a model that does not say how many it has
@@ -135,6 +137,7 @@ def _encode(text: str, tokenizer: Any) -> Tensor:
         raise ValueError(
             "got a text, but there is no tokenizer: give ids, or pass a tokenizer to stack_levels"
         )
+    check_text(text)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens; expected at least one")

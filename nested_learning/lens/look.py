@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nested_learning._checks import check_text
 from nested_learning.continual import Learner
 from nested_learning.lens.of_learner import record_learner
 from nested_learning.lens.record import record
@@ -38,6 +39,7 @@ def lens(
     if isinstance(ids, str):
         if tokenizer is None:
             raise ValueError("got a text, but no tokenizer: give one, or ids")
+        check_text(ids)
         ids = tokenizer(ids, add_special_tokens=False)["input_ids"]
         if len(ids) < 2:
             raise ValueError(

@@ -22,6 +22,8 @@ from nested_learning.server.service import Service
 from nested_learning.server.settings import MODES
 from nested_learning.server.user import UserMemory
 
+LONGEST_ID = 20  # digits of a token
+
 
 @dataclass(frozen=True)
 class ConversationNews:
@@ -189,8 +191,10 @@ class Answering:
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         vocab_size = vocabulary_size(self._service.mind.model)
         for token, value in given.items():
-            if not token.isdecimal() or int(token) >= vocab_size or not -100 <= value <= 100:
-                message = f"logit_bias has {token}: {value}; expected ids below {vocab_size} and -100 to 100"
+            is_id = token.isdecimal() and len(token) <= LONGEST_ID and int(token) < vocab_size
+            if not is_id or not -100 <= value <= 100:
+                named = token[:LONGEST_ID]
+                message = f"logit_bias has {named}: {value}; expected ids below {vocab_size} and -100 to 100"
                 raise invalid(message, "logit_bias")
         return {int(token): value for token, value in given.items()}
 

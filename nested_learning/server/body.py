@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
+from nested_learning._checks import check_text
 from nested_learning.server.refusal import Refusal, invalid
 
 
@@ -43,12 +44,15 @@ async def read_json(request: Request, most: int) -> object:
     """The JSON value of a body.
 
     Raises:
-        Refusal: as `read_body`, or it is no JSON (400).
+        Refusal: as `read_body`, or it is no JSON, or has texts that are none (400).
     """
     pieces: list[bytes] = []
     await read_body(request, most, pieces.append, "application/json")
     try:
-        return json.loads(b"".join(pieces), parse_constant=_no_number)
+        value: object = json.loads(b"".join(pieces), parse_constant=_no_number)
+        # JSON has escapes for halves of surrogate pairs, of which no tokenizer and no answer can be made
+        check_text(json.dumps(value, ensure_ascii=False), "a text in it")
+        return value
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is no JSON: {error}", None, "invalid_json") from error
 

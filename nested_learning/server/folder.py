@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -164,6 +165,23 @@ class UserFolder:
         os.rename(self.path, away)
         sync_folder(self.path.parent)
         shutil.rmtree(away, ignore_errors=True)
+
+
+def check_root(root: Path) -> None:
+    """Make the folder of all memories where there is none, and a file in it, which goes again.
+
+    Raises:
+        OSError: that fails.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        failure = OSError(f"the folder of memories {root} cannot be used: {why}; choose another --memories")
+        failure.errno = error.errno
+        raise failure from error
 
 
 def prepare(root: Path) -> list[str]:

@@ -44,7 +44,8 @@ class Guard:
         name = host_name(dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
         try:
             settings = self._service.settings
-            if settings.trusts_user_field and name not in {*LOCAL_NAMES, settings.host, f"[{settings.host}]"}:
+            host = settings.host.lower()
+            if settings.trusts_user_field and name not in {*LOCAL_NAMES, host, f"[{host}]"}:
                 refusal = Refusal(403, f"{name!r} is not a name of this computer", "host")
                 await JSONResponse(refusal.body(), 403)(scope, receive, counted)
             else:
@@ -62,7 +63,8 @@ class Guard:
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, without the port."""
+    """The name in a Host header, without the port; in small letters, as case means nothing in names."""
+    header = header.lower()
     return header if header.endswith("]") or ":" not in header else header.rpartition(":")[0]
 
 

@@ -32,7 +32,7 @@ def add_key(path: str | os.PathLike[str], user: str) -> str:
             "white space, the first of them not #"
         )
     path = Path(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = _text(path) if path.exists() else ""
     _parsed(before, path)
     key = PREFIX + secrets.token_urlsafe(32)
     if not path.exists():
@@ -63,7 +63,7 @@ class KeyFile:
         status = self._path.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if stamp != self._stamp:
-            self._entries = _parsed(self._path.read_text(encoding="utf-8"), self._path)
+            self._entries = _parsed(_text(self._path), self._path)
             self._stamp = stamp
 
     def user(self, key: str) -> str | None:
@@ -78,6 +78,14 @@ class KeyFile:
             if hmac.compare_digest(given, known):
                 found = user
         return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        message = f"the file of keys {path} is not in UTF-8 ({error}); convert it, or name another"
+        raise ValueError(message) from error
 
 
 def _parsed(text: str, path: Path) -> list[tuple[str, str]]:

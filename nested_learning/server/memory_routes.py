@@ -7,17 +7,19 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
-from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 
 from nested_learning._files import MIB
 from nested_learning.server.body import read_body, read_json
+from nested_learning.server.keys import LONGEST_USER
 from nested_learning.server.mind import Learned
-from nested_learning.server.refusal import Refusal
+from nested_learning.server.refusal import Refusal, invalid
 from nested_learning.server.schemas import MemoryRequest, TextRequest, UndoRequest, parsed
 from nested_learning.server.service import Service
 from nested_learning.server.user import UserMemory, unwritten
@@ -65,17 +67,35 @@ def add_memory_routes(app: FastAPI, service: Service) -> None:
     add_file_routes(app, service)
 
 
+class HeldFile(FileResponse):
+    """A memory on its way out. However it ends, its file goes, and its user may be put away again.
+
+    Args:
+        path: path of the file.
+        held: closed at the end.
+    """
+
+    def __init__(self, path: Path, held: AsyncExitStack) -> None:
+        super().__init__(path, filename="memory.safetensors")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
 def add_file_routes(app: FastAPI, service: Service) -> None:
     """Add the routes of memory files to an application."""
 
     @app.get("/v1/memories/export", response_model=None)
     async def export(request: Request) -> FileResponse:
         name = claimed(service, request)
-        with service.admitted(name):
-            async with service.memories.using(name) as user:
-                path = await user.export()
-        gone = BackgroundTask(path.unlink, missing_ok=True)
-        return FileResponse(path, filename="memory.safetensors", background=gone)
+        async with AsyncExitStack() as held:
+            held.enter_context(service.admitted(name))
+            user = await held.enter_async_context(service.memories.using(name))
+            path = await user.export()
+            held.callback(path.unlink, missing_ok=True)
+            return HeldFile(path, held.pop_all())
 
     @app.post("/v1/memories/import", response_model=None)
     async def take_over(request: Request) -> Answer:
@@ -103,8 +123,15 @@ async def told(service: Service, request: Request) -> object:
 
 
 def claimed(service: Service, request: Request) -> str:
-    """The user of a request without a body, who may be named in its address."""
-    return service.identify(request.headers.get("authorization"), request.query_params.get("user"))
+    """The user of a request without a body, who may be named in its address.
+
+    Raises:
+        Refusal: as `Service.identify`, or the name is longer than one in a body may be (400).
+    """
+    named = request.query_params.get("user")
+    if named is not None and len(named) > LONGEST_USER:
+        raise invalid(f"user: String should have at most {LONGEST_USER} characters", "user")
+    return service.identify(request.headers.get("authorization"), named)
 
 
 async def learn(service: Service, user: UserMemory, values: TextRequest) -> Answer:

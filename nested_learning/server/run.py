@@ -6,10 +6,12 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import uvicorn
 
 from nested_learning.server.app import make_app
+from nested_learning.server.folder import check_root
 from nested_learning.server.mind import Mind
 from nested_learning.server.service import Service
 from nested_learning.server.settings import ServeSettings
@@ -54,7 +56,7 @@ def make_server(
 
     Raises:
         ValueError: the file of keys is damaged.
-        OSError: the port is in use, or the keys cannot be read.
+        OSError: the port is in use, the keys cannot be read, or the folder of memories cannot be used.
     """
     service = Service(mind, settings)
     config = uvicorn.Config(
@@ -78,6 +80,11 @@ def make_server(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose another --port"
         )
         raise OSError(error.errno, message) from error
+    try:
+        check_root(Path(settings.memories))
+    except OSError:
+        bound.close()
+        raise
     return LoopServer(config, service, on_start), bound
 
 

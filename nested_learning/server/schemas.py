@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nested_learning.server.keys import LONGEST_USER
 from nested_learning.server.refusal import invalid
 
 # Fields that change nothing of an answer.
@@ -70,7 +71,7 @@ class SampledRequest(ClientRequest):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    user: str | None = Field(None, max_length=256)
+    user: str | None = Field(None, max_length=LONGEST_USER)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -156,7 +157,7 @@ class CompletionRequest(SampledRequest):
     """The body of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0, le=20, strict=True)  # true and false are of chats alone
 
     @property
     def top(self) -> int | None:
@@ -166,7 +167,7 @@ class CompletionRequest(SampledRequest):
 class MemoryRequest(ClientRequest):
     """A body of /v1/memories that names the user where the server trusts it to."""
 
-    user: str | None = Field(None, max_length=256)
+    user: str | None = Field(None, max_length=LONGEST_USER)
 
 
 class TextRequest(MemoryRequest):

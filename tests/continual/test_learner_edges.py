@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nested_learning.continual import Learner, Level, Replay, stack_levels
+from nested_learning.training.data import byte_tokenizer
 from tests.continual.tiny_models import random_ids, tiny_model
 
 MODEL = tiny_model()
@@ -303,3 +304,10 @@ class TestGenerate:
 
 def test_auto_is_on_the_learner():
     assert Learner.auto(MODEL).levels[0].rank == 8
+
+
+def test_half_a_character_is_refused():
+    learner = stack_levels(MODEL, byte_tokenizer(), levels=[Level(4, 0.1)])
+    for call in (learner.observe, learner.score, learner.generate):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            call("cut \ud83d")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nested_learning.continual import Level, stack_levels
 from nested_learning.lens import lens, record_learner
 from nested_learning.lens.of_learner import _windows
+from nested_learning.training.data import byte_tokenizer
 from tests.continual.tiny_models import random_ids, tiny_model
 
 LEVELS = [Level(4, 0.3), Level(8, 0.1, layers=[1])]
@@ -94,6 +95,8 @@ def test_a_text_longer_than_the_window_and_bad_input():
             record_learner(learner, wrong)
     with pytest.raises(ValueError, match="no tokenizer"):
         lens(learner, "text")
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        lens(stack_levels(tiny_model(), byte_tokenizer(), levels=LEVELS), "cut \ud83d")
 
 
 def test_an_average_is_told_and_a_weight_without_a_norm_has_no_share():

@@ -164,6 +164,7 @@ def test_penalties_and_bias(client, learner):
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"extra_body": {"guided_json": {"a": 1}}}, "guided_json"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -180,6 +181,38 @@ def test_what_is_refused_is_named(client, options, param):
     assert caught.value.param == param
     assert param.rpartition(".")[2] in caught.value.message
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", '"messages": [{"role": "user", "content": "cut \\ud83d"}]'),
+        (
+            "/v1/chat/completions",
+            '"messages": [{"role": "user", "content": "x"}], "logit_bias": {"\\udca9": 1}',
+        ),
+        ("/v1/completions", '"prompt": ["whole", "cut \\ud83d"]'),
+        ("/v1/memories/learn", '"text": "cut \\ud83d"'),
+        ("/v1/memories/score", '"text": "x", "user": "\\ud83d"'),
+    ],
+)
+def test_half_a_character_is_refused(address, path, fields):
+    body = f'{{"model": "tiny", {fields}}}'
+    with client_of(address) as http:
+        for content in (body.encode(), body.encode().replace(b"\\ud83d", b"\xed\xa0\xbd")):
+            refused = http.post(path, content=content, headers={"content-type": "application/json"})
+            assert refused.status_code == 400
+            assert "half of a surrogate pair" in refused.json()["error"]["message"]
+        whole = body.replace("\\ud83d", "\\ud83d\\ude00")
+        if "logit_bias" not in whole and "memories" not in path:
+            taken = http.post(path, content=whole, headers={"content-type": "application/json"})
+            assert taken.status_code == 200
+
+
+def test_completions_take_a_number_of_logprobs(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", extra_body={"logprobs": False})
+    assert caught.value.param == "logprobs"
 
 
 def test_neutral_values_are_accepted(client):
@@ -244,11 +277,14 @@ def test_errors_of_http_have_the_form_too(address):
                 "body_too_long",
             ),
             (http.get("/v1/models", headers={"host": "evil.example"}), 403, "host"),
+            (http.get("/v1/memories", params={"user": "x" * 257}), 400, "invalid_value"),
+            (http.delete("/v1/memories", params={"user": "x" * 257}), 400, "invalid_value"),
         ]
         for response, status, code in cases:
             assert response.status_code == status
             assert response.json()["error"]["code"] == code
             assert not any(name.startswith("access-control") for name in response.headers)
+        assert http.get("/v1/models", headers={"host": "LocalHost:8000"}).status_code == 200
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")

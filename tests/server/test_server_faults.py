@@ -171,6 +171,27 @@ def test_damaged_files_are_told_and_can_be_deleted(mind, tmp_path, what):
         assert memory_of(client)["tokens"] == 0
 
 
+def test_an_export_keeps_its_file_until_it_is_sent(running, monkeypatch):
+    from starlette.responses import FileResponse
+
+    client, service, folder = running
+
+    async def others_come(self, scope, receive, send, sent=FileResponse.__call__):
+        service.memories.make_room(places=10**6)  # all who are idle are put away
+        async with service.memories.using("anna"):  # who comes again finds no file of theirs left over
+            await sent(self, scope, receive, send)
+
+    chat(client, TOLD)
+    settled(client)
+    monkeypatch.setattr(FileResponse, "__call__", others_come)
+    exported = client.get("/v1/memories/export", params={"user": "anna"})
+    assert exported.status_code == 200
+    assert len(exported.content) == int(exported.headers["content-length"])
+    until(lambda: not service._running)
+    assert not list(folder.rglob("transfer-*"))
+    assert all(user.pins == 0 for user in service.memories.users)
+
+
 def test_a_memory_that_another_process_has(running):
     client, _, folder = running
     name = folder / folder_name("anna")

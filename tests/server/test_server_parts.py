@@ -445,6 +445,26 @@ def test_the_command_makes_keys(tmp_path, capsys):
     assert KeyFile(keys).user(key) == "anna"
 
 
+def test_a_file_of_keys_that_is_no_text(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_bytes(b"\xff\xfe")
+    for use in (KeyFile, lambda path: add_key(path, "anna")):
+        with pytest.raises(ValueError, match=rf"file of keys {keys} is not in UTF-8"):
+            use(keys)
+    assert keys.read_bytes() == b"\xff\xfe"
+
+
+@pytest.mark.parametrize("below", ["", "memories"])
+def test_a_folder_of_memories_that_cannot_be_one(tmp_path, below):
+    from tests.server.serving import make_hope_mind, make_server
+
+    file = tmp_path / "file"
+    file.touch()
+    options = ServeSettings(model="m", memories=str(file / below), port=0)
+    with pytest.raises(OSError, match=r"the folder of memories .* choose another --memories"):
+        make_server(make_hope_mind(), options)
+
+
 def test_the_command_says_what_is_not_installed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nested_learning.cli.serve.find_spec", lambda name: None)
     assert main(["serve", "--model", "m", "--memories", str(tmp_path)]) == 2
