@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nested_learning._checks import check_text
 from nested_learning.cli.chat_config import ChatConfig
 from nested_learning.cli.level_flags import (
     add_anchor_flags,
@@ -174,6 +176,8 @@ def _saved(dialogue: Dialogue | HopeDialogue, path: str) -> str:
 
 def talk(dialogue: Dialogue | HopeDialogue, memory: str | None) -> None:
     """Answer the lines of stdin until /quit or their end."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told line by line
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -183,6 +187,7 @@ def talk(dialogue: Dialogue | HopeDialogue, memory: str | None) -> None:
         if command == "/quit":
             return
         try:
+            check_text(line, "the line")
             if line.startswith("/"):
                 print(_command(dialogue, command, rest.strip(), memory))
             elif line:
@@ -206,10 +211,12 @@ def _command(dialogue: Dialogue | HopeDialogue, command: str, rest: str, memory:
         return _saved(dialogue, path)
     if command == "/sources":
         return _source_table(dialogue.sources())
-    if command == "/source" and rest:
+    if command in ("/source", "/forget") and not rest:
+        raise ValueError(f"{command} needs a name: {command} NAME")
+    if command == "/source":
         dialogue.name_source(rest)
         return f"what is said from now on is kept as {rest}"
-    if command == "/forget" and rest:
+    if command == "/forget":
         return dialogue.forget(rest)
     raise ValueError(
         f"unknown command {command!r}. Known: /surprise, /undo, /reset, /save, /sources, /source NAME, "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_learning._checks import check_types, require, require_seed
+from nested_learning.server.settings import COLDEST
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,13 @@ class ChatConfig:
         )
         require(self.source != "", "source", self.source, "a name")
         require(self.retrieve >= 0, "retrieve", self.retrieve, "0 or a number of tokens")
+        if not self.replay:
+            for name in ("replay_share", "replay_choose", "source"):
+                got = getattr(self, name)
+                if got != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"--{name} {got} is about what is kept, but nothing is: give --replay TOKENS too"
+                    )
         if self.retrieve and not self.replay:
             raise ValueError(
                 f"--retrieve {self.retrieve} looks up what is kept, but nothing is: give --replay TOKENS too"
@@ -66,6 +74,6 @@ class ChatConfig:
     def generation(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""
         sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
+        if self.temperature >= COLDEST:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         return {"max_new_tokens": self.max_new_tokens, **sampling}

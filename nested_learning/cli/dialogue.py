@@ -115,7 +115,8 @@ class Dialogue:
         return str(report)
 
     def name_source(self, source: str) -> None:
-        """Keep what is said from now on under a name."""
+        """Keep what is said from now on under a name. ValueError where nothing is kept."""
+        self.sources()
         self.source = source
 
     # The file of the memory ----------------------------------------------------------------------------

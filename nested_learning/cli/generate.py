@@ -12,6 +12,7 @@ from nested_learning._checks import check_types, require, require_seed
 from nested_learning._progress import Progress, progress
 from nested_learning.cli.output import human_bytes, print_json, say
 from nested_learning.cli.parsing import new_parser, parse
+from nested_learning.server.settings import COLDEST
 
 DESCRIPTION = """\
 Continue a prompt with a saved model, printed as it comes.
@@ -65,7 +66,7 @@ class GenerateConfig:
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return {"do_sample": False}
         return {
             "do_sample": True,
@@ -113,7 +114,7 @@ def run(argv: list[str]) -> int:
             f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second; the state holds "
             f"{result['tokens_seen']:,} tokens in {human_bytes(result['state_bytes'])}"
         )
-        if config.save_state:
+        if config.save_state is not None:
             say(f"state saved in {config.save_state}")
     return 0
 
@@ -137,7 +138,7 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
     from nested_learning._files import writable
     from nested_learning.cli.conversation import Conversation, load_model
 
-    if config.save_state:
+    if config.save_state is not None:
         writable(config.save_state)  # refused before a long text is written
     model, tokenizer = load_model(model_folder)
     conversation = Conversation.open(model, tokenizer, config.load_state)
@@ -160,7 +161,7 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
             **options,
         )
     seconds = time.perf_counter() - start
-    if config.save_state:
+    if config.save_state is not None:
         conversation.save(config.save_state)
     return {
         "prompt": config.prompt,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nested_learning._files import writable
 from nested_learning.cli.turns import SpokenTurn, SpokenTurns
 from nested_learning.continual.files import locked
 from nested_learning.models.hope.session_hope import HopeSession
@@ -42,6 +43,7 @@ class HopeDialogue:
     seed: int = 0
     learn_from_replies: bool = False
     _turns: SpokenTurns[HopeSession] = field(default_factory=SpokenTurns)
+    _files: set[Path] = field(default_factory=set)  # those that were loaded or written
 
     def __post_init__(self) -> None:
         self.memory: HopeSession = self.mind.empty
@@ -114,18 +116,27 @@ class HopeDialogue:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the memory in a file. ValueError and FileNotFoundError as `HopeMind.load`."""
         self.memory = self.mind.load(Path(path))
+        self._files.add(writable(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a file; an empty one is the absence of a file, and removes it.
+        """Write the memory to a file; an empty one is the absence of a file, and removes one of its own.
 
         Raises:
-            ValueError: the path is that of a folder, a device or a pipe.
+            ValueError: the path is that of a folder, a device or a pipe; or the memory is empty, and the file
+                was neither loaded nor written by this conversation.
             OSError: it cannot be written or removed.
         """
-        if self.memory.cache.tokens_seen is None:
-            Path(path).unlink(missing_ok=True)
-        else:
+        target = writable(path)
+        if self.memory.cache.tokens_seen is not None:
             self.mind.save(self.memory, Path(path))
+            self._files.add(target)
+        elif target in self._files:
+            target.unlink(missing_ok=True)
+        elif target.exists():
+            raise ValueError(
+                f"the memory is empty, which is the absence of a file, but there is {path}, which is not of "
+                "this conversation and stays as it is; name another file, or remove it yourself"
+            )
 
 
 def _result(turns: Generator[None, None, T]) -> T:

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-COLDEST = 1e-4  # a lower temperature takes the likeliest token: its logits would leave float32
+from nested_learning.server.settings import COLDEST
 
 
 @dataclass(frozen=True)

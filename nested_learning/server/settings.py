@@ -14,6 +14,7 @@ MODES: dict[str, frozenset[str]] = {
     "both": frozenset(("user", "assistant")),
     "none": frozenset(),
 }
+COLDEST = 1e-4  # a lower temperature takes the likeliest token: divided by it, logits would leave float32
 
 
 @dataclass(kw_only=True)

@@ -143,6 +143,12 @@ def test_a_long_conversation_drops_its_oldest_turns(folder):
         (["--rank", "1", "2", "3"], "3 values for 2 levels"),
         (["--layers", "first"], "layers must be"),
         (["--temperature", "-1"], "temperature"),
+        (
+            ["--source", "monday"],
+            "--source monday is about what is kept, but nothing is: give --replay TOKENS",
+        ),
+        (["--replay_share", "0.5"], "give --replay TOKENS"),
+        (["--replay_choose", "surprise"], "give --replay TOKENS"),
         (["--memorie", "x"], "unknown option"),
     ],
 )
@@ -151,6 +157,21 @@ def test_bad_input(chat, options, message):
     assert code == 2
     assert message in err
     assert out == []
+
+
+def test_a_line_that_is_no_text_ends_nothing(chat, monkeypatch, tmp_path):
+    path = str(tmp_path / "memory.safetensors")
+    code, out, err = chat(["hello", "a\udcffb", "/save \udcff", "again"], "--memory", path)
+    assert (code, len(out)) == (0, 2)
+    assert err.count("the line has half of a surrogate pair") == 2
+    piped = io.TextIOWrapper(io.BytesIO(b"hello\n\xff bytes\nagain\n"), encoding="utf-8")
+    monkeypatch.setattr("io.StringIO", lambda text: piped)  # what the fixture gives as the input
+    assert chat([])[:2] == (0, out)
+
+
+def test_the_coldest_answer_is_the_likeliest(chat):
+    _, likeliest, _ = chat(["hello"])
+    assert chat(["hello"], "--temperature", "1e-40")[:2] == (0, likeliest)
 
 
 def test_two_chats_on_one_file(chat, tmp_path):

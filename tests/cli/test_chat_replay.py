@@ -66,7 +66,11 @@ def test_commands_where_nothing_is_kept(chat, monkeypatch):  # noqa: F811
     code, out, err = chat(["/sources", "/forget x", "/forget"])
     assert (code, out) == (0, [])
     assert err.count("start with --replay TOKENS") == 2
-    assert "/forget NAME" in err
+    assert "/forget needs a name: /forget NAME" in err
+    code, out, err = chat(["/source monday", "/source"])
+    assert (code, out) == (0, [])
+    assert "start with --replay TOKENS" in err
+    assert "/source needs a name" in err
     monkeypatch.setitem(sys.modules, "bm25s", None)
     code, _, err = chat(["hello"], *KEPT, "--retrieve", "50")
     assert code == 2

@@ -111,6 +111,11 @@ def test_help_of_everything(capsys):
         (["generate", "x", "--max_new_token", "3"], "Did you mean '--max_new_tokens'?"),
         (["info", "hope-1.4b"], "Did you mean 'hope-1.3b'?"),
         (["info", "hope-tiny", "--tokens", "0"], "--tokens is [0]"),
+        (["info", "transformer-tiny", "--tokens", "1000000000000"], "from 1 to 100,000,000"),
+        (["levels", "hope-tiny", "--tokens_per_row", "8"], "--tokens_per_row 8 is for levels"),
+        (["levels", "hope-tiny", "--mermaid", "m", "--png", "/no/where.png"], "there is no folder /no"),
+        (["compare", "hope-tiny", "transformer-tiny", "--cache", __file__], "results are kept in a folder"),
+        (["generate", "x", "--save_state", ""], "it is a folder"),
         (["compare", "hope-tiny"], "expected two or more"),
         (["compare", "hope-tiny", "--grid", "optim.lr"], "the part 'optim.lr'; expected KEY=VALUE"),
         (["compare", "hope-tiny", "--grid", "optim.rl=1,2"], "Did you mean 'optim.lr'"),
@@ -282,6 +287,11 @@ def test_sampling_follows_the_seed_and_streams(run_folder, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("a " + one.rstrip("\n")[:20])
     assert "tokens" in err
+
+
+def test_the_coldest_text_is_the_likeliest(run_folder, capsys):
+    argv = ["generate", run_folder, "--prompt", "a ", "--max_new_tokens", "9", "--temperature"]
+    assert json_of(capsys, *argv, "1e-40")["text"] == json_of(capsys, *argv, "0")["text"]
 
 
 def test_without_a_compiler_generate_warns_once_and_answers(run_folder, capsys, monkeypatch):

@@ -133,3 +133,20 @@ def test_commands_of_kept_texts(chat):
     code, _, err = chat(["hello", "/sources", "/forget chat", "/source work"])
     assert code == 0
     assert err.count("reads and keeps no texts") == 3
+
+
+def test_an_empty_memory_removes_no_file_but_its_own(chat, tmp_path):
+    mine, thesis, link = tmp_path / "mine", tmp_path / "thesis.txt", tmp_path / "link"
+    thesis.write_text("years of work")
+    code, _, err = chat([f"/save {thesis}", f"/save {tmp_path}"], "--memory", str(mine))
+    assert code == 0
+    assert "stays as it is" in err
+    assert "it is a folder" in err
+    assert thesis.read_text() == "years of work"
+    chat(["hello"], "--memory", str(mine))
+    link.symlink_to("mine")
+    code, _, err = chat(["/reset"], "--memory", str(link))
+    assert code == 0
+    assert "the memory is empty" in err
+    assert not mine.exists()  # what was forgotten is in no file, whatever its name
+    assert link.is_symlink()
