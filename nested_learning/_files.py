@@ -152,6 +152,11 @@ def existing(path: Path) -> Path:
     return path
 
 
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths stand for one file that is there."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def check_writable(folder: Path) -> None:
     """Write and remove a small file in a folder, or in the nearest above it that is there.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nested_learning._checks import require
 from nested_learning.cli.level_flags import add_anchor_flags, add_level_flags, levels_and_starts
 from nested_learning.cli.output import human_bytes, print_json, print_table
 from nested_learning.cli.parsing import new_parser, parse
@@ -30,6 +31,8 @@ examples:
 def run(argv: list[str]) -> int:
     """Parse, learn, write, print. Returns the exit code."""
     values = parse(_parser(), argv)
+    for name in ("steps", "batch_size", "held_out"):
+        require(values[name] >= 1, name, values[name], "a whole number of at least 1")
     levels, begins = levels_and_starts(values, argv)
 
     from nested_learning._files import writable

@@ -39,6 +39,7 @@ examples:
   nested-learning lens SmolLM2-135M-Instruct --text notes.txt --memory anna.safetensors
 """
 PAGE = "lens.html"
+INPUTS = ("text", "memory", "starts", *ANCHOR_FLAGS)  # files that are read
 OF_LEARNERS = (*LEVEL_FLAGS, *ANCHOR_FLAGS, "memory")
 
 
@@ -57,14 +58,19 @@ def run(argv: list[str]) -> int:
     add_anchor_flags(parser)
     values = parse(parser, argv)
 
-    from nested_learning._files import writable, write_text
+    from nested_learning._files import existing, same_file, writable, write_text
     from nested_learning.lens import page, save_figures
 
     if values.text is None:
         raise ValueError("no text is given: --text FILE, or --text - for the standard input")
     writable(values.output)  # refused before a long text is read
-    if values.png is not None and Path(values.png).exists() and not Path(values.png).is_dir():
-        raise ValueError(f"--png takes a folder, but {values.png} is something else")
+    for flag in INPUTS:
+        if values[flag] not in (None, "-") and same_file(values[flag], values.output):
+            raise ValueError(
+                f"--output {values.output} is the file of --{flag}, which stays as it is; name another"
+            )
+    if values.png is not None and not (place := existing(Path(values.png))).is_dir():
+        raise ValueError(f"--png takes a folder, but {place} is something else")
     recording = _record(values, parser, _text(values.text), argv)
     write_text(values.output, page(recording))
     say(f"written: {values.output} ({human_bytes(Path(values.output).stat().st_size)})")

@@ -55,9 +55,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--mermaid", type=str, metavar="FILE", help="also write a Mermaid flowchart")
     parser.add_argument("--png", type=str, metavar="FILE", help="also write a picture")
     values = parse(parser, argv)
-    from nested_learning._files import write_text
+    from nested_learning._files import writable, write_text
     from nested_learning.levels import levels
 
+    for path in filter(None, (values.mermaid, values.png)):
+        writable(path)  # refused before anything is written
+    if values.tokens_per_row is not None and not values.levels:
+        raise ValueError(
+            f"--tokens_per_row {values.tokens_per_row} is for levels of period 'chunk', but there are no "
+            "--levels: give them, or leave it out"
+        )
     model = model_on_meta(values.model)
     system = levels(model, _optimizer(values, model))
     if values.mermaid is not None:

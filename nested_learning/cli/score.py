@@ -84,7 +84,7 @@ def score(model_folder: str, config: ScoreConfig) -> dict[str, Any]:
 
     Returns:
         What `score_both_ways` returns, and "model", "data", "part", "bytes" (UTF-8, of the predicted tokens)
-        and "bits_per_byte" of each way of reading.
+        and "bits_per_byte" of each way of reading; None where no predicted token has bytes.
 
     Raises:
         ValueError: no such model or text, or no document of the length asked for.
@@ -97,7 +97,7 @@ def score(model_folder: str, config: ScoreConfig) -> dict[str, Any]:
     num_bytes = sum(len(text.encode()) for text in _predicted(tokenizer, documents))
     result = score_both_ways(model, documents, config.block_size, config.batch_size)
     bits = {
-        mode: None if nats is None else nats * result["tokens"] / math.log(2) / max(num_bytes, 1)
+        mode: None if nats is None or not num_bytes else nats * result["tokens"] / math.log(2) / num_bytes
         for mode, nats in result["nats_per_token"].items()
     }
     told = {"model": model_folder, "data": config.data, "part": config.part}

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from nested_learning._checks import check_positive
 from nested_learning._errors import unknown
 from nested_learning.optimizers.multi_frequency import MultiFrequency
 from nested_learning.optimizers.nested import NestedOptimizer
@@ -184,6 +185,7 @@ class LevelEntry:
                 "period 'chunk' needs tokens_per_row, the tokens that one row of a batch contributes to a "
                 f"step (the chunk has {chunk}); give it, or the period as a number"
             )
+        check_positive(tokens_per_row=tokens_per_row)
         return max(1, chunk // tokens_per_row)
 
     @contextmanager

@@ -92,6 +92,7 @@ def adapt(
             f"adapt runs in one process, got {process_state().num_processes}: each text is a sequence of "
             "passes of its own, which processes cannot share yet"
         )
+    _check_length(config.data.block_size, levels)
     folder = RunFolder(config.output)
     folder.check(resume=resume, overwrite=overwrite)
     checkpoint = checkpoint_to_resume(folder.checkpoints, process_state()) if resume else None
@@ -119,6 +120,16 @@ def adapt(
     else:
         _check_anchors(folder, anchors)
     return _run(config, folder, learner, bundle, checkpoint)
+
+
+def _check_length(block_size: int, levels: Sequence[Level]) -> None:
+    """Raise ValueError where no text reaches beyond a chunk: what levels learn would never be read with."""
+    fastest = min(level.chunk_size for level in levels)
+    if block_size <= fastest:
+        raise ValueError(
+            f"block_size is {block_size}, so no text is longer than the fastest chunk of {fastest}, and no "
+            "level would change a loss: give longer texts, or smaller --chunk_sizes"
+        )
 
 
 def _check_anchors(folder: RunFolder, now: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nested_learning._files import existing
 from nested_learning._tensor_files import parse_json
 from nested_learning.training.run_folder import write_json
 
@@ -22,10 +23,15 @@ class RunCache:
 
     Args:
         folder: made with the first result; None: nothing is kept.
+
+    Raises:
+        ValueError: it, or what is to hold it, is no folder.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and not (place := existing(self.folder)).is_dir():
+            raise ValueError(f"results are kept in a folder, but {place} is something else; name another")
 
     def find(self, key: dict[str, Any], check: Callable[[Any], None] = lambda result: None) -> Any:
         """The result that was kept under the key, or None.

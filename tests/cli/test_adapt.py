@@ -70,6 +70,10 @@ def test_interrupted_and_resumed_is_uninterrupted(flags, tmp_path, capsys, monke
         (["--steps", "0"], "steps"),
         (["--model", "/nowhere"], "is not a folder"),
         (["--chunk_sizes", "8", "8"], "must increase"),
+        (
+            ["--chunk_sizes", "24", "48"],
+            "block_size is 24, so no text is longer than the fastest chunk of 24",
+        ),
     ],
 )
 def test_bad_input(flags, tmp_path, capsys, extra, message):

@@ -112,6 +112,9 @@ def test_a_trained_base_has_its_own(folder, learned, text, tmp_path):  # noqa: F
     [
         (["--output", "/nowhere/starts"], "there is no folder"),
         (["--lr_rates", "0", "--lr_starts", "0"], "both 0"),
+        (["--steps", "0"], "steps is 0"),
+        (["--batch_size", "-1", "--steps", "-1"], "steps is -1"),
+        (["--held_out", "0"], "held_out is 0"),
         (["--rule", "m3", "--exact"], "rule='m3'"),
         (["--chunk_sizes", "64"], "no text longer than the fastest chunk of 64"),
         (["--optim.lr", "1"], "unknown option '--optim.lr'"),

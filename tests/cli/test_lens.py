@@ -117,4 +117,11 @@ def test_bad_input_is_told_in_a_sentence(hope_folder, llama_folder, text, tmp_pa
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "the text has 0 token(s)" in refused(capsys, hope_folder, "--text", str(empty))
+    below = f"{text}/pictures"
+    assert f"--png takes a folder, but {text} is" in refused(
+        capsys, hope_folder, "--text", text, "--png", below
+    )
+    assert "is the file of --text" in refused(capsys, hope_folder, "--text", text, "--output", text)
+    memory = ["--memory", str(empty), "--output", str(empty)]
+    assert "is the file of --memory" in refused(capsys, llama_folder, "--text", text, *memory)
     assert not (tmp_path / "lens.html").exists()

@@ -81,6 +81,13 @@ def test_parts_and_lengths(folder, rows, capsys):
     assert "1 to 15" in out
 
 
+def test_no_bits_per_byte_where_no_byte_is_predicted(folder, capsys, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    result = scored(capsys, folder, "--data", str(tmp_path / "one.txt"), "--part", "all")
+    assert (result["tokens"], result["bytes"]) == (1, 0)
+    assert result["bits_per_byte"] == {"empty": None, "carried": None}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -349,6 +349,10 @@ def frozen():
         ({"levels": [{"part": "cms", "period": 1.5}]}, "whole number >= 1"),
         ({"levels": [{"part": "cms", "period": "chunk"}], "tokens_per_row": 4}, "with one chunk length"),
         ({"levels": [{"part": "cms.1", "period": "chunk"}]}, "needs tokens_per_row"),
+        (
+            {"levels": [{"part": "cms.1", "period": "chunk"}], "tokens_per_row": 0},
+            "tokens_per_row must be at",
+        ),
         ({"levels": [{"part": "cms.1", "reduction": "max"}]}, "must be 'sum' or 'mean', got 'max'"),
         ({"levels": [{"part": "norms", "name": "muon"}]}, "train these with adamw"),
         ({"levels": [{"part": "norms", "name": "m4"}]}, "unknown optimizer 'm4'"),

@@ -178,5 +178,5 @@ def check_enough(num_tokens: int, block_size: int, part: str) -> None:
     if num_tokens < block_size:
         raise ValueError(
             f"the {part} text has {num_tokens} tokens, fewer than one block of block_size {block_size}: "
-            f"give more text, or a block_size of at most {num_tokens}"
+            f"give more text{f', or a block_size of at most {num_tokens}' if num_tokens > 1 else ''}"
         )
