@@ -13,6 +13,7 @@ from typing import Any
 from nested_learning.continual.inputs import vocabulary_size
 from nested_learning.server.forms import AnswerForm, event
 from nested_learning.server.generation import AnswerPart
+from nested_learning.server.journal import Entry
 from nested_learning.server.prefixes import Turn, chain
 from nested_learning.server.prompt import fitting_ids, turn_ends
 from nested_learning.server.refusal import Refusal, invalid
@@ -49,10 +50,9 @@ class ConversationNews:
         place = user.state.known.place(turns, hashes)
         return cls(turns, hashes, place.known, place.conversation)
 
-    def texts(self, roles: frozenset[str], answer: str | None = None) -> list[str]:
-        """New texts of these roles, the answer of now among them."""
-        turns = self.turns[self.known :] + ([] if answer is None else [("assistant", answer)])
-        return [text for role, text in turns if role in roles and text.strip()]
+    def texts(self, roles: frozenset[str]) -> list[str]:
+        """New texts of these roles."""
+        return [text for role, text in self.turns[self.known :] if role in roles and text.strip()]
 
 
 class Answering:
@@ -230,21 +230,22 @@ class Answering:
 
     async def _end(self) -> None:
         """Have the new turns learned, and the answer if that is wanted and it is the only one."""
-        service, news = self._service, self._news
+        service = self._service
         service.metrics.answer_tokens.inc(self.form.answer_tokens)
         service.metrics.answer.observe(time.perf_counter() - self._begun)
-        mode = MODES[service.settings.learn]
-        if news is None or not mode:
-            return
-        turns, hashes = news.turns, news.hashes
-        answer = self.form.texts[0] if len(self.form.texts) == 1 else None
-        texts = news.texts(mode, answer)
+        if self._news is not None and MODES[service.settings.learn]:
+            await self._user.remember(self._entry)
+
+    def _entry(self, number: int) -> Entry | None:
+        """The journal's entry of what is new now: since this answer began, another one may have taught it."""
+        assert self._news is not None
+        turns = list(self._news.turns)
+        if len(self.form.texts) == 1:
+            turns.append(("assistant", self.form.texts[0]))
+        news = ConversationNews.of(self._user, turns)
+        texts = news.texts(MODES[self._service.settings.learn])
         if not texts:
-            return
-        if answer is not None:
-            turns = [*turns, ("assistant", answer)]
-            hashes = chain(self._user.folder.path.name, turns)
-        heads = [h for h, (role, _) in zip(hashes, turns, strict=True) if role == "user"]
-        await self._user.remember(
-            news.conversation, texts, hashes[news.known :], heads[-1] if heads else None
-        )
+            return None
+        heads = [h for h, (role, _) in zip(news.hashes, turns, strict=True) if role == "user"]
+        new, head = news.hashes[news.known :], heads[-1] if heads else None
+        return Entry(number, news.conversation, tuple(texts), tuple(new), head)

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from nested_learning._files import MIB
 from nested_learning.server.body import read_body, read_json
+from nested_learning.server.journal import Entry
 from nested_learning.server.keys import LONGEST_USER
 from nested_learning.server.mind import Learned
 from nested_learning.server.refusal import Refusal, invalid
@@ -140,7 +141,8 @@ async def learn(service: Service, user: UserMemory, values: TextRequest) -> Answ
     check_length(service, tokens)
     service.check_lesson(user, tokens)
     service.metrics.told_tokens.inc(tokens)
-    learned = await user.remember(f"text {secrets.token_hex(8)}", [values.text])
+    name = f"text {secrets.token_hex(8)}"
+    learned = await user.remember(lambda number: Entry(number, name, (values.text,)))
     await user.caught_up()
     lesson = await learned
     if lesson is None:

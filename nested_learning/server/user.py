@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from operator import add
 from pathlib import Path
@@ -166,36 +166,29 @@ class UserMemory:
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
-    async def remember(
-        self, conversation: str, texts: Sequence[str], hashes: Sequence[str] = (), head: str | None = None
-    ) -> asyncio.Future[Learned | None]:
-        """Have texts learned: they are in the journal, on the disk, when this returns.
+    async def remember(self, entry_of: Callable[[int], Entry | None]) -> asyncio.Future[Learned | None]:
+        """Have a lesson learned: it is in the journal, on the disk, when this returns.
 
         Args:
-            conversation: conversation that they belong to.
-            texts: texts in order.
-            hashes, head: what is known with them; see `KnownPrefixes.add`.
+            entry_of: the journal's entry of a number; None where nothing is to be learned. It is asked while
+                no other lesson is on its way to the journal, so it can go by what is known.
 
         Returns:
-            set when they are learned; None where that failed, or the user was deleted.
+            set when it is learned; None where nothing was to be, that failed, or the user was deleted.
 
         Raises:
             Refusal: the journal cannot be written (507); nothing will be learned.
         """
         # A request that is cancelled now must not leave an entry in the file that nobody knows of.
-        return await asyncio.shield(
-            asyncio.ensure_future(self._remember(conversation, tuple(texts), tuple(hashes), head))
-        )
+        return await asyncio.shield(asyncio.ensure_future(self._remember(entry_of)))
 
-    async def _remember(
-        self, conversation: str, texts: tuple[str, ...], hashes: tuple[str, ...], head: str | None
-    ) -> asyncio.Future[Learned | None]:
+    async def _remember(self, entry_of: Callable[[int], Entry | None]) -> asyncio.Future[Learned | None]:
         async with self._writing:
-            if self.gone:
+            entry = None if self.gone else entry_of(self._next_number)
+            if entry is None:
                 nothing: asyncio.Future[Learned | None] = asyncio.get_running_loop().create_future()
                 nothing.set_result(None)
                 return nothing
-            entry = Entry(self._next_number, conversation, texts, hashes, head)
             try:
                 await asyncio.to_thread(self.folder.journal.append, entry)
             except OSError as error:
@@ -203,7 +196,7 @@ class UserMemory:
                 message = f"what was said cannot be kept, so it was not taken in: {error.strerror}"
                 raise Refusal(507, message, "storage", retry_after=30) from error
             self._next_number += 1
-            self.state.known.add(conversation, hashes, head)
+            self.state.known.add(entry.conversation, entry.hashes, entry.head)
             return self._enqueue(entry)
 
     def _enqueue(self, entry: Entry) -> asyncio.Future[Learned | None]:

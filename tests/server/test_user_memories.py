@@ -100,6 +100,27 @@ def test_what_was_told_is_learned_once_and_answers_follow_from_it(client, mind, 
     assert settled(client, "once")["tokens"] == shown["tokens"]
 
 
+@pytest.mark.parametrize("learn", ["user", "both"])
+def test_requests_of_one_conversation_at_once_teach_it_once(mind, tmp_path, learn):
+    with served(tmp_path, mind, learn=learn) as (address, _), client_of(address) as client:
+        answers: list[dict] = []
+
+        def send() -> None:
+            answers.append(chat(client, TOLD))
+
+        senders = [threading.Thread(target=send) for _ in range(3)]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        texts = {TOLD, *map(text_of, answers)} if learn == "both" else {TOLD}
+        shown = settled(client)
+        assert shown["tokens"] == sum(len(text) + 1 for text in texts)
+        assert shown["conversations_to_undo"] == 1
+        chat(client, TOLD, text_of(answers[0]), "more")
+        assert settled(client)["conversations_to_undo"] == 1
+
+
 def test_the_memory_file_is_that_of_a_learner(tmp_path):
     with served(tmp_path, make_mind()) as (address, _), client_of(address) as client:
         chat(client, TOLD, user="file")
