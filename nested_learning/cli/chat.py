@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from nested_learning.continual.replaying.sources import KnownSource
     from nested_learning.continual.starts.starts import Starts
 
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 OF_LEARNERS = (
     "compile",
     "background",
@@ -90,7 +93,7 @@ def run(argv: list[str]) -> int:
     else:
         own = levels if gives_levels(argv) else None
         dialogue = _learner_dialogue(config, values, own, starts)
-    with _memory_file(dialogue, config.memory):
+    with _signals_as_exits(), _memory_file(dialogue, config.memory):
         talk(dialogue, config.memory)
     return 0
 
@@ -148,6 +151,31 @@ def _learner_dialogue(
     else:
         learner = Learner.auto(model, tokenizer, **options, **files.of(model, tokenizer, AUTO.levels))
     return Dialogue(learner, config.generation(), config.learn_from_replies, config.source, config.retrieve)
+
+
+@contextlib.contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the block like an interruption, with their codes.
+
+    Signals are a program's main thread's; in another thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: object) -> None:
+        for each in heard:  # what is being saved then is saved whole
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in heard:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

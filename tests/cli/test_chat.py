@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -167,6 +168,21 @@ def test_a_line_that_is_no_text_ends_nothing(chat, monkeypatch, tmp_path):
     piped = io.TextIOWrapper(io.BytesIO(b"hello\n\xff bytes\nagain\n"), encoding="utf-8")
     monkeypatch.setattr("io.StringIO", lambda text: piped)  # what the fixture gives as the input
     assert chat([])[:2] == (0, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_chat_and_its_memory_is_saved(folder, monkeypatch, tmp_path, number):
+    class Lines(io.StringIO):
+        def readline(self, *size: int) -> str:
+            return super().readline(*size) or os.kill(os.getpid(), number) or ""
+
+    path = tmp_path / "memory.safetensors"
+    monkeypatch.setattr("sys.stdin", Lines("hello\n"))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", "--model", folder, *LEVELS, *GREEDY, "--memory", str(path)])
+    assert ended.value.code == 128 + number
+    assert path.exists()
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_the_coldest_answer_is_the_likeliest(chat):
