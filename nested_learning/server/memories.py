@@ -17,7 +17,7 @@ from nested_learning.server.mind import Mind
 from nested_learning.server.refusal import Refusal
 from nested_learning.server.scheduler import Scheduler
 from nested_learning.server.settings import ServeSettings
-from nested_learning.server.user import UserMemory
+from nested_learning.server.user import UserMemory, in_use
 
 ROOM_SECONDS = 5.0  # that a request waits for other users' requests to end, where all room is taken
 LOG = logging.getLogger("nested_learning.server")
@@ -178,6 +178,6 @@ class Memories:
                 with folder.lock():
                     folder.delete()
             except ValueError as error:
-                raise Refusal(503, str(error), "memory_in_use", retry_after=5) from error
+                raise in_use() from error
             except OSError as error:
                 raise Refusal(507, f"it cannot be deleted: {error.strerror or error}", "storage") from error

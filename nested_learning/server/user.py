@@ -79,8 +79,7 @@ class UserMemory:
         try:
             held.enter_context(folder.lock())
         except ValueError as error:
-            message = f"this memory is in use by another process of the server: {error}"
-            raise Refusal(503, message, "memory_in_use", retry_after=5) from error
+            raise in_use() from error
         except OSError as error:
             raise Refusal(
                 507, f"the folder of memories cannot be used: {error.strerror or error}", "storage"
@@ -91,7 +90,7 @@ class UserMemory:
         except (ValueError, OSError) as error:
             held.close()
             LOG.error("memory %s cannot be loaded: %s", folder.path.name, error)
-            raise Refusal(500, _unusable(error), "memory_unusable") from error
+            raise unusable(error, folder) from error
         except BaseException:
             held.close()
             raise
@@ -323,7 +322,7 @@ class UserMemory:
             try:
                 return await asyncio.to_thread(self.mind.load, self.folder.path / name)
             except (ValueError, OSError) as error:
-                raise Refusal(500, _unusable(error), "memory_unusable") from error
+                raise unusable(error, self.folder) from error
 
     async def _replace(self, version: MemoryVersion, kept: Past) -> None:
         """Put another memory in force, here and on the disk, or neither."""
@@ -352,8 +351,8 @@ class UserMemory:
                     self.trouble = None
                 except (OSError, ValueError) as error:
                     self._saved.clear()
-                    self.trouble = f"the memory cannot be saved yet: {error}"
-                    LOG.error("memory %s: %s", self.folder.path.name, self.trouble)
+                    self.trouble = f"the memory cannot be saved yet: {without_paths(error, self.folder)}"
+                    LOG.error("memory %s: it cannot be saved yet: %s", self.folder.path.name, error)
                     if await self._closes_within(RETRY_SECONDS):
                         return
         finally:
@@ -465,8 +464,21 @@ def unwritten(error: OSError) -> Refusal:
     return Refusal(507, f"the memory cannot be written: {error.strerror or error}", "storage")
 
 
-def _unusable(error: Exception) -> str:
-    return (
-        f"this memory cannot be used: {error}. Put back a copy of the file, serve it with the model and "
-        "levels that it was learned with, or delete it (DELETE /v1/memories)"
+def in_use() -> Refusal:
+    """The refusal of a memory that another process of the server has loaded."""
+    message = "this memory is in use by another process of the server; try again, it is put away when idle"
+    return Refusal(503, message, "memory_in_use", retry_after=5)
+
+
+def unusable(error: Exception, folder: UserFolder) -> Refusal:
+    """The refusal of a memory whose files are damaged, or of another model."""
+    message = (
+        f"this memory cannot be used: {without_paths(error, folder)}. Put back a copy of the file, serve it "
+        "with the model and levels that it was learned with, or delete it (DELETE /v1/memories)"
     )
+    return Refusal(500, message, "memory_unusable")
+
+
+def without_paths(error: Exception, folder: UserFolder) -> str:
+    """The text of an error for clients: where memories lie on this computer is for its log alone."""
+    return str(error).replace(f"{folder.path}/", "").replace(str(folder.path), "the folder of the memory")

@@ -162,6 +162,7 @@ def test_damaged_files_are_told_and_can_be_deleted(mind, tmp_path, what):
         refused = post(client, "hello")
         assert refused.status_code == 500
         assert refused.json()["error"]["code"] == "memory_unusable"
+        assert str(tmp_path) not in refused.text
         assert post(client, "hello", user="ben").status_code == 200
         path.write_bytes(content)  # the copy is put back while the server runs
         assert memory_of(client)["tokens"] == len(TOLD) + 1
@@ -201,7 +202,9 @@ def test_a_memory_that_another_process_has(running):
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "memory_in_use"
         assert refused.headers["retry-after"] == "5"
-        assert client.delete("/v1/memories?user=anna").status_code == 503
+        also = client.delete("/v1/memories?user=anna")
+        assert also.status_code == 503
+        assert str(folder) not in refused.text + also.text
     assert post(client, "hello").status_code == 200
 
 
