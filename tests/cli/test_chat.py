@@ -170,19 +170,28 @@ def test_a_line_that_is_no_text_ends_nothing(chat, monkeypatch, tmp_path):
     assert chat([])[:2] == (0, out)
 
 
+@pytest.mark.parametrize("heard", [True, False])  # nohup lets a program ignore SIGHUP, and so it stays
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_chat_and_its_memory_is_saved(folder, monkeypatch, tmp_path, number):
+def test_a_signal_ends_the_chat_and_its_memory_is_saved(folder, monkeypatch, tmp_path, number, heard):
     class Lines(io.StringIO):
         def readline(self, *size: int) -> str:
             return super().readline(*size) or os.kill(os.getpid(), number) or ""
 
-    path = tmp_path / "memory.safetensors"
+    path, handler = tmp_path / "memory.safetensors", signal.SIG_DFL if heard else signal.SIG_IGN
     monkeypatch.setattr("sys.stdin", Lines("hello\n"))
-    with pytest.raises(SystemExit) as ended:
-        main(["chat", "--model", folder, *LEVELS, *GREEDY, "--memory", str(path)])
-    assert ended.value.code == 128 + number
+    command = ["chat", "--model", folder, *LEVELS, *GREEDY, "--memory", str(path)]
+    before = signal.signal(number, handler)
+    try:
+        if heard:
+            with pytest.raises(SystemExit) as ended:
+                main(command)
+            assert ended.value.code == 128 + number
+        else:
+            assert main(command) == 0
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
     assert path.exists()
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_the_coldest_answer_is_the_likeliest(chat):
