@@ -196,6 +196,23 @@ TABLES = (
         {"parity": _bins("parity"), "(aa)*": _bins("(aa)*"), "aⁿbⁿ": _bins("a^n b^n")},
     ),
     ResultTable(
+        "recall",
+        "recall",
+        MIXERS,
+        {
+            **{
+                f"{pairs} pairs{'' if pairs <= 16 else ', more than trained'}": Means(
+                    (f"accuracy@{pairs}",), best="highest"
+                )
+                for pairs in (4, 8, 16, 24, 32)
+            },
+            "keys told again": Means(("forgetting",), best="highest"),
+            "… answered with the first value": Means(("stale",)),
+            "state after 128 tokens, bytes": Means(("state bytes",), decimals=0),
+            "parameters": Means(("parameters",), decimals=0),
+        },
+    ),
+    ResultTable(
         "babilong",
         "babilong",
         MODELS,
