@@ -6,7 +6,6 @@ import csv
 import json
 
 import pytest
-import torch
 
 from nested_learning.evals import find_method, find_task
 from nested_learning.evals.data_files import data_folder
@@ -28,13 +27,9 @@ SMALL = StreamProtocol(tasks=3, train=4, queries=3, between=1, tuning_tasks=2, v
 WORDING = Wording(Base(None, byte_tokenizer(), None))
 
 
-def tiny_llama(dtype=torch.float32):
-    return random_llama().to(dtype).eval()
-
-
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llama()
+    return random_llama().eval()
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,9 @@ LABELS = [[5, 6, 9], [5, 6, 7, 9], [5, 8, 9], [3, 9]]
 WORDING = Wording(Base(None, byte_tokenizer(), None))
 
 
-def tiny_llama(dtype=torch.float32):
-    return random_llama().to(dtype).eval()
-
-
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llama()
+    return random_llama().eval()
 
 
 def separately(model, prompt, label):
@@ -34,7 +30,7 @@ def separately(model, prompt, label):
 @pytest.mark.parametrize("before", [[], [17, 4, 30, 8, 21]])
 @pytest.mark.parametrize("labels", [LABELS, [[7]], [[3], [4], [5]]])
 def test_a_label_scores_what_it_scores_alone(before, labels):
-    model, prompt = tiny_llama(torch.float64), [11, 12, 13]
+    model, prompt = random_llama().double().eval(), [11, 12, 13]
     context = _keys_and_values(View(model, torch.tensor(before, dtype=torch.long)))
     expected = torch.stack([separately(model, [*before, *prompt], label) for label in labels])
     trie = Trie.of(labels)
