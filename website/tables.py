@@ -220,6 +220,19 @@ TABLES = (
         corner="words read",
     ),
     ResultTable(
+        "optimizers-digits",
+        "optimizers-digits",
+        {"adamw": "AdamW", "muon": "Muon", "m3": "M3"},
+        {
+            "training loss": Means(("training loss",), decimals=4, best="lowest"),
+            "training loss, less than Muon's": Difference("training loss", "muon", less=True, decimals=4),
+            "test loss": Means(("test loss",), best="lowest"),
+            "test loss, less than Muon's": Difference("test loss", "muon", less=True),
+            "test accuracy": Means(("test accuracy",), best="highest"),
+        },
+        across=False,
+    ),
+    ResultTable(
         "longdoc",
         "longdoc",
         {
