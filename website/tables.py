@@ -233,6 +233,26 @@ TABLES = (
         across=False,
     ),
     ResultTable(
+        "clinc150",
+        "clinc150",
+        {
+            "no-adaptation": "no adaptation",
+            "one-level": "one level",
+            "two-levels-averaged": "two, the slow one an average that answers",
+            "three-levels-averaged": "three, so",
+            "two-levels-replay": "two, so, as many kept examples read again as new ones",
+            "class-means": "class means on frozen features",
+            "kernel-lda": "Gaussian classes on random features",
+        },
+        {
+            "accuracy": Means(("accuracy",), best="highest"),
+            "more than class means": Difference("accuracy", "class-means"),
+            "forgetting": Means(("forgetting",)),
+            "seconds": Means(("seconds",), decimals=0),
+        },
+        across=False,
+    ),
+    ResultTable(
         "longdoc",
         "longdoc",
         {
