@@ -77,7 +77,7 @@ class HopeGenerationMixin(GenerationMixin):
         given = input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if given is not None and not config.is_assistant:
             columns = _prompt_columns(cache, input_ids, kwargs)
-            _as_positions(given, columns, self._mask_of(given, kwargs, config), kwargs)
+            self._say_by_positions(given, columns, kwargs, config)
             if self.config.cms_learns and kwargs.get("learn_mask") is not None:
                 kwargs["learned_prompt"] = _over_all_columns(kwargs.pop("learn_mask"), given, columns)
         if self.config.cms_learns:
@@ -279,6 +279,26 @@ class HopeGenerationMixin(GenerationMixin):
         mask = self._mask_of(input_ids, kwargs, config)
         return torch.cat([mask.new_ones(len(mask), seen), mask], dim=1)
 
+    def _say_by_positions(
+        self, given: Tensor, columns: int, kwargs: dict[str, Any], config: GenerationConfig
+    ) -> None:
+        """Put position_ids of all columns in the place of what says where documents begin in the given ones.
+
+        `generate` lengthens and cuts these alone, by the place of a column.
+
+        Args:
+            given: [B, T] or [B, T, D], of the last T columns.
+            columns: all columns, with those that the cache has read.
+            kwargs, config: of `generate`.
+        """
+        names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+        said = {name: kwargs.pop(name, None) for name in names}
+        if all(each is None for each in said.values()):
+            return
+        seen, real = columns - given.shape[1], self._mask_of(given, kwargs, config).to(given.device).bool()
+        found = document_positions(given, real, seen, **said).expand(len(given), -1)
+        kwargs["position_ids"] = torch.cat([found.new_zeros(len(found), seen), found], dim=1)
+
     def _mask_of(self, given: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> Tensor:
         """The mask [B, T] of the given ids or embeddings, nonzero for real tokens."""
         mask = kwargs.get("attention_mask")
@@ -338,26 +358,6 @@ class HopeGenerationMixin(GenerationMixin):
             cache = cache.clone()
             cache.batch_repeat_interleave(copies)
             model_kwargs["past_key_values"] = cache
-
-
-def _as_positions(given: Tensor, columns: int, mask: Tensor, kwargs: dict[str, Any]) -> None:
-    """Put position_ids of all columns in the place of what says where documents begin in the given ones.
-
-    `generate` lengthens and cuts these alone, by the place of a column.
-
-    Args:
-        given: [B, T] or [B, T, D], of the last T columns.
-        columns: all columns, with those that the cache has read.
-        mask: [B, T], nonzero for real tokens.
-        kwargs: of `generate`.
-    """
-    names = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
-    said = {name: kwargs.pop(name, None) for name in names}
-    if all(each is None for each in said.values()):
-        return
-    seen, real = columns - given.shape[1], mask.to(given.device).bool()
-    found = document_positions(given, real, seen, **said).expand(len(given), -1)
-    kwargs["position_ids"] = torch.cat([found.new_zeros(len(found), seen), found], dim=1)
 
 
 def _over_all_columns(learn_mask: Tensor, given: Tensor, columns: int) -> Tensor:
