@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,10 @@ class Row:
     store: Store | None = None
     answers: KeptAnswers | None = None
     resume: Context | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a version counts in its process alone; in another one it may be, or become, that of another row
+        self.__dict__.update(state, version=next(_versions))
 
     @classmethod
     def new(cls, levels: Iterable[DeltaState], device: torch.device) -> Row:

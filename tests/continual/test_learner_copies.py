@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from nested_learning.continual import Level, stack_levels
+from nested_learning.continual import Level, deltas, stack_levels
 from nested_learning.continual.writing import _norm
 from tests.continual.tiny_models import random_ids, tiny_model
 
@@ -46,6 +47,23 @@ def test_a_copy_goes_on_bit_by_bit(way, rule, rank):
     assert torch.equal(twin.logits(TEXTS[1][None]), learner.logits(TEXTS[1][None]))
     learner.observe(TEXTS[2])  # moves the original alone
     assert not torch.equal(twin.logits(TEXTS[1][None]), learner.logits(TEXTS[1][None]))
+
+
+def test_rows_that_were_pickled_keep_apart_in_a_process_that_counts_anew(monkeypatch):
+    """A row's version says whose effective weights are made; two rows with the same one would share them."""
+    learner = learner_on(tiny_model())
+    learner.memory.set_rows(2)
+    for row in (0, 1):
+        learner.observe(TEXTS[row], row=row)
+    pickled, ids = pickle.dumps(learner), TEXTS[2][None]
+    highest = max(row.version for row in learner.memory.rows)
+    monkeypatch.setattr(deltas, "_versions", itertools.count(1))
+    twin = pickle.loads(pickled)
+    expected = twin.logits(ids, row=0)
+    for _ in range(highest + 2):
+        twin.observe(TEXTS[3][:4], row=1)
+        twin.logits(ids, row=1)
+        assert torch.equal(twin.logits(ids, row=0), expected)
 
 
 def test_a_copy_in_a_scope_has_the_base_model_itself():
