@@ -81,7 +81,7 @@ class Adapter:
     def _read(self, reader: Reader, ids: Tensor) -> Tensor:
         """Mean loss of the pairs of ids [T], read from where the levels begin."""
         row = Row.new((writer.new_state() for writer in reader.writers), ids.device)
-        learn = torch.ones(len(ids), dtype=torch.bool)
+        learn = torch.ones(len(ids), dtype=torch.bool, device="cpu")
         losses = []
         for piece, ends in reader.plan.pieces(0, len(ids)):
             if ends:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nested_learning.continual.level import Level
 from nested_learning.memory.state import Weights
+from nested_learning.ops.context import full_precision
 
 
 def answering(levels: Sequence[Level]) -> tuple[int, ...] | None:
@@ -92,6 +93,11 @@ def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
 
     `down` of the result has orthonormal rows.
     """
+    with full_precision(mine.up.device):
+        return _mix(mine, theirs, rate)
+
+
+def _mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
     rank = mine.down.shape[-2]
     left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=-1)
     right = torch.cat([mine.down, theirs.down], dim=-2)

@@ -49,9 +49,9 @@ class PastLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
+        if self.keys is not None and self.values is not None:  # read in another precision, or under autocast
+            key_states = torch.cat([self.keys.to(key_states.dtype), key_states], dim=-2)
+            value_states = torch.cat([self.values.to(value_states.dtype), value_states], dim=-2)
         self.joined = key_states, value_states
         return self.joined
 

@@ -28,9 +28,17 @@ from nested_learning.continual.objectives.passage import KeptTokens
 from nested_learning.continual.replaying.store import Store
 from nested_learning.continual.rules import RuleState
 from nested_learning.memory.state import Weights
+from nested_learning.ops.context import full_precision
 
 DOWN, UP = ":down", ":up"
 _versions = itertools.count(1)
+
+
+def product(down: Tensor, up: Tensor) -> Tensor:
+    """up · down of two factors [r, in] and [out, r], or of stacks of them, in their precision also under
+    autocast."""
+    with full_precision(up.device):
+        return up @ down
 
 
 @dataclass
@@ -147,7 +155,7 @@ class Row:
             list(levels),
             position=0,
             tokens=torch.empty(0, dtype=torch.long, device=device),
-            learn=torch.empty(0, dtype=torch.bool),
+            learn=torch.empty(0, dtype=torch.bool, device="cpu"),
         )
 
     def share(self) -> Row:

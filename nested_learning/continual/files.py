@@ -181,7 +181,7 @@ def _row_tensors(row: Row) -> dict[str, Tensor]:
         tensors.update({f"{index}/units/{layer}": t for layer, t in state.units.items()})
         tensors.update({f"{index}/background/{layer}": t for layer, t in state.background.items()})
         if state.chunks:
-            tensors[f"{index}/chunks"] = torch.tensor(state.chunks)
+            tensors[f"{index}/chunks"] = torch.tensor(state.chunks, device="cpu")
         for slot, t in state.drawn.items():
             if not any(t is faster.drawn.get(slot) for faster in row.levels[:index]):  # an average shares it
                 tensors[f"{index}/drawn/{slot}"] = t

@@ -234,6 +234,16 @@ def check_weights(targets: Sequence[Target]) -> None:
             )
 
 
+def check_gradients(model: nn.Module) -> None:
+    """Raise ValueError where no gradient can be taken through a model."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made inside torch.inference_mode(), so that no gradient can be taken through "
+                "it; load the model outside of that mode"
+            )
+
+
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight has no numbers that a delta could be added to: integers, or a subclass of tensors
     that holds integers and scales (torchao's)."""

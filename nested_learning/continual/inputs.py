@@ -72,7 +72,7 @@ def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMa
     vocab_size = vocabulary_size(model)
     rows = [_checked(row, vocab_size).to(model.device) for row in rows]
     if learn_mask is None:
-        return Batch(rows, [torch.ones(len(row), dtype=torch.bool) for row in rows], kind)
+        return Batch(rows, [torch.ones(len(row), dtype=torch.bool, device="cpu") for row in rows], kind)
     if isinstance(given, str) or (kind == "list" and any(isinstance(item, str) for item in given)):
         raise ValueError("learn_mask has one value per token: give ids, not text, to go with it")
     return Batch(rows, _read_mask(learn_mask, rows, kind), kind)
@@ -89,14 +89,18 @@ def read_one(what: str, given: TextOrIds, tokenizer: Any, model: Any) -> Tensor:
 def _ids(given: Any) -> Tensor:
     """Ids of a list or an array as a tensor. ValueError for what is none."""
     try:
-        return torch.as_tensor(given)
+        return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}") from error
 
 
+def _mask(given: Any) -> Tensor:
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+
+
 def _read_mask(learn_mask: LearnMask, rows: list[Tensor], kind: str) -> list[Tensor]:
     try:
-        learn = [torch.as_tensor(mask) for mask in ([learn_mask] if kind == "one" else learn_mask)]
+        learn = [_mask(mask) for mask in ([learn_mask] if kind == "one" else learn_mask)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"learn_mask must have the shape of the ids, got {learn_mask!r}") from error
     shapes, expected = [tuple(mask.shape) for mask in learn], [tuple(row.shape) for row in rows]
@@ -141,7 +145,7 @@ def _encode(text: str, tokenizer: Any) -> Tensor:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"the text {text!r} has no tokens; expected at least one")
-    return torch.tensor(ids)
+    return torch.tensor(ids, device="cpu")
 
 
 def checked_index(what: str, index: Any, count: int) -> int:

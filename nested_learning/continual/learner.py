@@ -89,6 +89,7 @@ class Learner:
             raise ValueError("deltas are in force: leave `active` before you pickle a learner")
         return self.__dict__
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
         """A learner that goes on by itself, with a base model of its own."""
         twin = type(self).__new__(type(self))
@@ -183,6 +184,7 @@ class Learner:
         """The sources that were read, in order, by one row or by all; empty where nothing is kept."""
         return known_sources(self.memory.rows if row is None else [self.memory.row(row)])
 
+    @torch.inference_mode(False)
     def forget(self, source: str | None, *, row: int | None = None) -> Forgotten:
         """Take a source out of what is kept and, where all that was read is kept, out of the weights.
 
@@ -298,7 +300,7 @@ class Learner:
             return [self._score_row(self.memory.rows[i].only(chosen).unread(), ids, bar) for i, ids in pairs]
 
     def _score_row(self, row: Row, ids: Tensor, bar: Progress) -> Tensor:
-        losses, learn = [], torch.zeros(len(ids), dtype=torch.bool)
+        losses, learn = [], torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         for piece, _ in self.reader.plan.pieces(row.position, len(ids)):
             losses.append(self.reader.score(row, ids[piece], learn[piece]))
             row.start = len(row.tokens)  # the next segment may need a new window

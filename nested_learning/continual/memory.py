@@ -233,6 +233,7 @@ class Memory:
         with self._locked(path):
             write_memory(Path(path), self.rows, self._identity(), dtype or self.file_dtype)
 
+    @torch.inference_mode(False)
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over the memory of a file that `save` wrote; what this memory held is gone.
 

@@ -94,13 +94,19 @@ class M3Rule:
         optimizer = M3(list(weights.values()), lr=1.0)
         for slot, weight in weights.items():
             weight.grad = scaled[slot]
-            stored: dict[str, Any] = {key: t.clone() for key, t in state.get(slot, {}).items()}
+            stored: dict[str, Any] = {
+                key: t.to(weight.dtype if t.is_floating_point() else t.dtype, copy=True)
+                for key, t in state.get(slot, {}).items()
+            }
             if stored:
                 stored["step"] = int(stored["step"])
             optimizer.state[weight] = stored
         optimizer.step()
         new = {
-            slot: {key: torch.as_tensor(value) for key, value in optimizer.state[weight].items()}
+            slot: {
+                key: value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+                for key, value in optimizer.state[weight].items()
+            }
             for slot, weight in weights.items()
         }
         return Step(weights, new, -1.0)
@@ -153,7 +159,7 @@ def acts_by_row(rule: Rule) -> bool:
     """Whether each row of a matrix is written as if it were alone: tried on a small one, twice."""
     whole: RuleState = {}
     alone: list[RuleState] = [{}, {}]
-    probe = torch.tensor([[1.0, 2.0, -1.0], [0.5, -3.0, 2.0]])
+    probe = torch.tensor([[1.0, 2.0, -1.0], [0.5, -3.0, 2.0]], device="cpu")
     for g in (probe, probe.flip(1)):
         step = rule.step(whole, {"probe": g}, 1.0)
         steps = [rule.step(state, {"probe": row}, 1.0) for state, row in zip(alone, g.split(1), strict=True)]

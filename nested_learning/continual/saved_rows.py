@@ -89,7 +89,7 @@ class SavedRows:
         start = _count("start", numbers["start"], length)
         self._check_place(position, position - (length - start))
         # a file without a mask is of a time when everything was learned
-        learn = self._left.pop(f"{prefix}mask", torch.ones(length, dtype=torch.bool))
+        learn = self._left.pop(f"{prefix}mask", torch.ones(length, dtype=torch.bool, device="cpu"))
         _check(f"{prefix}mask", learn, (torch.bool,), (length,))
         row = Row.new((DeltaState() for _ in self._writers), self._model.device)
         row.position, row.start, row.tokens, row.learn = position, start, tokens.to(self._model.device), learn
@@ -360,7 +360,7 @@ def _kept_shape(writer: DeltaWriter, slot: str, state: DeltaState | None) -> tup
 def _rule_state(writer: DeltaWriter, ndim: int) -> dict[str, Tensor]:
     """The state that the level's rule keeps of one matrix, or of a stack of them (`ndim` 3), by one of the
     sizes `PROBE`: a first step says it."""
-    state = writer.rule.step({}, {"probe": torch.ones(PROBE[-ndim:])}, 1.0).state
+    state = writer.rule.step({}, {"probe": torch.ones(PROBE[-ndim:], device="cpu")}, 1.0).state
     return state.get("probe", {})
 
 

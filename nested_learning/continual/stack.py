@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from nested_learning.continual.compiled_calls import compiled_call
-from nested_learning.continual.find import Target, check_weights, find_targets
+from nested_learning.continual.find import Target, check_gradients, check_weights, find_targets
 from nested_learning.continual.inputs import TextOrIds
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
@@ -24,6 +25,7 @@ from nested_learning.continual.weights import Workspace
 from nested_learning.continual.writing import DeltaWriter
 
 
+@torch.inference_mode(False)  # what stays must be usable outside of that mode
 def stack_levels(
     model: PreTrainedModel,
     tokenizer: Any = None,
@@ -101,6 +103,9 @@ def stack_levels(
     anchors = Anchors.checked(model, tokenizer, levels, background, fisher, starts)
     writers = _writers(levels, targets, seed, fisher, starts)
     check_weights([target for writer in writers for target in writer.targets])
+    if any(writer.learns for writer in writers):
+        with workspace.bare():
+            check_gradients(model)
     plan = ReadingPlan.fitted(model, levels, segment, window, overlap, gradient_checkpointing)
     plan = plan_distillation(plan, levels, distill_top_k)
     reader = Reader(model, writers, plan, anchors)

@@ -236,7 +236,8 @@ class SparseWrites:
         for slot, width in layer.width.items():
             old = state.deltas.get(slot)
             if old is None or len(joined) > len(known):
-                new = torch.zeros(len(joined), width, dtype=self._dtypes[slot], device=units.device)
+                dtype = self._dtypes[slot] if old is None else old.dtype
+                new = torch.zeros(len(joined), width, dtype=dtype, device=units.device)
                 empty = self.rule.empty(new)
                 state.deltas[slot] = new if old is None else new.index_copy(0, stay, old)
                 stored = {

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
+from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row, product
 from nested_learning.continual.find import Target, is_quantised, memory_dtype
 from nested_learning.continual.units import SparseDelta
 from nested_learning.continual.writing import DeltaWriter
@@ -74,6 +74,7 @@ class _Buffers:
     base: dict[str, tuple[int, int]] = field(default_factory=dict)
     written: Weights = field(default_factory=dict)
 
+    @torch.inference_mode(False)  # what stays must be usable outside of that mode
     @torch.no_grad()
     def effective(self, writers: Sequence[DeltaWriter], row: Row, learning: bool) -> dict[Target, Tensor]:
         """W_base + Σ Δ for each weight that has a full delta or may get one; W_base itself without any Δ.
@@ -203,7 +204,7 @@ class _Installation:
     ) -> None:
         """Forward pre-hook of stacked experts: their weight is W + Σ up · down, rounded once."""
         weight = self.weights.get(target, target.weight)
-        total = sum((up @ down for down, up in pairs[1:]), pairs[0][1] @ pairs[0][0])
+        total = sum((product(down, up) for down, up in pairs[1:]), product(*pairs[0]))
         total = (total.mT if target.transposed else total) + weight
         module._parameters[target.parameter] = total.to(weight.dtype)  # type: ignore[assignment]
 
@@ -254,8 +255,15 @@ def _add_full(
 
 
 def _check_parameters(writers: Sequence[DeltaWriter]) -> None:
-    """Raise ValueError where the model has another parameter than the one that a level has its delta on."""
-    for target in (target for writer in writers for target in writer.targets):
+    """Raise ValueError where the model has another parameter than the one that a level has its delta on, or
+    has it on another device than when the learner was made."""
+    for writer, target in ((each, target) for each in writers for target in each.targets):
+        if target.weight.device != (before := writer.devices[target.name]):
+            raise ValueError(
+                f"{target.name} of the base model is on {target.weight.device} and was on {before} when "
+                "the learner was made, where its memory is: save that, make a learner on the model where it "
+                "is now, and load it"
+            )
         if target.module._parameters.get(target.parameter) is not target.weight:
             raise ValueError(
                 f"{target.name} of the base model is another parameter than when the learner was made (as "
@@ -329,7 +337,7 @@ class Workspace:
                 (writer, target, down.detach(), up.detach())
                 for writer, state, target in acting(writers, row)
                 if writer.level.rank is not None
-                if writer.averaged is None or target.name + UP in state.deltas
+                if learning or target.name + UP in state.deltas  # reading makes none
                 for down, up in [writer.factors(state, target)]
             ]
             installation = self._installation(buffers.effective(writers, row, learning), factors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nested_learning.continual.averages import LowRank, approach, mix
-from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row
+from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row, product
 from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.lesson import Lesson, Replayed
 from nested_learning.continual.level import Level
@@ -19,6 +19,7 @@ from nested_learning.continual.rules import resolve_rule
 from nested_learning.continual.starts.starts import LevelStart, check_tensors, start_values
 from nested_learning.continual.units import SparseDelta, SparseWrites
 from nested_learning.memory.state import Weights
+from nested_learning.ops.context import full_precision
 from nested_learning.ops.norm import magnitude
 
 HISTORY = 64  # chunks that a running quantile looks back
@@ -76,6 +77,7 @@ class DeltaWriter:
         start: learned rates and start of the level; None for those of its settings, and zero.
 
     Attributes:
+        devices: devices of the weights by name when the level was made; the memory stays there.
         number: number of faster levels that are no averages.
         sparse: writes to a few hidden units; None where all weights are written.
         fixed_down: whether `down` stays as drawn, in this level or in the one that it averages.
@@ -112,6 +114,7 @@ class DeltaWriter:
             self.targets = self._common(averaged, f"averages level {averaged.index}")
         if level.consolidate and faster is not None:
             self._common(faster, f"takes over from level {faster.index} (consolidate={level.consolidate})")
+        self.devices = {target.name: target.weight.device for target in self.targets}
         self._by_name = {target.name: target for target in self.targets}
         self.rule = resolve_rule(level.rule)
         self.seed = seed
@@ -217,9 +220,10 @@ class DeltaWriter:
         """(down, up) of a delta of zero at a rank: `down` drawn with orthonormal rows, `up` zero."""
         inputs, outputs = target.features
         digest = hashlib.sha256(f"{self.seed}/{self.number}/{target.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
         weight = target.weight
-        random = torch.randn(*target.stack, inputs, rank, generator=generator, dtype=torch.float64)
+        size = (*target.stack, inputs, rank)
+        random = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         down = torch.linalg.qr(random).Q.mT.contiguous()
         return (
             down.to(weight.device, memory_dtype(weight)),
@@ -279,7 +283,8 @@ class DeltaWriter:
             grads, size = (sums, norm) if chosen is None else (chosen.grads, _norm(chosen.grads))
             scale = 1.0 if self.level.clip is None else min(1.0, self.level.clip / max(size, 1e-30))
             before = state.rule if chosen is None else chosen.rule
-            directions, rule, factor = self.rule.step(before, grads, scale)
+            with full_precision(next(iter(grads.values())).device):
+                directions, rule, factor = self.rule.step(before, grads, scale)
             if self.sparse is not None and chosen is not None:
                 steps = {slot: self._step_size(slot, factor) for slot in directions}
                 self.sparse.put(state, chosen, directions, steps, rule)
@@ -306,7 +311,7 @@ class DeltaWriter:
         state.history = [*before, loss][-HISTORY:]
         if not before:
             return False
-        past = torch.tensor(before, dtype=torch.float64)
+        past = torch.tensor(before, dtype=torch.float64, device="cpu")
         return loss <= float(torch.quantile(past, level.gate_quantile))
 
     def take_over(self, state: DeltaState, fast: DeltaWriter, fast_state: DeltaState) -> None:
@@ -351,8 +356,8 @@ class DeltaWriter:
                 state.deltas[slot] if slot in state.deltas else theirs.up.new_zeros(self.shape(slot))  # type: ignore[arg-type]
                 for slot in (target.name + DOWN, target.name + UP)
             )
-            product, *error = mix(LowRank(down, up), theirs, rate)
-            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = product
+            mixed, *error = mix(LowRank(down, up), theirs, rate)
+            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = mixed
             errors.append(torch.stack(error))
         lost, whole = torch.stack(errors).sum(0).tolist() if errors else (0.0, 0.0)
         return math.sqrt(lost / whole) if whole else 0.0
@@ -371,7 +376,7 @@ class DeltaWriter:
         if target.name + UP not in state.deltas:
             return None
         down, up = self.factors(state, target)
-        return (up @ down).mT if target.transposed else up @ down
+        return product(down, up).mT if target.transposed else product(down, up)
 
 
 def _total(sums: Weights, more: Weights) -> Weights:

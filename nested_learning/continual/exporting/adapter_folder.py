@@ -26,6 +26,7 @@ from nested_learning.continual.deltas import UP, Row
 from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.weights import acting
 from nested_learning.continual.writing import DeltaWriter
+from nested_learning.ops.context import full_precision
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -59,6 +60,11 @@ def lora_factors(writers: Sequence[DeltaWriter], row: Row, rank: int) -> dict[Ta
 
 
 def _factors(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int) -> Factors:
+    with full_precision(target.weight.device):
+        return _factors_of(writers, row, target, rank)
+
+
+def _factors_of(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int) -> Factors:
     inputs, outputs = target.features
     like: dict[str, Any] = {"dtype": memory_dtype(target.weight), "device": target.weight.device}
     downs, ups = [torch.zeros(0, inputs, **like)], [torch.zeros(outputs, 0, **like)]

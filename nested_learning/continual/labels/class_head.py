@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,8 @@ class ClassSums:
     @classmethod
     def new(cls, size: int, whole: bool) -> ClassSums:
         """Empty sums over features [size]; `whole`: the scatter is a matrix."""
-        scatter = torch.zeros((size, size) if whole else (), dtype=torch.float64)
-        return cls([], torch.zeros(0, dtype=torch.int64), torch.zeros(0, size, dtype=torch.float64), scatter)
+        scatter = torch.zeros((size, size) if whole else (), dtype=torch.float64, device="cpu")
+        return cls([], scatter.new_zeros(0, dtype=torch.int64), scatter.new_zeros(0, size), scatter)
 
     def add(self, x: Tensor, labels: Sequence[str]) -> None:
         """Add examples [n, D] with their labels."""
@@ -105,7 +106,7 @@ class ClassSums:
         The identity itself where no class has two different examples.
         """
         size = self.means.shape[1]
-        identity = torch.eye(size, dtype=torch.float64)
+        identity = torch.eye(size, dtype=torch.float64, device="cpu")
         shared = self.scatter / max(int(self.counts.sum()), 1)
         if not self.scatter.ndim:
             variance = shared / size
@@ -140,10 +141,11 @@ class RandomFeatures:
         distances = torch.pdist(scaled)
         median = float(distances.median()) if len(distances) else 0.0
         sigma = settings.bandwidth * (median if median > 0 else 1.0)
-        generator = torch.Generator().manual_seed(settings.seed)
+        generator = torch.Generator("cpu").manual_seed(settings.seed)
         size = (x.shape[1], settings.width)
-        weights = torch.randn(size, generator=generator, dtype=torch.float64) / sigma
-        phases = torch.rand(settings.width, generator=generator, dtype=torch.float64) * 2 * math.pi
+        kind: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        weights = torch.randn(size, **kind) / sigma
+        phases = torch.rand(settings.width, **kind) * 2 * math.pi
         return cls(centre, scale, weights, phases)
 
     def of(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nested_learning.continual.files import fingerprint, to_json
@@ -37,6 +38,7 @@ class Classifier:
         """Labels in the order in which they came first."""
         return self.head.labels
 
+    @torch.inference_mode(False)
     def learn(self, text_or_ids: TextOrIds, label: str | Sequence[str]) -> None:
         """Learn an example, or several.
 
@@ -83,6 +85,7 @@ class Classifier:
         """
         write_head(path, self.head, self._identity())
 
+    @torch.inference_mode(False)
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over what a classifier of the same settings, on the same base model, has saved.
 

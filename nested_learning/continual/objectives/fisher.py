@@ -48,6 +48,7 @@ class Fisher:
     fingerprint: str
 
     @classmethod
+    @torch.inference_mode(False)
     def of(
         cls,
         model: Any,

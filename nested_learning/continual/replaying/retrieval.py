@@ -140,8 +140,14 @@ class Retriever:
                 room -= len(ids) + len(self._break)
                 chosen.append(self._passage(passages[index], ids, scores[index]))
         chosen.sort(key=lambda passage: passage.start)
-        parts = [part for passage in chosen for part in (passage.ids, torch.tensor(self._break).long())]
-        return Retrieved(tuple(chosen), torch.cat(parts) if parts else torch.empty(0, dtype=torch.long))
+        parts = [
+            part
+            for passage in chosen
+            for part in (passage.ids, torch.tensor(self._break, device="cpu").long())
+        ]
+        return Retrieved(
+            tuple(chosen), torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")
+        )
 
     def _scores(self, store: Store, query: Tensor) -> tuple[list[KeptPassage], list[float]]:
         if self._indexed is None or self._indexed[0] is not store:

@@ -38,7 +38,7 @@ def store_tensors(store: Store) -> dict[str, Tensor]:
     sources, labels = _numbered(store.counts), _numbered(_labels(store))
     rows = [(len(e), e.start, sources[e.source], labels[e.label], e.begins, e.loss) for e in store.examples]
     columns = zip(COLUMNS.items(), zip(*rows, strict=True), strict=True)
-    tensors = {name: torch.tensor(values, dtype=dtype) for (name, dtype), values in columns}
+    tensors = {name: torch.tensor(values, dtype=dtype, device="cpu") for (name, dtype), values in columns}
     tensors["tokens"] = torch.cat([e.tokens for e in store.examples])
     tensors["mask"] = torch.cat([e.learn for e in store.examples])
     return {f"store/{name}": tensor for name, tensor in tensors.items()}

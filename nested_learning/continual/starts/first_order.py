@@ -128,7 +128,7 @@ def first_order(reader: Reader, begin: Beginning, ids: Tensor) -> MetaGradient:
 def read_whole(reader: Reader, begin: Beginning, ids: Tensor) -> Tensor:
     """Next-token losses [T] of ids [T] that levels learn from as they read, from these starts."""
     row = Row.new(begin.states(reader.writers), ids.device)
-    learn, losses = torch.ones(len(ids), dtype=torch.bool), []
+    learn, losses = torch.ones(len(ids), dtype=torch.bool, device="cpu"), []
     for piece, ends in reader.plan.pieces(0, len(ids)):
         if ends:
             found, writes = study(reader, row, ids[piece], learn[piece], 0)

@@ -54,7 +54,10 @@ class MetaGradient:
     @classmethod
     def zero(cls, begin: Beginning) -> MetaGradient:
         """A gradient of zeros, to be added to."""
-        rates = tuple({slot: torch.zeros((), dtype=torch.float64) for slot in own} for own in begin.log_rates)
+        rates = tuple(
+            {slot: torch.zeros((), dtype=torch.float64, device="cpu") for slot in own}
+            for own in begin.log_rates
+        )
         return cls(0.0, tuple({} for _ in begin.starts), rates)
 
     def add_start(self, level: int, slot: str, g: Tensor) -> None:
@@ -66,7 +69,7 @@ class MetaGradient:
     def is_finite(self) -> bool:
         """Whether the loss and all gradients are finite."""
         parts = [t for own in (*self.starts, *self.log_rates) for t in own.values()]
-        return all(bool(t.isfinite().all()) for t in [torch.tensor(self.loss), *parts])
+        return all(bool(t.isfinite().all()) for t in [torch.tensor(self.loss, device="cpu"), *parts])
 
 
 @dataclass

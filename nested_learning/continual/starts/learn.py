@@ -28,6 +28,8 @@ from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE
 EVALUATIONS = 10  # of the held-out texts, evenly over the steps
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def learn_starts(
     learner: Learner,
     texts: TextOrIds,
@@ -86,14 +88,14 @@ def learn_starts(
     rows = _long_enough("texts", texts, learner)
     judged = [] if held_out is None else _long_enough("held_out", held_out, learner)
     course = _Course(learner, rank, lr_rates, lr_starts, exact)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator("cpu").manual_seed(seed)
     losses: list[float] = []
     evaluated = {0: course.loss(judged)} if judged else {}
     best, pending = course.result(), list[int]()
     for step in range(1, steps + 1):
         chosen: list[Tensor] = []
         while len(chosen) < batch_size:
-            pending = pending or torch.randperm(len(rows), generator=order).tolist()
+            pending = pending or torch.randperm(len(rows), generator=order, device="cpu").tolist()
             chosen.append(rows[pending.pop()])
         losses.append(course.step(chosen))
         if progress is not None:
@@ -175,7 +177,9 @@ class _Course:
         for writer, start in zip(self._writers, before, strict=True):
             self._rates.append(
                 {
-                    slot: torch.tensor(math.log(start.rates.get(slot, 1.0)), dtype=torch.float64)
+                    slot: torch.tensor(
+                        math.log(start.rates.get(slot, 1.0)), dtype=torch.float64, device="cpu"
+                    )
                     for slot in (writer.keys if writer.learns else ())
                 }
             )

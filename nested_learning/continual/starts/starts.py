@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from nested_learning._tensor_files import check_whole, checksum, parse_json, read_tensors, write_tensors
-from nested_learning.continual.deltas import DOWN, UP
+from nested_learning.continual.deltas import DOWN, UP, product
 from nested_learning.continual.find import Target
 from nested_learning.continual.level import Level, check_levels
 from nested_learning.memory.state import Weights
@@ -234,8 +234,8 @@ def start_values(tensors: Weights, targets: Sequence[Target], full: bool) -> Wei
         if target.name in tensors:
             values[target.name] = tensors[target.name]
         elif target.name + UP in tensors:
-            product = tensors[target.name + UP] @ tensors[target.name + DOWN]
-            values[target.name] = product.mT if target.transposed else product
+            whole = product(tensors[target.name + DOWN], tensors[target.name + UP])
+            values[target.name] = whole.mT if target.transposed else whole
     return values
 
 
