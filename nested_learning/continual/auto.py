@@ -12,7 +12,7 @@ import torch
 from nested_learning._errors import unknown
 from nested_learning.continual.files import check_file_dtype
 from nested_learning.continual.learner import Learner
-from nested_learning.continual.level import Level
+from nested_learning.continual.level import Level, check_levels
 from nested_learning.continual.stack import stack_levels
 
 LEVEL_FIELDS = tuple(each.name for each in fields(Level))
@@ -76,7 +76,7 @@ def auto(model: Any, tokenizer: Any = None, **changes: Any) -> Learner:
     file_dtype = changes.pop("file_dtype", AUTO.file_dtype)
     check_file_dtype(file_dtype)
     of_levels = {name: changes.pop(name) for name in LEVEL_FIELDS if name in changes}
-    levels = [replace(level, **of_levels) for level in changes.pop("levels", AUTO.levels)]
+    levels = [replace(level, **of_levels) for level in check_levels(changes.pop("levels", AUTO.levels))]
     learner = stack_levels(model, tokenizer, levels=levels, **{**AUTO.options, **changes})
     learner.memory.file_dtype = file_dtype
     return learner

@@ -145,7 +145,7 @@ def read_memory(
         if "levels" in metadata:
             metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
         for key, value in {**dict.fromkeys(OPTIONAL), **identity}.items():
-            if metadata.get(key) != value:
+            if not _agree(key, metadata.get(key), value):
                 raise _Mismatch(_mismatch(path, key, metadata.get(key), value))
         rows = SavedRows(tensors, writers, model, plan).read(parse_json(metadata["rows"]))
     except _Mismatch:
@@ -161,6 +161,13 @@ def read_memory(
             stacklevel=4,
         )
     return rows
+
+
+def _agree(key: str, theirs: str | None, ours: str | None) -> bool:
+    """Whether a part of an identity is that of the learner; settings of levels by value: 1 is 1.0."""
+    if theirs == ours or key != "levels" or theirs is None or ours is None:
+        return theirs == ours
+    return bool(parse_json(theirs) == parse_json(ours))
 
 
 class _Mismatch(ValueError):

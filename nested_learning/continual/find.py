@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nested_learning._errors import unknown
@@ -220,6 +221,26 @@ def _patterns(maps: dict[str, Target]) -> list[str]:
 def _no_mlp(what: str, maps: dict[str, Target]) -> str:
     candidates = ", ".join(_patterns(maps)) or "none"
     return f"{what}. Name the modules to learn: modules=[…]. Linear modules of the model: {candidates}."
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model in torch.compile's or peft's wrapper; an adapter stays in force."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{type(model).__name__} has prompts of {config.peft_type.value} before every text, "
+                "which are no part of a context that goes on; give its base model (get_base_model()), or an "
+                "adapter of weights such as LoRA"
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"expected a transformers causal language model, got {type(model).__name__}; "
+            "load one with AutoModelForCausalLM.from_pretrained"
+        )
+    return model
 
 
 def check_weights(targets: Sequence[Target]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -65,7 +66,7 @@ def read_batch(given: TextOrIds, tokenizer: Any, model: Any, learn_mask: LearnMa
         rows, kind = [_encode(given, tokenizer)], "one"
     elif isinstance(given, bytes) or not isinstance(given, Sequence) or not given:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}")
-    elif all(isinstance(item, Integral) for item in given):
+    elif all(isinstance(item, Integral) and not isinstance(item, bool) for item in given):
         rows, kind = [_ids([int(item) for item in given])], "one"  # type: ignore[arg-type]
     else:
         rows, kind = [_encode(x, tokenizer) if isinstance(x, str) else _ids(x) for x in given], "list"
@@ -159,15 +160,33 @@ def checked_index(what: str, index: Any, count: int) -> int:
 def _checked(ids: Tensor, vocab_size: int) -> Tensor:
     if ids.is_meta or ids.layout != torch.strided:
         raise ValueError(f"ids must be a dense tensor with values, got {ids.layout} on {ids.device}")
+    if ids.shape == (0,):
+        raise ValueError("got a sequence without tokens; expected at least one")
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be whole numbers [T], got shape {tuple(ids.shape)} of {ids.dtype}")
-    if not len(ids):
-        raise ValueError("got a sequence without tokens; expected at least one")
     ids = ids.long()  # first, for unsigned types know no order
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
     return ids.clone() if ids.is_inference() else ids
+
+
+@contextmanager
+def fitting(model: Any, what: str, length: int) -> Iterator[None]:
+    """Say so where a model fails inside the scope for lack of learned positions for so many tokens; models
+    that compute their positions read on beyond those that they were trained on.
+
+    Raises:
+        ValueError: the model has learned positions, and fewer of them.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if length <= (limit := most_positions(model)):
+            raise
+        raise ValueError(
+            f"{what} has {length} tokens, and {type(model).__name__} has {limit} positions; give a part of it"
+        ) from error
 
 
 def vocabulary_size(model: Any) -> int:

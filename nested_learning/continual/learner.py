@@ -24,6 +24,7 @@ from nested_learning.continual.inputs import (
     LearnMask,
     Names,
     TextOrIds,
+    fitting,
     read_batch,
     read_one,
 )
@@ -331,8 +332,10 @@ class Learner:
         batch = read_batch(ids, self.tokenizer, self.model)
         if batch.kind != "matrix":
             raise ValueError("expected ids [B, T]; a single text is ids[None]")
-        with self.active(row, levels=levels), evaluating(self.model):
-            return self.model(input_ids=torch.stack(batch.rows)).logits
+        ids = torch.stack(batch.rows)
+        fits = fitting(self.model, "a row", ids.shape[1])
+        with self.active(row, levels=levels), evaluating(self.model), fits:
+            return self.model(input_ids=ids).logits
 
     def generate(
         self,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from nested_learning.continual.rules import acts_by_row, resolve_rule, rule_name
 from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE, POSITIVE, Bound
 from nested_learning.optimizers.memory_forms import GradientMemory
@@ -133,7 +135,8 @@ class Level:
                 raise ValueError(
                     f"layers must be 'all', 'last third' or a list of indices, got {self.layers!r}"
                 )
-            object.__setattr__(self, "layers", tuple(self.layers))
+            own = (int(i) if isinstance(i, np.integer) else i for i in self.layers)
+            object.__setattr__(self, "layers", tuple(own))
         if not isinstance(self.learn_down, bool):
             raise ValueError(f"learn_down must be True or False, got {self.learn_down!r}")
         if isinstance(self.rule, str):

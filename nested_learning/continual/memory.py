@@ -32,7 +32,12 @@ class Snapshot:
     """The memory at one moment, for `Memory.restore`. It costs no memory until something is learned."""
 
     rows: list[Row]
-    settings: str  # of the levels, and the weights that they have
+    settings: str  # of the levels, the weights that they have, and the way of reading
+    model: PreTrainedModel | None  # the base model
+    keeps: bool  # whether the learner keeps text for replay
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}  # a file of a snapshot has no base model in it
 
 
 class Memory:
@@ -122,21 +127,40 @@ class Memory:
 
     def snapshot(self) -> Snapshot:
         """The memory as it is now."""
-        return Snapshot([row.share() for row in self.rows], to_json(self._levels()))
+        rows = [row.share() for row in self.rows]
+        return Snapshot(rows, self._settings(), self._model, self._replay is not None)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot, exactly. It can be restored any number of times.
 
         Raises:
-            ValueError: it is none, or of a learner with other levels; the memory stays as it was.
+            ValueError: it is none, or of a learner with other levels, another way of reading, another base
+                model, or with replay where this one has none; the memory stays as it was.
         """
         if not isinstance(snapshot, Snapshot):
             raise ValueError(f"expected what `snapshot` returned, got {type(snapshot).__name__}")
-        if snapshot.settings != (own := to_json(self._levels())):
+        if snapshot.settings != (own := self._settings()):
             raise ValueError(
-                f"the snapshot is of a learner with other levels: it has {snapshot.settings}, this one {own}"
+                "the snapshot is of a learner with other levels or another way of reading: it has "
+                f"{snapshot.settings}, this one {own}"
             )
-        self.rows = [row.share() for row in snapshot.rows]
+        if snapshot.model not in (None, self._model) and _base(snapshot.model) != _base(self._model):
+            raise ValueError("the snapshot is of a learner on another base model: restore it there")
+        rows = [row.share() for row in snapshot.rows]
+        self.rows = rows if snapshot.keeps and self._replay else self._with_stores(rows, "the snapshot")
+
+    def _with_stores(self, rows: list[Row], what: str) -> list[Row]:
+        """Rows of a learner that may keep text where this one does not, or the other way round."""
+        if self._replay is None and any(row.store is not None for row in rows):
+            raise ValueError(
+                f"{what} keeps what was read for replay, which this learner does not: give "
+                "stack_levels a replay=Replay(…), or chat a --replay. To have it deleted, load it so, call "
+                "memory.drop_stores() and save it"
+            )
+        if self._replay is not None:
+            for row in rows:
+                row.store = Store.late(row.position) if row.store is None else row.store
+        return rows
 
     def reset(self, level: int | None = None) -> None:
         """Forget everything, or the delta, the unfinished chunk's sums and the rule's state of one level.
@@ -249,16 +273,7 @@ class Memory:
             raise FileNotFoundError(f"no memory file at {os.fspath(path)}")
         with self._locked(path):
             rows = read_memory(Path(path), self._writers, self._model, self._plan, self._identity())
-        if self._replay is None and any(row.store is not None for row in rows):
-            raise ValueError(
-                f"{os.fspath(path)} keeps what was read for replay, which this learner does not: give "
-                "stack_levels a replay=Replay(…), or chat a --replay. To have it deleted, load it so, call "
-                "memory.drop_stores() and save it"
-            )
-        if self._replay is not None:
-            for row in rows:
-                row.store = Store.late(row.position) if row.store is None else row.store
-        self.rows = rows
+        self.rows = self._with_stores(rows, os.fspath(path))
 
     def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         return nullcontext() if Path(os.path.realpath(path)) in self._held else locked(path)
@@ -270,13 +285,20 @@ class Memory:
             "weights": [[target.name for target in writer.targets] for writer in self._writers],
         }
 
+    def _settings(self) -> str:
+        return to_json({**self._levels(), "reading": self._plan.describe()})
+
     def _identity(self) -> dict[str, str]:
         """Everything that a file must agree with to be loaded."""
-        with Workspace.of(self._model).bare():
-            base = fingerprint(self._model)
         return {
-            "fingerprint": base,
+            "fingerprint": _base(self._model),
             **{name: to_json(value) for name, value in self._levels().items()},
             "reading": to_json(self._plan.describe()),
             **self._anchors.identity(),
         }
+
+
+def _base(model: Any) -> str:
+    """Fingerprint of a base model, whatever deltas are in force."""
+    with Workspace.of(model).bare():
+        return fingerprint(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from nested_learning.continual.level import Level
 from nested_learning.optimizers.checks import Bound
 
 DEFAULT_WINDOW = 1024
-WHOLE = Bound(low=-math.inf, integer=True)
+WHOLE = Bound(integer=True)
 
 
 @dataclass(frozen=True)

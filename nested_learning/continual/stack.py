@@ -10,7 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from nested_learning.continual.compiled_calls import compiled_call
-from nested_learning.continual.find import Target, check_gradients, check_weights, find_targets
+from nested_learning.continual.find import (
+    Target,
+    base_model,
+    check_gradients,
+    check_weights,
+    find_targets,
+)
 from nested_learning.continual.inputs import TextOrIds
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level, check_levels
@@ -94,7 +100,7 @@ def stack_levels(
         raise ValueError(f"compile must be True, False or options of torch.compile, got {compile!r}")
     if not isinstance(starts, (Starts, str, os.PathLike, type(None))):
         raise ValueError(f"starts must be what learn_starts returned, or its file, got {starts!r}")
-    model = _base_model(model)
+    model = base_model(model)
     workspace = Workspace.of(model)
     with workspace.bare():  # another learner may have its deltas in force
         targets = find_targets(model, modules)
@@ -135,23 +141,3 @@ def _writers(
         start = starts.of_level(index, [target.name for target in own]) if starts else None
         writers.append(DeltaWriter(index, level, own, seed, fast, averaged, scale, start))
     return writers
-
-
-def _base_model(model: Any) -> PreTrainedModel:
-    """The transformers model in torch.compile's or peft's wrapper; an adapter stays in force."""
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        config = model.active_peft_config
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"{type(model).__name__} has prompts of {config.peft_type.value} before every text, "
-                "which are no part of a context that goes on; give its base model (get_base_model()), or an "
-                "adapter of weights such as LoRA"
-            )
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"expected a transformers causal language model, got {type(model).__name__}; "
-            "load one with AutoModelForCausalLM.from_pretrained"
-        )
-    return model

@@ -40,7 +40,7 @@ class LevelMind(Mind):
             for index, level in enumerate(learner.levels)
         )
         self._reader = learner.reader
-        self.empty: Snapshot = self._complete(learner.memory.snapshot())
+        self.empty: Snapshot = learner.memory.snapshot()
         size = learner.info().effective_weights
         self.kept = max(1, kept_weights // size) if size else FREE
         self._reader.workspace.keep = self.kept
@@ -121,13 +121,7 @@ class LevelMind(Mind):
             _lock_file(path).unlink(missing_ok=True)
         if len(learner.memory.rows) != 1:
             raise ValueError(f"{path} holds {len(learner.memory.rows)} rows, expected the memory of one user")
-        return self._complete(learner.memory.snapshot())
-
-    def _complete(self, memory: Snapshot) -> Snapshot:
-        """The memory with the factors of low-rank levels that were never written, which come into being when
-        a memory is first put into force: other threads may be reading it by then."""
-        with torch.no_grad(), self._reader.workspace.installed(self._reader.writers, memory.rows[0]):
-            return memory
+        return learner.memory.snapshot()
 
     def nbytes(self, memory: Snapshot) -> int:
         """Bytes of a memory."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nested_learning._files import whole_folder
 from nested_learning._progress import progress
@@ -23,7 +22,7 @@ from nested_learning.continual.exporting.adapter_folder import (
     write_adapter,
 )
 from nested_learning.continual.find import Target
-from nested_learning.continual.inputs import TextOrIds, read_batch, vocabulary_size
+from nested_learning.continual.inputs import TextOrIds, fitting, read_batch, vocabulary_size
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.weights import acting
 from nested_learning.continual.writing import DeltaWriter
@@ -70,11 +69,13 @@ def export(
     model = reader.model
     path = unused(folder)
     check_rank(lora_rank)
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"the base model is a {type(model).__name__}; expected a model of transformers: merge its "
-            "adapter first (merge_and_unload)"
-        )
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(
+                f"the base model has an adapter of peft (on {name}), which neither a checkpoint nor a LoRA "
+                "adapter could carry along: merge it first (merge_and_unload), and let a learner "
+                "on the merged model read"
+            )
     if lora_rank is None:
         _check_mergeable(model, reader.writers)
     elif stacked := [target.name for writer in reader.writers for target in writer.targets if target.stack]:
@@ -196,6 +197,6 @@ def _probe(given: TextOrIds | None, tokenizer: Any, model: Any, row: Row) -> Ten
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with evaluating(model):
+    with evaluating(model), fitting(model, "the probe", ids.shape[1]):
         logits: Tensor = model(input_ids=ids).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -17,7 +17,15 @@ from nested_learning._progress import progress
 from nested_learning._tensor_files import check_whole, read_tensors, write_tensors
 from nested_learning.continual.context import evaluating
 from nested_learning.continual.files import fingerprint
-from nested_learning.continual.find import Target, check_weights, find_targets, is_quantised, memory_dtype
+from nested_learning.continual.find import (
+    Target,
+    base_model,
+    check_gradients,
+    check_weights,
+    find_targets,
+    is_quantised,
+    memory_dtype,
+)
 from nested_learning.continual.inputs import TextOrIds, most_positions, read_batch
 from nested_learning.continual.weights import Workspace
 from nested_learning.memory.state import Weights
@@ -76,6 +84,7 @@ class Fisher:
                 quantised, or gradients that are all zero or not finite.
         """
         LENGTH.check("length", length)
+        model = base_model(model)
         if length > (positions := most_positions(model)):
             raise ValueError(
                 f"length is {length}, but the model has {positions} positions; choose a shorter one"
@@ -87,6 +96,7 @@ class Fisher:
         with Workspace.of(model).bare(), evaluating(model):
             targets = find_targets(model, modules)
             check_weights(targets)
+            check_gradients(model)
             if quantised := [target.name for target in targets if is_quantised(target.weight)]:
                 raise ValueError(
                     f"{quantised[0]} is quantised and has no gradient; load the model in bfloat16"
