@@ -22,7 +22,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from nested_learning.server.prefixes import KnownPrefixes
 
 FORMAT, VERSION = "nested_learning.server_memory", 1
 DELETED, TRANSFER = ".deleted-", "transfer-"
+LOCK = "memory.lock"
 FILE_NAME = re.compile(r"\d{1,18}-[0-9a-f]{8}\.safetensors")
 FOLDER_NAME = re.compile(r"[0-9a-f]{40}")
 
@@ -143,7 +144,7 @@ class UserFolder:
 
     def clean(self, kept: Iterable[str], *, transfers: bool = True) -> None:
         """Remove memories that are not among `kept`, what a crash has left of writing, and `transfers`."""
-        kept = {*kept, "manifest.json", "journal", "memory.lock"}
+        kept = {*kept, "manifest.json", "journal", LOCK}
         for path in self.path.iterdir():
             if path.name not in kept and (transfers or TRANSFER not in path.name):
                 path.unlink(missing_ok=True)
@@ -152,6 +153,15 @@ class UserFolder:
         """Bytes of some of the memories together."""
         paths = [self.path / name for name in names if name is not None]
         return sum(path.stat().st_size for path in paths if path.exists())
+
+    def delete_unused(self) -> None:
+        """Remove the folder where there is nothing but the lock in it, for the one that holds the lock.
+
+        A user who was only looked at leaves nothing behind, so that made-up names do not fill a disk.
+        """
+        with suppress(OSError):  # it is of no use, but no trouble either
+            if {path.name for path in self.path.iterdir()} <= {LOCK}:
+                self.delete()
 
     def delete(self) -> None:
         """Remove everything. It has happened when the folder has its new name.

@@ -78,6 +78,7 @@ class UserMemory:
         held = ExitStack()
         try:
             held.enter_context(folder.lock())
+            held.callback(folder.delete_unused)
         except ValueError as error:
             raise in_use() from error
         except OSError as error:

@@ -340,6 +340,21 @@ def test_memories_beyond_the_budget_are_put_away_and_come_back(mind, tmp_path):
             assert len(service.memories.users) <= 2
 
 
+def test_users_who_were_only_asked_for_leave_nothing(mind, tmp_path):
+    """Any name may be asked for: names that are made up must not fill the disk with folders."""
+    with served(tmp_path, mind, most_users=2) as (address, _), client_of(address) as client:
+        for name in "abcde":
+            assert memory_of(client, name)["tokens"] == 0
+        chat(client, TOLD, user="anna")
+        settled(client, "anna")
+        assert len(list(tmp_path.iterdir())) <= 2  # loaded ones keep others from opening theirs
+    (left,) = tmp_path.iterdir()
+    assert left.name == folder_name("anna")
+    with served(tmp_path, mind) as (address, _), client_of(address) as client:
+        assert memory_of(client, "anna")["tokens"] == len(TOLD) + 1
+        assert memory_of(client, "a")["tokens"] == 0
+
+
 def test_bounds_of_requests(mind, tmp_path):
     """One request more than a user may have gets a 429, one more than there may be a 503."""
     bounds = {
