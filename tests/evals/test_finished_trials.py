@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from statistics import fmean
 
 import pytest
 
@@ -251,3 +252,21 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_run(given, 
     assert (
         f"the output folder {folder / place} cannot be written: Permission denied" in capsys.readouterr().err
     )
+
+
+def test_rows_of_different_seeds_are_compared_by_those_that_all_have(given, tmp_path):
+    _, lines = given
+    heads = {(each["method"]["name"], each["seed"]): each["figures"]["heads"] for each in lines}
+    for fewer, words in (
+        ([("bad", 0)], f"(1, 2): good {fmean([heads['good', 1], heads['good', 2]]):.3f}, bad "),
+        ([("bad", 0), ("bad", 1), ("good", 2)], "Rows have different seeds, none in common"),
+        ([("bad", 0), ("good", 0)], None),
+        ([], None),
+    ):
+        left = [each for each in lines if (each["method"]["name"], each["seed"]) not in fewer]
+        path, out = written(tmp_path / "some.jsonl", left), tmp_path / f"out{len(left)}"
+        assert evaluate_to(out, "--finished", path, "--only_report") == 0
+        for page in ("report.md", "report.html"):
+            text = (out / page).read_text()
+            assert ("different seeds" in text) == (words is not None)
+            assert words is None or words in text

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nested_learning.evals.rows import MethodRow
@@ -78,6 +79,7 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "columns": [{"name": name, "what": what} for name, what in columns.items()],
         "printed": {name: dict(values) for name, values in task.printed().items()},
         "rows": [_row(row, list(columns)) for row in rows.values()],
+        "common": _common(result),
         "claims": [_claim(claim, rows) for claim in task.claims()] if ran else [],
         "figure": None,
     }
@@ -104,6 +106,34 @@ def _row(row: MethodRow, columns: Sequence[str]) -> dict[str, Any]:
             for name in columns
         },
     }
+
+
+def _common(result: TaskResult) -> dict[str, Any] | None:
+    """Means of the headline over the seeds that all rows have, where rows differ in theirs; else None.
+
+    Other means do not compare then: a row of nothing but easy seeds looks ahead of one that has them all.
+    """
+    figure = result.task.headline
+    ran = {outcome.trial.method.name for outcome in result.outcomes}  # constants have every seed
+    rows = [row for name, row in result.rows.items() if name in ran]
+    values = {row.method: found for row in rows if (found := row.values(figure))}
+    if len({frozenset(found) for found in values.values()}) < 2:
+        return None
+    seeds = sorted(set.intersection(*map(set, values.values())))
+    means = {name: fmean(found[seed] for seed in seeds) for name, found in values.items()} if seeds else {}
+    return {"figure": figure, "seeds": seeds, "means": means}
+
+
+def common(found: Mapping[str, Any]) -> str:
+    """What `_common` gives, in words."""
+    if not found["seeds"]:
+        return "Rows have different seeds, none in common: their means do not compare."
+    means = ", ".join(f"{name} {number(mean)}" for name, mean in found["means"].items())
+    seeds = ", ".join(map(str, found["seeds"]))
+    return (
+        f"Rows have different seeds, so that means over each row's own do not compare. Means of "
+        f"{found['figure']} over those that all have ({seeds}): {means}."
+    )
 
 
 def _claim(claim: Any, rows: Mapping[str, MethodRow]) -> dict[str, str]:

@@ -64,6 +64,7 @@ def render(template: str, found: dict[str, Any]) -> str:
         "count": build.count,
         "settings": build.settings,
         "origin": build.origin,
+        "common": build.common,
         "cells": markdown_cells,
         "line": markdown_line,
     }
