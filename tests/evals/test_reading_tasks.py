@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import math
 import pytest
 import torch
 
-from nested_learning.continual import Starts, stack_levels
+from nested_learning.continual import Level, Replay, Starts, stack_levels
 from nested_learning.evals import Ahead, find_method, find_task
 from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD
 from nested_learning.evals.methods.pretrained import (
@@ -286,6 +287,26 @@ def test_facts_are_told_early_and_the_filler_is_not_told_twice():
     assert len(set(paragraphs)) >= len(paragraphs) - 1  # but for one that is cut where the facts end
     crowded = BYTES.tokenizer.decode(told_early(made, 2, filler, (1200, 0.25), BYTES, 3))
     assert all(crowded.count(fact.sentence) == 2 for fact in made)
+
+
+def test_a_level_that_replays_reads_as_a_learner_with_replay_does(base):
+    """Half of what it learns is drawn from what it has read, by the seed of the run."""
+    method = dataclasses.replace(find_method("level-replay"), settings={"lr": 1e-3})
+    teaching = Teaching((32, 64, 128), 64, rule="adam", alone=False, clip=1.0, reading=(64, 32))
+    ids = torch.randint(97, 123, (192,), generator=torch.Generator().manual_seed(0))
+    expected = {}
+    for seed in (1, 2):
+        levels, replay = [Level(32, 1e-3, rule="adam")], Replay(share=0.5, choose="surprise", seed=seed)
+        learner = stack_levels(base.model, levels=levels, window=64, overlap=32, replay=replay)
+        learner.observe(ids)
+        with method.open(base, teaching, seed) as student:
+            student.learn(Reading((Passage(tuple(ids.tolist())),)))
+            (ours,), (theirs,) = student.learner.memory.rows, learner.memory.rows
+            assert ours.store.tokens == theirs.store.tokens > 0
+            with student.active() as view, learner.active() as model:
+                expected[seed] = model(ids[None, :20]).logits
+                assert torch.equal(view.model(ids[None, :20]).logits, expected[seed])
+    assert not torch.equal(expected[1], expected[2])
 
 
 @needs_bm25

@@ -218,10 +218,17 @@ def _averaged_levels(
 
 
 def _stack(
-    base: Base, teaching: Teaching, seed: int, levels: list[dict[str, Any]], **learning: Any
+    base: Base,
+    teaching: Teaching,
+    seed: int,
+    levels: list[dict[str, Any]],
+    replay: Mapping[str, Any] | None = None,
+    **learning: Any,
 ) -> AbstractContextManager[Student]:
-    """Levels as they are laid out, in the window of the task's `reading`."""
-    return nullcontext(LevelStudent(base.model, stacked(teaching, levels, learning), teaching.reading))
+    """Levels as they are laid out, in the window of the task's `reading`; `replay` are settings of Replay."""
+    found = stacked(teaching, levels, learning)
+    kept = None if replay is None else Replay(**replay, seed=seed)
+    return nullcontext(LevelStudent(base.model, found, teaching.reading, replay=kept))
 
 
 def _started(

@@ -65,6 +65,14 @@ AVERAGED = PretrainedMethod(
 RANKED = PretrainedMethod(  # the level of Learner.auto
     "level-rank-8", "stack", options={"levels": [{"chunk": 0, "rule": "adam", "rank": 8}]}
 )
+REPLAYED = PretrainedMethod(  # half of what is learned is read again, the most surprising of it most often
+    "level-replay",
+    "stack",
+    options={
+        "levels": [{"chunk": 0, "rule": "adam"}],
+        "replay": {"share": 0.5, "choose": "surprise"},
+    },
+)
 PASSAGES = PretrainedMethod("retrieval-context", "passages", options={"over": "context"})
 PASSAGES_ALONE = PretrainedMethod("retrieval-alone", "passages", options={"over": "nothing"})
 PASSAGES_LEVEL = PretrainedMethod("retrieval-level", "passages", options={"over": "levels", "levels": 1})
@@ -72,10 +80,20 @@ GRIDS = {
     **RATES,
     AVERAGED.name: RATES[ONE_LEVEL.name],
     RANKED.name: (1e-3, 2e-3, 4e-3),
+    REPLAYED.name: (1e-4, 2e-4, 4e-4),
     PASSAGES_LEVEL.name: RATES[ONE_LEVEL.name],
 }
 
-for _method in (SHORT_CONTEXT, LONG_CONTEXT, AVERAGED, RANKED, PASSAGES, PASSAGES_ALONE, PASSAGES_LEVEL):
+for _method in (
+    SHORT_CONTEXT,
+    LONG_CONTEXT,
+    AVERAGED,
+    RANKED,
+    REPLAYED,
+    PASSAGES,
+    PASSAGES_ALONE,
+    PASSAGES_LEVEL,
+):
     register_method(_method)
 
 
@@ -186,6 +204,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         ONE_LEVEL,
         AVERAGED,
         RANKED,
+        REPLAYED,
         PASSAGES_LEVEL,
     )
 
@@ -237,7 +256,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
 
         by_fact: dict[str, Any] = {"unit": "facts"}
         found: list[Claim] = []
-        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name):
+        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name, REPLAYED.name):
             found += [
                 Reaches(f"{level} recalls 0.35 of the facts", "ours", level, {self.headline: 0.35}),
                 ahead(f"{level} damages a third as much as fine-tuning at most", "damage", level,

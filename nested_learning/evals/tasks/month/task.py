@@ -52,6 +52,7 @@ from nested_learning.evals.tasks.facts_long.task import (
     PASSAGES_ALONE,
     PASSAGES_LEVEL,
     RANKED,
+    REPLAYED,
 )
 from nested_learning.evals.tasks.month.conversations import Asked, Month, two_months
 
@@ -192,6 +193,7 @@ class MonthTask(ReadsText[MonthOptions]):
         ONE_LEVEL,
         AVERAGED,
         RANKED,
+        REPLAYED,
         PASSAGES_LEVEL,
     )
 
@@ -251,7 +253,7 @@ class MonthTask(ReadsText[MonthOptions]):
             return Ahead(text, "ours", figure, order, **how)
 
         found: list[Claim] = []
-        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name):
+        for level in (ONE_LEVEL.name, AVERAGED.name, RANKED.name, REPLAYED.name):
             found += [
                 *(
                     ahead(f"{level} recalls more than {other.name}", EACH, level, other.name, unit=QUESTIONS)

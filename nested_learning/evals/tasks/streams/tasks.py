@@ -46,7 +46,7 @@ class ClincTask(StreamTask):
     title = "CLINC150's intents, domain after domain, labelled among all seen without being told the domain"
     budgets: ClassVar[Mapping[str, StreamOptions]] = {
         "smoke": SMOKE,
-        "small": StreamOptions(),
+        "small": StreamOptions(seeds=5),
         "full": StreamOptions(tasks=10, train=100, queries=30, between=5),
     }
 
