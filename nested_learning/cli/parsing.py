@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from nested_learning.cli.output import QUIET
-from nested_learning.training.config_file import check_keys, nearest, read_yaml
+from nested_learning.training.config_file import check_keys, nearest, read_yaml, told
 
 # Short flags for the dotted ones that everybody types.
 DATA_ALIASES = {
@@ -75,8 +75,8 @@ def parse(
                 check_keys(read_yaml(path), path)
     try:
         return parser.parse_args(_widest_first(argv, known, open_groups), defaults=defaults)
-    except ArgumentError as error:
-        raise ValueError(str(error)) from error
+    except (ArgumentError, OverflowError) as error:
+        raise ValueError(told(error)) from error
 
 
 def _widest_first(argv: Sequence[str], known: Collection[str], open_groups: Sequence[str]) -> list[str]:

@@ -30,7 +30,10 @@ MAX_GATHERED = 2**26  # elements of the matrices that are whole at one time wher
 SCALARS = ("step", "mu_product", "mu", "eta")  # 0-D states of torch's optimizers, of 0-D parameters too
 
 # keys that torch, its schedulers and users keep in a group besides hyperparameters
-FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "swa_lr"}
+FOREIGN_KEYS = {
+    *("params", "param_names", "name", "initial_lr"),
+    *("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
+}
 
 
 def work_dtype(p: Tensor) -> torch.dtype:

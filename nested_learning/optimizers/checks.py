@@ -6,10 +6,15 @@ and to every parameter group.
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.optim import Optimizer
+
+from nested_learning._checks import shown
 
 
 class Check(Protocol):
@@ -44,7 +49,7 @@ class Bound(NamedTuple):
         )
         if (
             not right_type
-            or not math.isfinite(number)
+            or not abs(number) <= sys.float_info.max  # math.isfinite takes no whole number beyond it
             or not self.low <= number <= self.high
             or (self.open_low and number == self.low)
             or (self.open_high and number == self.high)
@@ -54,7 +59,9 @@ class Bound(NamedTuple):
             upto = "" if self.high == math.inf else f" and {'<' if self.open_high else '<='} {self.high:g}"
             also = ". It may also be None" if self.optional else ""
             also += ", or a tensor of one number" if self.tensor and isinstance(value, torch.Tensor) else ""
-            raise ValueError(f"{name} must be a finite {kind} {sign} {self.low:g}{upto}, got {value!r}{also}")
+            raise ValueError(
+                f"{name} must be a finite {kind} {sign} {self.low:g}{upto}, got {shown(value)}{also}"
+            )
         return value
 
 
@@ -93,6 +100,21 @@ class Flag:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
         return value
+
+
+def check_steps_alone(optimizer: Optimizer, holder: str) -> None:
+    """ValueError for an optimizer whose step needs a closure, in one that makes its steps for it."""
+    needed = [
+        name
+        for name, parameter in inspect.signature(type(optimizer).step).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) > 1:  # besides self
+        raise ValueError(
+            f"{holder} takes optimizers that step on gradients that are there; {type(optimizer).__name__} "
+            f"needs {', '.join(needed[1:])} at every step. Use it alone, in a loop of your own."
+        )
 
 
 FINITE = Bound(low=-math.inf)

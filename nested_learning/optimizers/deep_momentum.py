@@ -105,6 +105,10 @@ class DeepMomentumGD(BaseOptimizer):
         maximize: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
+        if value is not None and not callable(value):
+            raise ValueError(
+                f"value must be a function of a gradient matrix (out, in), or None; got {value!r}"
+            )
         self.value = value
         self._create_graph = False
         self._internal_losses: dict[int, list[Tensor]] = {}

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nested_learning._checks import shown
 from nested_learning.ops import newton_schulz
 from nested_learning.ops.context import traced
 from nested_learning.ops.norm import magnitude
@@ -268,6 +269,8 @@ class PreconditionedMomentumMemory:
 
 def check_given(P: Tensor, p: Tensor) -> None:
     """ValueError unless P is a preconditioner for a parameter like p: of its shape, or (out, out)."""
+    if not isinstance(P, Tensor):
+        raise ValueError(f"a given preconditioner is a tensor, got {shown(P)}")
     out = matrix_shape(p)[0]
     if P.shape not in (p.shape, (out, out)):
         raise ValueError(

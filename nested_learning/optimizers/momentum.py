@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nested_learning._checks import shown
 from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
@@ -67,6 +68,9 @@ class _MomentumRule(BaseOptimizer):
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
         super().__init__(params, arguments)
         given: Mapping[Tensor, Tensor] = arguments["given"] or {}
+        tensors = [*given, *given.values()] if isinstance(given, Mapping) else [given]
+        if not all(isinstance(each, Tensor) for each in tensors):
+            raise ValueError(f"given must have a tensor P for each of some parameters, got {shown(given)}")
         known = {p for group in self.param_groups for p in group["params"]}
         for p, P in given.items():
             if p not in known:

@@ -16,10 +16,12 @@ from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
     Params,
+    all_finite,
     load_exactly,
+    nonfinite_message,
     work_dtype,
 )
-from nested_learning.optimizers.checks import COUNT, Bound, Check
+from nested_learning.optimizers.checks import COUNT, Bound, Check, check_steps_alone
 
 NORM = Bound(open_low=True, optional=True)
 COUNTED_KEYS = ("accumulated_steps",)  # kept in a group besides its options
@@ -40,7 +42,8 @@ class MultiFrequency(BaseOptimizer):
 
     `param_groups` and `state` are the inner optimizer's own, so learning-rate schedulers work as on it; a
     schedule counts calls of `step`, not steps of a group. A step with a non-finite gradient counts for no
-    group.
+    group. Groups whose sums are beyond what their dtype holds, of gradients that are not, skip their step and
+    begin a new block.
 
     State: the inner optimizer's, and 1× of the parameters of groups with K > 1 (float32 under bfloat16).
 
@@ -116,7 +119,7 @@ class MultiFrequency(BaseOptimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters with their `period` and the inner optimizer's options."""
-        options = dict(param_group)
+        options = {key: value for key, value in param_group.items() if key not in COUNTED_KEYS}
         period = options.pop("period", self.defaults["period"])
         self._check_group({"period": period})
         if isinstance(options.get("params"), Iterator):  # which `inner` may want to go through twice
@@ -125,6 +128,9 @@ class MultiFrequency(BaseOptimizer):
             self._inner = self._make_inner([options])
             if not isinstance(self._inner, Optimizer):
                 raise ValueError(f"inner must make a torch optimizer, it made {type(self._inner).__name__}")
+            check_steps_alone(self._inner, "MultiFrequency")
+            # schedulers ask there whether there is a momentum, or betas, to cycle
+            self.defaults = {**self._inner.defaults, **self.defaults}
             self._check_keys(options)
         else:
             self._check_keys(options)
@@ -151,7 +157,7 @@ class MultiFrequency(BaseOptimizer):
         for each in (self.inner, *getattr(self.inner, "optimizers", ())):  # a NestedOptimizer has no defaults
             known |= {*each.defaults, *getattr(each, "options", ())}
         for key in group:
-            if key not in known and key not in FOREIGN_KEYS and key not in COUNTED_KEYS:
+            if key not in known and key not in FOREIGN_KEYS:
                 raise unknown(f"option of MultiFrequency's parameter group around {inner}:", key, known)
 
     def _apply(self) -> None:
@@ -168,7 +174,7 @@ class MultiFrequency(BaseOptimizer):
                 for p in group["params"]:
                     p.grad = None
             due = [p for p in given if p.grad is not None]
-            if due:
+            if due and (not waiting or self._is_finite(due)):
                 if self.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(due, self.max_grad_norm)
                 self.inner.step()
@@ -183,6 +189,15 @@ class MultiFrequency(BaseOptimizer):
             else:
                 self._accumulate(group)
             group["accumulated_steps"] = 0 if steps else group["accumulated_steps"] + 1
+
+    def _is_finite(self, due: list[Tensor]) -> bool:
+        """Whether sums of finite gradients are: these may be beyond what the dtype holds."""
+        if all_finite([p.grad for p in due if p.grad is not None]):
+            return True
+        if self.error_if_nonfinite:
+            raise FloatingPointError(nonfinite_message(self))
+        self.skip()
+        return False
 
     def _hand_over(self, group: Group) -> dict[Tensor, dict[str, Any]]:
         """Move the totals to p.grad. Returns what was taken from each state meanwhile."""

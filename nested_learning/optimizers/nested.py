@@ -20,6 +20,7 @@ from nested_learning.optimizers.base import (
     load_exactly,
     nonfinite_message,
 )
+from nested_learning.optimizers.checks import check_steps_alone
 
 # In every state_dict; the rest of an optimizer's own stands in "optimizers".
 NAMED = ("state", "param_groups")
@@ -38,11 +39,13 @@ class NestedOptimizer(Optimizer):
         optimizers: one or more. Groups that are added later go to the last one.
 
     Raises:
-        ValueError: there is none, or two have a parameter in common.
+        ValueError: there is none, two have a parameter in common, or one needs a closure to step.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
+        for optimizer in self.optimizers:
+            check_steps_alone(optimizer, "NestedOptimizer")
         params = [p for group in self.param_groups for p in group["params"]]
         if not params or len(set(params)) < len(params):
             raise ValueError(
@@ -50,7 +53,10 @@ class NestedOptimizer(Optimizer):
                 f"{len(params)} parameters, {len(set(params))} of them different"
             )
         self._building = True  # torch's constructor adds a group of all
-        super().__init__(params, {})
+        # schedulers ask in the defaults whether all groups have a momentum, or betas, to cycle
+        shared = set.intersection(*(set(group) for group in self.param_groups)) - {"params"}
+        first = self.optimizers[0].defaults
+        super().__init__(params, {key: value for key, value in first.items() if key in shared})
         self._building = False
 
     @property

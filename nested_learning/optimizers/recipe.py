@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
 from nested_learning.optimizers.base import BaseOptimizer, Group
+from nested_learning.optimizers.checks import LEARNING_RATE, NON_NEGATIVE, Check
 from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.mended import MENDED, Muon
 from nested_learning.optimizers.nested import NestedOptimizer
@@ -27,7 +28,7 @@ PACKAGE = "nested_learning.optimizers"  # what it exports has a name here
 # Options of the AdamW beside torch's Muon, which has none of its own, as `M3` calls them.
 BESIDE = {"adamw_betas": "betas", "adamw_eps": "eps"}
 SCALE = "adamw_lr_scale"
-SHARED = ("lr", "weight_decay")
+SHARED: dict[str, Check] = {"lr": LEARNING_RATE, "weight_decay": NON_NEGATIVE}  # all levels', or each its own
 NO_MATRICES = {EMBEDDING, HEAD, "persistent"}  # parts whose 2-D parameters are no weights of a map
 
 
@@ -98,7 +99,7 @@ class Recipe:
         adamw: `betas` and `eps` of AdamW where the optimizer leaves parameters to it, or is one of its kind.
 
     Raises:
-        ValueError: no such optimizer, or an option that it has not.
+        ValueError: no such optimizer, an option that it has not, or a rate or decay that is none.
     """
 
     name: str
@@ -115,6 +116,15 @@ class Recipe:
         for option in self.options:
             if option not in takes or option in SHARED:
                 raise unknown(f"option of {self.cls.__name__}:", option, takes)
+        # torch checks what its constructors are given, and weight decay comes to them in groups.
+        for shared, check in SHARED.items():
+            if getattr(self, shared) is not None:
+                check.check(shared, getattr(self, shared))
+        if self.options.get("differentiable"):
+            raise ValueError(
+                f"differentiable lets gradients flow through the steps of {self.cls.__name__}, which then "
+                "cannot move a model's parameters in place: leave it out"
+            )
         if self.weight_decay and "weight_decay" not in takes:
             raise ValueError(
                 f"{self.cls.__name__} has no weight decay, got {self.weight_decay}: set weight_decay to 0"

@@ -98,7 +98,8 @@ def adapt(
     checkpoint = checkpoint_to_resume(folder.checkpoints, process_state()) if resume else None
     files = AnchorFiles(config.background, config.fisher)
     source = saved_folder(config.model)
-    rehearse(AutoConfig.from_pretrained(source, local_files_only=True), config.optim, config.data.block_size)
+    described = AutoConfig.from_pretrained(source, local_files_only=True)
+    rehearse(described, config.optim, config.data.block_size, config.steps)
     data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
     bundle = build_data(data, config.steps * config.batch_size)
     set_seed(config.seed)
@@ -114,8 +115,8 @@ def adapt(
     )
     anchors = learner.reader.anchors.identity()
     if not resume:
-        described = [level.describe() for level in learner.levels]
-        saved = {"config": to_dict(config), "levels": described, **({"anchors": anchors} if anchors else {})}
+        own = [level.describe() for level in learner.levels]
+        saved = {"config": to_dict(config), "levels": own, **({"anchors": anchors} if anchors else {})}
         folder.start(yaml.safe_dump(saved, sort_keys=False))
     else:
         _check_anchors(folder, anchors)

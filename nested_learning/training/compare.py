@@ -209,7 +209,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     for each, setting in itertools.product(contestants, settings):
         one = tuned(each, setting)
         one.optim.warmup(config.steps)
-        rehearse(preset(one.preset, **one.overrides), one.optim, config.data.block_size)
+        rehearse(preset(one.preset, **one.overrides), one.optim, config.data.block_size, config.steps)
     count = len(settings) + len(config.seeds) if config.grid else len(config.lrs) * len(config.seeds)
     found = None
     with progress("comparing", config.steps * count, "step") as bar:

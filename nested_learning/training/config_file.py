@@ -17,6 +17,7 @@ from nested_learning.training.config import TrainConfig
 
 DEEPEST, MOST = 50, 100_000  # levels and values of a YAML file
 GROUPS = ("data", "optim")
+MERGED = "tag:yaml.org,2002:merge"  # of the key <<
 OPEN_FIELDS = ("model",)  # free keys below these: HopeConfig knows them, not this file
 FREE = "optim.options"  # likewise: the optimizer knows them
 
@@ -38,8 +39,15 @@ def load_config(path: Path, absent: dict[str, Any] | None = None) -> TrainConfig
     parser.add_class_arguments(TrainConfig, None)
     try:
         return instantiate(parser, parser.parse_object(values))
-    except ArgumentError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ArgumentError, OverflowError) as error:
+        raise ValueError(f"{path}: {told(error)}") from error
+
+
+def told(error: Exception) -> str:
+    """The message of what jsonargparse raises: of a whole number beyond all floats it is Python's own."""
+    if isinstance(error, OverflowError):
+        return "a whole number is too large; expected numbers of at most 1e308 in size"
+    return str(error)
 
 
 def instantiate(parser: ArgumentParser, values: Namespace) -> TrainConfig:
@@ -120,7 +128,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. ValueError if it is not one."""
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.safe_load(file)
+            loader = yaml.SafeLoader(file)
+            root = loader.get_single_node()
+            _refuse_twice(root)
+            values = None if root is None else loader.construct_document(root)
         except RecursionError as error:
             raise ValueError(f"{path} is nested too deeply; expected at most {DEEPEST} levels") from error
         except Exception as error:  # besides YAMLError what its types raise: dates, numbers, keys
@@ -131,6 +142,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         )
     _check_size(values, path)
     return values
+
+
+def _refuse_twice(root: yaml.Node | None) -> None:
+    """Raise ValueError for a key that stands twice in a mapping: yaml would take the last, without a word."""
+    rest, seen = [root], set[int]()
+    while rest:
+        node = rest.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        items = node.value
+        if isinstance(node, yaml.MappingNode):
+            first: dict[str, yaml.Mark] = {}
+            for key, _ in items:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == MERGED:
+                    continue
+                before = first.setdefault(key.value, key.start_mark)
+                if before is not key.start_mark:
+                    raise ValueError(
+                        f"{shown(key.value)} stands in lines {before.line + 1} and "
+                        f"{key.start_mark.line + 1} of one group; expected each key once"
+                    )
+            items = [value for _, value in items]
+        rest += items
 
 
 def _check_size(values: Any, path: str | Path) -> None:

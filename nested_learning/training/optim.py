@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from nested_learning.optimizers import build
 from nested_learning.optimizers.recipe import by_name, is_adam, options_of
 from nested_learning.training.config import DEFAULT_WARMUP, OptimConfig
+from nested_learning.training.process import process_state
 
 # Arguments of `build` that are no options of an optimizer.
 BUILT = ("name", "model", "lr", "weight_decay", "levels", "tokens_per_row", "max_grad_norm", "adamw")
@@ -40,6 +42,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, tokens_per_row: int |
             raise ValueError(f"{name} {NOT_IN_RUNS[str(name).lower()]}; choose another --optim.name")
     if own := sorted(set(BUILT) & config.options.keys()):
         raise ValueError(f"optim.options has {own[0]!r}; expected other options of {config.name} alone")
+    options = [config.options, *config.levels]
+    if any(each.get("capturable") for each in options) and process_state().device.type == "cpu":
+        raise ValueError("capturable is for steps within CUDA graphs, got it on a CPU: leave it out")
     adamw = {"betas": tuple(config.betas), "eps": config.eps}
     known = by_name()
     users = [known[str(name).lower()] for name in names if str(name).lower() in known]
@@ -64,16 +69,34 @@ def build_optimizer(model: nn.Module, config: OptimConfig, tokens_per_row: int |
 
 
 def rehearse(
-    config: PreTrainedConfig, optim: OptimConfig, tokens_per_row: int
+    config: PreTrainedConfig, optim: OptimConfig, tokens_per_row: int, steps: int | None = None
 ) -> tuple[nn.Module, Optimizer]:
     """A model without memory for its weights, and its optimizer; what is wrong is refused before any work.
+
+    Warns of levels that would not make one of the run's `steps`, where these are known.
 
     Raises:
         ValueError: as `build_optimizer`.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model, build_optimizer(model, optim, tokens_per_row)
+    optimizer = build_optimizer(model, optim, tokens_per_row)
+    if steps is not None:
+        _warn_of_periods(optimizer, steps)
+    return model, optimizer
+
+
+def _warn_of_periods(optimizer: Optimizer, steps: int) -> None:
+    """Warn of levels that would not make one step in a run of `steps` optimizer steps."""
+    periods = {group.get("name"): group.get("period", 1) for group in optimizer.param_groups}
+    if late := {name: period for name, period in periods.items() if period > steps}:
+        told = ", ".join(f"{name} (period {period})" for name, period in late.items())
+        warnings.warn(
+            f"levels that stay as they are, as the run has {steps} steps: {told}. Train longer, or lower "
+            "their periods",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def lr_factor(config: OptimConfig, steps: int) -> Callable[[int], float]:

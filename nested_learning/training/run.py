@@ -88,7 +88,8 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         assert config.steps is not None
         config.optim.warmup(config.steps)  # refuses a warm-up that would fill the run
     split_batch(config, process.num_processes)  # before the text is read: refuse a batch that does not fit
-    rehearse(preset(config.preset, **config.model), config.optim, config.data.block_size)  # or a model
+    described = preset(config.preset, **config.model)
+    rehearse(described, config.optim, config.data.block_size, config.steps)  # or a model
     bundle = seeded_data(_bounded(config, checkpoint))
     model = new_model(model_config(config.preset, config.model, bundle.tokenizer), config.seed)
     if config.data.carry_state:

@@ -179,6 +179,18 @@ def test_schedulers_set_the_step(build):
 
 
 @every
+def test_groups_that_a_scheduler_has_used_make_another_optimizer(build):
+    optimizer = build(parameters())
+    cycles = not {"momentum", "betas"}.isdisjoint(optimizer.defaults)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=cycles)
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    schedule.step()
+    again = build([dict(group) for group in optimizer.param_groups])
+    assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in optimizer.param_groups]
+
+
+@every
 def test_a_closure_is_called_with_gradients_enabled_and_its_loss_returned(build):
     params, copies = parameters(), parameters()
     optimizer, other = build(params), build(copies)

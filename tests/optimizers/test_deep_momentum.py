@@ -303,6 +303,8 @@ def test_bad_options():
         DeepMomentumGD([p], depth=1)
     with pytest.raises(ValueError, match=r"rank must be a finite whole number >= 1, got 0\. .*None"):
         DeepMomentumGD([p], rank=0)
+    with pytest.raises(ValueError, match=r"value must be a function .*got 'double'"):
+        DeepMomentumGD([p], value="double")
     p.grad = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"shape \(4, 3\), got \(4,\)"):
         DeepMomentumGD([p], value=lambda g: g[:, 0]).step()

@@ -200,6 +200,9 @@ def test_bad_options():
         PreconditionedMomentum([p], preconditioner="full")
     with pytest.raises(ValueError, match=r"\(2, 2\), got shape \(3, 3\)"):
         PreconditionedMomentum([p], given={p: torch.eye(3)})
+    for given in ("diagonal", {0: torch.eye(2)}, {p: 1.0}):
+        with pytest.raises(ValueError, match="given must have a tensor P for each"):
+            PreconditionedMomentum([p], given=given)
     with pytest.raises(ValueError, match="no group"):
         PreconditionedMomentum([p], given={nn.Parameter(torch.ones(2)): torch.eye(1)})
     with pytest.raises(ValueError, match="coefficients must be"):

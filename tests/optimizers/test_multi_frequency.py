@@ -130,6 +130,8 @@ def test_errors():
         MultiFrequency([p], INNERS["sgd"], reduction="max")
     with pytest.raises(ValueError, match="made list"):
         MultiFrequency([p], list)
+    with pytest.raises(ValueError, match=r"MultiFrequency takes .*LBFGS needs closure at every step"):
+        MultiFrequency([p], lambda groups: torch.optim.LBFGS(groups[0]["params"]))
     with pytest.raises(ValueError, match=r"load it into `\.inner`"):
         MultiFrequency([p], INNERS["sgd"]).load_state_dict(INNERS["sgd"]([p]).state_dict())
     with pytest.raises(ValueError, match=r"saved by MultiFrequency\(SGD, 'sum'\)"):
@@ -247,3 +249,35 @@ def test_a_step_that_the_inner_optimizer_refuses_changes_nothing():
                 optimizer.inner.attach(layer)
             optimizer.step()
     assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@inners
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_sums_beyond_the_dtype_skip_the_step_and_begin_a_new_block(inner, reduction):
+    p, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = MultiFrequency([p], inner, period=2, reduction=reduction)
+    twin = MultiFrequency([other], inner, period=2, reduction=reduction)
+    for size in (3e38, 3e38):
+        p.grad = torch.full((3,), size)
+        optimizer.step()
+    assert (optimizer.skipped_steps, p.detach().tolist()) == (1, [0.0] * 3)
+    for size in (1.0, 2.0):
+        p.grad, other.grad = torch.full((3,), size), torch.full((3,), size)
+        optimizer.step()
+        twin.step()
+    assert torch.equal(p, other)
+    assert p.detach().abs().min() > 0
+    strict = MultiFrequency([p], inner, period=2, reduction=reduction, error_if_nonfinite=True)
+    p.grad = torch.full((3,), 3e38)
+    strict.step()
+    with pytest.raises(FloatingPointError, match="parameter 0 of group 0"):
+        strict.step()
+
+
+def test_a_momentum_is_cycled_as_by_the_inner_optimizer():
+    p, other = weight(), weight()
+    optimizer, inner = MultiFrequency([p], INNERS["adamw"], period=2), INNERS["adamw"]([other])
+    for each in (optimizer, inner):
+        torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=9)
+    assert optimizer.param_groups[0]["betas"] == inner.param_groups[0]["betas"]
+    assert optimizer.param_groups[0]["betas"][0] == 0.95

@@ -40,6 +40,12 @@ def nested(params, *makes):
     return NestedOptimizer([make([p]) for make, p in zip(makes, params, strict=True)])
 
 
+def test_one_that_needs_a_closure_is_refused_before_others_have_stepped():
+    first, second = weights(3, 4)
+    with pytest.raises(ValueError, match=r"NestedOptimizer takes .*LBFGS needs closure at every step"):
+        NestedOptimizer([sgd([first]), torch.optim.LBFGS([second])])
+
+
 @pytest.mark.parametrize(
     ("sizes", "makes", "message"),
     [
@@ -154,3 +160,14 @@ def test_sparse_gradients_of_another_are_looked_at_too():
         (scale * (embedding(torch.tensor([1, 1])).sum() + weight.sum())).backward()
         optimizer.step()
         assert torch.equal(embedding.weight, before) == (scale != 1.0)
+
+
+def test_momenta_are_cycled_where_all_groups_have_one():
+    first, second = weights(3, 4)
+    both = nested([first, second], adamw, adamw)
+    torch.optim.lr_scheduler.OneCycleLR(both, 0.1, total_steps=9)
+    assert [group["betas"][0] for group in both.param_groups] == [0.95, 0.95]
+    mixed = nested([first, second], adamw, sgd)
+    with pytest.raises(ValueError, match="must support momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(mixed, 0.1, total_steps=9)
+    assert copy.deepcopy(both).defaults == both.defaults

@@ -186,3 +186,5 @@ def test_a_given_preconditioner_that_does_not_fit():
     memory = PreconditionedMomentumMemory(given=P_MATRIX)
     with pytest.raises(ValueError, match=r"shape of its parameter \(5, 3\) or \(5, 5\), got shape \(3, 3\)"):
         memory.init(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="is a tensor, got 'diagonal'"):
+        PreconditionedMomentumMemory(given="diagonal").init(torch.zeros(5, 3))

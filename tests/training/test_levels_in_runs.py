@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nested_learning.cli.main import main
+from nested_learning.models import preset
 from nested_learning.training.callbacks import StepTimer
 from nested_learning.training.config import OptimConfig, TrainConfig
 from nested_learning.training.config_file import dump_config, load_config
 from nested_learning.training.data import build_data
 from nested_learning.training.models import model_config, new_model
-from nested_learning.training.optim import build_optimizer, lr_factor
+from nested_learning.training.optim import build_optimizer, lr_factor, rehearse
 from nested_learning.training.run import train
 
 HOPE = {"cms_levels": [{"chunk_size": 16}, {"chunk_size": 64}], "mixer": "titans"}
@@ -137,6 +138,15 @@ def test_levels_stand_in_yaml_and_on_the_command_line(nested, tmp_path, text_fil
         TrainConfig(optim=OptimConfig(levels="cms.1"))
 
 
+def test_a_level_that_never_moves_is_told(nested):
+    config = nested(steps=3)
+    described = preset(config.preset, **config.model)
+    with pytest.warns(
+        RuntimeWarning, match=r"as the run has 3 steps: cms.1 \(period \d+\), proj.* \(period 5"
+    ):
+        rehearse(described, config.optim, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -150,6 +160,10 @@ def test_levels_stand_in_yaml_and_on_the_command_line(nested, tmp_path, text_fil
         (["--optim.options", '{"betas": 3}'], "has a value that it cannot take"),
         (["--optim.levels", '[{"part": 5}]'], "expected a name, or several in a list"),
         (["--optim.levels", "[5]"], "levels"),
+        (["--optim.options", '{"capturable": true}'], "on a CPU: leave it out"),
+        (["--optim.options", '{"differentiable": true}'], "in place: leave it out"),
+        (["--optim.levels", '[{"part": "gates", "weight_decay": -1}]'], "weight_decay must be"),
+        (["--optim.lr", "1" + 400 * "0"], "number is too large"),
         (["--optim.options", '{"alfa": 1}'], "unknown option of AdamW: 'alfa'"),
     ],
 )

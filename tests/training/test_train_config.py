@@ -79,6 +79,10 @@ def test_yaml_gives_back_the_configuration(tmp_path):
         ("steps: many", "steps"),
         ("- 3", "expected a mapping"),
         ("a: [", "is not YAML"),
+        ("steps: 3\nseed: 1\nsteps: 4", r"'steps' stands in lines 1 and 3"),
+        ("model:\n  num_heads: 2\n  num_heads: 4", "'num_heads' stands in lines 2 and 3"),
+        ("optim: {levels: [{part: cms, part: gates}]}", "'part' stands in lines 1 and 1"),
+        (f"optim: {{lr: 1{400 * '0'}}}", "number is too large"),
     ],
 )
 def test_bad_yaml_is_refused(tmp_path, text, message):
@@ -86,6 +90,12 @@ def test_bad_yaml_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+def test_merged_groups_of_yaml_may_be_overridden(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("model:\n  <<: [&a {num_heads: 4}, &b {<<: *a, num_heads: 2}]\n  num_heads: 8\n")
+    assert load_config(path).model == {"num_heads": 8}
 
 
 def test_only_real_changes_of_a_run_are_refused():
