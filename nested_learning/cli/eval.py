@@ -20,8 +20,8 @@ TASK is one of those that `nested-learning eval --list` names, or `all`. Every f
 folder of --output, so that the same command goes on where it was interrupted or ran out of --max_minutes. It
 writes there report.md, report.html (one page, no network), results.json, trials.jsonl and a plot per task.
 --option TASK.NAME=VALUE (as JSON) replaces an option of the budget. --finished takes trials.jsonl files of
-other folders or machines into one report. Both, --methods and --seeds may be repeated. Exit code 1: a run
-failed; the report says which.
+other folders or machines into one report. Both, --methods and --seeds may be repeated. Exit code 1: a run,
+or a claim or plot of a task, failed; the report says which.
 
 example:
   nested-learning eval all --budget smoke --output runs/smoke
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     folder = None if config.output is None else Path(config.output)
     report = contents(results, command) if folder is None else write_report(results, command, folder)
     print_json(report) if values.json else _print(report, folder)
-    return 1 if any(result.failed for result in results) else 0
+    return 1 if any(task["failed"] for task in report["tasks"]) else 0
 
 
 def _parser() -> ArgumentParser:

@@ -8,11 +8,13 @@ be imported is passed over, with a warning.
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from nested_learning._checks import shown
 from nested_learning._errors import unknown
 from nested_learning.evals.method import Method
 from nested_learning.evals.task import Task
@@ -28,8 +30,12 @@ def register_task(task: TaskT) -> TaskT:
     """Let a task be found by its name; fit for use as a decorator of the class.
 
     Raises:
-        ValueError: another task has the name.
+        ValueError: another task has the name, or it has none that commands and files can take.
     """
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", task.name):  # --option TASK.NAME=VALUE, TASK.png
+        raise ValueError(
+            f"the task {task.__name__} is named {shown(task.name)}; expected letters a to z, digits, - and _"
+        )
     if _TASKS.setdefault(task.name, task) is not task:
         raise ValueError(f"a task {task.name!r} is registered already: {_TASKS[task.name]!r}")
     return task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -33,11 +34,30 @@ def checked_figures(found: object, numbers: Iterable[str]) -> Figures:
                 f"its figure {name} is {shown(value)}, which JSON does not hold ({problem}); expected finite "
                 "numbers of Python, such as those of float(), in lists and mappings at most"
             ) from None
+        if _beyond_floats(value):
+            raise ValueError(
+                f"its figure {name} is {shown(value)}, too large for tables and claims; expected numbers "
+                "of at most 1e308 in size"
+            )
     figures: Figures = json.loads(json.dumps(dict(found)))
     for name in numbers:
         if not isinstance(figures.get(name), (int, float, type(None))):
             raise ValueError(f"its figure {name} is {shown(figures[name])}; expected a number")
     return figures
+
+
+def _beyond_floats(value: object) -> bool:
+    """Whether a whole number in a value that JSON holds has no float near it."""
+    rest = [value]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, Mapping):
+            rest += each.values()
+        elif isinstance(each, (list, tuple)):
+            rest += each
+        elif isinstance(each, int) and abs(each) > sys.float_info.max:
+            return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from nested_learning._progress import Progress, progress
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_task, known_methods, known_tasks
-from nested_learning.evals.rows import MethodRow
+from nested_learning.evals.rows import MethodRow, checked_figures
 from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
-from nested_learning.evals.trial import Trial, TrialOutcome, start_worker
+from nested_learning.evals.trial import Trial, TrialOutcome, error_text, start_worker
 
 ALL = "all"
 SEEDS = 3  # where the options of a task do not say how many
@@ -69,6 +69,8 @@ class EvalConfig:
             values = getattr(self, name)
             distinct = values is None or len(set(values)) == len(values) > 0
             require(distinct, name, values, "one or more, all different")
+        whole = all(0 <= seed < 2**32 for seed in self.seeds or ())
+        require(whole, "seeds", self.seeds, "whole numbers from 0 to 2**32 - 1")
         require(self.jobs >= 1, "jobs", self.jobs, "a whole number of at least 1")
         minutes = self.max_minutes
         require(minutes is None or minutes > 0, "max_minutes", minutes, "minutes, more than 0")
@@ -106,6 +108,7 @@ class TaskResult:
         outcomes: of all trials that ended, also those that were kept.
         left_out: methods without a row, because none of their runs has ended.
         mixed: devices with their seeds, in words, by method whose row has runs of several devices.
+        faults: errors of the task's own code beside its runs, by what it was asked for.
     """
 
     task: Task[Any]
@@ -116,6 +119,7 @@ class TaskResult:
     outcomes: list[TrialOutcome] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     mixed: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -207,6 +211,7 @@ def plan(config: EvalConfig) -> list[_Plan]:
     refusals: dict[str, list[str]] = {}
     for place, task in enumerate(tasks):
         own = task.tabled() if config.only_report else task.methods()
+        _check_methods(task, own)
         chosen = list(own) if asked is None else asked[place]
         refused = {
             method.name: task.accepts(method)
@@ -222,18 +227,34 @@ def plan(config: EvalConfig) -> list[_Plan]:
         )
         missing = task.missing()
         skipped = None if config.only_report else missing  # a report of what is finished needs no data
-        skipped = skipped or (None if chosen else "none of the methods that were asked for is for it")
-        entrants = {
-            method.name: _Entrant(
-                [Trial(task, method.at(each), TUNING_SEED, True) for each in task.grid(method)]
-            )
-            for method in ([] if skipped else chosen)
-        }
+        none = "it has no methods" if asked is None else "none of the methods that were asked for is for it"
+        skipped = skipped or (None if chosen else none)
+        entrants = {method.name: _entrant(task, method) for method in ([] if skipped else chosen)}
         plans.append(_Plan(task, entrants, seeds, missing, skipped))
     for reasons in refusals.values():
         if len(reasons) == len(plans):
             raise ValueError(f"no task takes the method: {reasons[0]}")
     return plans
+
+
+def _check_methods(task: Task[Any], methods: Sequence[Method]) -> None:
+    """Raise ValueError for methods of one name, of which one row alone would be left."""
+    names = [method.name for method in methods]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{task.name} has several methods named {', '.join(twice)}; expected one of each name"
+        )
+
+
+def _entrant(task: Task[Any], method: Method) -> _Entrant:
+    """A method with a trial for each of its settings."""
+    settings = task.grid(method)
+    if not settings:
+        raise ValueError(
+            f"the grid of {task.name} has no setting for {method.name}; expected one or more, [{{}}] where "
+            "nothing is to be tuned"
+        )
+    return _Entrant([Trial(task, method.at(each), TUNING_SEED, True) for each in settings])
 
 
 def _asked(names: Sequence[str], tasks: Sequence[Task[Any]]) -> list[list[Method]]:
@@ -393,7 +414,20 @@ def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult
         )
         if words := _devices(by_seed):
             result.mixed[name] = words
-    constants = {} if p.missing else p.task.constants()
-    for name, figures in constants.items():
-        result.rows[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, figures))
+    if not p.missing:
+        try:
+            result.rows |= _constants(p, result.rows)
+        except Exception as problem:  # the runs are made, and stay in the report
+            result.faults["constants"] = error_text(problem)
     return result
+
+
+def _constants(p: _Plan, rows: Mapping[str, MethodRow]) -> dict[str, MethodRow]:
+    """Rows that need no run. ValueError for figures that are none, and where a method has the name."""
+    found = {}
+    for name, figures in p.task.constants().items():
+        if name in rows:
+            raise ValueError(f"{name!r} is the name of a method too; expected rows with names of their own")
+        same = checked_figures(figures, p.task.shown())
+        found[name] = MethodRow(name, {}, dict.fromkeys(p.seeds, same))
+    return found

@@ -20,6 +20,16 @@ from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 
 
+def error_text(problem: BaseException) -> str:
+    """The kind and the message of an error, as files hold it: whatever its message has or does."""
+    try:
+        message = str(problem)
+    except Exception as another:
+        message = f"its message cannot be read ({type(another).__name__})"
+    text = f"{type(problem).__name__}: {message}" if message else type(problem).__name__
+    return text.encode(errors="replace").decode()  # half a surrogate pair is no text
+
+
 @dataclass(frozen=True)
 class Trial:
     """A run to be made.
@@ -57,7 +67,7 @@ class Trial:
         try:
             found = (self.task.tune if self.tuning else self.task.run)(self.method, self.seed)
         except (Exception, SystemExit) as problem:  # others go on; the report names it
-            error = f"{type(problem).__name__}: {problem}"
+            error = error_text(problem)
         seconds = time.perf_counter() - start
         if error is None:
             try:

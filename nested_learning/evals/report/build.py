@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nested_learning.evals.claims import UNTOLD, Verdict
 from nested_learning.evals.rows import MethodRow
 from nested_learning.evals.runner import TaskResult
+from nested_learning.evals.task import Task
+from nested_learning.evals.trial import error_text
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 
@@ -61,6 +65,8 @@ def origin(made: Mapping[str, Any]) -> str:
 
 def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
     task, rows = result.task, result.rows
+    failed = [{"trial": str(each.trial), "error": each.error} for each in result.failed]
+    failed += [{"trial": f"{task.name}, {what}", "error": error} for what, error in result.faults.items()]
     ran = any(row.figures for row in rows.values())
     # The number of parameters has a column of its own in every table.
     shown = {name for row in rows.values() for name in task.columns if row.values(name)} - {"parameters"}
@@ -68,26 +74,39 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
     section: dict[str, Any] = {
         "name": task.name,
         "title": task.title,
-        "note": task.note(),
+        "note": _attempt(failed, f"{task.name}, note", task.note, ""),
         "options": dict(vars(task.options)),
         "skipped": result.skipped,
         "left_out": list(result.left_out),
         "mixed": dict(result.mixed),
         "unfinished": result.unfinished,
         "seconds": round(result.seconds, 1),
-        "failed": [{"trial": str(each.trial), "error": each.error} for each in result.failed],
+        "failed": failed,
         "columns": [{"name": name, "what": what} for name, what in columns.items()],
         "printed": {name: dict(values) for name, values in task.printed().items()},
         "rows": [_row(row, list(columns)) for row in rows.values()],
         "common": _common(result),
-        "claims": [_claim(claim, rows) for claim in task.claims()] if ran else [],
+        "claims": _claims(task, rows, failed) if ran else [],
         "figure": None,
     }
     if folder is not None and any(outcome.figures for outcome in result.outcomes):  # more than guesses
         path = folder / f"{task.name}.png"
-        task.plot(rows, path)
-        section["figure"] = path.name if path.is_file() else None
+
+        def draw() -> bool:
+            task.plot(rows, path)
+            return path.is_file()
+
+        section["figure"] = path.name if _attempt(failed, f"{task.name}, plot", draw, False) else None
     return section
+
+
+def _attempt(failed: list[dict[str, Any]], what: str, made: Callable[[], Any], otherwise: Any) -> Any:
+    """What a task's own code gives, or `otherwise` and an entry of `failed`: a report has the other parts."""
+    try:
+        return made()
+    except Exception as problem:
+        failed.append({"trial": what, "error": error_text(problem)})
+        return otherwise
 
 
 def _row(row: MethodRow, columns: Sequence[str]) -> dict[str, Any]:
@@ -136,14 +155,23 @@ def common(found: Mapping[str, Any]) -> str:
     )
 
 
-def _claim(claim: Any, rows: Mapping[str, MethodRow]) -> dict[str, str]:
-    verdict = claim.judge(rows)
-    return {
-        "claim": claim.text,
-        "source": claim.source,
-        "verdict": verdict.verdict,
-        "because": verdict.because,
-    }
+def _claims(
+    task: Task[Any], rows: Mapping[str, MethodRow], failed: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    """The claims of a task with their verdicts."""
+    found = []
+    for claim in _attempt(failed, f"{task.name}, claims", lambda: list(task.claims()), []):
+        untold = Verdict(UNTOLD, "it could not be judged")
+        verdict = _attempt(failed, f"{task.name}, claim {claim.text}", partial(claim.judge, rows), untold)
+        found.append(
+            {
+                "claim": claim.text,
+                "source": claim.source,
+                "verdict": verdict.verdict,
+                "because": verdict.because,
+            }
+        )
+    return found
 
 
 def cell(figure: Mapping[str, Any]) -> str:

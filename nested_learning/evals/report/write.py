@@ -77,6 +77,10 @@ def markdown_line(value: object) -> str:
 
 
 def markdown_cells(values: Iterable[object]) -> str:
-    """A line of a Markdown table; bars and line breaks in values would end cells and lines."""
-    texts = [str(value).replace("|", "\\|").replace("\n", " ") for value in values]
+    """A line of a Markdown table; bars and line breaks in values would end cells and lines, tags be tags.
+
+    A < that begins no tag stays, as tables are read as they are too.
+    """
+    texts = [" ".join(str(value).split()).replace("|", "\\|") for value in values]
+    texts = [re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text) for text in texts]
     return "| " + " | ".join(texts) + " |"
