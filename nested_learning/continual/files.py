@@ -27,7 +27,7 @@ from nested_learning.continual.replaying.saved_store import store_fields, store_
 from nested_learning.continual.saved_rows import RESUME, SavedRows
 from nested_learning.continual.writing import DeltaWriter
 
-FORMAT = "nested_learning.continual_memory"
+FORMAT, PRECISION = "nested_learning.continual_memory", "precision"
 VERSION, WITHOUT_CHECKSUM = "2", "1"
 OPTIONAL = ("background", "fisher", "starts")  # parts of an identity that most learners do not have
 SAMPLES = 4096  # elements of each parameter that the fingerprint looks at
@@ -111,7 +111,9 @@ def write_memory(
             rounded = dtype is not None and t.is_floating_point() and not name.startswith("store/")
             tensors[f"{index}/{name}"] = t.to(dtype) if rounded else t
     numbers = to_json([_row_numbers(row) for row in rows])
-    write_tensors(path, tensors, {"format": FORMAT, "version": VERSION, "rows": numbers, **identity})
+    rounded_to = {} if dtype is None else {PRECISION: str(dtype)}
+    about = {"format": FORMAT, "version": VERSION, "rows": numbers, **rounded_to, **identity}
+    write_tensors(path, tensors, about)
 
 
 def read_memory(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nested_learning._tensor_files import parse_json, read_tensors
-from nested_learning.continual.files import FORMAT
+from nested_learning.continual.files import FORMAT, PRECISION
 from nested_learning.continual.learner import Learner
 from nested_learning.continual.level import Level
 from nested_learning.continual.replaying.settings import Replay
@@ -64,7 +64,9 @@ def reopen(
         learner = stack_levels(model, tokenizer, levels=settings, modules=chosen, **options)
         if [[target.name for target in w.targets] for w in learner.reader.writers] == weights:
             learner.memory.load(path)
-            if any(t.dtype == torch.bfloat16 for name, t in tensors.items() if "/delta/" in name):
+            # files of 0.1.0 tell it by their deltas alone, if they have one
+            deltas = {str(t.dtype) for name, t in tensors.items() if "/delta/" in name}
+            if str(torch.bfloat16) in {metadata.get(PRECISION), *deltas}:
                 learner.memory.file_dtype = torch.bfloat16  # no more bits than there were
             return learner
     raise ValueError(

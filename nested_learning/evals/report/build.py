@@ -144,7 +144,7 @@ def _common(result: TaskResult) -> dict[str, Any] | None:
 
 
 def common(found: Mapping[str, Any]) -> str:
-    """What `_common` gives, in words."""
+    """Sentence on the means that `_common` found."""
     if not found["seeds"]:
         return "Rows have different seeds, none in common: their means do not compare."
     means = ", ".join(f"{name} {number(mean)}" for name, mean in found["means"].items())
