@@ -8,6 +8,7 @@ ROWS = {
     "b": MethodRow("b", figures={0: {"x": 0.5, "y": 0.1}, 1: {"x": 0.6, "y": 0.2}, 2: {"x": 0.7, "y": 0.6}}),
 }
 METHODS = ["a", "b", "absent"]
+METHOD_HEADS = {"a": "first", "b": "second"}
 
 
 def test_means_and_the_best_of_them() -> None:
@@ -15,6 +16,7 @@ def test_means_and_the_best_of_them() -> None:
     assert Means(("y",), decimals=2, best="lowest").texts(ROWS, METHODS) == ["0.50", "**0.30**", ""]
     assert Means(("x", "y"), decimals=2, exact=True).texts(ROWS, METHODS) == ["1 / 0.50", "0.60 / 0.30", ""]
     assert Means(("y",), best="highest").texts(ROWS, ["absent"]) == [""]
+    assert Means(("z",)).texts(ROWS, METHODS) == ["–", "–", ""]
 
 
 def test_differences_are_paired_and_have_an_interval() -> None:
@@ -31,3 +33,11 @@ def test_methods_stand_beside_one_another_or_below() -> None:
     assert across == "| c | first | second |\n|---|---|---|\n| X | 1.0 | 0.6 |\n"
     below = ResultTable("t", "task", heads, cells, across=False).text(ROWS)
     assert below == "|  | X |\n|---|---|\n| first | 1.0 |\n| second | 0.6 |\n"
+
+
+def test_a_table_may_be_of_some_seeds_alone() -> None:
+    cells = {"Y": Means(("y",), decimals=1), "of a": Difference("y", "a", decimals=1)}
+    text = ResultTable("t", "task", METHOD_HEADS, cells, seeds=(1, 2, 9)).text(ROWS)
+    assert "| Y | 0.8 | 0.4 |" in text
+    alone = {**ROWS, "b": MethodRow("b", figures={0: {"y": 9.0}})}
+    assert "| Y | 0.8 | – |" in ResultTable("t", "task", METHOD_HEADS, cells, seeds=(1, 2)).text(alone)

@@ -41,6 +41,8 @@ def test_every_cell_of_a_table_has_a_figure(results):
         empty = sum(cell.strip("| ") == "" for line in lines for cell in line)
         compared = sum(isinstance(cell, Difference) for cell in each.cells.values())
         assert empty == compared, each.name  # a method is not compared with itself
+        dashes = sum(cell.strip("| ") == "–" for line in lines for cell in line)
+        assert dashes == (each.name == "clinc150"), each.name  # all at once, joint training forgets nothing
 
 
 def test_rows_have_three_seeds_or_say_so(results):
