@@ -287,4 +287,25 @@ TABLES = (
             "levels-average-reading-8k": "two, as above (2e-4)",
         },
     ),
+    ResultTable(
+        "facts-8k",
+        "facts-8k",
+        {
+            "no-adaptation": "no adaptation",
+            "fine-tuning": "fine-tuning",
+            "level-rank-8": "one level at rank 8, of `Learner.auto`",
+            "one-level": "one level",
+            "level-replay": "one level, half of what it learns read again",
+            "retrieval-alone": "retrieval, six passages before the question",
+        },
+        {
+            "told four times: cloze": Means(("cloze often",), best="highest"),
+            "paraphrased": Means(("paraphrased often",), best="highest"),
+            "damage, nats": Means(("damage often",)),
+            "told once: cloze": Means(("cloze once",), best="highest"),
+            "… paraphrased": Means(("paraphrased once",), best="highest"),
+            "… damage": Means(("damage once",)),
+        },
+        across=False,
+    ),
 )  # fmt: skip
