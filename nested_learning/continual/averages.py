@@ -93,20 +93,16 @@ def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
 
     `down` of the result has orthonormal rows.
     """
-    with full_precision(mine.up.device):
-        return _mix(mine, theirs, rate)
-
-
-def _mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
     rank = mine.down.shape[-2]
-    left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=-1)
-    right = torch.cat([mine.down, theirs.down], dim=-2)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.mT)
-    u, values, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-    squares = values.square()
-    down = (q_right @ v[..., :rank, :].mT).mT.contiguous()
-    up = q_left @ (u[..., :rank] * values[..., None, :rank])
+    with full_precision(mine.up.device):
+        left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=-1)
+        right = torch.cat([mine.down, theirs.down], dim=-2)
+        q_left, r_left = torch.linalg.qr(left)
+        q_right, r_right = torch.linalg.qr(right.mT)
+        u, values, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+        squares = values.square()
+        down = (q_right @ v[..., :rank, :].mT).mT.contiguous()
+        up = q_left @ (u[..., :rank] * values[..., None, :rank])
     return Mixed(LowRank(down, up), squares[..., rank:].sum(), squares.sum())
 
 

@@ -90,18 +90,18 @@ def read_one(what: str, given: TextOrIds, tokenizer: Any, model: Any) -> Tensor:
 def _ids(given: Any) -> Tensor:
     """Ids of a list or an array as a tensor. ValueError for what is none."""
     try:
-        return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+        return _tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"expected a text, ids, or a list of them, got {given!r}") from error
 
 
-def _mask(given: Any) -> Tensor:
+def _tensor(given: Any) -> Tensor:
     return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
 
 
 def _read_mask(learn_mask: LearnMask, rows: list[Tensor], kind: str) -> list[Tensor]:
     try:
-        learn = [_mask(mask) for mask in ([learn_mask] if kind == "one" else learn_mask)]
+        learn = [_tensor(mask) for mask in ([learn_mask] if kind == "one" else learn_mask)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"learn_mask must have the shape of the ids, got {learn_mask!r}") from error
     shapes, expected = [tuple(mask.shape) for mask in learn], [tuple(row.shape) for row in rows]

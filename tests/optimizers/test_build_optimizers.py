@@ -79,6 +79,48 @@ def muon_by_hand(model, names, lr):
     ]
 
 
+def levels_by_hand(twin):
+    """(period, names, torch's optimizers) of each level that the test below gives `build`."""
+    found = parts(twin)
+    rest = found.find("embedding") + found.find("norms")
+    cms0 = groups(twin, found.find("cms.0"), 0.1)
+    m3 = M3([cms0[0], {**cms0[1], "adamw_only": True}], lr=1e-2, frequency=2)
+    slow = found.find("initial") + found.find("gates")
+    return [
+        (5, found.find("cms.1"), muon_by_hand(twin, found.find("cms.1"), 3e-2)),
+        (2, found.find("cms.0"), [m3]),
+        (3, slow, [torch.optim.SGD(groups(twin, slow, 0.1), lr=1e-2, momentum=0.9)]),
+        (1, found.find("projections"), [
+            torch.optim.AdamW(groups(twin, found.find("projections"), 0.3), lr=1e-2, betas=(0.5, 0.6))
+        ]),
+        (1, rest, [torch.optim.AdamW(groups(twin, rest, 0.1), lr=1e-2, betas=(0.9, 0.95))]),
+    ]  # fmt: skip
+
+
+def train_by_hand(twin, levels, steps, reduction, max_grad_norm):
+    """Steps of each level on what it has accumulated, at rates that fall as 1 / (1 + step)."""
+    peaks = [[[g["lr"] for g in o.param_groups] for o in each] for *_, each in levels]
+    named = dict(twin.named_parameters())
+    waiting = {name: torch.zeros_like(p) for name, p in named.items()}
+    for step in range(steps):
+        gradients(twin, step)
+        for name, p in named.items():
+            waiting[name] += p.grad
+        for (period, names, optimizers), peak in zip(levels, peaks, strict=True):
+            if (step + 1) % period:
+                continue
+            for name in names:
+                named[name].grad = waiting[name] / (period if reduction == "mean" else 1)
+                waiting[name] = torch.zeros_like(named[name])
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_([named[name] for name in names], max_grad_norm)
+            for inner, rates in zip(optimizers, peak, strict=True):
+                for group, rate in zip(inner.param_groups, rates, strict=True):
+                    group["lr"] = rate / (1 + step)
+                inner.step()
+        twin.zero_grad()
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_levels_equal_loops_by_hand(reduction, max_grad_norm):
@@ -106,41 +148,8 @@ def test_levels_equal_loops_by_hand(reduction, max_grad_norm):
         ],
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    found = parts(twin)
-    rest = found.find("embedding") + found.find("norms")
-    cms0 = groups(twin, found.find("cms.0"), 0.1)
-    m3 = M3([cms0[0], {**cms0[1], "adamw_only": True}], lr=1e-2, frequency=2)
-    slow = found.find("initial") + found.find("gates")
-    by_hand = [  # period, names, optimizers
-        (5, found.find("cms.1"), muon_by_hand(twin, found.find("cms.1"), 3e-2)),
-        (2, found.find("cms.0"), [m3]),
-        (3, slow, [torch.optim.SGD(groups(twin, slow, 0.1), lr=1e-2, momentum=0.9)]),
-        (1, found.find("projections"), [
-            torch.optim.AdamW(groups(twin, found.find("projections"), 0.3), lr=1e-2, betas=(0.5, 0.6))
-        ]),
-        (1, rest, [torch.optim.AdamW(groups(twin, rest, 0.1), lr=1e-2, betas=(0.9, 0.95))]),
-    ]  # fmt: skip
-    peaks = [[[g["lr"] for g in o.param_groups] for o in each] for *_, each in by_hand]
-    named = dict(twin.named_parameters())
-    waiting = {name: torch.zeros_like(p) for name, p in named.items()}
     train(model, optimizer, range(11), schedule)
-    for step in range(11):
-        gradients(twin, step)
-        for name, p in named.items():
-            waiting[name] += p.grad
-        for (period, names, optimizers), peak in zip(by_hand, peaks, strict=True):
-            if (step + 1) % period:
-                continue
-            for name in names:
-                named[name].grad = waiting[name] / (period if reduction == "mean" else 1)
-                waiting[name] = torch.zeros_like(named[name])
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_([named[name] for name in names], max_grad_norm)
-            for inner, rates in zip(optimizers, peak, strict=True):
-                for group, rate in zip(inner.param_groups, rates, strict=True):
-                    group["lr"] = rate / (1 + step)
-                inner.step()
-        twin.zero_grad()
+    train_by_hand(twin, levels_by_hand(twin), 11, reduction, max_grad_norm)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13, msg=name)
         assert not torch.equal(a, dict(new().named_parameters())[name])

@@ -54,17 +54,13 @@ def lora_factors(writers: Sequence[DeltaWriter], row: Row, rank: int) -> dict[Ta
     found = {}
     with progress("taking the largest singular values", len(targets), "matrix") as bar:
         for target in targets:
-            found[target] = _factors(writers, row, target, rank)
+            with full_precision(target.weight.device):
+                found[target] = _factors(writers, row, target, rank)
             bar.advance()
     return found
 
 
 def _factors(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int) -> Factors:
-    with full_precision(target.weight.device):
-        return _factors_of(writers, row, target, rank)
-
-
-def _factors_of(writers: Sequence[DeltaWriter], row: Row, target: Target, rank: int) -> Factors:
     inputs, outputs = target.features
     like: dict[str, Any] = {"dtype": memory_dtype(target.weight), "device": target.weight.device}
     downs, ups = [torch.zeros(0, inputs, **like)], [torch.zeros(outputs, 0, **like)]

@@ -140,14 +140,9 @@ class Retriever:
                 room -= len(ids) + len(self._break)
                 chosen.append(self._passage(passages[index], ids, scores[index]))
         chosen.sort(key=lambda passage: passage.start)
-        parts = [
-            part
-            for passage in chosen
-            for part in (passage.ids, torch.tensor(self._break, device="cpu").long())
-        ]
-        return Retrieved(
-            tuple(chosen), torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")
-        )
+        gap = torch.tensor(self._break, dtype=torch.long, device="cpu")
+        parts = [part for passage in chosen for part in (passage.ids, gap)]
+        return Retrieved(tuple(chosen), torch.cat([gap[:0], *parts]))
 
     def _scores(self, store: Store, query: Tensor) -> tuple[list[KeptPassage], list[float]]:
         if self._indexed is None or self._indexed[0] is not store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,15 +88,10 @@ def learn_starts(
     rows = _long_enough("texts", texts, learner)
     judged = [] if held_out is None else _long_enough("held_out", held_out, learner)
     course = _Course(learner, rank, lr_rates, lr_starts, exact)
-    order = torch.Generator("cpu").manual_seed(seed)
     losses: list[float] = []
     evaluated = {0: course.loss(judged)} if judged else {}
-    best, pending = course.result(), list[int]()
-    for step in range(1, steps + 1):
-        chosen: list[Tensor] = []
-        while len(chosen) < batch_size:
-            pending = pending or torch.randperm(len(rows), generator=order, device="cpu").tolist()
-            chosen.append(rows[pending.pop()])
+    best = course.result()
+    for step, chosen in zip(range(1, steps + 1), _batches(rows, batch_size, seed), strict=False):
         losses.append(course.step(chosen))
         if progress is not None:
             progress(step, losses[-1])
@@ -111,6 +106,17 @@ def learn_starts(
         "held_out": [[step, loss] for step, loss in evaluated.items()],
     }
     return course.starts(best if judged else course.result(), report)
+
+
+def _batches(rows: Sequence[Tensor], size: int, seed: int) -> Iterator[list[Tensor]]:
+    """Batches without end: all texts in random order, then all again in another one."""
+    order, pending = torch.Generator("cpu").manual_seed(seed), list[int]()
+    while True:
+        chosen: list[Tensor] = []
+        while len(chosen) < size:
+            pending = pending or torch.randperm(len(rows), generator=order, device="cpu").tolist()
+            chosen.append(rows[pending.pop()])
+        yield chosen
 
 
 def _check_numbers(counts: Mapping[str, int]) -> None:
