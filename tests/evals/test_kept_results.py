@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from nested_learning.continual import AUTO
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.runner import SEEDS
 from website import claims
@@ -43,6 +44,33 @@ def test_every_cell_of_a_table_has_a_figure(results):
         assert empty == compared, each.name  # a method is not compared with itself
         dashes = sum(cell.strip("| ") == "–" for line in lines for cell in line)
         assert dashes == (each.name == "clinc150"), each.name  # all at once, joint training forgets nothing
+
+
+def quoted(rows, figure, *methods):
+    """Means with two decimals, as text quotes them."""
+    return [f"{rows[method].mean(figure):.2f}".replace("-", "−") for method in methods]
+
+
+def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
+    rows = {result.task.name: result.rows for result in results}
+    guide = (claims.ROOT / "docs" / "continual.md").read_text(encoding="utf-8")
+    recalled = quoted(
+        rows["facts-8k"], "cloze often", "level-rank-8", "one-level", "level-replay", "retrieval-alone"
+    )
+    section = guide.partition("## Settings that need no tuning")[2].partition("\n## ")[0]
+    for text in (AUTO.reason, section):
+        assert re.findall(rf"\b(?:{'|'.join(map(re.escape, recalled))})\b", text) == recalled
+    table = guide.partition("## What it learned")[2]
+    methods = (
+        "one-level",
+        "three-levels-averaged",
+        "fine-tuning-averaged",
+        "two-levels-replay",
+        "class-means",
+    )
+    for begin, figure in (("| CLINC150", "accuracy"), ("| … forgetting", "forgetting")):
+        line = next(line for line in table.splitlines() if line.startswith(begin))
+        assert re.findall(r"−?0\.\d\d\b(?!\*[^*])", line)[:5] == quoted(rows["clinc150"], figure, *methods)
 
 
 def test_rows_have_three_seeds_or_say_so(results):
