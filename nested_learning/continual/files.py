@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,9 @@ def read_memory(
         # "gd" has also been called "sgd". In this JSON of settings no other text can look like the pair.
         if "levels" in metadata:
             metadata["levels"] = metadata["levels"].replace('"rule": "sgd"', '"rule": "gd"')
-        for key, value in {**dict.fromkeys(OPTIONAL), **identity}.items():
-            if not _agree(key, metadata.get(key), value):
-                raise _Mismatch(_mismatch(path, key, metadata.get(key), value))
+        key = first_difference(metadata, identity)
+        if key is not None:
+            raise _Mismatch(_mismatch(path, key, metadata.get(key), identity.get(key)))
         rows = SavedRows(tensors, writers, model, plan).read(parse_json(metadata["rows"]))
     except _Mismatch:
         raise
@@ -165,11 +165,26 @@ def read_memory(
     return rows
 
 
-def _agree(key: str, theirs: str | None, ours: str | None) -> bool:
-    """Whether a part of an identity is that of the learner; settings of levels by value: 1 is 1.0."""
-    if theirs == ours or key != "levels" or theirs is None or ours is None:
-        return theirs == ours
-    return bool(parse_json(theirs) == parse_json(ours))
+def first_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    """The first part of our identity that is another in theirs; None where all are the same.
+
+    Settings of levels compare by value, 1 is 1.0, and their layers by the weights: [-1] is [29] of thirty.
+    """
+    for key in (*ours, *(name for name in OPTIONAL if name not in ours)):
+        pair = (theirs.get(key), ours.get(key))
+        if key == "levels" and None not in pair:
+            same_weights = theirs.get("weights") == ours.get("weights")
+            pair = tuple(_levels(text, same_weights) for text in pair)
+        if pair[0] != pair[1]:
+            return key
+    return None
+
+
+def _levels(text: str, without_layers: bool) -> object:
+    levels = parse_json(text)
+    if not without_layers or not isinstance(levels, list):
+        return levels
+    return [{**level, "layers": None} if isinstance(level, dict) else level for level in levels]
 
 
 class _Mismatch(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,6 +16,7 @@ from nested_learning._checks import check_text
 
 LearnMask = Tensor | Sequence[Any]
 Names = str | Sequence[str | None] | None
+_NEW_TOKENS = 20  # of transformers' `generate` where nothing says how many
 UNBOUNDED = 2**31  # positions of a model that does not say how many it has
 TextOrIds = str | Tensor | Sequence[int] | Sequence[str] | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -187,6 +188,22 @@ def fitting(model: Any, what: str, length: int) -> Iterator[None]:
         raise ValueError(
             f"{what} has {length} tokens, and {type(model).__name__} has {limit} positions; give a part of it"
         ) from error
+
+
+def generated_tokens(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
+    """Most tokens that transformers' `generate` makes of so many of a prompt, these included.
+
+    Args:
+        model: any that generates.
+        prompt: its tokens.
+        options: of `generate`, which go before the model's own settings.
+    """
+    settings = options.get("generation_config") or getattr(model, "generation_config", None)
+    new, whole = (
+        getattr(settings, name, None) if options.get(name) is None else options[name]
+        for name in ("max_new_tokens", "max_length")
+    )
+    return prompt + new if new else max(whole or prompt + _NEW_TOKENS, prompt)
 
 
 def vocabulary_size(model: Any) -> int:

@@ -25,6 +25,7 @@ from nested_learning.continual.inputs import (
     Names,
     TextOrIds,
     fitting,
+    generated_tokens,
     read_batch,
     read_one,
 )
@@ -365,6 +366,9 @@ class Learner:
             for a text the continuation as text, without special tokens; for ids [B, T] what transformers
             returns; for ids [T] its only row. With num_return_sequences above 1 a list of texts, and for
             ids [T] all rows.
+
+        Raises:
+            ValueError: what `observe` refuses, or more tokens than the model has learned positions.
         """
         batch = read_batch(prompt, self.tokenizer, self.model)
         if batch.kind == "list":
@@ -378,7 +382,9 @@ class Learner:
         inserted = Insertion(0, ids[:, :0]) if retrieve is None else self._insertion(batch, retrieve, row)
         inputs = inserted.put_into(ids)
         options = inserted.put_into_options({"attention_mask": torch.ones_like(ids), **options})
-        with self.active(row, levels=levels) as model, evaluating(model):
+        most = generated_tokens(self.model, inputs.shape[1], options)
+        fits = fitting(self.model, "a prompt with its continuation", most)
+        with self.active(row, levels=levels) as model, evaluating(model), fits:
             output = model.generate(inputs, **options)
         if isinstance(output, Tensor):
             output = sequences = inserted.taken_out_of(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 
 from nested_learning.continual.averages import answering
 from nested_learning.continual.deltas import Row
-from nested_learning.continual.files import fingerprint, locked, read_memory, to_json, write_memory
+from nested_learning.continual.files import (
+    fingerprint,
+    first_difference,
+    locked,
+    read_memory,
+    to_json,
+    write_memory,
+)
 from nested_learning.continual.inputs import checked_index
 from nested_learning.continual.level import COUNT
 from nested_learning.continual.objectives.anchors import NO_ANCHORS, Anchors
@@ -32,7 +39,7 @@ class Snapshot:
     """The memory at one moment, for `Memory.restore`. It costs no memory until something is learned."""
 
     rows: list[Row]
-    settings: str  # of the levels, the weights that they have, and the way of reading
+    settings: Mapping[str, str]  # what a file of the memory would have to agree with, the model left out
     model: PreTrainedModel | None  # the base model
     keeps: bool  # whether the learner keeps text for replay
 
@@ -139,10 +146,11 @@ class Memory:
         """
         if not isinstance(snapshot, Snapshot):
             raise ValueError(f"expected what `snapshot` returned, got {type(snapshot).__name__}")
-        if snapshot.settings != (own := self._settings()):
+        key = first_difference(snapshot.settings, own := self._settings())
+        if key is not None:
             raise ValueError(
-                "the snapshot is of a learner with other levels or another way of reading: it has "
-                f"{snapshot.settings}, this one {own}"
+                "the snapshot is of a learner with other levels, another way of reading or other anchors: "
+                f"its {key} is {snapshot.settings.get(key)}, here it is {own.get(key)}"
             )
         if snapshot.model not in (None, self._model) and _base(snapshot.model) != _base(self._model):
             raise ValueError("the snapshot is of a learner on another base model: restore it there")
@@ -278,24 +286,18 @@ class Memory:
     def _locked(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         return nullcontext() if Path(os.path.realpath(path)) in self._held else locked(path)
 
-    def _levels(self) -> dict[str, list[Any]]:
-        """Settings of the levels, and the names of the weights that each has."""
+    def _settings(self) -> dict[str, str]:
+        """Settings of the levels, the names of the weights that each has, the way of reading, the anchors."""
         return {
-            "levels": [writer.level.describe() for writer in self._writers],
-            "weights": [[target.name for target in writer.targets] for writer in self._writers],
-        }
-
-    def _settings(self) -> str:
-        return to_json({**self._levels(), "reading": self._plan.describe()})
-
-    def _identity(self) -> dict[str, str]:
-        """Everything that a file must agree with to be loaded."""
-        return {
-            "fingerprint": _base(self._model),
-            **{name: to_json(value) for name, value in self._levels().items()},
+            "levels": to_json([writer.level.describe() for writer in self._writers]),
+            "weights": to_json([[target.name for target in writer.targets] for writer in self._writers]),
             "reading": to_json(self._plan.describe()),
             **self._anchors.identity(),
         }
+
+    def _identity(self) -> dict[str, str]:
+        """Everything that a file must agree with to be loaded."""
+        return {"fingerprint": _base(self._model), **self._settings()}
 
 
 def _base(model: Any) -> str:

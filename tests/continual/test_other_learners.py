@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from nested_learning.continual import Fisher, Learner, Level, Replay, stack_levels
+from nested_learning.continual import Fisher, Learner, Level, Replay, learn_starts, stack_levels
 from tests.continual.tiny_models import random_ids, tiny_model
 
 IDS = random_ids(48)
@@ -32,6 +33,36 @@ class TestSnapshots:
         twin = stack_levels(tiny_model(), levels=LEVELS)  # of another object with the same weights
         twin.memory.restore(learner.memory.snapshot())
         assert torch.equal(twin.logits(IDS[None]), learner.logits(IDS[None]))
+
+    @pytest.mark.parametrize("anchor", ["background", "fisher", "starts"])
+    def test_with_other_anchors(self, anchor):
+        model = tiny_model()
+        kl = 0.5 if anchor == "background" else 0.0
+        stack = partial(stack_levels, model, levels=[Level(4, 0.3, decay=0.1, anchor_kl=kl)])
+        one = stack(background=IDS) if kl else stack()
+        others = {
+            "background": lambda: {"background": IDS[1:]},
+            "fisher": lambda: {"fisher": Fisher.of(model, IDS, length=8)},
+            "starts": lambda: {"starts": learn_starts(one, [IDS], steps=1)},
+        }
+        other = stack(**others[anchor]())
+        one.observe(IDS)
+        with pytest.raises(ValueError, match=f"other anchors: its {anchor} is"):
+            other.memory.restore(one.memory.snapshot())
+        assert other.memory.is_empty
+
+    def test_layers_counted_from_the_end(self, tmp_path):
+        model = tiny_model()
+        first, last = (stack_levels(model, levels=[Level(4, 0.3, layers=[i])]) for i in (0, -1))
+        by_number = stack_levels(model, levels=[Level(4, 0.3, layers=[1])])
+        last.observe(IDS)
+        by_number.memory.restore(last.memory.snapshot())
+        last.memory.save(path := tmp_path / "memory.safetensors")
+        with pytest.raises(ValueError, match="other levels"):
+            first.memory.load(path)
+        by_number.memory.reset()
+        by_number.memory.load(path)
+        assert torch.equal(by_number.logits(IDS[None]), last.logits(IDS[None]))
 
     def test_with_a_store_and_without(self):
         model, replay = tiny_model(), Replay(share=0.5, piece=4)
@@ -103,6 +134,9 @@ class TestLengths:
         with pytest.raises(ValueError, match="the probe has 65 tokens"):
             learner.export(tmp_path / "out", probe=long[0])
         assert not (tmp_path / "out").exists()
+        with pytest.raises(ValueError, match="a prompt with its continuation has 72 tokens, and GPT2LMHead"):
+            learner.generate(long[0, :60], max_new_tokens=12, eos_token_id=None)
+        assert len(learner.generate(long[0, :60], max_length=64, eos_token_id=None)) == 64
 
     def test_beyond_computed_ones(self):
         long = random_ids(1, 65)

@@ -223,3 +223,15 @@ def test_claims_are_decided_by_the_figures() -> None:
     }
     verdicts = [claim.judge(rows).verdict for claim in Needle.at("small").claims()]
     assert verdicts == ["holds", "does not", "holds", "cannot be told here"]
+
+
+def test_each_method_gets_the_rate_of_its_lowest_loss() -> None:
+    task = Needle.at("smoke", lr=0.01, lr_factors=[0.5, 3.0])
+    method = find_method("deltanet")
+    assert [setting["lr"] for setting in task.grid(method)] == pytest.approx([0.005, 0.03])
+    figures = task.tune(method, 0)
+    assert figures[task.headline] == -figures["loss"] < 0  # the haystacks of the table are not drawn for it
+    assert not any("_at_" in name for name in figures)
+    for factors in ([], [1.0, 0.0]):
+        with pytest.raises(ValueError, match=r"lr_factors is .*; expected one number above 0"):
+            Needle.at("small", lr_factors=factors)

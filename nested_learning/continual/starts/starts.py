@@ -163,9 +163,12 @@ class Starts:
                 f"starts belong to another base model (fingerprint {self.fingerprint[:12]}…, this one has "
                 f"{fingerprint[:12]}…): learn some for this one with learn_starts"
             )
-        ours = [json.loads(json.dumps(level.describe())) for level in levels]
-        if list(self.settings) != ours:
-            theirs, other = _first_difference(self.settings, ours)
+        settings = [
+            [{**each, "layers": None} for each in own]  # `of_level` compares the weights
+            for own in (self.settings, [json.loads(json.dumps(level.describe())) for level in levels])
+        ]
+        if settings[0] != settings[1]:
+            theirs, other = _first_difference(*settings)
             raise ValueError(
                 f"starts were learned for levels with {theirs}, this learner has {other}: give it the "
                 "levels that they were learned for, or learn some for these with learn_starts"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Generator
 
@@ -14,6 +14,7 @@ from nested_learning.evals.by_length import LONG, ByLength, LengthOptions, at_an
 from nested_learning.evals.carried import CarriedReader
 from nested_learning.evals.claims import Ahead, Claim, Keeps
 from nested_learning.evals.fit import TaskBatch
+from nested_learning.evals.method import Method
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.needle.haystack import KINDS, VOCABULARY, NeedleForm, lessons
@@ -35,16 +36,20 @@ class NeedleOptions(LengthOptions):
     Args:
         needles, letters, digits: of a haystack of several needles, of a key, of a value.
         everything: the loss is that of every byte; false: of the answers alone.
+        lr_factors: times `lr`, the learning rates of which each method gets its best, by its loss.
     """
 
     needles: int = 4
     letters: int = 1
     digits: int = 3
     everything: bool = False
+    lr_factors: list[float] = field(default_factory=lambda: [1.0])
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(needles=self.needles, letters=self.letters, digits=self.digits)
+        if not self.lr_factors or min(self.lr_factors) <= 0:
+            raise ValueError(f"lr_factors is {self.lr_factors}; expected one number above 0, or more")
 
     @property
     def form(self) -> NeedleForm:
@@ -62,10 +67,11 @@ class Needle(ByLength[NeedleOptions]):
         "smoke": NeedleOptions(
             seeds=1, width=16, layers=1, steps=6, train_lengths=[128], lengths=[128, 512], rows=2
         ),
-        "small": NeedleOptions(steps=1500),
+        "small": NeedleOptions(steps=1500, lr_factors=[0.4, 1.0, 2.0]),
         "full": NeedleOptions(
             width=128, heads=4, letters=4, digits=7, train_lengths=[256, 256, 512, 1024], batch_tokens=16_384,
-            steps=10_000, lr=1e-3, lengths=[1024, 2048, 4096, 8192, 16_384, 32_768], rows=100, bound=16_384,
+            steps=10_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0],
+            lengths=[1024, 2048, 4096, 8192, 16_384, 32_768], rows=100, bound=16_384,
         ),
     }  # fmt: skip
     kinds: ClassVar[tuple[str, ...]] = KINDS
@@ -79,6 +85,10 @@ class Needle(ByLength[NeedleOptions]):
     def vocab_size(self) -> int:
         """Number of bytes."""
         return VOCABULARY
+
+    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
+        """Learning rates."""
+        return [{"lr": factor * self.options.lr} for factor in self.options.lr_factors]
 
     def lessons(self, rows: int, length: int, generator: Generator) -> TaskBatch:
         """Sequences with questions at several places."""
