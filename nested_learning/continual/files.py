@@ -171,12 +171,13 @@ def first_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str 
     Settings of levels compare by value, 1 is 1.0, and their layers by the weights: [-1] is [29] of thirty.
     """
     for key in (*ours, *(name for name in OPTIONAL if name not in ours)):
-        pair = (theirs.get(key), ours.get(key))
-        if key == "levels" and None not in pair:
-            same_weights = theirs.get("weights") == ours.get("weights")
-            pair = tuple(_levels(text, same_weights) for text in pair)
-        if pair[0] != pair[1]:
-            return key
+        one, other = theirs.get(key), ours.get(key)
+        if one == other:
+            continue
+        same_weights = theirs.get("weights") == ours.get("weights")
+        if key == "levels" and one and other and _levels(one, same_weights) == _levels(other, same_weights):
+            continue
+        return key
     return None
 
 

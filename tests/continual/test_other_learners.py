@@ -63,6 +63,10 @@ class TestSnapshots:
         by_number.memory.reset()
         by_number.memory.load(path)
         assert torch.equal(by_number.logits(IDS[None]), last.logits(IDS[None]))
+        starts = learn_starts(last, [IDS], steps=1)
+        stack_levels(model, levels=by_number.levels, starts=starts)
+        with pytest.raises(ValueError, match="starts of level 0 were learned for"):
+            stack_levels(model, levels=first.levels, starts=starts)
 
     def test_with_a_store_and_without(self):
         model, replay = tiny_model(), Replay(share=0.5, piece=4)
