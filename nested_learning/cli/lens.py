@@ -82,9 +82,10 @@ def run(argv: list[str]) -> int:
 
 
 def _text(name: str) -> str:
-    """The text of a file, or of the standard input for "-"."""
+    """The text of a file, or of the standard input for "-"; a byte order mark is dropped."""
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"the text {name!r} is not in UTF-8 ({error}); convert it first") from error
 

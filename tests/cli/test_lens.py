@@ -115,7 +115,7 @@ def test_bad_input_is_told_in_a_sentence(hope_folder, llama_folder, text, tmp_pa
     latin.write_bytes("ä".encode("latin-1"))
     assert "is not in UTF-8" in refused(capsys, hope_folder, "--text", str(latin))
     empty = tmp_path / "empty.txt"
-    empty.touch()
+    empty.write_text("\ufeff", encoding="utf-8")  # a byte order mark is no text
     assert "the text has 0 token(s)" in refused(capsys, hope_folder, "--text", str(empty))
     below = f"{text}/pictures"
     assert f"--png takes a folder, but {text} is" in refused(

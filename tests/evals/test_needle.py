@@ -229,6 +229,9 @@ def test_each_method_gets_the_rate_of_its_lowest_loss() -> None:
     task = Needle.at("smoke", lr=0.01, lr_factors=[0.5, 3.0])
     method = find_method("deltanet")
     assert [setting["lr"] for setting in task.grid(method)] == pytest.approx([0.005, 0.03])
+    titans = task.grid(find_method("titans"))
+    assert titans[2:] == [{"lr": 0.01, "mixer.eta_max": 0.5}]
+    assert Needle.at("smoke").grid(find_method("titans")) == [{"lr": 5e-3}]  # one rate: nothing is tuned
     figures = task.tune(method, 0)
     assert figures[task.headline] == -figures["loss"] < 0  # the haystacks of the table are not drawn for it
     assert not any("_at_" in name for name in figures)
