@@ -161,9 +161,10 @@ class Needle(ByLength[NeedleOptions]):
             f"words at 4K to 16K tokens. Values have {chosen.digits} digits instead of 7, keys "
             f"{chosen.letters} letter(s) instead of two words; the haystack is RULER's first kind, repeated "
             "sentences: its essays and UUIDs are left out. Several keys are asked one after the other, each "
-            f"named again. {chosen.rows} haystacks per length and kind instead of 500. Each model has the best "
-            f"of {len(chosen.lr_factors)} learning rate(s), those of Titans' rows also of two bounds of the "
-            f"inner rate where there are several. Attention keeps the last {chosen.bound} bytes; its rotary positions are extrapolated as they are."
+            f"named again. {chosen.rows} haystacks per length and kind instead of 500. Each model has the "
+            f"best of {len(chosen.lr_factors)} learning rate(s), rows of Titans, where there are several, "
+            f"also of two bounds of the inner rate. Attention keeps the last {chosen.bound} bytes; its "
+            "rotary positions are extrapolated as they are."
         )
 
     def plot(self, rows: MethodRows, path: Path) -> None:
