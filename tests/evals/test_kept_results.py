@@ -2,10 +2,13 @@
 
 import json
 import re
+from itertools import combinations
+from statistics import fmean
 
 import pytest
 
 from nested_learning.continual import AUTO
+from nested_learning.evals.claims import interval
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.runner import SEEDS
 from website import claims
@@ -71,6 +74,53 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
     for begin, figure in (("| CLINC150", "accuracy"), ("| … forgetting", "forgetting")):
         line = next(line for line in table.splitlines() if line.startswith(begin))
         assert re.findall(r"−?0\.\d\d\b(?!\*[^*])", line)[:5] == quoted(rows["clinc150"], figure, *methods)
+
+
+SECTIONS = ("The paper's claims", "Pretrained models that learn")  # others have runs that are not kept
+NUMBER = r"[+−]?\d+\.\d+"
+INTERVAL = re.compile(rf"(?:({NUMBER})\s+)?\[({NUMBER}),\s+({NUMBER})\]")
+
+
+def pairs(one, other, tables):
+    """Values of two methods that are compared: by seed, over all or those of a table, and by what is asked."""
+    ours, theirs = one.figures, other.figures
+    common = frozenset(ours.keys() & theirs.keys())
+    for name in {name for seed in common for name in ours[seed].keys() & theirs[seed].keys()}:
+        for seeds in {common, *(common & table for table in tables)}:
+            found = [(ours[s].get(name), theirs[s].get(name)) for s in sorted(seeds)]
+            if all(isinstance(value, (int, float)) for both in found for value in both):
+                yield found
+            elif "of each" in name:
+                yield [both for a, b in found for both in zip(a, b, strict=True)]
+
+
+def differences(results):
+    """Mean and 95 % interval of the paired differences between any two methods of a task."""
+    for result in results:
+        tables = {frozenset(each.seeds) for each in TABLES if each.task == result.task.name and each.seeds}
+        for one, other in combinations(result.rows.values(), 2):
+            for values in pairs(one, other, tables):
+                found = [a - b for a, b in values]
+                if bounds := interval(found):
+                    yield fmean(found), *bounds
+                    yield -fmean(found), -bounds[1], -bounds[0]
+
+
+def test_intervals_of_the_page_are_those_of_the_runs(results):
+    text = claims.RESULTS.read_text(encoding="utf-8")
+    for name in claims.blocks(results):
+        before, _, after = claims.parts(text, name)
+        text = before + after
+    prose = "".join(text.partition(f"## {section}\n")[2].partition("\n## ")[0] for section in SECTIONS)
+    known = {
+        tuple(f"{value:.{decimals}f}".replace("-", "−") for value in each)
+        for each in differences(results)
+        for decimals in (2, 3)
+    }
+    known |= {("", *bounds) for _, *bounds in known}
+    stated = [tuple(number.lstrip("+") for number in found) for found in INTERVAL.findall(prose)]
+    assert len(stated) > 20
+    assert [each for each in stated if each not in known] == []
 
 
 def test_rows_have_three_seeds_or_say_so(results):
