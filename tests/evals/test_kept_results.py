@@ -82,7 +82,7 @@ INTERVAL = re.compile(rf"(?:({NUMBER})\s+)?\[({NUMBER}),\s+({NUMBER})\]")
 
 
 def pairs(one, other, tables):
-    """Values of two methods that are compared: by seed, over all or those of a table, and by what is asked."""
+    """Compared values of two methods: by seed, over all or those of a table, and by what is asked."""
     ours, theirs = one.figures, other.figures
     common = frozenset(ours.keys() & theirs.keys())
     for name in {name for seed in common for name in ours[seed].keys() & theirs[seed].keys()}:
