@@ -22,6 +22,7 @@ MIXERS = {
     "titans": "Titans",
     "self-modifying-titans": "self-modifying Titans",
 }
+_HAYSTACKS = (256, 512, 2048, 8192)  # bytes
 _SIX = (0, 1, 3, 5, 7, 9)  # documents that every reader has read
 MODELS = {**MIXERS, "hope": "Hope", "hope-in-context": "Hope in context", "hope-attention": "Hope-Attention"}
 
@@ -157,7 +158,9 @@ def _bins(language: str) -> Means:
     return Means(tuple(f"{language} bin {n}" for n in range(3)), decimals=2, exact=True)
 
 
-def _documents(name: str, corner: str, methods: Mapping[str, str]) -> ResultTable:
+def _documents(
+    name: str, corner: str, methods: Mapping[str, str], seeds: tuple[int, ...] = _SIX
+) -> ResultTable:
     """Readers of long documents; the first one is the window alone, with which the others are compared."""
     quarters = tuple(f"quarter {n}" for n in range(1, 5))
     cells: dict[str, Cells] = {
@@ -166,7 +169,7 @@ def _documents(name: str, corner: str, methods: Mapping[str, str]) -> ResultTabl
         "of the window alone": Difference("bits per byte", next(iter(methods))),
         "seconds": Means(("seconds",), decimals=0),
     }
-    return ResultTable(name, "longdoc", methods, cells, across=False, corner=corner)
+    return ResultTable(name, "longdoc", methods, cells, across=False, corner=corner, seeds=seeds)
 
 
 TABLES = (
@@ -222,6 +225,16 @@ TABLES = (
             "state after 128 tokens, bytes": Means(("state bytes",), decimals=0),
             "parameters": Means(("parameters",), decimals=0),
         },
+    ),
+    ResultTable(
+        "needle",
+        "needle",
+        MODELS,
+        {
+            **{f"one key, {size:,}": Means((f"single_at_{size}",), best="highest") for size in _HAYSTACKS},
+            **{f"all kinds, {size:,}": Means((f"exact_at_{size}",), best="highest") for size in _HAYSTACKS},
+        },
+        corner="bytes read",
     ),
     ResultTable(
         "babilong",
