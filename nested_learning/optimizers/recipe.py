@@ -176,18 +176,28 @@ class Recipe:
             found["lr"] = self.lr
         found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
         for key, value in found.items():
-            self._check_length(key, value)
+            self._check_kind(key, value)
         return found
 
-    def _check_length(self, key: str, value: Any) -> None:
-        """Refuse too few or too many numbers, which torch's optimizers notice at a step, if at all."""
+    def _check_kind(self, key: str, value: Any) -> None:
+        """Refuse what torch's optimizers notice at a step, if at all: another kind or number of values."""
         default = options_of(self.cls).get(key)
-        if issubclass(self.cls, BaseOptimizer) or not isinstance(default, tuple):
+        if issubclass(self.cls, BaseOptimizer):  # they check for themselves
             return
-        if not isinstance(value, tuple) or len(value) != len(default):
+        if isinstance(default, tuple):
+            right, wanted = _has_length(value, len(default)), f"{len(default)} numbers, such as {default}"
+        elif isinstance(default, bool):
+            right, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, int) and default > 1:  # of rates and momenta torch writes 0 and 1 so
+            right, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
+        elif key == "eps":
+            right, wanted = isinstance(value, (int, float)) and value >= 0, "a number of at least 0"
+        else:
+            return
+        if not right:
             raise ValueError(
                 f"an option of {self.cls.__name__} has a value that it cannot take: {key} is {value!r}; "
-                f"expected {len(default)} numbers, such as {default}"
+                f"expected {wanted}"
             )
 
     def _groups(self, model: nn.Module, named: Named) -> list[Group]:
@@ -224,6 +234,10 @@ def matrices_and_rest(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]
         is_map = p.ndim == 2 and handles[name].rpartition(".")[2] not in NO_MATRICES
         (matrices if is_map else rest).append((name, p))
     return matrices, rest
+
+
+def _has_length(value: Any, length: int) -> bool:
+    return isinstance(value, tuple) and len(value) == length
 
 
 @contextmanager

@@ -158,6 +158,8 @@ def test_a_level_that_never_moves_is_told(nested):
         (["--optim.name", "rprop"], "set weight_decay to 0"),
         (["--optim.options", '{"lr": 1}'], "optim.options has 'lr'"),
         (["--optim.options", '{"betas": 3}'], "has a value that it cannot take"),
+        (["--optim.name", "muon", "--optim.options", '{"ns_steps": 0}'], "a whole number of at least 1"),
+        (["--optim.name", "muon", "--optim.options", '{"nesterov": "maybe"}'], "expected true or false"),
         (["--optim.levels", '[{"part": 5}]'], "expected a name, or several in a list"),
         (["--optim.levels", "[5]"], "levels"),
         (["--optim.options", '{"capturable": true}'], "on a CPU: leave it out"),
