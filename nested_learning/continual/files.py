@@ -22,6 +22,7 @@ from nested_learning._tensor_files import check_whole, parse_json, read_tensors,
 from nested_learning.continual.context import Context
 from nested_learning.continual.deltas import Row
 from nested_learning.continual.find import is_quantised
+from nested_learning.continual.level import without_layers
 from nested_learning.continual.plan import ReadingPlan
 from nested_learning.continual.replaying.saved_store import store_fields, store_tensors
 from nested_learning.continual.saved_rows import RESUME, SavedRows
@@ -166,26 +167,19 @@ def read_memory(
 
 
 def first_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
-    """The first part of our identity that is another in theirs; None where all are the same.
-
-    Settings of levels compare by value, 1 is 1.0, and their layers by the weights: [-1] is [29] of thirty.
-    """
-    for key in (*ours, *(name for name in OPTIONAL if name not in ours)):
-        one, other = theirs.get(key), ours.get(key)
-        if one == other:
-            continue
-        same_weights = theirs.get("weights") == ours.get("weights")
-        if key == "levels" and one and other and _levels(one, same_weights) == _levels(other, same_weights):
-            continue
-        return key
+    """The first part of our identity that is another in theirs; None where all are the same."""
+    for key in {**ours, **dict.fromkeys(OPTIONAL)}:
+        if theirs.get(key) != ours.get(key) and not (key == "levels" and _same_levels(theirs, ours)):
+            return key
     return None
 
 
-def _levels(text: str, without_layers: bool) -> object:
-    levels = parse_json(text)
-    if not without_layers or not isinstance(levels, list):
-        return levels
-    return [{**level, "layers": None} if isinstance(level, dict) else level for level in levels]
+def _same_levels(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    """Whether the settings of levels are equal by value: 1 is 1.0, and layers are those of equal weights."""
+    one, other = (parse_json(each.get("levels", "null")) for each in (theirs, ours))
+    if theirs.get("weights") == ours.get("weights"):
+        one, other = without_layers(one), without_layers(other)
+    return bool(one == other)
 
 
 class _Mismatch(ValueError):

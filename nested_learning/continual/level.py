@@ -256,6 +256,16 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     )
 
 
+def without_layers(settings: Any) -> Any:
+    """Settings of levels, as `describe` has them, with no layers: weights tell these, [-1] is [29] of thirty.
+
+    What is no list of settings stays as it is.
+    """
+    if not isinstance(settings, list):
+        return settings
+    return [{**each, "layers": None} if isinstance(each, dict) else each for each in settings]
+
+
 def _averaging(levels: Sequence[Level], index: int, level: Level) -> Level:
     """Level `index`, an average, with the form of the level that it averages."""
     assert level.average_of is not None

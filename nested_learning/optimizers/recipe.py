@@ -185,7 +185,8 @@ class Recipe:
         if issubclass(self.cls, BaseOptimizer):  # they check for themselves
             return
         if isinstance(default, tuple):
-            right, wanted = _has_length(value, len(default)), f"{len(default)} numbers, such as {default}"
+            right = isinstance(value, tuple) and len(value) == len(default)
+            wanted = f"{len(default)} numbers, such as {default}"
         elif isinstance(default, bool):
             right, wanted = isinstance(value, bool), "true or false"
         elif isinstance(default, int) and default > 1:  # of rates and momenta torch writes 0 and 1 so
@@ -234,10 +235,6 @@ def matrices_and_rest(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]
         is_map = p.ndim == 2 and handles[name].rpartition(".")[2] not in NO_MATRICES
         (matrices if is_map else rest).append((name, p))
     return matrices, rest
-
-
-def _has_length(value: Any, length: int) -> bool:
-    return isinstance(value, tuple) and len(value) == length
 
 
 @contextmanager

@@ -88,24 +88,19 @@ def learn_starts(
     rows = _long_enough("texts", texts, learner)
     judged = [] if held_out is None else _long_enough("held_out", held_out, learner)
     course = _Course(learner, rank, lr_rates, lr_starts, exact)
-    losses: list[float] = []
-    evaluated = {0: course.loss(judged)} if judged else {}
-    best = course.result()
+    judge, losses = _Judge(course, judged, steps), list[float]()
     for step, chosen in zip(range(1, steps + 1), _batches(rows, batch_size, seed), strict=False):
         losses.append(course.step(chosen))
         if progress is not None:
             progress(step, losses[-1])
-        if judged and (step == steps or step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps):
-            evaluated[step] = course.loss(judged)
-            if evaluated[step] <= min(evaluated.values()):
-                best = course.result()
+        judge.after(step)
     report = {
         "exact": exact,
         "steps": steps,
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        "held_out": [[step, loss] for step, loss in evaluated.items()],
+        "held_out": [[step, loss] for step, loss in judge.losses.items()],
     }
-    return course.starts(best if judged else course.result(), report)
+    return course.starts(judge.result(), report)
 
 
 def _batches(rows: Sequence[Tensor], size: int, seed: int) -> Iterator[list[Tensor]]:
@@ -117,6 +112,31 @@ def _batches(rows: Sequence[Tensor], size: int, seed: int) -> Iterator[list[Tens
             pending = pending or torch.randperm(len(rows), generator=order, device="cpu").tolist()
             chosen.append(rows[pending.pop()])
         yield chosen
+
+
+class _Judge:
+    """What of a course was best on texts held out; without any, what it ends with.
+
+    Attributes:
+        losses: on these texts, by the steps made before.
+    """
+
+    def __init__(self, course: _Course, texts: Sequence[Tensor], steps: int) -> None:
+        self._course, self._texts, self._steps = course, texts, steps
+        self.losses = {0: course.loss(texts)} if texts else {}
+        self._best = course.result()
+
+    def after(self, step: int) -> None:
+        """Take the loss if it is time: `EVALUATIONS` times over all steps, and at the last one."""
+        due = step * EVALUATIONS // self._steps > (step - 1) * EVALUATIONS // self._steps
+        if self._texts and (due or step == self._steps):
+            self.losses[step] = self._course.loss(self._texts)
+            if self.losses[step] <= min(self.losses.values()):
+                self._best = self._course.result()
+
+    def result(self) -> tuple[LevelStart, ...]:
+        """Of the course: the best, the later one of two that are equal."""
+        return self._best if self._texts else self._course.result()
 
 
 def _check_numbers(counts: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from nested_learning._tensor_files import check_whole, checksum, parse_json, read_tensors, write_tensors
 from nested_learning.continual.deltas import DOWN, UP, product
 from nested_learning.continual.find import Target
-from nested_learning.continual.level import Level, check_levels
+from nested_learning.continual.level import Level, check_levels, without_layers
 from nested_learning.memory.state import Weights
 
 FORMAT, VERSION = "nested_learning.continual_starts", "1"
@@ -163,12 +163,10 @@ class Starts:
                 f"starts belong to another base model (fingerprint {self.fingerprint[:12]}…, this one has "
                 f"{fingerprint[:12]}…): learn some for this one with learn_starts"
             )
-        settings = [
-            [{**each, "layers": None} for each in own]  # `of_level` compares the weights
-            for own in (self.settings, [json.loads(json.dumps(level.describe())) for level in levels])
-        ]
-        if settings[0] != settings[1]:
-            theirs, other = _first_difference(*settings)
+        ours = without_layers(json.loads(json.dumps([level.describe() for level in levels])))
+        learned_for = without_layers(list(self.settings))  # `of_level` compares weights
+        if learned_for != ours:
+            theirs, other = _first_difference(learned_for, ours)
             raise ValueError(
                 f"starts were learned for levels with {theirs}, this learner has {other}: give it the "
                 "levels that they were learned for, or learn some for these with learn_starts"
