@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from nested_learning.evals import MethodRow, find_method
 from nested_learning.evals.fit import IGNORED
+from nested_learning.evals.methods.models import TrainedModel
 from nested_learning.evals.tasks.needle import Needle
 from nested_learning.evals.tasks.needle.haystack import KINDS, SENTENCES, NeedleForm, hidden, lessons
 from nested_learning.evals.tasks.needle.heat import heat_maps
@@ -231,6 +232,8 @@ def test_each_method_gets_the_rate_of_its_lowest_loss() -> None:
     assert [setting["lr"] for setting in task.grid(method)] == pytest.approx([0.005, 0.03])
     titans = task.grid(find_method("titans"))
     assert titans[2:] == [{"lr": 0.01, "mixer.eta_max": 0.5}]
+    stated = TrainedModel("own", "titans", options={"eta_max": 0.1})
+    assert len(task.grid(stated)) == 2  # its bound is its own
     assert Needle.at("smoke").grid(find_method("titans")) == [{"lr": 5e-3}]  # one rate: nothing is tuned
     figures = task.tune(method, 0)
     assert figures[task.headline] == -figures["loss"] < 0  # the haystacks of the table are not drawn for it

@@ -94,8 +94,9 @@ class Needle(ByLength[NeedleOptions]):
         """Learning rates; where there are several, at `lr` also a wider bound of a memory's inner rate."""
         lr, factors = self.options.lr, self.options.lr_factors
         outer = [{"lr": factor * lr} for factor in factors]
-        bound = INNER_BOUNDS.get(cast(TrainedModel, method).mixer)
-        if bound is None or len(factors) == 1:
+        trained = cast(TrainedModel, method)
+        bound = INNER_BOUNDS.get(trained.mixer)
+        if bound is None or "eta_max" in trained.options or len(factors) == 1:
             return outer
         return [*outer, {"lr": lr, "mixer.eta_max": bound}]
 
