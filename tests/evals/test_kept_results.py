@@ -76,6 +76,23 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
         assert re.findall(r"−?0\.\d\d\b(?!\*[^*])", line)[:5] == quoted(rows["clinc150"], figure, *methods)
 
 
+def test_losses_of_tuning_that_the_pages_quote_are_those_of_the_runs(results):
+    needle = next(result for result in results if result.task.name == "needle")
+    tried = [o for o in needle.outcomes if o.trial.tuning and o.trial.method.name == "titans"]
+    losses = {
+        "mixer.eta_max" in o.trial.method.settings: o.figures["loss"]
+        for o in tried
+        if o.trial.method.settings["lr"] == 5e-3
+    }
+    default, wide = (f"{losses[bounded]:.2f}" for bounded in (False, True))
+    for page, text in (
+        ("results", f"at a loss of {default} there, at four times that inner rate at {wide}"),
+        ("models", f"to a loss of {wide} and 0.41 nats in place of {default}"),
+    ):
+        found = (claims.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert text in " ".join(found.split())
+
+
 SECTIONS = ("The paper's claims", "Pretrained models that learn")  # others have runs that are not kept
 NUMBER = r"[+−]?\d+\.\d+"
 INTERVAL = re.compile(rf"(?:({NUMBER})\s+)?\[({NUMBER}),\s+({NUMBER})\]")
