@@ -23,6 +23,11 @@ LONG = "_long"  # ending of the figures at the longest length
 _TESTS = 2**40  # added to the seed of what tests draw: none of it is in a training
 
 
+# Beside the default, at which what is told once is written at an eighth or at half of its strength: such a
+# bound is safe for any chunk of keys (docs/models.md), and these are for keys that are not all alike.
+INNER_BOUNDS = {"titans": 0.5, "self_modifying_titans": 1.0}
+
+
 @dataclass(frozen=True)
 class LengthOptions:
     """Options of a task by length.
@@ -35,13 +40,14 @@ class LengthOptions:
             model that has not learned to look up at the short length does not at a longer one.
         batch_tokens: tokens of a training batch: the shorter the sequences, the more of them.
         steps, lr: of the training.
+        lr_factors: times `lr`, the learning rates of which each method gets its best, by its loss.
         lengths: tokens of the sequences that are tested, questions included.
         rows: test sequences per length and kind.
         piece: tokens that are read at once in a test.
         bound: tokens that attention keeps in its cache.
 
     Raises:
-        ValueError: a number below 1, or no length.
+        ValueError: a number below 1, no length, or no learning rate above 0.
     """
 
     seeds: int = 5
@@ -53,6 +59,7 @@ class LengthOptions:
     batch_tokens: int = 2048
     steps: int = 600
     lr: float = 5e-3
+    lr_factors: list[float] = field(default_factory=lambda: [1.0])
     lengths: list[int] = field(default_factory=lambda: [256, 512, 2048, 8192])
     rows: int = 15
     piece: int = 512
@@ -64,6 +71,15 @@ class LengthOptions:
         for name in ("train_lengths", "lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; expected one length or more, in tokens")
+        if not self.lr_factors or min(self.lr_factors) <= 0:
+            raise ValueError(f"lr_factors is {self.lr_factors}; expected one number above 0, or more")
+
+    def tuning_note(self) -> str:
+        """Sentence on what is chosen for each model."""
+        return (
+            f"Each model has the best of {len(self.lr_factors)} learning rate(s), rows of Titans, where "
+            "there are several, also of two bounds of the inner rate."
+        )
 
 
 LengthsT = TypeVar("LengthsT", bound=LengthOptions)
@@ -95,6 +111,16 @@ class ByLength(Task[LengthsT]):
     def methods(self) -> Sequence[Method]:
         """Every model that is trained from random weights."""
         return MODELS
+
+    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
+        """Learning rates; where there are several, at `lr` also a wider bound of a memory's inner rate."""
+        lr, factors = self.options.lr, self.options.lr_factors
+        outer = [{"lr": factor * lr} for factor in factors]
+        trained = cast(TrainedModel, method)
+        bound = INNER_BOUNDS.get(trained.mixer)
+        if bound is None or "eta_max" in trained.options or len(factors) == 1:
+            return outer
+        return [*outer, {"lr": lr, "mixer.eta_max": bound}]
 
     def run(self, method: Method, seed: int) -> Figures:
         """Train on short sequences, then read long ones in pieces and ask."""

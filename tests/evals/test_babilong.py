@@ -232,6 +232,15 @@ def test_rows_without_a_run_are_what_guessing_gives() -> None:
     assert all(1 / 6 < last[task] < 0.6 for task in TASKS)
 
 
+def test_each_method_gets_the_best_of_the_rates_that_are_listed(source: str) -> None:
+    task = Babilong.at("smoke", lr=0.01, lr_factors=[0.2, 1.0], steps=2, text=source)
+    assert task.grid(find_method("deltanet")) == [{"lr": 0.002}, {"lr": 0.01}]
+    assert {"lr": 0.01, "mixer.eta_max": 0.5} in task.grid(find_method("titans"))
+    figures = task.tune(find_method("deltanet"), 0)
+    assert figures["exact_long"] == -figures["loss"] < 0  # the stories of the table are not drawn for it
+    assert "2 learning rate(s)" in task.note()
+
+
 def test_sequences_without_room_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 32 words or more"):
         Babilong.at("small", lengths=[16])

@@ -56,10 +56,11 @@ class Babilong(ByLength[BabilongOptions]):
             seeds=1, width=16, layers=1, steps=6, vocabulary=128, train_lengths=[64], lengths=[64, 512],
             rows=4,
         ),
-        "small": BabilongOptions(),
+        "small": BabilongOptions(steps=2000, lr_factors=[0.4, 1.0]),
         "full": BabilongOptions(
             width=128, heads=4, vocabulary=8192, batch_tokens=16_384, train_lengths=[64, 128, 256, 512, 1024],
-            steps=20_000, lr=1e-3, lengths=[256, 1024, 4096, 16_384, 65_536], rows=100, bound=16_384,
+            steps=20_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0],
+            lengths=[256, 1024, 4096, 16_384, 65_536], rows=100, bound=16_384,
         ),
     }  # fmt: skip
     kinds: ClassVar[tuple[str, ...]] = TASKS
@@ -115,8 +116,8 @@ class Babilong(ByLength[BabilongOptions]):
             f"{max(chosen.train_lengths)}; the paper fine-tunes pretrained models and asks at up to 10M "
             f"tokens. The stories are drawn from a simulation of bAbI's world, the noise is {chosen.text} "
             f"instead of PG19, a token is one of {chosen.vocabulary} words. qa4 and qa5 are left out. "
-            f"{chosen.rows} sequences per length and task instead of 100. Attention keeps the last "
-            f"{chosen.bound} words; its rotary positions are extrapolated as they are."
+            f"{chosen.rows} sequences per length and task instead of 100. {chosen.tuning_note()} Attention "
+            f"keeps the last {chosen.bound} words; its rotary positions are extrapolated as they are."
         )
 
     def plot(self, rows: MethodRows, path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from torch import Generator
 
@@ -14,16 +14,11 @@ from nested_learning.evals.by_length import LONG, ByLength, LengthOptions, at_an
 from nested_learning.evals.carried import CarriedReader
 from nested_learning.evals.claims import Ahead, Claim, Keeps
 from nested_learning.evals.fit import TaskBatch
-from nested_learning.evals.method import Method
-from nested_learning.evals.methods.models import TrainedModel
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.tasks.needle.haystack import KINDS, VOCABULARY, NeedleForm, lessons
 from nested_learning.evals.tasks.needle.scoring import score
 
-# Beside the default, at which what is told once is written at an eighth or at half of its strength: such a
-# bound is safe for any chunk of keys (docs/models.md), and these are for keys that are not all alike.
-INNER_BOUNDS = {"titans": 0.5, "self_modifying_titans": 1.0}
 # Table 1, in percent, at 4K and at 16K tokens: S-NIAH-1, MK-NIAH-1, MV-NIAH, MQ-NIAH, in the order of KINDS.
 _TABLE_1: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "transformer": ((88.6, 79.4, 37.5, 58.9), (79.8, 61.4, 21.5, 29.8)),
@@ -40,20 +35,16 @@ class NeedleOptions(LengthOptions):
     Args:
         needles, letters, digits: of a haystack of several needles, of a key, of a value.
         everything: the loss is that of every byte; false: of the answers alone.
-        lr_factors: times `lr`, the learning rates of which each method gets its best, by its loss.
     """
 
     needles: int = 4
     letters: int = 1
     digits: int = 3
     everything: bool = False
-    lr_factors: list[float] = field(default_factory=lambda: [1.0])
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(needles=self.needles, letters=self.letters, digits=self.digits)
-        if not self.lr_factors or min(self.lr_factors) <= 0:
-            raise ValueError(f"lr_factors is {self.lr_factors}; expected one number above 0, or more")
 
     @property
     def form(self) -> NeedleForm:
@@ -89,16 +80,6 @@ class Needle(ByLength[NeedleOptions]):
     def vocab_size(self) -> int:
         """Number of bytes."""
         return VOCABULARY
-
-    def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        """Learning rates; where there are several, at `lr` also a wider bound of a memory's inner rate."""
-        lr, factors = self.options.lr, self.options.lr_factors
-        outer = [{"lr": factor * lr} for factor in factors]
-        trained = cast(TrainedModel, method)
-        bound = INNER_BOUNDS.get(trained.mixer)
-        if bound is None or "eta_max" in trained.options or len(factors) == 1:
-            return outer
-        return [*outer, {"lr": lr, "mixer.eta_max": bound}]
 
     def lessons(self, rows: int, length: int, generator: Generator) -> TaskBatch:
         """Sequences with questions at several places."""
@@ -162,10 +143,9 @@ class Needle(ByLength[NeedleOptions]):
             f"words at 4K to 16K tokens. Values have {chosen.digits} digits instead of 7, keys "
             f"{chosen.letters} letter(s) instead of two words; the haystack is RULER's first kind, repeated "
             "sentences: its essays and UUIDs are left out. Several keys are asked one after the other, each "
-            f"named again. {chosen.rows} haystacks per length and kind instead of 500. Each model has the "
-            f"best of {len(chosen.lr_factors)} learning rate(s), rows of Titans, where there are several, "
-            f"also of two bounds of the inner rate. Attention keeps the last {chosen.bound} bytes; its "
-            "rotary positions are extrapolated as they are."
+            f"named again. {chosen.rows} haystacks per length and kind instead of 500. "
+            f"{chosen.tuning_note()} Attention keeps the last {chosen.bound} bytes; its rotary positions are "
+            "extrapolated as they are."
         )
 
     def plot(self, rows: MethodRows, path: Path) -> None:
