@@ -23,6 +23,10 @@ _WORDS: dict[Any, str] = {
 }
 
 
+class KeyTwice(ValueError):
+    """A group of JSON names a key twice."""
+
+
 def require(condition: bool, name: str, got: object, expected: str, how: str = "--{}") -> None:
     """Raise the ValueError of a setting: what came, what was expected, and `how` the name is set."""
     if not condition:
@@ -153,6 +157,20 @@ def _can_be_told(kind: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Object of JSON, as a hook of `json.loads`, which would take the last of two values of a key in silence.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyTwice(f"{shown(key)} stands twice in one group of the JSON; expected each key once")
+        found[key] = value
+    return found
 
 
 def has_encoding(text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from nested_learning._checks import shown
+from nested_learning._checks import KeyTwice, each_key_once, shown
 from nested_learning.cli.output import print_json, print_table, say
 from nested_learning.cli.parsing import new_parser, parse
 
@@ -106,7 +106,7 @@ def options(given: list[str]) -> dict[str, dict[str, Any]]:
     """Options by task of TASK.NAME=VALUE; a VALUE that is no JSON is text.
 
     Raises:
-        ValueError: another form, or two values of one option.
+        ValueError: another form, or two values of one option or of one key within its JSON.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in given:
@@ -115,7 +115,9 @@ def options(given: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and point and task and name):
             raise ValueError(f"--option {text!r} has not the form TASK.NAME=VALUE, such as recall.steps=500")
         try:
-            read = json.loads(value)
+            read = json.loads(value, object_pairs_hook=each_key_once)
+        except KeyTwice as error:
+            raise ValueError(f"--option {task}.{name}: {error}") from None
         except ValueError:
             read = value
         before = found.setdefault(task, {}).setdefault(name, read)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nested_learning._checks import KeyTwice, each_key_once
 from nested_learning._errors import unknown
 from nested_learning.training.config import OptimConfig
 
@@ -116,7 +117,9 @@ def _value(text: str) -> Any:
     if not text:
         raise ValueError(f"--grid has an empty value; expected {SYNTAX}")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_key_once)
+    except KeyTwice as error:
+        raise ValueError(f"--grid has the value {text!r}: {error}") from None
     except ValueError:
         if text[0] in '[{"':
             raise ValueError(f"--grid has the value {text!r}, which is no JSON; expected {SYNTAX}") from None

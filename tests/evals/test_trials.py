@@ -314,6 +314,8 @@ def test_what_the_machine_lacks_is_told(tmp_path, monkeypatch):
 def test_options_of_the_command_line():
     given = ["a.x=1", "a.y=text", 'b.z={"k": [1]}', "b.w=true"]
     assert options(given) == {"a": {"x": 1, "y": "text"}, "b": {"z": {"k": [1]}, "w": True}}
+    with pytest.raises(ValueError, match=r"--option b\.z: 'k' stands twice in one group"):
+        options(['b.z={"k": 1, "k": 2}'])
 
 
 def test_the_list(capsys):

@@ -46,6 +46,7 @@ def test_grids(text, grid):
         ("optim.lr=1;", "the part ''"),
         ("optim.lr=1;optim.lr=2", "'optim.lr' twice"),
         ("optim.lr=1,1", "all different"),
+        ('optim={"lr": 1, "lr": 2}', "'lr' stands twice in one group"),
         ("optim.lr=[1", r"'\[1', which is no JSON"),
         ("optim.weight_decoy=1", "Did you mean 'optim.weight_decay'"),
         ("batch_size=1,2", "unknown key of --grid"),

@@ -82,16 +82,16 @@ class MadOptions:
     seeds: int = 3
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     variations: bool = False
-    train: int = 3200
+    train: int = 12_800
     length: int = 64
     test_size: int = 1280
-    epochs: int = 16
+    epochs: int = 8
     memorisation_epochs: int = 100
     batch_size: int = 32
     width: int = 64
     layers: int = 2
     heads: int = 4
-    rates: list[float] = field(default_factory=lambda: [3e-3])
+    rates: list[float] = field(default_factory=lambda: [1e-3])
     weight_decays: list[float] = field(default_factory=lambda: [0.1])
 
 
@@ -108,7 +108,7 @@ class Mad(Task[MadOptions]):
         ),
         "small": MadOptions(),
         "full": MadOptions(
-            variations=True, train=12_800, length=1024, epochs=200, memorisation_epochs=200, batch_size=128,
+            variations=True, length=1024, epochs=200, memorisation_epochs=200, batch_size=128,
             width=128, heads=16, rates=[1e-4, 5e-4, 1e-3], weight_decays=[0.0, 0.1],
         ),
     }  # fmt: skip
