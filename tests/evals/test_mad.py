@@ -251,7 +251,7 @@ def test_a_task_that_is_not_of_the_six_is_refused_with_the_nearest():
 
 def test_cells_of_the_budgets():
     small = dict(Mad.at("small").cells())
-    assert small["copying"] == Cell(16, 64, train=3200)
+    assert small["copying"] == Cell(16, 64, train=12_800)
     assert small["memorisation"] == Cell(256, 32, train=256)
     full = list(Mad.at("full").cells())
     counts = Counter(task for task, _ in full)
