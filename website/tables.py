@@ -22,6 +22,7 @@ MIXERS = {
     "titans": "Titans",
     "self-modifying-titans": "self-modifying Titans",
 }
+_SKILLS = ("recall", "noisy recall", "fuzzy recall", "copying", "compression", "memorisation")
 _HAYSTACKS = (256, 512, 2048, 8192)  # bytes
 _SIX, _SHORT = (0, 1, 3, 5, 7, 9), tuple(range(16))  # documents that every reader has read; all short ones
 MODELS = {**MIXERS, "hope": "Hope", "hope-in-context": "Hope in context", "hope-attention": "Hope-Attention"}
@@ -223,6 +224,16 @@ TABLES = (
             "keys told again": Means(("forgetting",), best="highest"),
             "… answered with the first value": Means(("stale",)),
             "state after 128 tokens, bytes": Means(("state bytes",), decimals=0),
+            "parameters": Means(("parameters",), decimals=0),
+        },
+    ),
+    ResultTable(
+        "mad",
+        "mad",
+        MODELS,
+        {
+            **{task: Means((task.replace(" ", "-"),), best="highest") for task in _SKILLS},
+            "mean": Means(("accuracy",), best="highest"),
             "parameters": Means(("parameters",), decimals=0),
         },
     ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from nested_learning.cli.turns import SpokenTurn, SpokenTurns
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.replaying.sources import KnownSource
-from nested_learning.models.packaged import or_packaged
+from nested_learning.models import PRESETS
+from nested_learning.models.packaged import or_packaged, packaged_names
 from nested_learning.server.prompt import newest_ids
 
 NOTES = "What was said before:"
@@ -27,13 +30,30 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     the precision it was saved in; in float32 where that is bfloat16, which this CPU has no instructions for.
 
     Raises:
-        OSError, ValueError: there is none, or it is no causal language model.
+        OSError: there is none.
+        ValueError: it is no causal language model, or a name of this package, misspelt or without weights.
     """
     name = or_packaged(name)
+    _check_not_ours(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = PartialState().device
     dtype = loading_dtype(AutoConfig.from_pretrained(name), device)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), tokenizer
+
+
+def _check_not_ours(name: str) -> None:
+    """ValueError for a preset, and for a name close to one of ours: the hub is asked for minutes else."""
+    if "/" in name or Path(name).exists():
+        return
+    trained = packaged_names()
+    wanted = (
+        "expected the folder of a saved model, a name of the hub or a trained model of the package "
+        f"({', '.join(trained)})"
+    )
+    if name in PRESETS:
+        raise ValueError(f"{name!r} is a preset, a model without trained weights; {wanted}")
+    if near := difflib.get_close_matches(name, [*trained, *PRESETS], n=1, cutoff=0.85):
+        raise ValueError(f"{name!r} is no folder; did you mean {near[0]!r}? Else {wanted}")
 
 
 @dataclass

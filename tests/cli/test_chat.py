@@ -160,6 +160,23 @@ def test_bad_input(chat, options, message):
     assert out == []
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hope-smal", "'hope-smal' is no folder; did you mean 'hope-small'?"),
+        ("hope-tiny", "'hope-tiny' is a preset, a model without trained weights; expected the folder"),
+    ],
+)
+def test_names_of_ours_are_not_looked_for_on_the_hub(chat, monkeypatch, name, message):
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    code, out, err = chat(["hello"], "--model", name)
+    assert (code, out) == (2, [])
+    assert message in err
+
+
 def test_a_line_that_is_no_text_ends_nothing(chat, monkeypatch, tmp_path):
     path = str(tmp_path / "memory.safetensors")
     code, out, err = chat(["hello", "a\udcffb", "/save \udcff", "again"], "--memory", path)
