@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nested_learning.levels import Component, NestedSystem, levels
+from nested_learning.memory.state import held_bytes
 from nested_learning.models import HopeConfig, HopeForCausalLM
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.optim import build_optimizer
@@ -57,17 +58,21 @@ def state_bytes(config: HopeConfig, tokens: Iterable[int]) -> dict[int, int]:
     """Bytes of the state of one sequence after so many tokens; a batch has as many times that.
 
     Measured on the model's own forward pass with tensors that have shapes but no memory. A mixer whose
-    state is as large after two tokens as after one is recurrent and is not measured any further.
+    state is as large after two tokens as after one is recurrent and is not measured any further: where the
+    CMS learns by "lm", its state is smaller than this right after a chunk, while states that are two within
+    the chunk are still one.
     """
     mixers = config.layer_mixers
     total = dict.fromkeys(tokens, 0)
+    shared = dict.fromkeys(total, 0)  # what a model has once, whatever its layers
     for mixer in set(mixers):
         one = _one_layer(config, mixer)
         first = _measure(one, 1)
         constant = _measure(one, 2) == first
         for length in total:
-            total[length] += mixers.count(mixer) * (first if constant else _measure(one, length))
-    return total
+            layer, shared[length] = first if constant else _measure(one, length)
+            total[length] += mixers.count(mixer) * layer
+    return {length: total[length] + shared[length] for length in total}
 
 
 def _one_layer(config: HopeConfig, mixer: str) -> HopeConfig:
@@ -81,9 +86,14 @@ def _one_layer(config: HopeConfig, mixer: str) -> HopeConfig:
     return HopeConfig.from_dict(fields)
 
 
-def _measure(config: HopeConfig, tokens: int) -> int:
+def _measure(config: HopeConfig, tokens: int) -> tuple[int, int]:
+    """Bytes of a layer's state, and of what the cache holds beside the layers' states."""
     with FakeTensorMode(), torch.no_grad():
         model = HopeForCausalLM(config).eval()
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        output = model(ids, use_cache=True, logits_to_keep=1)
-        return output.past_key_values.nbytes()
+        states = model(ids, use_cache=True, logits_to_keep=1).past_key_values.states
+        own = [t for name, state in states.items() if name.startswith("layers.") for t in state.tensors()]
+        rest = [
+            t for name, state in states.items() if not name.startswith("layers.") for t in state.tensors()
+        ]
+        return held_bytes(own), held_bytes(rest)

@@ -8,11 +8,29 @@ the identity matrix gives the weight, to rounding, with the gradients of all tha
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from nested_learning.layers.token_inputs import is_plain
 from nested_learning.ops.context import full_precision
+
+
+def refuse_change_per_row(module: nn.Module) -> None:
+    """ValueError where a peft model has another adapter, or offset of one, for each row of this call.
+
+    peft hands the list of the rows to every layer that has adapters, and such a layer takes what it is called
+    with for these rows. A call on anything else (persistent tokens, the identity matrix) would fail, or
+    where it has as many rows by chance be answered with the wrong adapters.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, partial) and (found := {"adapter_names", "alora_offsets"} & hook.keywords.keys()):
+            raise ValueError(
+                f"{found.pop()} gives each row an adapter of its own, and {type(module).__name__} is read "
+                "here for all rows at once: call the model for the rows of one adapter at a time "
+                "(set_adapter), or leave this layer out of target_modules"
+            )
 
 
 def effective(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -29,6 +47,7 @@ def effective(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if is_plain(module):
         return module.weight, module.bias  # type: ignore[return-value]
+    refuse_change_per_row(module)
     width = int(module.in_features)  # type: ignore[arg-type]
     probe = _input(module, like, (width + 1, width))
     probe.fill_diagonal_(1)  # the last row stays zero: it gives the bias
@@ -56,6 +75,7 @@ def effective_kernel(conv: nn.Module, like: Tensor) -> Tensor:
     impulse, backwards."""
     if is_plain(conv):
         return conv.weight  # type: ignore[return-value]
+    refuse_change_per_row(conv)
     size, channels = int(conv.kernel_size[0]), int(conv.in_channels)  # type: ignore[arg-type, index]
     impulse = _input(conv, like, (1, channels, 2 * size - 1))
     impulse[..., size - 1] = 1

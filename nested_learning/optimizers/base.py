@@ -156,6 +156,13 @@ def header(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
+def check_is_state_dict(state_dict: dict[str, Any]) -> None:
+    """ValueError for what no optimizer has saved."""
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
+
+
 def check_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """ValueError where a state_dict says that it is of another optimizer."""
     mine = header(optimizer)["name"]
@@ -447,9 +454,7 @@ class BaseOptimizer(Optimizer):
         self.skipped_steps = state_dict.get("optimizer", {}).get("skipped_steps", 0)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"state", "param_groups"} - state_dict.keys()
-        if missing:
-            raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
+        check_is_state_dict(state_dict)
         check_name(self, state_dict)
         groups = state_dict["param_groups"]
         lacking = sorted({key for group in groups for key in self.options if key not in group})

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
@@ -271,10 +272,24 @@ class _Watch:
             return
         if weight in optimizer._trained:
             x = (args[0] if args else kwargs["input"]).detach()
-            output.register_hook(lambda _: optimizer._collect(layer, weight, x))
+            edge = get_gradient_edge(layer.weight)
+
+            def collect(_: Tensor) -> None:
+                if _is_reached(edge):
+                    optimizer._collect(layer, weight, x)
+
+            output.register_hook(collect)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _watch_nothing, (RemovableHandle.next_id,)
+
+
+def _is_reached(edge: GradientEdge) -> bool:
+    """Whether the backward pass that runs computes the gradient there, or one of an input alone."""
+    try:
+        return bool(torch._C._will_engine_execute_node(edge.node))
+    except RuntimeError:  # autograd.grad with the weight among its inputs, of which torch does not tell
+        return True
 
 
 def _watch_nothing(next_id: int) -> _Watch:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
+from nested_learning.ops.norm import magnitude
 from nested_learning.optimizers.base import (
     FOREIGN_KEYS,
     BaseOptimizer,
@@ -22,6 +25,7 @@ from nested_learning.optimizers.base import (
     work_dtype,
 )
 from nested_learning.optimizers.checks import COUNT, Bound, Check, check_steps_alone
+from nested_learning.optimizers.sharded import whole
 
 NORM = Bound(open_low=True, optional=True)
 COUNTED_KEYS = ("accumulated_steps",)  # kept in a group besides its options
@@ -176,7 +180,7 @@ class MultiFrequency(BaseOptimizer):
             due = [p for p in given if p.grad is not None]
             if due and (not waiting or self._is_finite(due)):
                 if self.max_grad_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(due, self.max_grad_norm)
+                    _clip_gradients(due, self.max_grad_norm)
                 self.inner.step()
         finally:
             for p, grad in given.items():
@@ -290,3 +294,18 @@ def _apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[s
     own = {i: {k: v for k, v in state.items() if k not in WAITING} for i, state in states.items()}
     own = {i: state for i, state in own.items() if state}
     return {"state": own, "param_groups": state_dict["param_groups"], **inner}, waiting
+
+
+def _clip_gradients(params: Sequence[Tensor], limit: float) -> None:
+    """torch's clip_grad_norm_, also where the norm of finite gradients is beyond what their dtype holds."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = get_total_norm(grads)
+    if bool(whole(norm).isfinite()):
+        clip_grads_with_norm_(params, limit, norm)
+        return
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    s = magnitude(whole(get_total_norm(grads, math.inf)).to(dtype))
+    in_units = whole(get_total_norm([g.to(dtype) / s for g in grads]))
+    factor = limit / s.item() / in_units.item()
+    for grad in grads:
+        grad.mul_(factor)

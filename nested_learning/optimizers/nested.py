@@ -14,6 +14,7 @@ from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
     all_finite,
+    check_is_state_dict,
     check_name,
     check_shapes,
     header,
@@ -88,9 +89,26 @@ class NestedOptimizer(Optimizer):
         raise KeyError("no optimizer trains this parameter")
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with options of the last optimizer, which trains them."""
-        if not self._building:
-            self.optimizers[-1].add_param_group(param_group)
+        """Add parameters, with options of the last optimizer, which trains them.
+
+        Raises:
+            ValueError: one of the optimizers trains one of them already. Nothing is added then.
+        """
+        if self._building:
+            return
+        given = param_group.get("params", [])
+        if not isinstance(given, Tensor):
+            given = list(given)  # an iterator can be gone through once
+            param_group = {**param_group, "params": given}
+        named = [given] if isinstance(given, Tensor) else given
+        added = {each[1] if isinstance(each, tuple) else each for each in named}
+        trained = {p for group in self.param_groups for p in group["params"]}
+        if twice := added & trained:
+            raise ValueError(
+                f"{len(twice)} of the {len(added)} parameters of the new group are trained already; expected "
+                "parameters that no optimizer here has"
+            )
+        self.optimizers[-1].add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of all parameters, and what optimizers hold beside them."""
@@ -138,6 +156,8 @@ class NestedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state and groups of all, and in "optimizers" what the state_dict of each has besides these."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         states: dict[int, Any] = {}
         groups: list[Group] = []
         rest = []
@@ -151,7 +171,11 @@ class NestedOptimizer(Optimizer):
             if not hasattr(optimizer, "_check_state_dict"):  # one of torch's, which does not say whose it is
                 extras["optimizer"] = header(optimizer)
             rest.append(extras)
-        return {"state": states, "param_groups": groups, "optimizers": rest}
+        found: dict[str, Any] = {"state": states, "param_groups": groups, "optimizers": rest}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, found)
+            found = found if changed is None else changed
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
@@ -159,9 +183,15 @@ class NestedOptimizer(Optimizer):
         Raises:
             ValueError: it is that of other optimizers, or for other parameters.
         """
+        state_dict = state_dict.copy()  # which hooks may change
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self._check_state_dict(state_dict)  # of all of them before any loads
         for optimizer, part in zip(self.optimizers, self._apart(state_dict), strict=True):
             load_exactly(optimizer, part)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, part in zip(self.optimizers, self._apart(state_dict), strict=True):
@@ -174,6 +204,7 @@ class NestedOptimizer(Optimizer):
 
     def _apart(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The state_dict of each optimizer, its parameters numbered from 0."""
+        check_is_state_dict(state_dict)
         groups = list(state_dict["param_groups"])
         rest = state_dict.get("optimizers", [{}] * len(self.optimizers))
         sizes, own = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]

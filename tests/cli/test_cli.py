@@ -336,6 +336,7 @@ def test_foreign_and_damaged_files_are_refused(run_folder, capsys, tmp_path):
         preset("hope-tiny", num_hidden_layers=2),
         preset("hope-tiny", num_hidden_layers=2, mixer=["attention", "self_modifying_titans"]),
         preset("transformer-tiny", mixer_options={"attention": {"num_kv_heads": 2}}),
+        preset("transformer-tiny", cms_levels=[{"chunk_size": 4}, {"chunk_size": 8}], cms_update="lm"),
     ],
 )
 def test_info_measures_what_a_real_model_holds(config):

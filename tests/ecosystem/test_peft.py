@@ -219,3 +219,43 @@ def test_dropout_keeps_the_mean(case):
     torch.manual_seed(0)
     mean = torch.stack([block.matrices(x)["up.weight"] for _ in range(2000)]).mean(0)
     assert differ(mean, wanted) < 0.1 * wanted.abs().max()
+
+
+def two_adapters(case, **options):
+    options = {"r": 2, "target_modules": None, **options}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(hope(case), config, adapter_name="first")
+    model.add_adapter("second", config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.2 * torch.randn_like(p))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("case", ["titans", "self_modifying_titans"])
+def test_rows_have_adapters_of_their_own(case):
+    model, alone = two_adapters(case), []
+    together = logits(model, adapter_names=["first", "second"])
+    for row, name in enumerate(("first", "second")):
+        model.set_adapter(name)
+        alone.append(logits(model)[row])
+    assert differ(together, torch.stack(alone)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("mac", {}),
+        ("mag", {}),
+        ("mal", {}),
+        ("self_modifying_titans", {"target_modules": "all-linear"}),
+        ("regression", {}),
+        ("lm", {}),
+    ],
+)
+def test_adapters_of_their_own_are_refused_where_a_layer_is_read_for_all_rows(case, options):
+    model = two_adapters(case, **options)
+    with pytest.raises(ValueError, match="adapter_names gives each row an adapter of its own"):
+        logits(model, adapter_names=["first", "second"])

@@ -379,3 +379,28 @@ def test_states_and_weights_that_do_not_fit_are_refused():
         cms(x, weights=[None, None])
     with pytest.raises(ValueError, match="takes no state"):
         ContinuumMemorySystem(WIDTH, FOUR).double()(x, state)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "field"),
+    [
+        ({}, {"rule": "adam"}, "rule"),
+        ({"rule": "adam"}, {}, "rule"),
+        ({"rule": "momentum"}, {"rule": "adam"}, "rule"),
+        ({"variant": "nested"}, {}, "initial"),
+        ({}, {"variant": "nested"}, "initial"),
+        ({"variant": "nested"}, {"variant": "nested, exact"}, "initial_sums"),
+        ({"variant": "nested, exact"}, {"variant": "nested"}, "initial_sums"),
+        ({"variant": "nested"}, {"variant": "nested", "rule": "adam"}, "rule"),
+    ],
+)
+def test_states_of_another_rule_or_variant_are_refused(mine, other, field):
+    def of(how):
+        variant = how.get("variant", "sequential")
+        return system([{**level, "rule": how.get("rule", "gd")} for level in FOUR[:2]], variant)
+
+    x = tokens(2, 3)
+    with pytest.raises(ValueError, match=rf"as its {field}; this CMS needs .*belongs to a CMS with other"):
+        of(mine)(x, of(other)(x)[1])
+    for how in (mine, other):
+        of(how)(x, of(how)(x)[1])  # their own they take

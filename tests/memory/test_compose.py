@@ -215,6 +215,37 @@ def test_exactly_the_combinations_that_make_sense_are_accepted():
 SENSIBLE = [parts for parts in combinations() if makes_sense(parts)]
 
 
+def with_generating_memories() -> list[dict[str, Any]]:
+    found = []
+    for parts in SENSIBLE:
+        for names, targets in product((("eta",), ("k", "v"), ("k", "v", "q", "eta", "alpha")), (False, True)):
+            try:
+                compose(**(chosen := {**parts, "generated": names, "self_targets": targets}))
+            except ValueError:
+                continue
+            found.append(chosen)
+    hebbian = [
+        p for p in found if p["objective"] == "dot" and p["momentum"] and p["architecture"] == "matrix"
+    ]
+    # One direction is that of all memories there, and each has a momentum of its own.
+    return random.Random(0).sample(hebbian, 8) + random.Random(1).sample(found, 24)
+
+
+@pytest.mark.parametrize(
+    "parts", with_generating_memories(), ids=lambda p: "-".join(map(str, p.values())).replace(" ", "")
+)
+def test_what_is_accepted_runs_whole_and_in_pieces_with_generating_memories(parts):
+    torch.manual_seed(0)
+    layer = ComposedMemory(8, num_heads=2, parts={**parts, "chunk_size": 4}).double()
+    x = torch.randn(2, 11, 8, dtype=torch.float64)
+    whole, _ = layer(x)
+    pieces, state = [], None
+    for piece in x.split([1, 4, 6], dim=1):
+        y, state = layer(piece, state=state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "parts", random.Random(0).sample(SENSIBLE, 40), ids=lambda p: "-".join(map(str, p.values()))
 )

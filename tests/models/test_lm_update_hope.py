@@ -300,3 +300,13 @@ def test_exact_meta_gradients_of_recomputed_mixers_take_time_in_proportion(monke
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert counts[17] < 2.5 * counts[9]
+
+
+def test_ids_of_32_bits_are_learned_from_as_those_of_64():
+    model, _ = pair(FOUR)
+    ids = tokens(9)
+    assert torch.equal(model(ids.int()).logits, model(ids).logits)
+    cache = model(ids[:, :5].int(), use_cache=True).past_key_values
+    torch.testing.assert_close(
+        model(ids[:, 5:].int(), past_key_values=cache).logits, model(ids).logits[:, 5:], **CLOSE
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -79,3 +80,15 @@ def test_a_model_in_threads_equals_one_call_after_the_other(mixer, update):
         together = list(pool.map(work, texts))
     for a, b in zip(one_by_one, together, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_cache_that_read_many_pieces_is_copied():
+    """A frame of the stack for each call would be too many."""
+    model = model_of("deltanet", "none")
+    cache, calls = None, sys.getrecursionlimit() // 2
+    with torch.no_grad():
+        for token in range(calls):
+            x = torch.tensor([[token % 8]])
+            cache = model(x, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert copied.get_seq_length() == calls

@@ -141,6 +141,45 @@ def test_only_inputs_with_a_backward_count():
         assert torch.equal(p, q)
 
 
+def test_inputs_of_a_pass_for_other_gradients_do_not_count():
+    """Saliency, a gradient penalty, an adversarial example: no gradient of the weight is computed."""
+    torch.manual_seed(0)
+    start, x = torch.randn(2, 3), torch.randn(5, 3)
+    other = (10 * torch.randn(7, 3)).requires_grad_()
+    ends = []
+    for look in (None, "grad", "backward"):
+        layer = nn.Linear(3, 2, bias=False)
+        layer.weight.data.copy_(start)
+        with DeltaGD(layer.parameters(), lr=0.1).attach(layer) as optimizer:
+            if look == "grad":
+                torch.autograd.grad(layer(other).square().sum(), other)
+            elif look == "backward":
+                layer(other).square().sum().backward(inputs=[other])
+            layer(x).square().sum().backward()
+            optimizer.step()
+        ends.append(layer.weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_a_gradient_that_autograd_gives_away_counts():
+    torch.manual_seed(0)
+    start, x = torch.randn(2, 3), torch.randn(5, 3)
+    ends = []
+    for given in (False, True):
+        layer = nn.Linear(3, 2, bias=False)
+        layer.weight.data.copy_(start)
+        with DeltaGD(layer.parameters(), lr=0.1).attach(layer) as optimizer:
+            loss = layer(x).square().sum()
+            if given:
+                (layer.weight.grad,) = torch.autograd.grad(loss, layer.weight)
+            else:
+                loss.backward()
+            optimizer.step()
+        ends.append(layer.weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_checkpointed_layers_count_once():
     x, y = data(12, 4), data(12, 3, seed=1)
     plain, recomputed = network(), network()

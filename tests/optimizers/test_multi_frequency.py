@@ -281,3 +281,23 @@ def test_a_momentum_is_cycled_as_by_the_inner_optimizer():
         torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=9)
     assert optimizer.param_groups[0]["betas"] == inner.param_groups[0]["betas"]
     assert optimizer.param_groups[0]["betas"][0] == 0.95
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "count"),
+    [
+        (torch.float32, 1e3, 4),
+        (torch.float32, 1e25, 4),
+        (torch.float32, 3e38, 1000),
+        (torch.float64, 1e200, 4),
+        (torch.float16, 3e3, 1000),
+    ],
+)
+def test_gradients_of_any_size_are_clipped_to_the_norm(dtype, size, count):
+    weight = nn.Parameter(torch.zeros(count, dtype=dtype))
+    optimizer = MultiFrequency(
+        [weight], inner=lambda group: torch.optim.SGD(group, lr=1.0), max_grad_norm=1.0
+    )
+    weight.grad = torch.full_like(weight, size)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full_like(weight, -(count**-0.5)), rtol=2e-3, atol=0)

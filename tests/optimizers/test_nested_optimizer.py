@@ -171,3 +171,39 @@ def test_momenta_are_cycled_where_all_groups_have_one():
     with pytest.raises(ValueError, match="must support momentum"):
         torch.optim.lr_scheduler.OneCycleLR(mixed, 0.1, total_steps=9)
     assert copy.deepcopy(both).defaults == both.defaults
+
+
+def test_a_parameter_is_trained_by_one_optimizer_alone():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    nested = NestedOptimizer([torch.optim.SGD([first], lr=0.1), torch.optim.SGD([second], lr=0.1)])
+    fresh = nn.Parameter(torch.ones(4))
+    for params in (first, [first, fresh], iter([fresh, second]), [("name", first)]):
+        with pytest.raises(ValueError, match="trained already"):
+            nested.add_param_group({"params": params})
+    assert len(nested.param_groups) == 2
+    nested.add_param_group({"params": iter([fresh])})
+    assert nested.param_groups[-1]["params"] == [fresh]
+
+
+def test_hooks_of_state_dicts_are_called():
+    def nested():
+        return NestedOptimizer([torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)])
+
+    saving, loading, called = nested(), nested(), []
+    saving.register_state_dict_pre_hook(lambda optimizer: called.append(("before", optimizer)))
+    saving.register_state_dict_post_hook(lambda optimizer, found: {**found, "seen": 1})
+    loading.register_load_state_dict_pre_hook(lambda optimizer, found: {**found, "param_groups": changed})
+    loading.register_load_state_dict_post_hook(lambda optimizer: called.append(("after", optimizer)))
+    saved = saving.state_dict()
+    assert saved["seen"] == 1
+    changed = [{**saved["param_groups"][0], "lr": 0.5}]
+    loading.load_state_dict(saved)
+    assert called == [("before", saving), ("after", loading)]
+    assert loading.param_groups[0]["lr"] == 0.5
+    assert saved["param_groups"][0]["lr"] == 0.1  # what is loaded from is not changed
+
+
+def test_what_is_no_state_dict_is_refused():
+    nested = NestedOptimizer([torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)])
+    with pytest.raises(ValueError, match="not an optimizer's state_dict: param_groups, state missing"):
+        nested.load_state_dict({})

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning.layers.attention.softmax import SlidingWindowAttention
-from nested_learning.layers.effective import input_dtype
+from nested_learning.layers.effective import input_dtype, refuse_change_per_row
 from nested_learning.layers.token_inputs import check_count
 
 
@@ -49,6 +49,8 @@ class PersistentWindowAttention(SlidingWindowAttention):
             return super()._attend(query, key, value, allowed)
         if allowed is None:
             allowed = torch.ones(1, T, T, dtype=torch.bool, device=query.device).tril()
+        for projection in (self.k_proj, self.v_proj):
+            refuse_change_per_row(projection)
         p_key, p_value = (
             vectors.expand(len(value), -1, -1, -1).to(value.dtype)  # in this order rows are summed in float32
             for vectors in self._keys_and_values(self.persistent.to(input_dtype(self.k_proj)))

@@ -112,6 +112,7 @@ class ContinuumMemorySystem(nn.Module):
         self.writers = nn.ModuleList(LevelWriter(level) for level in self.levels if self.learns)
         projected = self._learning if update == "regression" else []
         self.projections = nn.ModuleDict({str(index): KeyValue(hidden_size, norm_eps) for index in projected})
+        self._kept = self._kept_names()
 
     def forward(
         self,
@@ -369,6 +370,14 @@ class ContinuumMemorySystem(nn.Module):
                 f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
                 "belongs to another batch or a CMS with other levels"
             )
+        for field, kept in self._kept.items():
+            found = set(getattr(state, field) or ())
+            if found != kept:
+                raise ValueError(
+                    f"state has {', '.join(sorted(found)) or 'nothing'} as its {field}; this CMS needs "
+                    f"{', '.join(sorted(kept)) or 'nothing'}: it belongs to a CMS with other rules, another "
+                    "variant or nested_gradient"
+                )
         expected = self._context_shapes(len(x))
         got = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
         if got != expected:
@@ -377,6 +386,23 @@ class ContinuumMemorySystem(nn.Module):
                 f"{self.nested_gradient!r} of this CMS needs {expected or 'none'}: it "
                 "belongs to another CMS; start without a state, or make this CMS like that one"
             )
+
+    def _kept_names(self) -> dict[str, set[str]]:
+        """Names of what a state holds beside its weights and context, by field of `CMSState`."""
+        kept: dict[str, set[str]] = {
+            field: set() for field in ("sums", "rule", "initial", "initial_sums", "initial_rule")
+        }
+        for index in self._learning:
+            shapes = cast(MLPBlock, self.blocks[index]).shapes()
+            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+            fields = {"sums": matrices, "rule": cast(LevelWriter, self.writers[index]).rule_names(matrices)}
+            if self.variant == "nested" and index + 1 < len(self.levels):
+                fields["initial"] = matrices
+                fields["initial_sums"] = [] if self.nested_gradient == "exact" else matrices
+                fields["initial_rule"] = cast(LevelWriter, self.writers[index + 1]).rule_names(matrices)
+            for field, names in fields.items():
+                kept[field] |= {f"{index}.{name}" for name in names}
+        return kept
 
     def _context_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tokens that a state keeps for exact gradients of initial states (`cms.nested`)."""

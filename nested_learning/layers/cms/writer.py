@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +155,13 @@ class LevelWriter(nn.Module):
             directions[name] = vmap(self._memory.read)(state)
             after |= {f"{name}.{field}": tensor for field, tensor in state._asdict().items()}
         return directions, after
+
+    def rule_names(self, matrices: Iterable[str]) -> set[str]:
+        """Names of what the inner rule keeps of these matrices, as in `LevelState.rule`."""
+        if self._memory is None:
+            return set()
+        fields = self._memory.init(torch.zeros(()))._fields
+        return {f"{name}.{field}" for name in matrices for field in fields}
 
     def start_rule(self, weights: Weights) -> dict[str, Tensor]:
         """State of the inner rule before the first write."""

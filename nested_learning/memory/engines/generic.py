@@ -166,8 +166,11 @@ def _writes(
     down = output.direction(at)
     below = down if hidden == output else hidden.direction(at)
     directions = architecture.directions(trace, Down(down, below), weights)
+    N = len(system.memories)  # a direction that no memory has a part in, as that of "dot", is one for all
     return {
-        name: MatrixWrite(trace.inputs[name], _clipped(d, rule[name]), trace.outputs[name])
+        name: MatrixWrite(
+            trace.inputs[name], _clipped(d, rule[name]).expand(-1, N, -1, -1, -1), trace.outputs[name]
+        )
         for name, d in directions.items()
     }, at.error
 

@@ -44,10 +44,13 @@ class Columns:
         self.new, self.before = new, before
 
     def total(self) -> int:
-        """Number of columns of all calls."""
+        """Number of columns of all calls; the calls before are forgotten."""
         while self.before is not None:
             self.new, self.before = self.new + self.before.new, self.before.before
         return self.new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Columns, (self.total(),)  # a copy of a chain of calls would take a frame of the stack for each
 
 
 class ReadCalls:
@@ -183,6 +186,8 @@ class HopeCache:
         new = length if real is None else real.sum(dim=1)
         self.tokens_seen = self.tokens_seen.to(x.device) + new
         self._columns = Columns(length, self._columns)
+        if not torch.compiler.is_compiling():
+            self._columns.total()
         self.states = states
 
     def is_prefix_of(self, input_ids: Tensor) -> bool:

@@ -125,6 +125,7 @@ class LMUpdate:
         """
         x, ids, real, learn, _ = tokens
         assert ids is not None
+        ids = ids.long()  # int32 ids are taken too
         states = dict(states)
         position = self._prepare(states, x, aligned=real is None)
         position = position if first is None else first
