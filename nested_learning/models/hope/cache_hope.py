@@ -41,6 +41,9 @@ class Columns:
     """
 
     def __init__(self, new: int = 0, before: Columns | None = None) -> None:
+        # At once where nothing is compiled, so that no object is held for each call.
+        if not torch.compiler.is_compiling() and before is not None and before.before is None:
+            new, before = new + before.new, None
         self.new, self.before = new, before
 
     def total(self) -> int:
@@ -186,8 +189,6 @@ class HopeCache:
         new = length if real is None else real.sum(dim=1)
         self.tokens_seen = self.tokens_seen.to(x.device) + new
         self._columns = Columns(length, self._columns)
-        if not torch.compiler.is_compiling():
-            self._columns.total()
         self.states = states
 
     def is_prefix_of(self, input_ids: Tensor) -> bool:
