@@ -389,8 +389,6 @@ def test_states_and_weights_that_do_not_fit_are_refused():
         ({"rule": "momentum"}, {"rule": "adam"}, "rule"),
         ({"variant": "nested"}, {}, "initial"),
         ({}, {"variant": "nested"}, "initial"),
-        ({"variant": "nested"}, {"variant": "nested, exact"}, "initial_sums"),
-        ({"variant": "nested, exact"}, {"variant": "nested"}, "initial_sums"),
         ({"variant": "nested"}, {"variant": "nested", "rule": "adam"}, "rule"),
     ],
 )

@@ -231,19 +231,24 @@ def with_generating_memories() -> list[dict[str, Any]]:
     return random.Random(0).sample(hebbian, 8) + random.Random(1).sample(found, 24)
 
 
-@pytest.mark.parametrize(
-    "parts", with_generating_memories(), ids=lambda p: "-".join(map(str, p.values())).replace(" ", "")
-)
-def test_what_is_accepted_runs_whole_and_in_pieces_with_generating_memories(parts):
-    torch.manual_seed(0)
-    layer = ComposedMemory(8, num_heads=2, parts={**parts, "chunk_size": 4}).double()
-    x = torch.randn(2, 11, 8, dtype=torch.float64)
+def equal_to_pieces(layer: ComposedMemory, x: torch.Tensor) -> torch.Tensor:
+    """The layer's answer to x, which is the same in pieces."""
     whole, _ = layer(x)
     pieces, state = [], None
     for piece in x.split([1, 4, 6], dim=1):
         y, state = layer(piece, state=state)
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-12)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "parts", with_generating_memories(), ids=lambda p: "-".join(map(str, p.values())).replace(" ", "")
+)
+def test_what_is_accepted_runs_whole_and_in_pieces_with_generating_memories(parts):
+    torch.manual_seed(0)
+    layer = ComposedMemory(8, num_heads=2, parts={**parts, "chunk_size": 4}).double()
+    equal_to_pieces(layer, torch.randn(2, 11, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -255,12 +260,7 @@ def test_what_is_accepted_runs_whole_and_in_pieces(parts):
     for W in layer.initial.values():
         torch.nn.init.normal_(W, std=0.5)  # a matrix starts empty: nothing would be read at the first anchor
     x = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
-    whole, _ = layer(x)
-    pieces, state = [], None
-    for piece in x.split([1, 4, 6], dim=1):
-        y, state = layer(piece, state=state)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-12)
+    whole = equal_to_pieces(layer, x)
     whole.square().sum().backward()
     for name, parameter in [("x", x), *layer.named_parameters()]:
         assert parameter.grad is not None, name

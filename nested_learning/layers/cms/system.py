@@ -370,14 +370,6 @@ class ContinuumMemorySystem(nn.Module):
                 f"state has weights of shapes {got}; this CMS and {len(x)} rows need {expected}: it "
                 "belongs to another batch or a CMS with other levels"
             )
-        for field, kept in self._kept.items():
-            found = set(getattr(state, field) or ())
-            if found != kept:
-                raise ValueError(
-                    f"state has {', '.join(sorted(found)) or 'nothing'} as its {field}; this CMS needs "
-                    f"{', '.join(sorted(kept)) or 'nothing'}: it belongs to a CMS with other rules, another "
-                    "variant or nested_gradient"
-                )
         expected = self._context_shapes(len(x))
         got = {name: tuple(t.shape) for name, t in (state.context or {}).items()}
         if got != expected:
@@ -386,6 +378,14 @@ class ContinuumMemorySystem(nn.Module):
                 f"{self.nested_gradient!r} of this CMS needs {expected or 'none'}: it "
                 "belongs to another CMS; start without a state, or make this CMS like that one"
             )
+        for field, kept in self._kept.items():
+            found = set(getattr(state, field) or ())
+            if found != kept:
+                raise ValueError(
+                    f"state has {', '.join(sorted(found)) or 'nothing'} as its {field}; this CMS needs "
+                    f"{', '.join(sorted(kept)) or 'nothing'}: it belongs to a CMS with other rules, another "
+                    "variant or nested_gradient"
+                )
 
     def _kept_names(self) -> dict[str, set[str]]:
         """Names of what a state holds beside its weights and context, by field of `CMSState`."""
