@@ -40,6 +40,9 @@ class Columns:
         before: those of the calls before it.
     """
 
+    new: int
+    before: Columns | None
+
     def __init__(self, new: int = 0, before: Columns | None = None) -> None:
         # At once where nothing is compiled, so that no object is held for each call.
         if not torch.compiler.is_compiling() and before is not None and before.before is None:
