@@ -304,8 +304,7 @@ def _clip_gradients(params: Sequence[Tensor], limit: float) -> None:
         clip_grads_with_norm_(params, limit, norm)
         return
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    s = magnitude(whole(get_total_norm(grads, math.inf)).to(dtype))
-    in_units = whole(get_total_norm([g.to(dtype) / s for g in grads]))
-    factor = limit / s.item() / in_units.item()
+    s = magnitude(whole(get_total_norm(grads, math.inf)).to(dtype)).item()
+    factor = limit / s / whole(get_total_norm([g.to(dtype) / s for g in grads])).item()
     for grad in grads:
         grad.mul_(factor)
