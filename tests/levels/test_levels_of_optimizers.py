@@ -1,5 +1,7 @@
 """Optimizers as levels: bytes before the first step equal those after it, frequencies, unknown ones."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -220,3 +222,44 @@ def test_optimizers_that_do_not_fit_are_refused():
         levels(model, torch.optim.SGD(model_of().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="expected torch optimizers or None, got str"):
         levels(model, ["adamw"])
+
+
+def described(optimizer):
+    """The rule of the momentum and the step of the weights, in words."""
+    weight = optimizer.param_groups[0]["params"][0]
+    model = nn.Module()
+    model.weight = weight
+    system = levels(model, optimizer)
+    step = next(component.rule for component in system.components if component.kind == "weights")
+    return memories(system)[0].rule, step
+
+
+def value(text, **numbers):
+    """Of a formula such as `0.9 m + 0.1 g (eq 33)`."""
+    text = re.sub(r"\(eq .*?\)", "", text).replace("·", "*").replace("−", "-")
+    return eval(re.sub(r"([0-9.]+) ([mg])", r"\1*\2", text), {}, numbers)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dampening": 0.3}, {"nesterov": True}], ids=["plain", "dampening", "nesterov"]
+)
+def test_sgd_steps_as_it_is_described(options):
+    weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, **options)
+    weight.grad = torch.tensor([1.0], dtype=torch.float64)
+    optimizer.step()  # whose momentum is the gradient
+    rule, step = described(optimizer)
+    m, W = optimizer.state[weight]["momentum_buffer"].item(), weight.item()
+    weight.grad.fill_(-3.0)
+    optimizer.step()
+    m = value(rule.partition("←")[2], m=m, g=-3.0)
+    assert m == pytest.approx(optimizer.state[weight]["momentum_buffer"].item())
+    assert value(step.partition("←")[2], m=m, g=-3.0, W=W, lr=0.1) == pytest.approx(weight.item())
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.Muon, no.OrthogonalMomentum])
+def test_muon_says_what_it_orthogonalises(make, nesterov):
+    weight = nn.Parameter(torch.ones(3, 2))
+    optimizer = make([weight], lr=0.1, momentum=0.8, nesterov=nesterov)
+    assert f"NewtonSchulz({'0.8 m + 0.2 g' if nesterov else 'm'})" in described(optimizer)[1]

@@ -28,6 +28,7 @@ from nested_learning.levels.describe.torch_optimizers import (
     adam_rule,
     average,
     like_bytes,
+    looking_ahead,
     momentum_of,
 )
 from nested_learning.optimizers import row_memory
@@ -174,7 +175,8 @@ def _orthogonal(optimizer: ours.OrthogonalMomentum, group: Group) -> Iterator[Op
     matrices, rest = _matrices_and_rest(group)
     if matrices:
         momentum = momentum_of(matrices, average("m", "g", group["momentum"]), "momentum", work_dtype)
-        step = f"W ← W − lr·NewtonSchulz(m), {group['iteration']} (eq 52)"
+        read = looking_ahead("m", group["momentum"], group["nesterov"])
+        step = f"W ← W − lr·NewtonSchulz({read}), {group['iteration']} (eq 52)"
         yield OptimizerRule(params=matrices, step=step, memories=(momentum,))
     yield from _adamw(group, rest)
 

@@ -60,14 +60,21 @@ def average(name: str, value: str, decay: float) -> str:
     return f"{name} ← {decay:g} {name} + {1 - decay:g} {value}"
 
 
+def looking_ahead(name: str, decay: float, nesterov: bool) -> str:
+    """What is read of an average: itself, or with the gradient taken in once more."""
+    return f"{decay:g} {name} + {1 - decay:g} g" if nesterov else name
+
+
 @describes_optimizer(torch.optim.SGD)
 def _sgd(optimizer: torch.optim.SGD, group: Group) -> Iterator[OptimizerRule]:
-    params = group["params"]
-    if group["momentum"] == 0:
+    params, decay = group["params"], group["momentum"]
+    if decay == 0:
         yield OptimizerRule(params=params, step="W ← W − lr·g")
         return
-    momentum = momentum_of(params, f"m ← {group['momentum']:g} m + g (eq 33)")
-    yield OptimizerRule(params=params, step="W ← W − lr·m", memories=(momentum,))
+    taken = f"{1 - group['dampening']:g} g" if group["dampening"] else "g"
+    momentum = momentum_of(params, f"m ← {decay:g} m + {taken} (eq 33)")
+    read = f"(g + {decay:g} m)" if group["nesterov"] else "m"
+    yield OptimizerRule(params=params, step=f"W ← W − lr·{read}", memories=(momentum,))
 
 
 @describes_optimizer(torch.optim.Adam, torch.optim.AdamW)
@@ -123,4 +130,5 @@ def _rmsprop(optimizer: torch.optim.RMSprop, group: Group) -> Iterator[Optimizer
 def _muon(optimizer: torch.optim.Muon, group: Group) -> Iterator[OptimizerRule]:
     params = group["params"]
     momentum = momentum_of(params, average("m", "g", group["momentum"]))
-    yield OptimizerRule(params=params, step="W ← W − lr·NewtonSchulz(m) (eq 52)", memories=(momentum,))
+    read = looking_ahead("m", group["momentum"], group["nesterov"])
+    yield OptimizerRule(params=params, step=f"W ← W − lr·NewtonSchulz({read}) (eq 52)", memories=(momentum,))
