@@ -61,7 +61,7 @@ def average(name: str, value: str, decay: float) -> str:
 
 
 def looking_ahead(name: str, decay: float, nesterov: bool) -> str:
-    """What is read of an average: itself, or with the gradient taken in once more."""
+    """Term of an average in a step: the average itself, or with the gradient taken in once more."""
     return f"{decay:g} {name} + {1 - decay:g} g" if nesterov else name
 
 
