@@ -166,13 +166,16 @@ def _writes(
     down = output.direction(at)
     below = down if hidden == output else hidden.direction(at)
     directions = architecture.directions(trace, Down(down, below), weights)
-    N = len(system.memories)  # a direction that no memory has a part in, as that of "dot", is one for all
+    N = trace.answer.shape[1]
     return {
-        name: MatrixWrite(
-            trace.inputs[name], _clipped(d, rule[name]).expand(-1, N, -1, -1, -1), trace.outputs[name]
-        )
+        name: MatrixWrite(trace.inputs[name], _clipped(_of_all(d, N), rule[name]), trace.outputs[name])
         for name, d in directions.items()
     }, at.error
+
+
+def _of_all(direction: Tensor, memories: int) -> Tensor:
+    """A direction [B, N, …] for each memory; that of "dot", in which none has a part, is one for all."""
+    return direction if direction.shape[1] == memories else direction.expand(-1, memories, -1, -1, -1)
 
 
 def _clipped(direction: Tensor, rule: MatrixRule) -> Tensor:
