@@ -96,9 +96,9 @@ class NestedOptimizer(Optimizer):
         """
         if self._building:
             return
-        given = param_group.get("params", [])
-        if not isinstance(given, Tensor):
-            given = list(given)  # an iterator can be gone through once
+        given = param_group["params"]
+        if isinstance(given, Iterator):  # which can be gone through once
+            given = list(given)
             param_group = {**param_group, "params": given}
         named = [given] if isinstance(given, Tensor) else given
         added = {each[1] if isinstance(each, tuple) else each for each in named}
