@@ -91,9 +91,7 @@ def _measure(config: HopeConfig, tokens: int) -> tuple[int, int]:
     with FakeTensorMode(), torch.no_grad():
         model = HopeForCausalLM(config).eval()
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        states = model(ids, use_cache=True, logits_to_keep=1).past_key_values.states
-        own = [t for name, state in states.items() if name.startswith("layers.") for t in state.tensors()]
-        rest = [
-            t for name, state in states.items() if not name.startswith("layers.") for t in state.tensors()
-        ]
-        return held_bytes(own), held_bytes(rest)
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        layers = [state for name, state in cache.states.items() if name.startswith("layers.")]
+        own = held_bytes(t for state in layers for t in state.tensors())
+        return own, cache.nbytes() - own

@@ -233,8 +233,7 @@ class MemoryAsContext(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor) -> Tensor:
         """Causal attention over [p; h; S] within the segment, [B, H, S, d]."""
         B, P, C = len(query), len(self.persistent), self.segment
-        if P:
-            refuse_change_per_row(self.qkv_proj)
+        refuse_change_per_row(self.qkv_proj)
         p = self.qkv_proj(self.persistent.to(input_dtype(self.qkv_proj)))
         _, p_key, p_value = p.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
         p_key = normed(self.k_norm, p_key).to(key.dtype)  # [H, P, d]

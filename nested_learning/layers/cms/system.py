@@ -358,11 +358,10 @@ class ContinuumMemorySystem(nn.Module):
             )
         if not isinstance(state, CMSState):
             raise ValueError(f"state must be a CMSState, got {type(state).__name__}: it is another layer's")
-        expected: dict[str, tuple[int, ...]] = {
+        expected = {
             f"{index}.{name}": (len(x), *shape)
             for index in self._learning
-            for name, shape in cast(MLPBlock, self.blocks[index]).shapes().items()
-            if len(shape) == 2
+            for name, shape in self._matrix_shapes(index).items()
         }
         got = {name: tuple(W.shape) for name, W in state.weights.items()}
         if got != expected:
@@ -387,14 +386,18 @@ class ContinuumMemorySystem(nn.Module):
                     "variant or nested_gradient"
                 )
 
+    def _matrix_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a level's matrices by name: what it learns."""
+        shapes = cast(MLPBlock, self.blocks[index]).shapes()
+        return {name: shape for name, shape in shapes.items() if len(shape) == 2}
+
     def _kept_names(self) -> dict[str, set[str]]:
         """Names of what a state holds beside its weights and context, by field of `CMSState`."""
         kept: dict[str, set[str]] = {
             field: set() for field in ("sums", "rule", "initial", "initial_sums", "initial_rule")
         }
         for index in self._learning:
-            shapes = cast(MLPBlock, self.blocks[index]).shapes()
-            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+            matrices = list(self._matrix_shapes(index))
             fields = {"sums": matrices, "rule": cast(LevelWriter, self.writers[index]).rule_names(matrices)}
             if self.variant == "nested" and index + 1 < len(self.levels):
                 fields["initial"] = matrices

@@ -57,12 +57,16 @@ def momentum_of(
 
 def average(name: str, value: str, decay: float) -> str:
     """The rule of an exponential average, `m ← 0.9 m + 0.1 g`."""
-    return f"{name} ← {decay:g} {name} + {1 - decay:g} {value}"
+    return f"{name} ← {_mixture(name, value, decay)}"
+
+
+def _mixture(name: str, value: str, decay: float) -> str:
+    return f"{decay:g} {name} + {1 - decay:g} {value}"
 
 
 def looking_ahead(name: str, decay: float, nesterov: bool) -> str:
     """Term of an average in a step: the average itself, or with the gradient taken in once more."""
-    return f"{decay:g} {name} + {1 - decay:g} g" if nesterov else name
+    return _mixture(name, "g", decay) if nesterov else name
 
 
 @describes_optimizer(torch.optim.SGD)
