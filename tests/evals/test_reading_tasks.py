@@ -340,6 +340,21 @@ def test_facts_tasks_need_no_data_at_smoke(base):
     assert plain["cloze log p once"] == plain["cloze log p often"]
 
 
+def test_facts_told_often_alone(base):
+    both = find_task("facts-32k").at("smoke")
+    task = find_task("facts-32k").at("smoke", told_once=False)
+    method = find_method("retrieval-alone")
+    figures = task.run(method, 0)
+    assert not [name for name in figures if name.endswith("once")]
+    whole = both.run(method, 0)
+    assert figures["cloze of each fact often"] == whole["cloze of each fact often"]
+    assert set(task.constants()["chance"]) == {"cloze often", "paraphrased often"}
+    at_tuning = task.taught(method, 1, task.options.tuning_tokens)
+    assert task.tune(method, 1)["cloze often"] == at_tuning["objective often"]
+    assert "told 2 times" in task.note()
+    assert "told once and 2 times" in both.note()
+
+
 # -- month
 
 

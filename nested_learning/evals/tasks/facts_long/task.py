@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -105,7 +105,8 @@ class LongFactsOptions:
         model: "smollm2", "random", a folder, or a name on the hub that is downloaded.
         data: folder of tinyshakespeare.txt and wikitext2_valid.txt; "made-up": none is needed.
         facts: told in the text.
-        reads: how often each is told in the second text; in the first one it is once.
+        reads: how often each is told in a text.
+        told_once: whether another text tells each but once, of which there are figures too.
         tokens: length of the text.
         tuning_tokens: length of the text on which rates are chosen.
         told_within: share of the text, from its beginning, that tells the facts; where that is too short
@@ -123,6 +124,7 @@ class LongFactsOptions:
     data: str = ""
     facts: int = 40
     reads: int = 4
+    told_once: bool = True
     tokens: int = 32_768
     tuning_tokens: int = 8192
     told_within: float = 0.25
@@ -188,7 +190,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         f"cloze {ONCE}": "as above, told once",
         f"paraphrased {ONCE}": "as above, told once",
         f"damage {ONCE}": "as above, told once",
-        "seconds": "of reading both texts",
+        "seconds": "of reading the texts",
         "seconds of asking": "seconds of asking",
     }
     headline = f"cloze {OFTEN}"
@@ -214,17 +216,22 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         reading = (4 * self.chunks[0], self.chunks[0])
         return Teaching(self.chunks, window, rule="adam", alone=False, clip=1.0, reading=reading)
 
+    @property
+    def readings(self) -> Mapping[str, int]:
+        """How often the facts are told, by text: in the order in which the texts are read."""
+        return {**({ONCE: 1} if self.options.told_once else {}), OFTEN: self.options.reads}
+
     def run(self, method: Method, seed: int) -> Figures:
         return self.taught(method, seed, self.options.tokens)
 
     def tune(self, method: Method, seed: int) -> Figures:
-        """The objective of `facts`, its mean over both texts, in the place of the headline."""
+        """The objective of `facts`, its mean over the texts, in the place of the headline."""
         figures = self.taught(method, seed, self.options.tuning_tokens)
-        found = [figures[f"objective {often}"] for often in (ONCE, OFTEN)]
+        found = [figures[f"objective {often}"] for often in self.readings]
         return {self.headline: None if None in found else fmean(found)}
 
     def taught(self, method: Method, seed: int, tokens: int) -> Figures:
-        """Figures after reading `tokens` tokens that tell the facts once, and others that do so often."""
+        """Figures after reading `tokens` tokens that tell the facts often, and others that do so once."""
         assert isinstance(method, PretrainedMethod)
         options, base = self.options, load_base(self.options.model)
         filler, other = texts(options.data)
@@ -232,7 +239,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         asked, pieces = questions(facts, base), other_text(other, options.other_tokens, options.piece, base)
         before = other_loss(View(base.model), pieces, of_pieces(options.batch))
         found: Figures = {"seconds": 0.0, "seconds of asking": 0.0, "parameters": base.parameters}
-        for often, reads in ((ONCE, 1), (OFTEN, options.reads)):
+        for often, reads in self.readings.items():
             text = told_early(facts, reads, filler, (tokens, options.told_within), base, seed)
             with method.open(base, self.teaching(method), seed) as student:
                 start = time.perf_counter()
@@ -247,7 +254,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         return found
 
     def constants(self) -> Mapping[str, Figures]:
-        columns = (f"{name} {often}" for name in ("cloze", "paraphrased") for often in (ONCE, OFTEN))
+        columns = (f"{name} {often}" for name in ("cloze", "paraphrased") for often in self.readings)
         return {"chance": dict.fromkeys(columns, 1 / ANSWERS)}
 
     def claims(self) -> Sequence[Claim]:
@@ -277,8 +284,9 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
 
     def note(self) -> str:
         options = self.options
+        often = " and ".join("once" if reads == 1 else f"{reads} times" for reads in self.readings.values())
         text = (
-            f"{options.facts} facts, told once and {options.reads} times in the first "
+            f"{options.facts} facts, told {often} in the first "
             f"{options.told_within:.0%} of {options.tokens:,} tokens (or twice their own length, where that "
             f"is more), in one pass; rates are chosen at {options.tuning_tokens:,} tokens. The contexts hold "
             f"the last {options.contexts[0]:,} and {options.contexts[1]:,} tokens; retrieval puts six "
@@ -287,17 +295,18 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         return " ".join([text, *self.remarks()])
 
     def plot(self, rows: MethodRows, path: Path) -> None:
-        """Recall and damage by method, told once and often."""
+        """Recall and damage by method, told often and, where that was read, once."""
         plots = [
-            {f"{name} {often}": f"{name}, told {often}" for often in (ONCE, OFTEN)}
+            {f"{name} {often}": f"{name}, told {often}" for often in self.readings}
             for name in ("cloze", "paraphrased", "damage")
         ]
         grouped_bars(rows, plots, path)
 
 
-def _sized(tokens: int, seeds: int) -> Mapping[str, LongFactsOptions]:
-    small = LongFactsOptions(tokens=tokens, seeds=seeds)
-    return {"smoke": SMOKE, "small": small, "full": small}
+def _sized(tokens: int, seeds: int, *, told_once: bool) -> Mapping[str, LongFactsOptions]:
+    """Options by budget; `told_once` is of "small", which saves half of its time without."""
+    full = LongFactsOptions(tokens=tokens, seeds=seeds)
+    return {"smoke": SMOKE, "small": replace(full, told_once=told_once), "full": full}
 
 
 @register_task
@@ -306,7 +315,7 @@ class Facts8kTask(LongFactsTask):
 
     name = "facts-8k"
     title = "made-up facts told early in 8,192 tokens: contexts, retrieval, levels, fine-tuning"
-    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(8192, 3)
+    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(8192, 3, told_once=True)
 
 
 @register_task
@@ -315,7 +324,7 @@ class Facts32kTask(LongFactsTask):
 
     name = "facts-32k"
     title = "made-up facts told early in 32,768 tokens, which no context holds"
-    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(32_768, 3)
+    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(32_768, 3, told_once=False)
 
 
 @register_task
@@ -324,4 +333,4 @@ class Facts64kTask(LongFactsTask):
 
     name = "facts-64k"
     title = "made-up facts told early in 65,536 tokens, which no context holds"
-    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(65_536, 1)
+    budgets: ClassVar[Mapping[str, LongFactsOptions]] = _sized(65_536, 1, told_once=False)
