@@ -260,13 +260,14 @@ def test_learned_starts_come_from_the_tuning_documents_and_are_kept(tmp_path, mo
         short.run(STARTED.method, 0)
 
 
-def test_every_reader_is_registered_and_its_settings_fit():
-    task = find_task("longdoc").at("small")
+@pytest.mark.parametrize(("budget", "strides"), [("smoke", (32, 128)), ("small", (512, 4096))])
+def test_every_reader_is_registered_and_its_settings_fit(budget, strides):
+    task = find_task("longdoc").at(budget)
     for each in READERS:
         assert find_method(each.method.name) == each.method
         json.dumps([*map(dict, task.grid(each.method)), each.method.describe()])
         positions, overlap = task.teaching(each).reading
-        stride = 4096 if positions == 8192 else 512
+        stride = strides[positions == task.options.windows[2]]
         assert positions - overlap == (stride if each.read_again is None else positions - positions // 4)
         if each.method.way == "stack":
             given = {**each.method.options, **task.grid(each.method)[0]}
