@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -40,14 +40,17 @@ class RMSNorm(nn.RMSNorm):
 _PLAIN = (nn.Linear, nn.Conv1d, RMSNorm, nn.ParameterList, InitialMemories)
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module, kinds: Collection[type] | None = _PLAIN) -> bool:
     """Whether a module is what it was built as, so that its parameters may be read past its forward pass.
 
     It is not under an adapter or a parametrization (another class), a mask or another hook, offloaded by
     accelerate (a forward of its own), with quantised or sharded weights (tensor subclasses). Hooks that only
     look at what passes say so by an attribute `observes`. See `layers.effective` for what is read instead.
+    Its class is one of `kinds`; None: it may be any.
     """
-    if type(module) not in _PLAIN or module._forward_pre_hooks or "forward" in module.__dict__:
+    if kinds is not None and type(module) not in kinds:
+        return False
+    if module._forward_pre_hooks or "forward" in module.__dict__:
         return False
     for hook in module._forward_hooks.values():
         if not getattr(hook, "observes", False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -214,6 +215,26 @@ def test_what_reads_more_than_a_token_or_wants_gradients_is_not_compiled(graphs)
         alone = model(ids_of(2, 1)).logits
     torch.testing.assert_close(found, alone, **EXACT)
     assert graphs.count == 0
+
+
+def scale_output(module, args, output, factor):
+    return (output[0] * factor, *output[1:])
+
+
+def test_hooks_of_one_kind_may_hold_what_differs(graphs):
+    """By layer, and from one call to the next: what a hook does is more than that there is one."""
+    model = small_model(["sliding_window_attention", "sliding_window_attention"])
+    call = model.get_compiled_call(config_of(graphs))
+    for factors in ((1.0, 3.0), (0.5, 0.5), ()):
+        hooks = [
+            layer.mixer.register_forward_hook(partial(scale_output, factor=factor))
+            for layer, factor in zip(model.model.layers, factors, strict=False)
+        ]
+        (expected, _), (found, _) = read_by_token(model, model, 3, 3), read_by_token(model, call, 3, 3)
+        torch.testing.assert_close(found, expected, **EXACT)
+        for hook in hooks:
+            hook.remove()
+    assert graphs.count > 0
 
 
 def test_nothing_compiles_by_itself(graphs):

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers import CompileConfig
 
 from nested_learning.layers.attention.softmax import AttentionState
+from nested_learning.layers.token_inputs import is_plain
 from nested_learning.memory.state import State
 from nested_learning.ops.compiling import Compiled
 from nested_learning.ops.context import traced
+
+_OWN = ("torch.nn.modules.", "nested_learning.")  # modules whose classes say all that they do
 
 
 class CompiledBlocks:
@@ -50,9 +53,9 @@ class CompiledBlocks:
         one = x.shape[1] == 1 and documents is None and states[0] is not None
         if not (one and self._works) or torch.is_grad_enabled() or traced():
             return block(x, states, *inputs, **options)
-        kind = _kind(block)
+        built, kind = _kind(block)
         if kind not in self._steps:
-            how = self._options | _faster(self._options, x.device)
+            how = self._options | (_faster(self._options, x.device) if built else {})
             self._steps[kind] = Compiled(_step, "a block that reads one token", **how)
         made = self._made.get(id(block), ())
         before = tuple(
@@ -67,19 +70,25 @@ class CompiledBlocks:
         return out
 
 
-def _kind(block: Any) -> Hashable:
-    """What blocks have in common that run by one graph: the options of their mixer, and their modules."""
-    modules = tuple(
-        (type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in block.modules()
-    )
-    return block.mixer_name, modules
+def _kind(block: Any) -> tuple[bool, Hashable]:
+    """Whether a block is as this package builds it, and what those have in common that share a compiled step:
+    the options of their mixer, and their modules.
+
+    What others have put into a block (adapters, hooks, parametrizations, quantised weights) may differ from
+    layer to layer and change between two tokens by anything that they hold: the compiler has to look at it.
+    """
+    built, modules = True, []
+    for m in block.modules():
+        built = built and type(m).__module__.startswith(_OWN) and is_plain(m, kinds=None)
+        modules.append((type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)))
+    return built, (built, block.mixer_name, tuple(modules))
 
 
 def _faster(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Options of torch.compile for a step that takes a millisecond, beside those that are given.
 
-    Whether a block is one of its kind is known here (`_kind`), so that the compiled step need not look at
-    each of its modules again; on a CPU the kernels are called from C++.
+    Whether a block as it was built is one of its kind is known here (`_kind`), so that the compiled step need
+    not look at each of its modules again; on a CPU the kernels are called from C++.
     """
     if given.get("mode") not in (None, "default") or given.get("options"):
         return {}
