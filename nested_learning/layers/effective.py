@@ -83,13 +83,12 @@ def effective_kernel(conv: nn.Module, like: Tensor) -> Tensor:
         return conv(impulse).flip(-1).transpose(0, 1)
 
 
-def effective_gain(norm: nn.Module, like: Tensor) -> Tensor:
-    """Gain [d] of an RMS norm as it acts: its output at a vector of equal numbers, large against its eps."""
+def effective_gain(norm: nn.Module, size: int, like: Tensor) -> Tensor:
+    """Gain [size] of an RMS norm as it acts: its output at equal numbers that are large against its eps."""
     if is_plain(norm):
         return norm.weight  # type: ignore[return-value]
-    weight = _input(norm, like, tuple(norm.normalized_shape))  # type: ignore[arg-type]
     with full_precision(like.device):
-        return norm(weight.fill_(2.0**13))
+        return norm(_input(norm, like, (size,)).fill_(2.0**13))
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
@@ -106,9 +105,28 @@ def held(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def held_parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, or of the copy of it that a wrapper (peft's `modules_to_save`) has in force.
+
+    Raises:
+        ValueError: the module is in a wrapper that changes the parameter within its forward pass alone.
+    """
+    found = held(module).get(name)
+    if found is None:
+        found = getattr(module, name, None)  # wrappers pass on what they have not themselves
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} has no {name} to read outside of its forward pass: leave {name} out of "
+            "target_parameters, or train the whole module by modules_to_save"
+        )
+    return found
+
+
 def input_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a module's inputs: that of its weight, float32 where it has none to show."""
     weight = getattr(module, "weight", None)
+    if weight is None:  # a wrapper that does not pass it on
+        weight = next(module.parameters(), None)
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
 

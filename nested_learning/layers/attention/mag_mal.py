@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nested_learning.layers.attention.heads import normed
 from nested_learning.layers.attention.persistent import PersistentWindowAttention
 from nested_learning.layers.attention.softmax import AttentionState
-from nested_learning.layers.effective import held
+from nested_learning.layers.effective import held_parameter
 from nested_learning.layers.memory import MemoryLayer
 from nested_learning.layers.registry import build_mixer, register_mixer
 from nested_learning.layers.token_inputs import RMSNorm, check_sequence, check_state, find_documents
@@ -123,7 +123,7 @@ class _MemoryAndAttention(nn.Module):
         self, x: Tensor, state: MemoryState | None, real: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, MemoryState | None, Tensor]:
         """M([p; x]) at the tokens x [B, T, D], the state, and the surprise [B, T]."""
-        p = held(self.attention)["persistent"].to(x.dtype)
+        p = held_parameter(self.attention, "persistent").to(x.dtype)
         if documents is not None:
             return self.memory.read_documents(x, state, documents, True, p)
         P = len(p) if state is None else 0

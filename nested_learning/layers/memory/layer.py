@@ -31,6 +31,7 @@ from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.recompute import recomputed
 
 PATHS = ("k", "v", "q")
+NORM_EPS = 1e-6  # of the norm over a head's outputs
 # Start of the gates: eta in the middle of its range, alpha about 0.98, mu about 0.88, width about 1.
 _GATE_BIAS = {"eta": 0.0, "alpha": 4.0, "mu": 2.0, "width": 0.5}
 # Tokens after which a memory has decayed to a half at that alpha, about 38.
@@ -118,7 +119,7 @@ class MemoryLayer(nn.Module):
         self.gates_generated = "eta" in system.generated
         fan_in = self.head_dim if self.gates_generated else hidden_size
         self.gates = nn.ModuleDict({gate: nn.Linear(fan_in, num_heads) for gate in system.gates})
-        self.out_norm = RMSNorm(self.head_dim, eps=1e-6)
+        self.out_norm = RMSNorm(self.head_dim, eps=NORM_EPS)
         self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_parameters()
@@ -335,9 +336,9 @@ class MemoryLayer(nn.Module):
             state = MemoryState(state.anchor, state.current, state.momentum, state.position, tail)
             initial = {name: W.to(dtype) for name, W in self._initial().items()}
             y, state, surprise = engine.run(self.system, initial, state, inputs, place.boundaries, how)
-            assert self.out_norm.eps is not None  # __init__
-            gain = self.out_norm.weight if is_plain(self.out_norm) else effective_gain(self.out_norm, x)
-            y = gated_norm(y.transpose(1, 2), gate, gain.to(dtype), self.out_norm.eps)
+            norm = self.out_norm
+            gain = norm.weight if is_plain(norm) else effective_gain(norm, self.head_dim, x)
+            y = gated_norm(y.transpose(1, 2), gate, gain.to(dtype), NORM_EPS)
         return self.out_proj(y), state, surprise, history
 
     def _prepare(
