@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nested_learning._checks import require
 from nested_learning.cli.level_flags import add_anchor_flags, add_level_flags, levels_and_starts
-from nested_learning.cli.output import human_bytes, print_json, print_table
+from nested_learning.cli.output import human_bytes, print_json, print_table, say
 from nested_learning.cli.parsing import new_parser, parse
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run(argv: list[str]) -> int:
     from nested_learning.cli.dialogue import load_pretrained
     from nested_learning.continual import learn_starts, stack_levels
     from nested_learning.continual.objectives.anchor_files import AnchorFiles
+    from nested_learning.continual.starts.learn import StartsDiverged
     from nested_learning.training.data import DataConfig, build_data
     from nested_learning.training.models import saved_folder
 
@@ -57,25 +58,29 @@ def run(argv: list[str]) -> int:
     model, tokenizer = load_pretrained(folder)
     anchors = files.of(model, tokenizer, levels)
     learner = stack_levels(model, tokenizer, levels=levels, window=values.window, starts=begins, **anchors)
-    with progress("learning starts", values.steps, "step") as bar:
+    try:
+        with progress("learning starts", values.steps, "step") as bar:
 
-        def show(step: int, loss: float) -> None:
-            bar.note = f", loss {loss:.3f}"
-            bar.advance()
+            def show(step: int, loss: float) -> None:
+                bar.note = f", loss {loss:.3f}"
+                bar.advance()
 
-        found = learn_starts(
-            learner,
-            [data.train[i]["input_ids"] for i in range(values.steps * values.batch_size)],
-            steps=values.steps,
-            exact=values.exact,
-            rank=values.start_rank or None,
-            lr_rates=values.lr_rates,
-            lr_starts=values.lr_starts,
-            batch_size=values.batch_size,
-            held_out=[data.validation[i]["input_ids"] for i in range(len(data.validation))],
-            seed=values.seed,
-            progress=show,
-        )
+            found = learn_starts(
+                learner,
+                [data.train[i]["input_ids"] for i in range(values.steps * values.batch_size)],
+                steps=values.steps,
+                exact=values.exact,
+                rank=values.start_rank or None,
+                lr_rates=values.lr_rates,
+                lr_starts=values.lr_starts,
+                batch_size=values.batch_size,
+                held_out=[data.validation[i]["input_ids"] for i in range(len(data.validation))],
+                seed=values.seed,
+                progress=show,
+            )
+    except StartsDiverged as error:
+        say(f"error: {error}")
+        return 1
     if values.bfloat16:
         import torch
 
@@ -119,7 +124,7 @@ def _parser() -> ArgumentParser:
 
 def _print(found: Starts, values: Namespace) -> None:
     held_out = found.report["held_out"]
-    best_step, best = min(held_out, key=lambda pair: pair[1])
+    best_step, best = min((pair for pair in held_out if pair[1] is not None), key=lambda pair: pair[1])
     rates = [rate for level in found.levels for rate in level.rates.values()]
     if values.json:
         result: dict[str, Any] = {"file": values.output, "sum": found.digest, "best_step": best_step}

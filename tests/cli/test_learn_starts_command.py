@@ -110,6 +110,22 @@ def test_a_trained_base_has_its_own(folder, learned, text, tmp_path):  # noqa: F
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--chunk_sizes", "8", "--level_lr", "1e20"], "the loss on texts held out is nan before a step"),
+        ([*LEVELS, "--lr_rates", "1e30"], "a rate's factor has become e to the power of"),
+    ],
+)
+@pytest.mark.parametrize("report", [[], ["--json"]])
+def test_what_diverges_is_not_written(flags, tmp_path, capsys, more, message, report):
+    path = tmp_path / "starts"
+    path.write_text("an earlier one")
+    assert main([*flags, *more, *report, "--output", str(path)]) == 1
+    assert message in capsys.readouterr().err
+    assert path.read_text() == "an earlier one"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (["--output", "/nowhere/starts"], "there is no folder"),
         (["--lr_rates", "0", "--lr_starts", "0"], "both 0"),
         (["--steps", "0"], "steps is 0"),

@@ -26,6 +26,12 @@ from nested_learning.memory.state import Weights
 from nested_learning.optimizers.checks import COUNT, NON_NEGATIVE
 
 EVALUATIONS = 10  # of the held-out texts, evenly over the steps
+FARTHEST = 80.0  # the logarithm of a rate, up or down: float32 holds e to this power
+SMALLER = "give the levels smaller rates, or take a smaller lr_rates and lr_starts"
+
+
+class StartsDiverged(RuntimeError):
+    """Rates or starts with which the levels' losses are NaN or infinite, so that there is nothing to keep."""
 
 
 @torch.inference_mode(False)
@@ -76,6 +82,8 @@ def learn_starts(
     Raises:
         ValueError: a value is out of its range, no level learns, a level has `consolidate`, there is no text
             longer than the fastest level's chunk, or `exact` does not fit.
+        StartsDiverged: the loss on `held_out` is NaN or infinite before the first step, or a rate grows
+            without bound.
 
     Warns:
         RuntimeWarning: a step was left out, since its loss or gradient was NaN or infinite.
@@ -97,10 +105,15 @@ def learn_starts(
     report = {
         "exact": exact,
         "steps": steps,
-        "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        "held_out": [[step, loss] for step, loss in judge.losses.items()],
+        "losses": [_finite(loss) for loss in losses],
+        "held_out": [[step, _finite(loss)] for step, loss in judge.losses.items()],
     }
     return course.starts(judge.result(), report)
+
+
+def _finite(loss: float) -> float | None:
+    """The loss as JSON holds it."""
+    return loss if math.isfinite(loss) else None
 
 
 def _batches(rows: Sequence[Tensor], size: int, seed: int) -> Iterator[list[Tensor]]:
@@ -124,15 +137,18 @@ class _Judge:
     def __init__(self, course: _Course, texts: Sequence[Tensor], steps: int) -> None:
         self._course, self._texts, self._steps = course, texts, steps
         self.losses = {0: course.loss(texts)} if texts else {}
+        if not all(map(math.isfinite, self.losses.values())):
+            raise StartsDiverged(f"the loss on texts held out is {self.losses[0]} before a step; {SMALLER}")
         self._best = course.result()
 
     def after(self, step: int) -> None:
         """Take the loss if it is time: `EVALUATIONS` times over all steps, and at the last one."""
         due = step * EVALUATIONS // self._steps > (step - 1) * EVALUATIONS // self._steps
         if self._texts and (due or step == self._steps):
-            self.losses[step] = self._course.loss(self._texts)
-            if self.losses[step] <= min(self.losses.values()):
+            loss = self._course.loss(self._texts)
+            if math.isfinite(loss) and loss <= min(self.losses.values()):
                 self._best = self._course.result()
+            self.losses[step] = loss
 
     def result(self) -> tuple[LevelStart, ...]:
         """Of the course: the best, the later one of two that are equal."""
@@ -232,6 +248,9 @@ class _Course:
         rates = tuple({slot: t.item() for slot, t in own.items()} for own in self._rates)
         learned = tuple(frozenset(s for s, t in own.items() if t.requires_grad) for own in values)
         for writer, own in zip(self._writers, rates, strict=True):
+            for value in own.values():
+                if not abs(value) < FARTHEST:
+                    raise StartsDiverged(f"a rate's factor has become e to the power of {value:g}; {SMALLER}")
             writer.rates = {slot: math.exp(value) for slot, value in own.items()}
         return Beginning(tuple({s: t.detach() for s, t in own.items()} for own in values), rates, learned)
 
