@@ -7,7 +7,7 @@ import io
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from nested_learning.cli.chat_config import ChatConfig
 from nested_learning.cli.level_flags import (
     add_anchor_flags,
     add_level_flags,
+    given_flags,
     gives_levels,
     levels_and_starts,
 )
@@ -89,7 +90,9 @@ def run(argv: list[str]) -> int:
 
     dialogue: Dialogue | HopeDialogue
     if is_hope(config.model):
-        dialogue = _hope_dialogue(config, values, parser.get_defaults(), gives_levels(argv))
+        named = given_flags(argv)
+        given = [name for name in OF_LEARNERS if name in named or values[name] != parser.get_default(name)]
+        dialogue = _hope_dialogue(config, given, gives_levels(argv))
     else:
         own = levels if gives_levels(argv) else None
         dialogue = _learner_dialogue(config, values, own, starts)
@@ -98,15 +101,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _hope_dialogue(
-    config: ChatConfig, values: Namespace, defaults: Namespace, own_levels: bool
-) -> HopeDialogue:
+def _hope_dialogue(config: ChatConfig, given: Sequence[str], own_levels: bool) -> HopeDialogue:
     """A conversation with a Hope model. ValueError where options are given that are for other models."""
     from nested_learning.cli.conversation import load_model
     from nested_learning.cli.hope_dialogue import HopeDialogue
     from nested_learning.server.hope_mind import HopeMind
 
-    given = [name for name in OF_LEARNERS if values[name] != defaults[name]]
     if given or own_levels:
         raise ValueError(
             f"{config.model} is a Hope model, which has memories of its own and keeps no texts; leave out "
@@ -220,7 +220,9 @@ def talk(dialogue: Dialogue | HopeDialogue, memory: str | None) -> None:
                 print(_command(dialogue, command, rest.strip(), memory))
             elif line:
                 print(dialogue.reply(line), flush=True)
-        except (ValueError, OSError) as error:  # a bad line ends neither the chat nor what it has learned
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except (ValueError, OSError, RuntimeError) as error:  # ends neither the chat nor what it has learned
             say(f"error: {error}")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from nested_learning._precision import loading_dtype
+from nested_learning._saved_models import load_causal_lm
 from nested_learning.models import HopeCache, HopeConfig, HopeForCausalLM
 from nested_learning.models.hope.session_hope import HopeSession
 from nested_learning.models.packaged import or_packaged
@@ -46,14 +47,11 @@ def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     assert device is not None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=loading_dtype(config, device)
-        )
+        model = load_causal_lm(folder, config, local_files_only=True, dtype=loading_dtype(config, device))
+    except ValueError:
+        raise
     except Exception as error:  # safetensors, json and torch each have their own
         raise ValueError(f"the model in {folder} is damaged ({type(error).__name__}: {error})") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(f"the weights in {folder} lack {', '.join(sorted(report['missing_keys']))}")
     return model.to(device).eval(), tokenizer
 
 

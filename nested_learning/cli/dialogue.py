@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from nested_learning._precision import loading_dtype
+from nested_learning._saved_models import load_causal_lm, load_tokenizer_of
 from nested_learning.cli.turns import SpokenTurn, SpokenTurns
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.inputs import most_positions
@@ -21,24 +22,29 @@ from nested_learning.continual.replaying.sources import KnownSource
 from nested_learning.models import PRESETS
 from nested_learning.models.packaged import or_packaged, packaged_names
 from nested_learning.server.prompt import newest_ids
+from nested_learning.training.models import saved_folder
 
 NOTES = "What was said before:"
 
 
 def load_pretrained(name: str) -> tuple[Any, Any]:
-    """(model on its device, tokenizer) of a folder, a trained model of the package or a name of the hub, in
-    the precision it was saved in; in float32 where that is bfloat16, which this CPU has no instructions for.
+    """(model on its device, tokenizer) of a folder, a run's too, of a trained model of the package or a name
+    of the hub, in the precision it was saved in; in float32 where that is bfloat16, which this CPU has no
+    instructions for.
 
     Raises:
         OSError: there is none.
-        ValueError: it is no causal language model, or a name of this package, misspelt or without weights.
+        ValueError: it is no causal language model, not a whole one, has no tokenizer, or the name is one of
+            this package, misspelt or without weights.
     """
     name = or_packaged(name)
     _check_not_ours(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    source = str(saved_folder(name)) if Path(name).is_dir() else name
+    config = AutoConfig.from_pretrained(source)
+    tokenizer = load_tokenizer_of(source)
     device = PartialState().device
-    dtype = loading_dtype(AutoConfig.from_pretrained(name), device)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), tokenizer
+    model = load_causal_lm(source, config, dtype=loading_dtype(config, device))
+    return model.to(device).eval(), tokenizer
 
 
 def _check_not_ours(name: str) -> None:

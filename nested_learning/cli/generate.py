@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -133,20 +132,19 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         OSError: the state file cannot be written.
     """
     from accelerate.utils import set_seed
-    from transformers import CompileConfig, TextStreamer
+    from transformers import CompileConfig
 
     from nested_learning._files import writable
     from nested_learning.cli.conversation import Conversation, load_model
+    from nested_learning.cli.shown_text import ShownText
 
     if config.save_state is not None:
         writable(config.save_state)  # refused before a long text is written
     model, tokenizer = load_model(model_folder)
     conversation = Conversation.open(model, tokenizer, config.load_state)
-    streamer: Any = None
-    if stream:
-        sys.stdout.write(config.prompt)
-        sys.stdout.flush()
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    shown = ShownText(tokenizer, outlives_reader=config.save_state is not None) if stream else None
+    if shown:
+        shown.on_finalized_text(config.prompt)
     options = config.sampling()
     if config.compile:
         options["compile_config"] = CompileConfig()
@@ -157,12 +155,15 @@ def generate(model_folder: str, config: GenerateConfig, *, stream: bool) -> dict
         new_ids = conversation.generate(
             config.prompt,
             max_new_tokens=config.max_new_tokens,
-            streamer=_TokenCounter(bar) if bar else streamer,
+            streamer=_TokenCounter(bar) if bar else shown,
             **options,
         )
     seconds = time.perf_counter() - start
     if config.save_state is not None:
         conversation.save(config.save_state)
+    if shown and shown.left:
+        say(f"nobody read on; state saved in {config.save_state}")
+        raise shown.left
     return {
         "prompt": config.prompt,
         "text": tokenizer.decode(new_ids, skip_special_tokens=True),

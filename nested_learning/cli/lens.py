@@ -14,6 +14,7 @@ from nested_learning.cli.level_flags import (
     LEVEL_FLAGS,
     add_anchor_flags,
     add_level_flags,
+    given_flags,
     gives_levels,
     levels_and_starts,
 )
@@ -109,8 +110,8 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, argv: Sequence
     folder = str(saved_folder(name))
     if not isinstance(AutoConfig.from_pretrained(folder, local_files_only=True), HopeConfig):
         return _learner_recording(folder, values, text, argv)
-    defaults = parser.get_defaults()
-    given = [f"--{flag}" for flag in OF_LEARNERS if values[flag] != defaults[flag]]
+    named, defaults = given_flags(argv), parser.get_defaults()
+    given = [f"--{flag}" for flag in OF_LEARNERS if flag in named or values[flag] != defaults[flag]]
     if given:
         raise ValueError(
             f"{', '.join(given)} describe levels on a pretrained model of another kind; {name} is a Hope "

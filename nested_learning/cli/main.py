@@ -47,6 +47,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the return value is the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     wait_asleep()
     delay_bars()
     try:
@@ -60,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         _close_stdout()
         return 0
+
+
+def open_streams() -> None:
+    """Stand-ins for streams that the caller has closed (`>&-`): nothing to read, and nobody who reads."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def wait_asleep() -> None:

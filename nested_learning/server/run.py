@@ -77,7 +77,8 @@ def make_server(
     except OSError as error:
         bound.close()
         message = (
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose another --port"
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose another "
+            f"{'--host' if isinstance(error, socket.gaierror) else '--port'}"
         )
         raise OSError(error.errno, message) from error
     try:

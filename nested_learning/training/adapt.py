@@ -13,10 +13,11 @@ import yaml
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback
 
 from nested_learning._files import whole_folder
 from nested_learning._progress import progress
+from nested_learning._saved_models import load_causal_lm
 from nested_learning.continual import Learner, Level, stack_levels
 from nested_learning.continual.adaptation import Adapter
 from nested_learning.continual.files import fingerprint
@@ -103,7 +104,7 @@ def adapt(
     data = dataclasses.replace(config.data, tokenizer=str(source), seed=config.data.seed + config.seed)
     bundle = build_data(data, config.steps * config.batch_size)
     set_seed(config.seed)
-    model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32)
+    model = load_causal_lm(source, described, local_files_only=True, dtype=torch.float32)
     model.to(process_state().device)
     learner = stack_levels(
         model,
@@ -157,7 +158,9 @@ def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
         raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
     try:
         values = saved["config"]
-        data, optim = DataConfig(**values.pop("data")), values.pop("optim")
+        # runs begun by 0.1.0 say "marked", which made no difference
+        data = DataConfig(**{**values.pop("data"), "documents": "joined"})
+        optim = values.pop("optim")
         optim["betas"] = tuple(optim["betas"])
         config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
         return config, [Level(**level) for level in saved["levels"]]

@@ -33,7 +33,7 @@ class AdaptConfig:
     """
 
     model: str
-    data: DataConfig = field(default_factory=lambda: DataConfig(block_size=1024))
+    data: DataConfig = field(default_factory=lambda: DataConfig(block_size=1024, documents="joined"))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=ADAPT_LR))
     output: str = "runs/adapt"
     steps: int = 200
@@ -61,6 +61,16 @@ class AdaptConfig:
                     f"data.{name} is {getattr(self.data, name)}, but each text of `adapt` is read from its "
                     "beginning, with levels that learn from it alone; leave it out"
                 )
+        for name, why in (
+            (
+                "documents",
+                "what levels learn of a text is in force in all of it, whatever documents it holds",
+            ),
+            ("bpe_vocab_size", "a pretrained model reads with its own tokenizer"),
+        ):
+            value, expected = getattr(self.data, name), getattr(DataConfig(documents="joined"), name)
+            if value != expected:
+                raise ValueError(f"data.{name} is {value!r}, but {why}; expected {expected!r}, leave it out")
         self.as_training()  # checks the rest
 
     def as_training(self) -> TrainConfig:

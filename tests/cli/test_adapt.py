@@ -67,6 +67,8 @@ def test_interrupted_and_resumed_is_uninterrupted(flags, tmp_path, capsys, monke
     ("extra", "message"),
     [
         (["--data.tokenizer", "bpe"], "reads with its own"),
+        (["--data.documents", "marked"], "data.documents is 'marked', but what levels learn"),
+        (["--data.bpe_vocab_size", "300"], "data.bpe_vocab_size is 300, but a pretrained model reads"),
         (["--steps", "0"], "steps"),
         (["--model", "/nowhere"], "is not a folder"),
         (["--chunk_sizes", "8", "8"], "must increase"),

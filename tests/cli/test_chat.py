@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nested_learning.cli.dialogue import Dialogue
 from nested_learning.cli.main import main
+from nested_learning.cli.turns import SpokenTurn
 from nested_learning.continual import AUTO, Level, stack_levels
 from nested_learning.continual.files import locked
 from nested_learning.training.data import byte_tokenizer
@@ -261,3 +262,29 @@ def test_without_flags_of_levels(chat, tmp_path):
         assert [level["chunk_size"] for level in json.loads(metadata["levels"])] == chunks
         assert {t.dtype for name, t in tensors.items() if "keys" in name} == {dtype}
         assert json.loads(metadata["rows"])[0]["position"] == 24
+
+
+def test_a_turn_that_torch_cannot_take_is_told_and_taken_back(chat, monkeypatch):
+    def fails(self, message, before):
+        if message == "b":
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return SpokenTurn(before, message, f"to {message}", [])
+
+    monkeypatch.setattr(Dialogue, "_take_turn", fails)
+    code, out, err = chat(["a", "b", "c"])
+    assert (code, out) == (0, ["to a", "to c"])
+    assert "error: probability tensor contains" in err
+
+
+def test_answers_that_nobody_reads_end_the_chat(chat, monkeypatch):
+    taken = []
+
+    def leaves(self, message, before):
+        taken.append(message)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Dialogue, "_take_turn", leaves)
+    monkeypatch.setattr("nested_learning.cli.main._close_stdout", lambda: None)
+    code, _, err = chat(["a", "b"])
+    assert (code, taken) == (0, ["a"])
+    assert "error" not in err

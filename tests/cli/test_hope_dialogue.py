@@ -122,7 +122,16 @@ def test_an_interrupted_turn_leaves_no_trace(monkeypatch):
     assert talk.reply("hello") == dialogue().reply("hello")
 
 
-@pytest.mark.parametrize("options", [["--rank", "8"], ["--replay", "100"], ["--compile"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rank", "8"],
+        ["--replay", "100"],
+        ["--compile"],
+        ["--chunk_sizes", "32", "128", "512"],  # as it is by default, but for models that have levels
+        ["--source", "chat"],
+    ],
+)
 def test_options_of_other_models(chat, options):
     code, _, err = chat(["hello"], *options)
     assert code == 2

@@ -103,6 +103,9 @@ def test_bad_input_is_told_in_a_sentence(hope_folder, llama_folder, text, tmp_pa
     assert "--chunk_sizes, --level_lr describe levels" in refused(
         capsys, hope_folder, "--text", text, *LEVELS
     )
+    assert "--chunk_sizes describe" in refused(
+        capsys, hope_folder, "--text", text, "--chunk_sizes", "32", "128", "512"
+    )
     assert "--sparse describe" in refused(capsys, hope_folder, "--text", text, "--sparse", "0.1")
     assert "--memory describe" in refused(capsys, hope_folder, "--text", text, "--memory", "x")
     assert "no memory file" in refused(capsys, llama_folder, "--text", text, "--memory", "x.safetensors")

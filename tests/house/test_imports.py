@@ -16,6 +16,7 @@ STOREYS = (
         "_tensor_files",
         "_moved",
         "_precision",
+        "_saved_models",
         "_workers",
         "_checks",
         "_lazy",

@@ -83,7 +83,8 @@ def row_texts(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[tuple[int, s
             if not isinstance(text, str) or "\0" in text:
                 raise _Refused(
                     f"row {number} of {str(path)!r} has {_kind(text)} in the column {column!r}, expected "
-                    "text: mend or remove that row, or choose another column by --data.text_column"
+                    "text: mend or remove that row, or choose another column by "
+                    "--data.text_column (of `score`, --text_column)"
                 )
             if text:
                 yield number, text
@@ -141,7 +142,7 @@ def _chosen(path: Path, column: str, rows: list[dict[str, Any]]) -> str:
     found = f"text is in {', '.join(map(repr, strings))}" if strings else "none of them holds text"
     raise _Refused(
         f"{str(path)!r} has no column {column!r}; its columns are {', '.join(map(repr, columns))}, and "
-        f"{found}. Choose one by --data.text_column"
+        f"{found}. Choose one by --data.text_column (of `score`, --text_column)"
     )
 
 

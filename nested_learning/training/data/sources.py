@@ -146,6 +146,11 @@ def _limit(documents: Iterable[Document], max_bytes: int | None, bar: Progress) 
 
 def _read_files(source: str, max_bytes: int | None, text_column: str) -> Iterator[Document]:
     paths, root = _find_files(source)
+    if text_column != DEFAULT_COLUMN and not any(map(holds_rows, paths)):
+        raise ValueError(
+            f"text_column is {text_column!r}, but {source!r} has no file of rows, such as .jsonl or .csv; "
+            "leave it out"
+        )
     for path in paths:
         name = path.relative_to(root).as_posix()
         if holds_rows(path):

@@ -196,6 +196,7 @@ class DocumentBlocks(Dataset[Sample]):
         self, documents: DocumentIds, block_size: int, rows: int, index: int = 0, processes: int = 1
     ) -> None:
         self.documents, self.block_size = documents, block_size
+        rows = max(1, min(rows, len(documents)))  # others would have nothing to read, and cost memory
         blocks = [-(-len(document) // block_size) for document in documents]
         self.num_blocks = sum(blocks)
         ends = [(0, row) for row in range(rows)]

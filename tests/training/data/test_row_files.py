@@ -157,6 +157,14 @@ def test_a_bad_file_is_refused_by_name(written, name):
     assert name in str(refused.value)
 
 
+def test_a_column_where_no_file_has_any_is_refused(written):
+    path = written("plain.txt", b"text")
+    with pytest.raises(ValueError, match=r"text_column is 'body', but .*plain.txt' has no file of rows"):
+        load_corpus(str(path), text_column="body")
+    written("rows.jsonl", LINES)
+    assert load_corpus(str(path.parent), text_column="text")
+
+
 def test_commands_refuse_it_with_exit_code_2(written, tmp_path, capsys):
     path = written("two.csv", b"title,body\na,b\n")
     assert main(["train", "--data", str(path), "--output", str(tmp_path / "run")]) == 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from nested_learning.training.data import DataConfig
 from nested_learning.training.data.packing import IGNORED, TokenizedText
@@ -94,6 +95,12 @@ def test_a_joined_text_is_cut_into_a_piece_per_row():
         ValueError, match=r"each of 4 rows .* has 2: set --batch_size to 2 or less, or .*joined"
     ):
         CarriedDataset(whole, 10, rows=4, num_samples=8, end_of_text=END)
+
+
+def test_rows_that_would_have_no_document_cost_nothing():
+    documents = documents_of(text(3, 40).ids, END)
+    few, many = (list(DocumentBlocks(documents, 8, rows=rows)) for rows in (2, 10**12))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(few, many, strict=True) for name in a)
 
 
 def test_blocks_have_every_token_of_every_document_once():

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from nested_learning._errors import unknown
+from nested_learning._saved_models import load_causal_lm
 from nested_learning.evals.methods.pretrained.base import RANDOM, is_downloaded, random_llama
 from nested_learning.models.packaged import packaged_names
 from nested_learning.training.data import byte_tokenizer
@@ -62,7 +63,8 @@ def load_model(name: str, dtype: str) -> tuple[Any, Any]:
         return random_llama(positions=512).eval(), byte_tokenizer()
     local = name in packaged_names() or Path(name).is_dir()
     source = str(saved_folder(name)) if local else name
-    model = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=dtype)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    model = load_causal_lm(source, config, local_files_only=True, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
