@@ -61,7 +61,12 @@ def reopen(
         ) from error
     options = {**reading, **others, "replay": replay}
     for chosen in (None, modules):
-        learner = stack_levels(model, tokenizer, levels=settings, modules=chosen, **options)
+        try:
+            learner = stack_levels(model, tokenizer, levels=settings, modules=chosen, **options)
+        except ValueError:
+            if chosen is None:
+                raise
+            break  # a model without these modules
         if [[target.name for target in w.targets] for w in learner.reader.writers] == weights:
             learner.memory.load(path)
             # files of 0.1.0 tell it by their deltas alone, if they have one

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from nested_learning.cli.main import main
 from nested_learning.continual import Level, reopen, stack_levels
@@ -85,6 +85,9 @@ def test_a_file_that_does_not_tell_it(folder, tmp_path):
     assert reopen(path, learner.model).levels == learner.levels
     with pytest.raises(FileNotFoundError, match="no memory file"):
         reopen(tmp_path / "none", learner.model)
+    other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=300)).eval()
+    with pytest.raises(ValueError, match="is of a learner on other weights than GPT2LMHeadModel has"):
+        reopen(path, other)
 
 
 @pytest.mark.parametrize(
