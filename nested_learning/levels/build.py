@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nested_learning._errors import unknown
+from nested_learning._errors import kind_of, unknown
 from nested_learning.continual.learner import Learner
 from nested_learning.levels.components import NEVER, Component, Transfer, every_steps
 from nested_learning.levels.describe.learners import describe_learner
@@ -34,8 +34,8 @@ def levels(
     """The nested system that a model and its optimizer are: memories by how often they are updated.
 
     Nothing is run. Modules are described by their class (`describes`) or, where there is no description, by
-    their structure; optimizers likewise (`describes_optimizer`). The model may be on the meta device. An
-    optimizer that has stepped has its state measured; before, its bytes are what they will be once every
+    their structure; optimizers likewise (`describes_optimizer`). The model may be on the meta device. A
+    memory that an optimizer has begun to hold is measured; before, its bytes are what they will be once every
     parameter has had a gradient, or None for an optimizer that has no description.
 
     Args:
@@ -44,14 +44,20 @@ def levels(
             parameters. None: nothing is trained, weights change never.
 
     Raises:
-        ValueError: an optimizer that trains no parameter of the model, or two that train the same one.
+        ValueError: no model, or no optimizer; an optimizer that trains no parameter of the model, or two that
+            train the same one.
     """
     around: list[Described] = []
     if isinstance(model, Learner):
         base: nn.Module = model.model
         name, around = f"{type(base).__name__} that keeps learning", list(describe_learner(model))
-    else:
+    elif isinstance(model, nn.Module):
         base, name = model, type(model).__name__
+    else:
+        raise ValueError(
+            f"expected a torch.nn.Module or a Learner, got {kind_of(model)}; make or load the model first "
+            "(the command `nested-learning levels` takes the names of presets and folders)"
+        )
     optimizers = as_optimizers(optimizer)
     drafts = Drafts(parts(base), {p: name for name, p in base.named_parameters()})
     trained = add_optimizers(drafts, optimizers, list(base.parameters()))

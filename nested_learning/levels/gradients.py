@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nested_learning._errors import kind_of
 from nested_learning.levels.components import NEVER, Component, every_steps
 from nested_learning.levels.describe.optimizers import rules_of
 from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
@@ -40,16 +41,33 @@ class Trained:
 
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """The optimizers that a caller gave, unwrapped where they are accelerate's or nested."""
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    """The optimizers that a caller gave, unwrapped where they are accelerate's or nested.
+
+    Raises:
+        ValueError: it is something else, or has something else in it.
+    """
+    given = [] if optimizer is None else _several(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):
-            raise ValueError(f"expected torch optimizers or None, got {type(one).__name__}")
+            raise ValueError(
+                f"expected torch optimizers or None, got {kind_of(one)}; give one that is made of the "
+                "model's parameters, torch.optim.AdamW(model.parameters()) say, or several in a list"
+            )
     wrapped = [getattr(one, "optimizer", None) for one in given]
     plain = [
         inner if isinstance(inner, Optimizer) else one for one, inner in zip(given, wrapped, strict=True)
     ]
     return [part for one in plain for part in (one.optimizers if isinstance(one, NestedOptimizer) else [one])]
+
+
+def _several(given: Any) -> list[Any]:
+    """The things in a list or the like; of anything else the thing itself."""
+    if isinstance(given, (Optimizer, str, Mapping)):  # a string's letters or a dict's keys are no optimizers
+        return [given]
+    try:
+        return list(given)
+    except TypeError:
+        return [given]
 
 
 def title(optimizer: Optimizer, group: Group) -> str:
@@ -92,20 +110,19 @@ def add_optimizers(
 def _add_optimizer(drafts: Drafts, optimizer: Optimizer) -> dict[Tensor, Trained]:
     trained: dict[Tensor, Trained] = {}
     states = _states(optimizer)
-    stepped = _has_stepped(states)
     found = 0
     for group in optimizer.param_groups:
         for rule in rules_of(optimizer, group):
             memories: dict[str, Draft] = {}
             for memory in rule.memories:
-                held = _held(states, rule.params, memory.keys) if stepped else None
+                held = _held(states, rule.params, memory.keys)
                 memories[memory.name] = _add_memory(drafts, title(optimizer, group), memory, held)
                 memories[memory.name].parameters.update(dict.fromkeys(rule.params))
                 found += held or 0
             trained.update(dict.fromkeys(rule.params, _connect(drafts, rule, memories)))
     # No rule accounts for some state, such as that of parameters that were frozen since.
     total = sum(tensor_bytes(state) for by_parameter in states for state in by_parameter.values())
-    if stepped and total > found:
+    if total > found:
         rest = DescribedGradientMemory(
             name="other state", keys=(), state_bytes=None, objective="unknown", rule="unknown"
         )
@@ -142,18 +159,31 @@ def _connect(drafts: Drafts, rule: OptimizerRule, memories: dict[str, Draft]) ->
 
 
 def _states(optimizer: Optimizer) -> NestedStates:
-    inner = getattr(optimizer, "inner", None)
-    if not isinstance(inner, Optimizer) or inner.state is optimizer.state:
-        return [dict(optimizer.state)]
-    return [dict(optimizer.state), *_states(inner)]
+    """The states of an optimizer and of those inside, each once: an outer one may show those of the inner."""
+    states: NestedStates = []
+    seen: set[int] = set()
+    for one in _within(optimizer):
+        own = {p: state for p, state in one.state.items() if id(state) not in seen}
+        seen.update(map(id, own.values()))
+        states.append(own)
+    return states
 
 
-def _has_stepped(states: NestedStates) -> bool:
-    """Whether there is any state but preconditioners that were given, which are there from the start."""
-    return any(set(state) - {"given"} for by_parameter in states for state in by_parameter.values())
+def _within(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimizer, and those that it hands gradients to."""
+    yield optimizer
+    inside = optimizer.optimizers if isinstance(optimizer, NestedOptimizer) else []
+    for one in (*inside, getattr(optimizer, "inner", None)):
+        if isinstance(one, Optimizer):
+            yield from _within(one)
 
 
-def _held(states: NestedStates, params: Sequence[Tensor], keys: tuple[str, ...]) -> int:
-    """Bytes that the states of these parameters hold under these keys."""
+def _held(states: NestedStates, params: Sequence[Tensor], keys: tuple[str, ...]) -> int | None:
+    """Bytes that the states of these parameters hold under these keys; None where there is none of the keys.
+
+    A memory begins when its optimizer first steps for it, which may be long after another of the same
+    optimizer: at the end of a period, or with the first gradient of its parameters.
+    """
     found = [by_parameter[p] for by_parameter in states for p in params if p in by_parameter]
-    return sum(tensor_bytes(state[key]) for state in found for key in keys if key in state)
+    held = [state[key] for state in found for key in keys if state.get(key) is not None]
+    return sum(map(tensor_bytes, held)) if held else None

@@ -141,8 +141,9 @@ def test_periods_multiply_with_frequencies_of_the_inner_optimizer():
     ]
     ranks = [level.frequency.rank for level in system.levels]
     assert ranks == sorted(ranks)
-    train(model, optimizer, steps=4)
-    assert sum(c.state_bytes for c in memories(levels(model, optimizer))) == optimizer.state_bytes()
+    train(model, optimizer, steps=4)  # the third group has none but the sum of its gradients
+    found = memories(levels(model, optimizer))
+    assert sum(c.state_bytes for c in found if c.measured) == optimizer.state_bytes()
 
 
 def test_delta_gd_must_be_attached_and_then_holds_the_moments_of_biases():
@@ -186,6 +187,106 @@ def test_an_unknown_optimizer_is_described_by_its_state():
     assert after.rule == "unknown; holds last"
 
 
+def test_an_unknown_optimizer_does_not_hold_the_gradients_that_wait_around_it():
+    model = model_of()
+    optimizer = no.MultiFrequency(model.parameters(), inner=Sign, period=2)
+    size = sum(p.nbytes for p in model.parameters())
+    train(model, optimizer)
+    waiting, own = memories(levels(model, optimizer))
+    assert [(m.state_bytes, m.measured) for m in (waiting, own)] == [(size, True), (None, False)]
+    train(model, optimizer)
+    waiting, own = memories(levels(model, optimizer))
+    assert [(m.state_bytes, m.measured) for m in (waiting, own)] == [(size, True), (size, True)]
+    assert own.rule == "unknown; holds last"
+
+
+def test_an_unknown_optimizer_that_holds_no_tensors_is_measured_once_it_has_stepped():
+    model = model_of()
+    optimizer = Sign(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p]["count"] = 1
+    (memory,) = memories(levels(model, optimizer))
+    assert (memory.state_bytes, memory.measured) == (0, True)
+
+
+INSIDE = {
+    "nested": lambda params: no.NestedOptimizer([no.NestedOptimizer([torch.optim.AdamW(params)])]),
+    "period around nested": lambda params: no.MultiFrequency(
+        params, period=2, inner=lambda groups: no.NestedOptimizer([torch.optim.AdamW(groups)])
+    ),
+    "all of them": lambda params: no.NestedOptimizer(
+        [
+            no.MultiFrequency(
+                params,
+                period=2,
+                inner=lambda groups: no.NestedOptimizer([no.NestedOptimizer([torch.optim.AdamW(groups)])]),
+            )
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("build", INSIDE.values(), ids=INSIDE)
+def test_what_optimizers_inside_others_hold_counts_once(build):
+    model = model_of()
+    optimizer = build(list(model.parameters()))
+    predicted = {c.name: c.state_bytes for c in memories(levels(model, optimizer))}
+    train(model, optimizer, steps=2)
+    measured = memories(levels(model, optimizer))
+    assert {c.name: c.state_bytes for c in measured} == predicted
+    assert all(c.measured for c in measured)
+    assert sum(predicted.values()) == held(optimizer)
+
+
+class Counted(torch.optim.Optimizer):
+    """A wrapper with a state of its own beside that of the optimizer inside."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure=None):
+        self.inner.step()
+        for p in self.inner.state:
+            self.state[p]["steps"] = torch.zeros(())
+
+
+def test_state_of_a_wrapper_counts_beside_that_of_the_optimizer_inside():
+    model = model_of()
+    optimizer = Counted(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    train(model, optimizer)
+    found = {c.name: c.state_bytes for c in memories(levels(model, optimizer))}
+    size = sum(p.nbytes for p in model.parameters())
+    assert found == {"Counted: state": 8 * 4, "Counted: other state": size}
+
+
+def test_a_memory_is_predicted_until_it_is_held_whatever_others_have_done():
+    model = model_of()
+    first, *rest = model.parameters()
+    groups = [{"params": [first]}, {"params": rest, "period": 3}]
+    optimizer = no.MultiFrequency(groups, inner=torch.optim.AdamW)
+    predicted = {c.name: c.state_bytes for c in memories(levels(model, optimizer))}
+    train(model, optimizer)
+    slow = "MultiFrequency: moments, every 3 optimizer steps"
+    found = memories(levels(model, optimizer))
+    assert {c.name: c.state_bytes for c in found} == predicted
+    assert {c.name for c in found if not c.measured} == {slow}
+    train(model, optimizer, steps=2)
+    assert all(c.measured for c in memories(levels(model, optimizer)))
+
+
+def test_a_memory_whose_parameters_had_no_gradient_yet_is_predicted():
+    model = model_of()
+    groups = [{"params": model[0].parameters()}, {"params": model[1:].parameters(), "betas": (0.5, 0.9)}]
+    optimizer = torch.optim.AdamW(groups)
+    sizes = [c.state_bytes for c in memories(levels(model, optimizer))]
+    for p in model[0].parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    after = memories(levels(model, optimizer))
+    assert [(c.state_bytes, c.measured) for c in after] == list(zip(sizes, (True, False), strict=True))
+
+
 def test_state_of_parameters_frozen_later_is_not_lost():
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -220,8 +321,31 @@ def test_optimizers_that_do_not_fit_are_refused():
     model = model_of()
     with pytest.raises(ValueError, match="trains none of the model's 8 parameters"):
         levels(model, torch.optim.SGD(model_of().parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="expected torch optimizers or None, got str"):
-        levels(model, ["adamw"])
+
+
+def test_what_is_no_optimizer_is_refused():
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for given, kind in [
+        ("adamw", "str"),
+        (["adamw"], "str"),
+        (0.1, "float"),
+        (torch.tensor(0.1), "Tensor"),
+        ({"a": optimizer}, "dict"),
+        ([optimizer, None], "NoneType"),
+        (torch.optim.AdamW, "the class AdamW"),
+        (torch.optim.lr_scheduler.StepLR(optimizer, 1), "StepLR"),
+    ]:
+        with pytest.raises(ValueError, match=f"expected torch optimizers or None, got {kind}; give one"):
+            levels(model, given)
+    for several in ((optimizer,), iter([optimizer]), {"a": optimizer}.values()):
+        assert levels(model, several).optimizer == "SGD"
+
+
+def test_what_is_no_model_is_refused():
+    for given, kind in [("gpt2", "str"), (None, "NoneType"), (nn.Linear, "the class Linear")]:
+        with pytest.raises(ValueError, match=f"expected a torch.nn.Module or a Learner, got {kind}; make"):
+            levels(given)
 
 
 def described(optimizer):

@@ -33,6 +33,7 @@ from nested_learning.levels.describe.torch_optimizers import (
 )
 from nested_learning.optimizers import row_memory
 from nested_learning.optimizers.base import BaseOptimizer, Group, as_matrix, tensor_bytes, work_dtype
+from nested_learning.optimizers.multi_frequency import COUNTED_KEYS, WAITING
 
 
 def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
@@ -47,12 +48,15 @@ def rules_of(optimizer: Optimizer, group: Group) -> list[OptimizerRule]:
 def _unknown(optimizer: Optimizer, group: Group) -> Iterator[OptimizerRule]:
     """An optimizer without a description, taken at its word: a memory of the tensors of its state.
 
-    One of this package's kind says which of them have their parameter's shape.
+    One of this package's kind says which of them have their parameter's shape. The gradients that wait in
+    the state for a MultiFrequency around it are none of its own.
     """
+    foreign = WAITING if set(COUNTED_KEYS) <= set(group) else ()
     states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
-    keys = tuple(dict.fromkeys(key for state in states for key in state if tensor_bytes(state[key])))
+    sizes = [(key, tensor_bytes(state[key])) for state in states for key in state if key not in foreign]
     shaped = optimizer.parameter_shaped if isinstance(optimizer, BaseOptimizer) else ()
-    keys = keys or shaped
+    held = [key for key, size in sizes if size] or [key for key, _ in sizes]
+    keys = tuple(dict.fromkeys(held)) or shaped
     memory = DescribedGradientMemory(
         name="state",
         keys=keys,
