@@ -7,8 +7,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoConfig,
     AutoModel,
     BertConfig,
+    CTRLConfig,
+    DogeConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -333,6 +336,8 @@ def test_llama_with_adamw():
         GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=32),
         GPTNeoXConfig(**SMALL, intermediate_size=24),
         Phi3Config(**SMALL, intermediate_size=24, num_key_value_heads=2, pad_token_id=0),
+        CTRLConfig(n_embd=16, n_layer=2, n_head=4, dff=24, vocab_size=32),
+        DogeConfig(**SMALL, intermediate_size=24, num_key_value_heads=2, keep_window_size=4, pad_token_id=0),
     ],
     ids=lambda config: config.model_type,
 )
@@ -363,6 +368,53 @@ def test_attention_with_a_window_and_without_a_cache():
     )
     mixed = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2)
     assert len(levels(mixed)["softmax attention"].where) == 2
+
+
+BOUNDED = {
+    "mistral": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 4,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 24,
+    },
+    "zaya": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": 4, "num_experts": 2},
+    "inkling_text": {
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        "sliding_window_size": 4,
+        "swa_head_dim": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_attention_whose_cache_is_bounded_in_one_of_two_layers(kind):
+    sizes = {**SMALL, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": 0}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **BOUNDED[kind]})).eval()
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 9, dtype=torch.long), use_cache=True).past_key_values
+    bounded, whole = (layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    system = levels(model)
+    window = system["softmax attention (window 4)"]
+    assert (window.state_bytes, window.state_per) == (bounded, "sequence")
+    seen = "the tokens of its chunk of 4" if kind == "llama4_text" else "the last 4 tokens"
+    assert window.context == f"{seen}, as keys and values"
+    assert 9 * system["softmax attention"].state_bytes == whole
+
+
+def test_a_configuration_per_layer_is_that_of_the_layer():
+    config = MistralConfig(
+        **SMALL, intermediate_size=24, sliding_window=None, per_layer_config={1: {"sliding_window": 4}}
+    )
+    with torch.device("meta"):
+        system = levels(AutoModel.from_config(config))
+    assert system["softmax attention"].where == ("layers.0.self_attn",)
+    assert system["softmax attention (window 4)"].where == ("layers.1.self_attn",)
 
 
 def test_linear_attention_is_not_taken_for_softmax_attention():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,17 +25,23 @@ CONVOLUTIONS = (
 ATTENTION_OBJECTIVE = "Σ s(k, q) ½‖v − M‖², s = exp⟨k, q⟩ (Nadaraya-Watson)"
 ATTENTION_RULE = "closed form: nothing is trained, keys and values are kept"
 
-# Names that attention layers give to their projections to keys and to values, or to several at once.
+# Names, in lower case, that attention layers give to their projections to keys and to values, or to several
+# at once.
 _KEYS = {"k_proj": "v_proj", "key": "value", "k": "v", "k_lin": "v_lin", "key_proj": "value_proj"}
-_KEYS |= {"to_k": "to_v", "linear_k": "linear_v", "project_k": "project_v", "wk": "wv"}
-_FUSED = {"qkv", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "to_qkv", "kv_proj", "to_kv", "kv_b_proj"}
+_KEYS |= {"to_k": "to_v", "linear_k": "linear_v", "project_k": "project_v", "wk": "wv", "k_head": "v_head"}
+_FUSED = {"qkv", "qkv_proj", "query_key_value", "wqkv", "c_attn", "to_qkv", "kv_proj", "to_kv", "kv_b_proj"}
+_FUSED |= {"att_proj"}
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
-# Parts of linear attention, state-space and recurrent layers that also call themselves attention.
-_RECURRENT = re.compile(r"decay|slope|a_log|dt_|receptance|conv|^b_proj$|^beta", re.IGNORECASE)
+# Parts of linear attention, state-space and recurrent layers that also call themselves attention. Softmax
+# attention may have a `dt_proj`, which makes its mask, and short convolutions of its keys and values, `k_sconv`.
+_RECURRENT = re.compile(r"decay|slope|a_log|dt_bias|receptance|(?<!s)conv|^b_proj$|^beta", re.IGNORECASE)
+# Name of the number that bounds keys and values, by the type that the configuration gives a layer.
+_BOUNDS = {"sliding_attention": "sliding_window", "hybrid_sliding": "sliding_window"}
+_BOUNDS |= {"chunked_attention": "attention_chunk_size"}
 
 
 def softmax_attention(
-    module: nn.Module, bytes_per_token: int | None, window: int | None = None
+    module: nn.Module, bytes_per_token: int | None, window: int | None = None, chunked: bool = False
 ) -> Iterator[Described]:
     """The description of softmax attention: a non-parametric memory of all tokens in context (eq 62-63).
 
@@ -42,10 +49,12 @@ def softmax_attention(
         module: the module whose parameters are the projections around it.
         bytes_per_token: bytes of the keys and values kept for each token; None where that is not known.
         window: number of tokens that each one sees; None for all.
+        chunked: whether they are those of its chunk of so many, not the last ones before it.
     """
     name, context, state_bytes = "softmax attention", "all tokens, as keys and values", bytes_per_token
     if window is not None:
-        name, context = f"{name} (window {window})", f"the last {window} tokens, as keys and values"
+        seen = f"the tokens of its chunk of {window}" if chunked else f"the last {window} tokens"
+        name, context = f"{name} (window {window})", f"{seen}, as keys and values"
         state_bytes = None if bytes_per_token is None else max(window - 1, 1) * bytes_per_token
     yield DescribedMemory(
         name=name,
@@ -70,23 +79,40 @@ def find_attention(module: nn.Module) -> Iterator[Described] | None:
     parts += dict(module.named_buffers(recurse=False))
     if not _ATTENTION_CLASS.search(type(module).__name__) or any(_RECURRENT.search(part) for part in parts):
         return None
+    named = {name.lower(): child for name, child in children.items()}
     for key, value in _KEYS.items():
-        if key in children and value in children:
-            bytes_per_token = _bytes_per_token(children[key], children[value])
-            return softmax_attention(module, bytes_per_token, _window(module))
-    if _FUSED & children.keys():
-        return softmax_attention(module, _bytes_from_config(module), _window(module))
+        if key in named and value in named:
+            return softmax_attention(module, _bytes_per_token(named[key], named[value]), *_window(module))
+    if _FUSED & named.keys():
+        return softmax_attention(module, _bytes_from_config(module), *_window(module))
     return None
 
 
-def _window(module: nn.Module) -> int | None:
-    """Number of tokens that each one sees, from the layer or else from the model's configuration."""
-    config = getattr(module, "config", None)
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+def _window(module: nn.Module) -> tuple[int | None, bool]:
+    """Number of tokens that each one sees, or None, and whether they are those of its chunk.
+
+    The layer's type in the model's configuration decides; without one, which of the two numbers there is, as
+    in transformers' caches. The number is the layer's own or else the configuration's.
+    """
+    config = _config(module)
+    found = {name: getattr(module, name, getattr(config, name, None)) for name in _BOUNDS.values()}
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    if isinstance(types, list) and isinstance(index, int) and types[index] != "sliding_attention":
-        return None
-    return window if isinstance(window, int) else None
+    if isinstance(types, (list, tuple)) and isinstance(index, int) and index < len(types):
+        name = _BOUNDS.get(types[index])
+    else:
+        name = next((name for name, number in found.items() if isinstance(number, int)), None)
+    number = None if name is None else found[name]
+    return (number if isinstance(number, int) else None), name == _BOUNDS["chunked_attention"]
+
+
+def _config(module: nn.Module) -> Any:
+    """The configuration of a module's layer where layers have their own, else the model's; None without."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    # the model's refuses to tell what may differ between layers
+    layers = config.per_layer_config
+    return layers[index] if isinstance(index, int) and index < len(layers) else None
 
 
 def _bytes_per_token(key: nn.Module, value: nn.Module) -> int | None:
@@ -99,7 +125,7 @@ def _bytes_per_token(key: nn.Module, value: nn.Module) -> int | None:
 
 def _bytes_from_config(module: nn.Module) -> int | None:
     """Bytes per token behind fused projections: two vectors, if the configuration tells the heads' widths."""
-    config = getattr(module, "config", None)
+    config = _config(module)
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int) or hasattr(config, "kv_lora_rank"):
