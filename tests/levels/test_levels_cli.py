@@ -5,8 +5,17 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+)
 
+from nested_learning import HopeConfig
 from nested_learning.cli.levels import model_on_meta
 from nested_learning.cli.main import main
 from nested_learning.levels import levels
@@ -54,6 +63,82 @@ def test_any_transformers_folder(capsys, tmp_path):
     assert names == ["embedding", "attention projections", "MLPs", "norms", "head"]
     BertModel(BertConfig(**SIZES, vocab_size=32)).save_pretrained(tmp_path / "bert")
     assert json_of(capsys, str(tmp_path / "bert"))["levels"][0]["frequency"] == "∞ (non-parametric)"
+
+
+LLAMA = LlamaConfig(**SIZES, vocab_size=32)
+BART = BartConfig(
+    vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24
+)
+
+
+def folder_of(tmp_path, config, architectures):
+    """A folder with a configuration alone, which is all that is read."""
+    config.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": architectures}))
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "parts"),
+    [
+        (BART, "BartForConditionalGeneration", {"encoder", "decoder"}),
+        (LLAMA, "LlamaModel", {"layers"}),
+        (BertConfig(**SIZES, vocab_size=32), "BertForSequenceClassification", {"bert", "classifier"}),
+        (ViTConfig(**SIZES), "ViTForImageClassification", {"vit", "classifier"}),
+        (HopeConfig(hidden_size=16, num_heads=2, num_hidden_layers=1), "HopeForTokenClassification", set()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_is_shown_as_the_class_that_it_was_saved_from(capsys, tmp_path, config, name, parts):
+    model = model_on_meta(folder_of(tmp_path, config, [name]))
+    assert type(model).__name__ == name
+    assert parts <= {part for path, _ in model.named_modules() for part in path.split(".")}
+    assert all(p.is_meta for p in model.parameters())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "named", [None, [], ["Mine"], ["BertModel"], ["GenerationConfig"], ["PreTrainedModel"]], ids=str
+)
+def test_a_guess_is_called_one(capsys, tmp_path, named):
+    folder = folder_of(tmp_path, LLAMA, named)
+    assert main(["levels", folder, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == "LlamaForCausalLM"
+    assert f"(architectures: {named}); shown as LlamaForCausalLM, a guess" in err
+
+
+def test_a_class_that_transformers_pairs_with_anothers_configuration(capsys, tmp_path):
+    config = AutoConfig.for_model("internlm3", **SIZES, vocab_size=32)
+    assert type(model_on_meta(folder_of(tmp_path, config, ["LlamaModel"]))).__name__ == "LlamaModel"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mine"])
+def test_code_in_a_folder_is_not_run(capsys, tmp_path, monkeypatch, model_type):
+    folder = folder_of(tmp_path, LLAMA, ["LlamaModel"])
+    ran = tmp_path / "ran"
+    (tmp_path / "model" / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    path = tmp_path / "model" / "config.json"
+    own = {"auto_map": {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"}, "model_type": model_type}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # whoever asks is told to go on
+    assert main(["levels", folder]) == (0 if model_type == "llama" else 2)
+    assert not ran.exists()
+    if model_type == "mine":
+        assert "a model with code of its own, and this command runs none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["one name", "a link"])
+def test_two_outputs_in_one_file_are_refused(capsys, tmp_path, linked):
+    png = mermaid = tmp_path / "levels"
+    if linked:
+        png = tmp_path / "link"
+        png.symlink_to(mermaid)
+    assert main(["levels", "hope-tiny", "--png", str(png), "--mermaid", str(mermaid)]) == 2
+    assert f"--mermaid {mermaid} and --png {png} are one file" in capsys.readouterr().err
+    assert not mermaid.exists()
 
 
 def test_files_beside_the_output(capsys, tmp_path):

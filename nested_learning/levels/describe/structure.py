@@ -33,7 +33,7 @@ _FUSED = {"qkv", "qkv_proj", "query_key_value", "wqkv", "c_attn", "to_qkv", "kv_
 _FUSED |= {"att_proj"}
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 # Parts of linear attention, state-space and recurrent layers that also call themselves attention. Softmax
-# attention may have a `dt_proj`, which makes its mask, and short convolutions of its keys and values, `k_sconv`.
+# attention may have a `dt_proj`, which makes its mask, and a `k_sconv`, a short convolution of its keys.
 _RECURRENT = re.compile(r"decay|slope|a_log|dt_bias|receptance|(?<!s)conv|^b_proj$|^beta", re.IGNORECASE)
 # Name of the number that bounds keys and values, by the type that the configuration gives a layer.
 _BOUNDS = {"sliding_attention": "sliding_window", "hybrid_sliding": "sliding_window"}
