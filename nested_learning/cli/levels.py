@@ -133,6 +133,8 @@ def model_on_meta(name: str) -> nn.Module:
         with torch.device("meta"):
             if cls is not None:
                 return cls._from_config(own)
+            named = config.architectures
+            config.architectures = named or []  # an Auto class that has a choice of two reads it
             auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
             guessed = auto.from_config(config, trust_remote_code=False)
     except ValueError as error:
@@ -144,7 +146,7 @@ def model_on_meta(name: str) -> nn.Module:
         ) from error
     say(
         f"{name}: config.json names no model class of transformers for a {type(config).__name__} "
-        f"(architectures: {config.architectures}); shown as {type(guessed).__name__}, a guess"
+        f"(architectures: {named}); shown as {type(guessed).__name__}, a guess"
     )
     return guessed
 

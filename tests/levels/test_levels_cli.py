@@ -10,6 +10,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    FunnelConfig,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -107,6 +108,14 @@ def test_a_guess_is_called_one(capsys, tmp_path, named):
     out, err = capsys.readouterr()
     assert json.loads(out)["model"] == "LlamaForCausalLM"
     assert f"(architectures: {named}); shown as LlamaForCausalLM, a guess" in err
+
+
+def test_a_guess_between_two_classes(capsys, tmp_path):
+    sizes = {"vocab_size": 32, "block_sizes": [1], "d_model": 16, "n_head": 4, "d_head": 4, "d_inner": 24}
+    assert main(["levels", folder_of(tmp_path, FunnelConfig(**sizes), None), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == "FunnelModel"
+    assert "(architectures: None); shown as FunnelModel, a guess" in err
 
 
 def test_a_class_that_transformers_pairs_with_anothers_configuration(capsys, tmp_path):

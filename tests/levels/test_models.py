@@ -9,9 +9,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoModel,
+    BarkSemanticConfig,
+    BarkSemanticModel,
     BertConfig,
     CTRLConfig,
     DogeConfig,
+    FunnelConfig,
+    FunnelModel,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -368,6 +372,22 @@ def test_attention_with_a_window_and_without_a_cache():
     )
     mixed = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2)
     assert len(levels(mixed)["softmax attention"].where) == 2
+
+
+def test_attention_by_other_names():
+    sizes = {"hidden_size": 16, "num_heads": 4, "num_layers": 2, "block_size": 16}
+    bark = BarkSemanticModel(BarkSemanticConfig(input_vocab_size=32, output_vocab_size=32, **sizes)).eval()
+    with torch.no_grad():
+        cache = bark(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 5 * levels(bark)["softmax attention"].state_bytes == held
+    funnel = FunnelConfig(vocab_size=32, block_sizes=[2], d_model=16, n_head=4, d_head=4, d_inner=24)
+    with torch.device("meta"):  # it has no cache
+        system = levels(FunnelModel(funnel))
+    assert system["softmax attention"].where[:2] == (
+        "encoder.blocks.0.0.attention",
+        "encoder.blocks.0.1.attention",
+    )
 
 
 BOUNDED = {

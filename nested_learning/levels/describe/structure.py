@@ -108,7 +108,7 @@ def _window(module: nn.Module) -> tuple[int | None, bool]:
 def _config(module: nn.Module) -> Any:
     """The configuration of a module's layer where layers have their own, else the model's; None without."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    if not getattr(config, "is_heterogeneous", False):
+    if config is None or not getattr(config, "is_heterogeneous", False):
         return config
     # the model's refuses to tell what may differ between layers
     layers = config.per_layer_config
