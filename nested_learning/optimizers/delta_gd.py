@@ -272,10 +272,12 @@ class _Watch:
             return
         if weight in optimizer._trained:
             x = (args[0] if args else kwargs["input"]).detach()
-            edge = get_gradient_edge(layer.weight)
+            # A layer that fully_shard wrapped by itself is in shards again here: the whole weight, whose
+            # gradient is computed, is out of reach, and every backward pass counts.
+            edge = None if is_sharded(layer.weight) else get_gradient_edge(layer.weight)
 
             def collect(_: Tensor) -> None:
-                if _is_reached(edge):
+                if edge is None or _is_reached(edge):
                     optimizer._collect(layer, weight, x)
 
             output.register_hook(collect)

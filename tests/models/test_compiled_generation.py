@@ -120,7 +120,7 @@ def test_one_graph_of_the_whole_model(mixer, graphs):
 def test_a_cms_that_learns(cms, graphs):
     model = small_model(["linear_attention"], **LEARNING[cms])
     same(model, model.get_compiled_call(config_of(graphs)))
-    assert graphs.count == (2 if cms == "lm" else 1)  # "lm": with the block's weights, then with rows' own
+    assert graphs.count == 1
 
 
 def test_blocks_without_an_mlp(graphs):

@@ -234,3 +234,13 @@ def test_shards_take_the_step_of_the_whole(tmp_path):
     assert "needs whole parameters" in graph
     assert "attach(model) after fully_shard" in late
     assert "make the optimizer after fully_shard" in stale
+
+
+def test_delta_gd_on_layers_that_are_wrapped_by_themselves(tmp_path):
+    """In one process, since a hook is to find the weight of such a layer in shards again."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        assert difference(delta_gd, Model().double(), str(tmp_path / "state")) < 1e-10
+    finally:
+        dist.destroy_process_group()
