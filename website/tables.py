@@ -349,4 +349,43 @@ TABLES = (
         },
         across=False,
     ),
+    ResultTable(
+        "facts-32k",
+        "facts-32k",
+        {
+            "no-adaptation": "no adaptation",
+            "context-2k": "the last 2,048 tokens as context",
+            "fine-tuning": "fine-tuning",
+            "one-level": "one level",
+            "level-replay": "one level, half of what it learns read again",
+            "retrieval-alone": "retrieval, six passages before the question",
+        },
+        {
+            "cloze": Means(("cloze often",), best="highest"),
+            "paraphrased": Means(("paraphrased often",), best="highest"),
+            "damage, nats": Means(("damage often",)),
+        },
+        across=False,
+    ),
+    ResultTable(
+        "month",
+        "month",
+        {
+            "no-adaptation": "no adaptation",
+            "in-context": "the last 1,024 tokens as context",
+            "retrieval-alone": "retrieval, six passages before the question",
+            "fine-tuning-shared": "fine-tuning, one model for both users",
+            "fine-tuning": "fine-tuning, a model for each",
+            "one-level": "one level",
+            "level-replay": "one level, half of what it learns read again",
+        },
+        {
+            "recall": Means(("recall",), best="highest"),
+            "of what was corrected": Means(("correction",), best="highest"),
+            "latest likelier than old": Means(("latest over old",)),
+            "leak, nats": Means(("leak",)),
+            "damage, nats": Means(("damage",)),
+        },
+        across=False,
+    ),
 )  # fmt: skip
