@@ -71,6 +71,11 @@ def _parse(argv: list[str]) -> tuple[AdaptConfig, list[Level], Namespace]:
     if "--resume" in argv:
         return _resumed(argv)
     values = parse(parser, argv, aliases=ALIASES)
+    if "data.documents" in given_flags(argv) and values.data.documents == "marked":
+        raise ValueError(
+            "data.documents is 'marked', but what levels learn of a text is in force in all of it, whatever "
+            "documents it holds; leave it out"
+        )
     built = parser.instantiate(values)
     fields = AdaptConfig.__dataclass_fields__
     levels, _ = levels_and_starts(values, argv)

@@ -158,9 +158,7 @@ def saved_run(output: str) -> tuple[AdaptConfig, list[Level]]:
         raise ValueError(f"{output} holds another kind of run; resume it with the command that began it")
     try:
         values = saved["config"]
-        # runs begun by 0.1.0 say "marked", which made no difference
-        data = DataConfig(**{**values.pop("data"), "documents": "joined"})
-        optim = values.pop("optim")
+        data, optim = DataConfig(**values.pop("data")), values.pop("optim")
         optim["betas"] = tuple(optim["betas"])
         config = AdaptConfig(**{**values, "data": data, "optim": OptimConfig(**optim), "output": output})
         return config, [Level(**level) for level in saved["levels"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nested_learning._checks import check_types, require
 from nested_learning.training.config import OptimConfig, TrainConfig
@@ -17,7 +17,7 @@ class AdaptConfig:
 
     Args:
         model: folder of the pretrained model and its tokenizer
-        data: text; its tokenizer is the model's
+        data: text; its tokenizer is the model's, and documents are joined whatever `documents` says
         optim: AdamW for the base model, and its schedule
         output: folder of the run
         steps: optimizer steps
@@ -61,16 +61,13 @@ class AdaptConfig:
                     f"data.{name} is {getattr(self.data, name)}, but each text of `adapt` is read from its "
                     "beginning, with levels that learn from it alone; leave it out"
                 )
-        for name, why in (
-            (
-                "documents",
-                "what levels learn of a text is in force in all of it, whatever documents it holds",
-            ),
-            ("bpe_vocab_size", "a pretrained model reads with its own tokenizer"),
-        ):
-            value, expected = getattr(self.data, name), getattr(DataConfig(documents="joined"), name)
-            if value != expected:
-                raise ValueError(f"data.{name} is {value!r}, but {why}; expected {expected!r}, leave it out")
+        if self.data.bpe_vocab_size != DataConfig().bpe_vocab_size:
+            raise ValueError(
+                f"data.bpe_vocab_size is {self.data.bpe_vocab_size}, but a pretrained model reads with its "
+                "own tokenizer; leave it out"
+            )
+        # What levels learn of a text is in force in all of it, whatever documents it holds.
+        self.data = replace(self.data, documents="joined")
         self.as_training()  # checks the rest
 
     def as_training(self) -> TrainConfig:
