@@ -344,7 +344,7 @@ def test_facts_tasks_need_no_data_at_smoke(base):
 def test_facts_told_often_alone(base):
     both = find_task("facts-32k").at("smoke")
     task = find_task("facts-32k").at("smoke", told_once=False)
-    method = find_method("retrieval-alone")
+    method = find_method("context-2k")
     figures = task.run(method, 0)
     assert not [name for name in figures if name.endswith("once")]
     whole = both.run(method, 0)
