@@ -16,7 +16,7 @@ from nested_learning.cli.chat_config import ChatConfig
 from nested_learning.cli.level_flags import (
     add_anchor_flags,
     add_level_flags,
-    given_flags,
+    chosen_flags,
     gives_levels,
     levels_and_starts,
 )
@@ -90,8 +90,7 @@ def run(argv: list[str]) -> int:
 
     dialogue: Dialogue | HopeDialogue
     if is_hope(config.model):
-        named = given_flags(argv)
-        given = [name for name in OF_LEARNERS if name in named or values[name] != parser.get_default(name)]
+        given = chosen_flags(values, parser, argv, OF_LEARNERS)
         dialogue = _hope_dialogue(config, given, gives_levels(argv))
     else:
         own = levels if gives_levels(argv) else None

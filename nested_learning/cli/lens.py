@@ -14,7 +14,7 @@ from nested_learning.cli.level_flags import (
     LEVEL_FLAGS,
     add_anchor_flags,
     add_level_flags,
-    given_flags,
+    chosen_flags,
     gives_levels,
     levels_and_starts,
 )
@@ -110,8 +110,7 @@ def _record(values: Namespace, parser: ArgumentParser, text: str, argv: Sequence
     folder = str(saved_folder(name))
     if not isinstance(AutoConfig.from_pretrained(folder, local_files_only=True), HopeConfig):
         return _learner_recording(folder, values, text, argv)
-    named, defaults = given_flags(argv), parser.get_defaults()
-    given = [f"--{flag}" for flag in OF_LEARNERS if flag in named or values[flag] != defaults[flag]]
+    given = [f"--{flag}" for flag in chosen_flags(values, parser, argv, OF_LEARNERS)]
     if given:
         raise ValueError(
             f"{', '.join(given)} describe levels on a pretrained model of another kind; {name} is a Hope "

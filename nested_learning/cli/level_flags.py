@@ -80,6 +80,14 @@ def given_flags(argv: Sequence[str]) -> set[str]:
     return {item.partition("=")[0].lstrip("-").replace("-", "_") for item in argv if item.startswith("--")}
 
 
+def chosen_flags(
+    values: Namespace, parser: ArgumentParser, argv: Sequence[str], of: Sequence[str]
+) -> list[str]:
+    """Names in `of` of flags that a command line has, at their defaults too, or that are not at them."""
+    named, defaults = given_flags(argv), parser.get_defaults()
+    return [name for name in of if name in named or values[name] != defaults[name]]
+
+
 def gives_levels(argv: Sequence[str]) -> bool:
     """Whether a command line has one of these flags."""
     return not given_flags(argv).isdisjoint(LEVEL_FLAGS)
