@@ -11,6 +11,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 _SHOWN = 3  # names of weights in a message
 
 
+class IncompleteModelError(ValueError):
+    """A saved model that is no causal language model, or not a whole one."""
+
+
 def load_causal_lm(source: str | Path, config: Any, **options: Any) -> Any:
     """The causal language model of a folder or of the hub, whose weights are all its own.
 
@@ -23,7 +27,8 @@ def load_causal_lm(source: str | Path, config: Any, **options: Any) -> Any:
         options: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: it was saved as a model of another kind, or weights are missing or have other sizes.
+        IncompleteModelError: it was saved as a model of another kind, or weights are missing or have other
+            sizes.
         OSError: there is no such model.
         SafetensorError: a file of weights is damaged.
     """
@@ -36,12 +41,12 @@ def load_causal_lm(source: str | Path, config: Any, **options: Any) -> Any:
         f"{name} ({list(here)}, expected {list(due)})" for name, here, due in report["mismatched_keys"]
     )
     if other:
-        raise ValueError(
+        raise IncompleteModelError(
             f"weights in {source} have sizes other than its config.json says: {_some(other)}; give the "
             "folder of one model, as save_pretrained wrote it"
         )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
+        raise IncompleteModelError(
             f"the weights in {source} lack {_some(missing)}; give a whole model, as save_pretrained wrote it"
         )
     return model
@@ -67,11 +72,11 @@ def load_tokenizer_of(source: str | Path) -> Any:
 
 
 def _check_causal(source: str | Path, config: Any) -> None:
-    """Raise ValueError for a model that was saved with another head, which reads or answers otherwise."""
+    """Raise IncompleteModelError for a model that was saved with a head that reads or answers otherwise."""
     saved = [name for name in getattr(config, "architectures", None) or [] if "For" in name]
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if saved and not any(name in causal or name.endswith("ForCausalLM") for name in saved):
-        raise ValueError(
+        raise IncompleteModelError(
             f"{source} holds a {' and '.join(saved)}, which is no causal language model: it does not predict "
             "the next token from those before; give a decoder, such as a ...ForCausalLM"
         )

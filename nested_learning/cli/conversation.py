@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from nested_learning._precision import loading_dtype
-from nested_learning._saved_models import load_causal_lm
+from nested_learning._saved_models import IncompleteModelError, load_causal_lm
 from nested_learning.models import HopeCache, HopeConfig, HopeForCausalLM
 from nested_learning.models.hope.session_hope import HopeSession
 from nested_learning.models.packaged import or_packaged
@@ -48,7 +48,7 @@ def load_model(path: str) -> tuple[HopeForCausalLM, PreTrainedTokenizerFast]:
     assert device is not None
     try:
         model = load_causal_lm(folder, config, local_files_only=True, dtype=loading_dtype(config, device))
-    except ValueError:
+    except IncompleteModelError:
         raise
     except Exception as error:  # safetensors, json and torch each have their own
         raise ValueError(f"the model in {folder} is damaged ({type(error).__name__}: {error})") from error

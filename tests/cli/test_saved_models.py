@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
+from nested_learning.cli.conversation import load_model
 from nested_learning.cli.dialogue import load_pretrained
 from nested_learning.cli.main import main
 from tests.cli.test_chat import folder  # noqa: F401 - a fixture
+from tests.cli.test_hope_dialogue import model_and_tokenizer
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
@@ -54,6 +56,15 @@ def test_sizes_that_do_not_fit_are_told(copied):
     (copied / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     with pytest.raises(ValueError, match=r"sizes other than .*\.mlp\.\w+\.weight \(\[.*\], expected \[.*48"):
         load_pretrained(str(copied))
+
+
+def test_files_of_a_hope_model_that_cannot_be_read_are_called_damaged(tmp_path):
+    for part in model_and_tokenizer():
+        part.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the model in .* is damaged \(JSONDecodeError"):
+        load_model(str(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_named(copied):
