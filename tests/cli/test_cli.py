@@ -1,6 +1,5 @@
 """The commands as a user meets them: exit codes, messages, JSON alone on stdout."""
 
-import io
 import json
 import os
 import signal
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import nested_learning
 from nested_learning import HopeCache, HopeConfig, HopeForCausalLM, preset
@@ -172,48 +170,6 @@ def test_interrupts_exits_and_pipes_pass_the_door(monkeypatch, error):
             main(["info", "hope-tiny"])
         return
     assert main(["info", "hope-tiny"]) == (130 if isinstance(error, KeyboardInterrupt) else 0)
-
-
-class _LeftPipe(io.StringIO):
-    """A stdout whose reader leaves after some characters."""
-
-    def __init__(self, path, room):
-        super().__init__()
-        self.file, self.room = path.open("w"), room
-
-    def write(self, text):
-        self.room -= len(text)
-        if self.room < 0:
-            raise BrokenPipeError
-        return len(text)
-
-    def fileno(self):
-        return self.file.fileno()
-
-
-@pytest.mark.parametrize("room", [0, 3])
-def test_a_state_is_saved_though_nobody_reads_the_text(monkeypatch, capsys, run_folder, tmp_path, room):
-    argv = ["generate", run_folder, "--prompt", "ab", "--max_new_tokens", "6", "--seed", "1"]
-    whole, alone = tmp_path / "whole", tmp_path / "alone"
-    assert main([*argv, "--save_state", str(whole)]) == 0
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr("sys.stdout", _LeftPipe(tmp_path / "out", room))
-        assert main([*argv, "--save_state", str(alone)]) == 0
-        assert main(argv) == 0
-    assert f"nobody read on; state saved in {alone}" in capsys.readouterr().err
-    expected, found = load_file(whole), load_file(alone)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_closed_streams_are_as_empty_ones(monkeypatch, capsys, run_folder):
-    for name in ("stdin", "stdout", "stderr"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"sys.{name}", None)
-            assert main(["info", "hope-tiny"]) == 0
-            assert main(["lens", run_folder, "--text", "-"]) == 2
-            assert getattr(sys, name) is not None
-    assert "the text has 0 token(s)" in capsys.readouterr().err
 
 
 def test_yaml_and_flags_make_one_configuration(text, tmp_path, capsys):
