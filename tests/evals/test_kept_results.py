@@ -63,6 +63,11 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
     section = guide.partition("## Settings that need no tuning")[2].partition("\n## ")[0]
     for text in (AUTO.reason, section):
         assert re.findall(rf"\b(?:{'|'.join(map(re.escape, recalled))})\b", text) == recalled
+    again, alone = quoted(rows["facts-32k"], "cloze often", "level-replay", "one-level")
+    assert f"a full level with it recalled {again}, one without {alone}, a context none" in " ".join(
+        section.split()
+    )
+    assert rows["facts-32k"]["context-2k"].mean("cloze often") == 0
     table = guide.partition("## What it learned")[2]
     methods = (
         "one-level",

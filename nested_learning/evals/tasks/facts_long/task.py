@@ -304,7 +304,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
 
 
 def _sized(tokens: int, seeds: int, *, told_once: bool) -> Mapping[str, LongFactsOptions]:
-    """Options by budget; `told_once` is of "small", which saves half of its time without."""
+    """Options by budget; `told_once` is for "small", which takes half of the time without it."""
     full = LongFactsOptions(tokens=tokens, seeds=seeds)
     return {"smoke": SMOKE, "small": replace(full, told_once=told_once), "full": full}
 
