@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from nested_learning._precision import loading_dtype
 from nested_learning._saved_models import load_causal_lm, load_tokenizer_of
-from nested_learning.cli.turns import SpokenTurn, SpokenTurns
+from nested_learning.cli.turns import SpokenTurn, SpokenTurns, check_room
 from nested_learning.continual import Learner, Snapshot
 from nested_learning.continual.inputs import most_positions
 from nested_learning.continual.replaying.sources import KnownSource
@@ -76,6 +76,9 @@ class Dialogue:
         source: name under which a learner with replay keeps what is said.
         retrieve: most tokens of what was said before that a message is answered with; 0 for none. They
             stand in the message, within the model's own chat template.
+
+    Raises:
+        ValueError: an answer may take all the positions of the model.
     """
 
     learner: Learner
@@ -84,6 +87,9 @@ class Dialogue:
     source: str = "chat"
     retrieve: int = 0
     _turns: SpokenTurns[Snapshot] = field(default_factory=SpokenTurns)
+
+    def __post_init__(self) -> None:
+        check_room(self._for_answer, most_positions(self.learner.model))
 
     def reply(self, message: str) -> str:
         """The answer to a message, which is learned then."""
@@ -164,6 +170,11 @@ class Dialogue:
         """As `Memory.save`."""
         self.learner.memory.save(path)
 
+    @property
+    def _for_answer(self) -> int:
+        """Positions that are left for an answer."""
+        return self.generation.get("max_new_tokens", 0)
+
     def _encode(self, text: str) -> list[int]:
         return self.learner.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -174,7 +185,7 @@ class Dialogue:
     def _prompt(self, message: str) -> torch.Tensor:
         """Ids [T] of the conversation with the message, its oldest turns left out until it fits."""
         positions = most_positions(self.learner.model)
-        room = positions - self.generation.get("max_new_tokens", 0)
+        room = positions - self._for_answer
         notes = self.learner.retrieve(message, self.retrieve).text if self.retrieve else ""
         shown = [f"{NOTES}\n{notes}\n{message}"] if notes else []
         turns = [pair for turn in self._turns for pair in (("user", turn.message), ("assistant", turn.reply))]

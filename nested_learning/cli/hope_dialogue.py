@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nested_learning._files import writable
-from nested_learning.cli.turns import SpokenTurn, SpokenTurns
+from nested_learning.cli.turns import SpokenTurn, SpokenTurns, check_room
 from nested_learning.continual.files import locked
 from nested_learning.models.hope.session_hope import HopeSession
 from nested_learning.server.generation import AnswerPart, Generation
@@ -34,6 +34,9 @@ class HopeDialogue:
 
     Attributes:
         memory: the text that was read.
+
+    Raises:
+        ValueError: an answer may take all the positions of a prompt and its answer.
     """
 
     mind: HopeMind
@@ -46,6 +49,7 @@ class HopeDialogue:
     _files: set[Path] = field(default_factory=set)  # those that were loaded or written
 
     def __post_init__(self) -> None:
+        check_room(self.max_new_tokens, POSITIONS)
         self.memory: HopeSession = self.mind.empty
 
     def reply(self, message: str) -> str:

@@ -92,6 +92,14 @@ def test_commands(chat, tmp_path):
     assert other.exists()
 
 
+def test_an_answer_leaves_room_for_a_message(chat):
+    code, out, err = chat(["hello"], "--max_new_tokens", "64")  # all the positions of the model
+    assert code == 2
+    assert not out
+    assert "max_new_tokens is 64, but the model reads 64 positions" in err
+    assert chat([], "--max_new_tokens", "63")[0] == 0
+
+
 def test_undo_restores_memory_and_conversation(folder):
     dialogue, other = dialogue_on(folder), dialogue_on(folder)
     for message in ("first message", "second"):

@@ -49,6 +49,12 @@ def dialogue(**options) -> HopeDialogue:
     return HopeDialogue(HopeMind(*model_and_tokenizer()), 5, temperature=0.0, **options)
 
 
+def test_an_answer_leaves_room_for_a_message(chat):
+    code, _, err = chat(["hello"], "--max_new_tokens", "8192")
+    assert code == 2
+    assert "max_new_tokens is 8192, but the model reads 8192 positions" in err
+
+
 def test_the_memory_is_a_session_that_goes_on(chat, tmp_path):
     path = str(tmp_path / "memory.safetensors")
     code, _, err = chat(["hello there"], "--memory", path)
