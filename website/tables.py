@@ -359,6 +359,7 @@ TABLES = (
             "one-level": "one level",
             "level-replay": "one level, half of what it learns read again",
             "retrieval-alone": "retrieval, six passages before the question",
+            "retrieval-level": "retrieval, so, over one level",
         },
         {
             "cloze": Means(("cloze often",), best="highest"),
