@@ -331,6 +331,19 @@ def test_passages_stand_before_the_question(base, model):
     torch.testing.assert_close(answered.losses, again.losses, rtol=1e-4, atol=1e-5)
 
 
+@needs_bm25
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_best_passage_or_the_one_read_last_stands_last(base, model, in_order):
+    """The order of reading is that of `Learner.retrieve`."""
+    text = "".join(f"The lamp of room {n} hangs in corner {n * n}.\n" for n in range(40))
+    student = PassageStudent(WindowStudent(model, 30, 16), base.tokenizer, 96, 4, in_order=in_order)
+    student.learn(Reading((Passage(tuple(base.ids(text))),)))
+    with student.active() as view:
+        found = base.tokenizer.decode(view.look_up(base.ids("5 25")))  # room 5 has both, room 25 one
+    early, late = found.rindex("room 5 hangs"), found.rindex("room 25 hangs")
+    assert (early < late) is in_order
+
+
 def test_facts_tasks_need_no_data_at_smoke(base):
     task = find_task("facts-8k").at("smoke")
     figures = task.run(find_method("context-2k"), 0)

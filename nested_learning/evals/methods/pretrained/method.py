@@ -261,11 +261,18 @@ def stacked(
 
 @contextmanager
 def _passages(
-    base: Base, teaching: Teaching, seed: int, over: str, size: int = 64, count: int = 6, **options: Any
+    base: Base,
+    teaching: Teaching,
+    seed: int,
+    over: str,
+    size: int = 64,
+    count: int = 6,
+    in_order: bool = False,
+    **options: Any,
 ) -> Iterator[Student]:
     """Passages are looked up, and the way `over` keeps the text besides, with its own options."""
     with WAYS[over](base, teaching, seed, **options) as inner:
-        yield PassageStudent(inner, base.tokenizer, size, count)
+        yield PassageStudent(inner, base.tokenizer, size, count, in_order=in_order)
 
 
 WAYS: dict[str, Way] = {

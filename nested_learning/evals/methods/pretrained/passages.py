@@ -21,19 +21,23 @@ class PassageStudent(Student):
     """A student that looks up passages of all it has read, on top of another one's way of keeping it.
 
     A text is cut into passages that overlap by half, so that a sentence of half a passage is whole in one of
-    them. The best stand right before the prompt, the very best last, behind a context that the other student
-    may have.
+    them. The best stand right before the prompt, behind a context that the other student may have: the very
+    best last, or in the order in which they were read, as `Learner.retrieve` gives them.
 
     Args:
         inner: learns from the same text.
         tokenizer: words are compared, not ids.
         size: ids of a passage.
         count: passages that are looked up.
+        in_order: they stand in the order of reading, so that what was said last stands last.
     """
 
-    def __init__(self, inner: Student, tokenizer: Any, size: int, count: int) -> None:
+    def __init__(
+        self, inner: Student, tokenizer: Any, size: int, count: int, *, in_order: bool = False
+    ) -> None:
         super().__init__(inner.model)
         self.inner, self.tokenizer, self.size, self.count = inner, tokenizer, size, count
+        self.in_order = in_order
         self.passages: list[Tensor] = []
 
     def learn(self, reading: Reading) -> None:
@@ -57,8 +61,9 @@ class PassageStudent(Student):
             count = min(self.count, len(self.passages))
             places, scores = index.retrieve(words, k=count, show_progress=False)
             found = zip(places[0].tolist(), scores[0].tolist(), strict=True)
-            best = [self.passages[place] for place, score in found if score > 0]
-            return torch.cat([torch.empty(0, dtype=torch.long), *reversed(best)])
+            best = [place for place, score in found if score > 0]
+            shown = sorted(best) if self.in_order else best[::-1]
+            return torch.cat([torch.empty(0, dtype=torch.long), *(self.passages[place] for place in shown)])
 
         with self.inner.active() as view:
             yield View(view.model, view.context, look_up)

@@ -57,6 +57,11 @@ from nested_learning.evals.tasks.facts_long.task import (
 from nested_learning.evals.tasks.month.conversations import Asked, Month, two_months
 
 SHARED = PretrainedMethod("fine-tuning-shared", "fine-tuning")  # one model for both users
+PASSAGES_IN_ORDER = (
+    PretrainedMethod(  # what was said last stands last, as in a context and in Learner.retrieve
+        "retrieval-in-order", "passages", options={"over": "nothing", "in_order": True}
+    )
+)
 RATES = {**GRIDS, SHARED.name: GRIDS[FINE_TUNING.name]}
 VALUES = 12  # of each topic, of which guessing is right in one
 RECALL, LEAK = "recall", "leak"
@@ -64,7 +69,8 @@ QUESTIONS = "questions"
 PIECES = 4  # of other text in one pass
 EACH = "recall of each"  # 1 or 0, in order
 
-register_method(SHARED)
+for _method in (SHARED, PASSAGES_IN_ORDER):
+    register_method(_method)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,7 @@ class MonthTask(ReadsText[MonthOptions]):
         NO_ADAPTATION,
         IN_CONTEXT,
         PASSAGES_ALONE,
+        PASSAGES_IN_ORDER,
         FINE_TUNING,
         SHARED,
         LORA,
@@ -259,8 +266,7 @@ class MonthTask(ReadsText[MonthOptions]):
                     ahead(f"{level} recalls more than {other.name}", EACH, level, other.name, unit=QUESTIONS)
                     for other in (NO_ADAPTATION, IN_CONTEXT, FINE_TUNING, LORA)
                 ),
-                Reaches(f"after {level} the latest value is the likelier one for most that was corrected",
-                        "ours", level, {"latest over old": 0.75}),
+                _follows(level),
                 Reaches(f"nothing leaks by {level} from one user to the other (0.1 nats at most)", "ours",
                         level, {LEAK: 0.1}, higher=False),
                 ahead(f"{level} leaks less than one fine-tuned model for both", LEAK, level, SHARED.name,
@@ -269,8 +275,13 @@ class MonthTask(ReadsText[MonthOptions]):
                       higher=False),
             ]  # fmt: skip
         both, alone = PASSAGES_LEVEL.name, PASSAGES_ALONE.name
-        found.append(ahead("retrieval with a level recalls more than retrieval alone", EACH, both, alone,
-                           unit=QUESTIONS))  # fmt: skip
+        found += [
+            ahead("retrieval with a level recalls more than retrieval alone", EACH, both, alone,
+                  unit=QUESTIONS),
+            _follows(PASSAGES_IN_ORDER.name),
+            ahead("passages in the order of reading recall more than the best one last", EACH,
+                  PASSAGES_IN_ORDER.name, alone, unit=QUESTIONS),
+        ]  # fmt: skip
         return found
 
     def note(self) -> str:
@@ -291,6 +302,12 @@ class MonthTask(ReadsText[MonthOptions]):
             {"damage": "damage"},
         ]
         grouped_bars(rows, plots, path)
+
+
+def _follows(method: str) -> Reaches:
+    """The claim that corrections are taken: a bound of ours."""
+    text = f"after {method} the latest value is the likelier one for most that was corrected"
+    return Reaches(text, "ours", method, {"latest over old": 0.75})
 
 
 def _finite_mean(values: Sequence[float]) -> float | None:
