@@ -374,7 +374,8 @@ TABLES = (
         {
             "no-adaptation": "no adaptation",
             "in-context": "the last 1,024 tokens as context",
-            "retrieval-alone": "retrieval, six passages before the question",
+            "retrieval-alone": "retrieval, six passages before the question, the best last",
+            "retrieval-in-order": "… the newest last, as by `Learner.retrieve`",
             "fine-tuning-shared": "fine-tuning, one model for both users",
             "fine-tuning": "fine-tuning, a model for each",
             "one-level": "one level",

@@ -81,6 +81,32 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
         assert re.findall(r"−?0\.\d\d\b(?!\*[^*])", line)[:5] == quoted(rows["clinc150"], figure, *methods)
 
 
+SHORT_DOCUMENTS = range(16)
+GUIDE = {  # beginnings of the lines of "What to take for what": whose figures they quote, in their order
+    "a long text": ("longdoc", "bits per byte", (
+        "levels-average-reading", "window-1k", "window-8k", "levels-average-reading-8k")),
+    "facts, and": ("facts-32k", "cloze often", ("retrieval-alone",)),
+    "facts, answered": ("facts-32k", "cloze often", ("level-replay", "one-level", "fine-tuning")),
+    "what is corrected": ("month", "correction", (
+        "in-context", "retrieval-in-order", "one-level", "level-replay")),
+    "labels": ("clinc150", "accuracy", ("class-means", "two-levels-replay")),
+}  # fmt: skip
+
+
+def test_the_guide_quotes_the_runs(results):
+    rows = {result.task.name: result.rows for result in results}
+    guide = (claims.ROOT / "docs" / "continual.md").read_text(encoding="utf-8")
+    table = guide.partition("## What to take for what")[2].partition("\n## ")[0]
+    for begin, (task, figure, methods) in GUIDE.items():
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {begin}"))
+        means = []
+        for method in methods:
+            values = rows[task][method].values(figure)
+            kept = [v for seed, v in values.items() if task != "longdoc" or seed in SHORT_DOCUMENTS]
+            means.append(f"{fmean(kept):.3f}")
+        assert re.findall(r"\b0\.\d+", line) == means, begin
+
+
 def test_losses_of_tuning_that_the_pages_quote_are_those_of_the_runs(results):
     needle = next(result for result in results if result.task.name == "needle")
     tried = [o for o in needle.outcomes if o.trial.tuning and o.trial.method.name == "titans"]
