@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -54,7 +55,8 @@ class Task(ABC, Generic[OptionsT]):
         """The task at a budget, with options changed by name.
 
         Raises:
-            ValueError: no such budget or option, a value of another type, or no seed.
+            ValueError: no such budget or option, a value of another type, no seed, or a number below 0 where
+                every budget has numbers above it.
         """
         if budget not in cls.budgets:
             raise unknown(f"budget of {cls.name}", budget, cls.budgets)
@@ -68,6 +70,10 @@ class Task(ABC, Generic[OptionsT]):
         check_types(options, how=how)
         seeds = getattr(options, "seeds", 1)
         require(1 <= seeds <= TUNING_SEED, "seeds", seeds, f"1 to {TUNING_SEED} reported seeds", how)
+        for name, value in changed.items():
+            usual = [each for own in cls.budgets.values() for each in _numbers(getattr(own, name))]
+            if min(usual, default=0) > 0:  # sizes, counts and rates
+                require(min(_numbers(value), default=0) >= 0, name, value, "no number below 0", how)
         return cls(options)
 
     @abstractmethod
@@ -139,3 +145,14 @@ class Task(ABC, Generic[OptionsT]):
         from nested_learning.evals.report.figures import bars
 
         bars(rows, self.headline, self.columns[self.headline], path)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in an option's value: itself, or those in its lists and groups."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        yield float(value)

@@ -239,6 +239,7 @@ def test_the_report(tmp_path, capsys):
         (["eval", "coin", "--option", "coin.flips=many"], "Set --option coin.flips=… accordingly."),
         (["eval", "coin", "--option", "coin.seeds=0"], "seeds is 0; expected 1 to 1000 reported seeds."),
         (["eval", "coin", "--option", "coin.seeds=1001"], "Set --option coin.seeds=… accordingly."),
+        (["eval", "coin", "--option", "coin.flips=-1"], "flips is -1; expected no number below 0. Set --opt"),
         (["eval", "coin", "--option", "coin.flips=5", "--option", "coin.flips=6"], "given as 5 and as 6"),
         (["eval", "coin", "--option", "coin.flips=1", "coin.flips=true"], "given as 1 and as True"),
         (["eval", "coin", "coin"], "the tasks are coin, coin; expected one or more names, all different"),
