@@ -40,9 +40,14 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def require_seed(seed: int) -> None:
-    """Raise the ValueError of a setting `seed` that random generators do not take."""
-    require(0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+def require_seed(seed: int, how: str = "--{}") -> None:
+    """Raise the ValueError of a setting `seed` that random generators do not take; `how` it is set."""
+    require(0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1", how)
+
+
+def require_folder_name(name: str, folder: str | None) -> None:
+    """Raise the ValueError of a setting that names a folder by no text, which would be the current one."""
+    require(folder != "", name, folder, "the path of a folder; the current one is '.'")
 
 
 def check_types(config: Any, prefix: str = "", how: str = "--{}") -> None:

@@ -157,8 +157,31 @@ def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def check_writable(folder: Path) -> None:
+def make_folder(folder: Path, flag: str = "--output") -> None:
+    """Make a folder, unless it is there, and see that it can be written: before the work that it is to hold.
+
+    Args:
+        folder: path of the folder.
+        flag: the option that names it, for messages.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the output folder {folder} cannot be made: {error.strerror or error}. Choose another {flag}."
+        ) from error
+    check_writable(folder, flag)
+
+
+def check_writable(folder: Path, flag: str = "--output") -> None:
     """Write and remove a small file in a folder, or in the nearest above it that is there.
+
+    Args:
+        folder: path of the folder.
+        flag: the option that names it, for messages.
 
     Raises:
         OSError: that fails.
@@ -170,7 +193,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise OSError(
             f"the output folder {folder} cannot be written: {error.strerror or error} ({place}). "
-            "Choose another --output or make room."
+            f"Choose another {flag} or make room."
         ) from error
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nested_learning._checks import require
+from nested_learning._checks import require, require_folder_name
 from nested_learning._errors import unknown
-from nested_learning._files import check_writable
+from nested_learning._files import make_folder
 from nested_learning._progress import Progress, progress
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.method import Method
@@ -73,6 +73,7 @@ class EvalConfig:
         require(whole, "seeds", self.seeds, "whole numbers from 0 to 2**32 - 1")
         require(self.jobs >= 1, "jobs", self.jobs, "a whole number of at least 1")
         minutes = self.max_minutes
+        require_folder_name("output", self.output)
         require(minutes is None or minutes > 0, "max_minutes", minutes, "minutes, more than 0")
         if TUNING_SEED in (self.seeds or ()):
             raise ValueError(f"seed {TUNING_SEED} chooses settings; expected others in --seeds")
@@ -173,9 +174,8 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] | None = None) -> li
     plans = plan(config)
     folder = None if config.output is None else Path(config.output) / "trials"
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the first trial
-        for each in (folder.parent, *([] if config.only_report else [folder])):
-            check_writable(each)
+        make_folder(folder.parent)  # what cannot be written is said before the first trial
+        folder.mkdir(exist_ok=True) if config.only_report else make_folder(folder)
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
     later = sum(len(p.seeds) for p, _ in entrants)

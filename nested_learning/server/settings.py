@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from nested_learning._checks import check_types, require
+from nested_learning._checks import check_types, require, require_folder_name
 
 # Roles whose messages are learned, by the value of `learn`.
 MODES: dict[str, frozenset[str]] = {
@@ -85,6 +85,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        require_folder_name("memories", self.memories)
         require(self.learn in MODES, "learn", self.learn, f"one of {', '.join(MODES)}")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, at most 1")

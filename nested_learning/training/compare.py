@@ -21,7 +21,16 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from nested_learning._checks import check_fields, check_types, expected, fits, require
+from nested_learning._checks import (
+    check_fields,
+    check_types,
+    expected,
+    fits,
+    require,
+    require_folder_name,
+    require_seed,
+)
+from nested_learning._files import make_folder
 from nested_learning._progress import Progress, progress
 from nested_learning.models import preset
 from nested_learning.training.carried import CarriedRows, carried_rows
@@ -83,10 +92,13 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("models", "lrs", "seeds"):
+        for name, how in (("models", "the models"), ("lrs", "--lr"), ("seeds", "--seeds")):
             values = getattr(self, name)
             distinct = len(set(values)) == len(values) > 0
-            require(distinct, name.removesuffix("s"), values, "one or more values, all different")
+            require(distinct, name.removesuffix("s"), values, "one or more values, all different", how)
+        for seed in self.seeds:
+            require_seed(seed, "--seeds")
+        require_folder_name("cache", self.cache)
         for name in ("steps", "batch_size", "validation_batches"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         self._check_search()
@@ -202,7 +214,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         which seed, for how long, and what the budget left out.
 
     Raises:
-        ValueError: an unknown preset, optimizer, part or key, or a text that does not fit.
+        ValueError: an unknown preset, optimizer, part or key, a text that does not fit, or a cache that is
+            no folder.
+        OSError: the folder of the cache cannot be written.
     """
     contestants = [contestant(name, config.optim) for name in config.models]
     settings = settings_of(config.grid)
@@ -210,6 +224,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         one = tuned(each, setting)
         one.optim.warmup(config.steps)
         rehearse(preset(one.preset, **one.overrides), one.optim, config.data.block_size, config.steps)
+    if (folder := RunCache(config.cache).folder) is not None:
+        make_folder(folder, "--cache")  # what cannot be written is said before the first run
     count = len(settings) + len(config.seeds) if config.grid else len(config.lrs) * len(config.seeds)
     found = None
     with progress("comparing", config.steps * count, "step") as bar:

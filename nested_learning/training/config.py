@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nested_learning._checks import LARGEST, check_types, require, require_seed
+from nested_learning._checks import LARGEST, check_types, require, require_folder_name, require_seed
 from nested_learning.training.data.config import DataConfig
 
 DEFAULT_STEPS = 1000
@@ -163,6 +163,7 @@ class TrainConfig:
         require(self.memory_tokens == 0 or self.memory_tokens >= 2, "memory_tokens", self.memory_tokens, few)
         require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "0 or more tokens")
         require_seed(self.seed)
+        require_folder_name("output", self.output)
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
         if self.max_minutes is not None:
             require(

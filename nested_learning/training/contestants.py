@@ -49,6 +49,11 @@ def contestant(name: str, optim: OptimConfig) -> Contestant:
     model, colon, by = name.rpartition(":")
     if not colon or name in PRESETS or Path(name).suffix in YAML_SUFFIXES:
         model, by = name, ""
+    elif not by:
+        raise ValueError(
+            f"the model {name!r} ends in a colon; expected MODEL:OPTIMIZER, such as {model}:m3, or {model} "
+            "alone"
+        )
     base, overrides = preset_or_yaml(model)
     if by:
         if by.lower() not in by_name():

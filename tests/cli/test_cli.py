@@ -97,6 +97,7 @@ def test_help_of_everything(capsys):
         (["train", "--model.vocab_size", "30"], "the tokenizer decides it"),
         (["train", "--lr", "fast"], "optim.lr"),
         (["train", "--steps", "0"], "steps is 0"),
+        (["train", "--output", ""], "output is ''; expected the path of a folder"),
         (["train", "--steps", "5", "--optim.warmup_steps", "5"], "fewer than the 5 steps"),
         (["train", "--data", "/no/such/text"], "unknown data source '/no/such/text'"),
         (["train", "--config", "/no/such.yaml"], "No such file or directory: /no/such.yaml"),

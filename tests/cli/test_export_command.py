@@ -55,6 +55,8 @@ def test_a_checkpoint_and_an_adapter(folder, tmp_path, capsys):
     assert "cut by the rank" in shown
     assert main([*call, "--output", str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert main([*call, "--output", ""]) == 2
+    assert "output is ''; expected the path of a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

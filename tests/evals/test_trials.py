@@ -240,6 +240,7 @@ def test_the_report(tmp_path, capsys):
         (["eval", "coin", "--option", "coin.seeds=0"], "seeds is 0; expected 1 to 1000 reported seeds."),
         (["eval", "coin", "--option", "coin.seeds=1001"], "Set --option coin.seeds=… accordingly."),
         (["eval", "coin", "--option", "coin.flips=-1"], "flips is -1; expected no number below 0. Set --opt"),
+        (["eval", "coin", "--output", ""], "output is ''; expected the path of a folder; the current one is"),
         (["eval", "coin", "--option", "coin.flips=5", "--option", "coin.flips=6"], "given as 5 and as 6"),
         (["eval", "coin", "--option", "coin.flips=1", "coin.flips=true"], "given as 1 and as True"),
         (["eval", "coin", "coin"], "the tasks are coin, coin; expected one or more names, all different"),
@@ -255,6 +256,15 @@ def test_the_report(tmp_path, capsys):
 def test_bad_input(arguments, words, capsys):
     assert main([*arguments, "--quiet"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_told_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(output) == 2
+        told = capsys.readouterr().err
+        assert f"the output folder {output} cannot be made: " in told
+        assert "Choose another --output." in told
 
 
 def test_flags_may_be_repeated(tmp_path):

@@ -405,6 +405,7 @@ def test_visitors_get_the_lock(scheduler):
     "options",
     [
         {"learn": "all"},
+        {"memories": ""},
         {"duty": 1.0},
         {"top_p": 0.0},
         {"port": 70_000},

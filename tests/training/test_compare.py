@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from nested_learning import _files
 from nested_learning._progress import progress
 from nested_learning.training import compare as compare_module
 from nested_learning.training.compare import CompareConfig, Contender, compare, summarise
@@ -125,6 +126,13 @@ def test_settings_are_checked(tiny):
     for fields in ({"models": ["a", "a"]}, {"models": ["a"], "lrs": []}, {"models": ["a"], "steps": 0}):
         with pytest.raises(ValueError, match="expected"):
             CompareConfig(**fields)
+    for seeds in ([-1], [0, 2**32]):
+        with pytest.raises(ValueError, match=rf"^seed is {seeds[-1]}; expected .*Set --seeds accordingly\.$"):
+            CompareConfig(models=["a"], seeds=seeds)
+    with pytest.raises(ValueError, match=r"^model is \['a', 'a'\]; .* Set the models accordingly\.$"):
+        CompareConfig(models=["a", "a"])
+    with pytest.raises(ValueError, match=r"ends in a colon; expected MODEL:OPTIMIZER, such as hope-tiny:m3"):
+        compare(CompareConfig(models=["hope-tiny:", "transformer-tiny"]))
     with pytest.raises(ValueError, match=r"unknown preset 'hope-tinny'.*YAML"):
         compare(CompareConfig(models=["hope-tinny", "transformer-tiny"]))
 
@@ -155,6 +163,22 @@ def test_optimizers_are_contestants(tiny, yaml, tmp_path):
     assert len({tuple(curve) for curve in (plain, m3, nested)}) == 3
     with pytest.raises(ValueError, match="unknown optimizer 'm4'"):
         compare(of_cache(tiny, yaml, tmp_path / "cache", [one, f"{one}:m4"]))
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_the_first_run(tiny, yaml, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Contender, "step", lambda self, batch: pytest.fail("a step"))
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(ValueError, match="results are kept in a folder"):
+        compare(of_cache(tiny, yaml, tmp_path / "file", [yaml("one")]))
+    monkeypatch.setattr(_files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"cannot be written: Permission denied .* Choose another --cache"):
+        compare(of_cache(tiny, yaml, tmp_path / "cache", [yaml("one")]))
+    with pytest.raises(ValueError, match="cache is ''; expected the path of a folder"):
+        of_cache(tiny, yaml, "", [yaml("one")])
 
 
 def test_finished_runs_are_kept_and_no_others_are_taken_for_them(tiny, yaml, tmp_path, monkeypatch):

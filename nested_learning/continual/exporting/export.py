@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nested_learning._checks import require_folder_name
 from nested_learning._files import whole_folder
 from nested_learning._progress import progress
 from nested_learning.continual.context import evaluating
@@ -115,6 +116,7 @@ def _overall(factors: Sequence[Factors]) -> float:
 
 def unused(folder: str | os.PathLike[str]) -> Path:
     """The path of a folder that is not there, or is empty. ValueError for any other."""
+    require_folder_name("output", os.fspath(folder))
     path = Path(folder)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"the folder {path} is not empty; name another one, or remove it first")
