@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +20,7 @@ from nested_learning._checks import require, require_folder_name
 from nested_learning._errors import unknown
 from nested_learning._files import make_folder
 from nested_learning._progress import Progress, progress
+from nested_learning._workers import at_work, interrupts_held, usable_cores
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_task, known_methods, known_tasks
@@ -28,6 +29,7 @@ from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
 from nested_learning.evals.trial import Trial, TrialOutcome, error_text, start_worker
 
 ALL = "all"
+PER_CORE = 4  # processes at most: more share the cores no better, and each takes memory of its own
 SEEDS = 3  # where the options of a task do not say how many
 
 
@@ -47,7 +49,7 @@ class EvalConfig:
         only_report: no trial is made, so that no data is needed (rows such as chance are left out where it
             is missing); methods of which no trial is finished are left out
         max_minutes: no trial is begun that would probably end later; run the same command again to go on
-        jobs: processes that share the trials, and the cores
+        jobs: processes that share the trials, and the cores; at most four for each of these
     """
 
     tasks: list[str]
@@ -71,9 +73,9 @@ class EvalConfig:
             require(distinct, name, values, "one or more, all different")
         whole = all(0 <= seed < 2**32 for seed in self.seeds or ())
         require(whole, "seeds", self.seeds, "whole numbers from 0 to 2**32 - 1")
+        require_folder_name("output", self.output)
         require(self.jobs >= 1, "jobs", self.jobs, "a whole number of at least 1")
         minutes = self.max_minutes
-        require_folder_name("output", self.output)
         require(minutes is None or minutes > 0, "max_minutes", minutes, "minutes, more than 0")
         if TUNING_SEED in (self.seeds or ()):
             raise ValueError(f"seed {TUNING_SEED} chooses settings; expected others in --seeds")
@@ -276,7 +278,8 @@ class _Crew:
     """Runs trials, in this process or in several, which `held` ends with itself."""
 
     def __init__(self, config: EvalConfig, kept: TrialCache, bar: Progress, held: ExitStack) -> None:
-        self.kept, self.bar, self.jobs = kept, bar, config.jobs
+        self.kept, self.bar, self.cores = kept, bar, usable_cores()
+        self.jobs = _useful(config.jobs, self.cores)
         minutes = -math.inf if config.only_report else config.max_minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of trials, by task and method
@@ -319,19 +322,21 @@ class _Crew:
                 yield trial, _outcome(trial, future)
 
     def _submit(self, trial: Trial) -> Future[TrialOutcome]:
-        try:
-            return self._pool.submit(trial.run)
-        except BrokenProcessPool:  # one of them was killed
-            del self._pool
-            return self._pool.submit(trial.run)
+        with interrupts_held():
+            try:
+                return self._pool.submit(trial.run)
+            except BrokenProcessPool:  # one of them was killed
+                del self._pool
+                return self._pool.submit(trial.run)
 
     @cached_property
     def _pool(self) -> ProcessPoolExecutor:
         """The processes, for tuning and for what is reported: each takes seconds to load torch."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         context = multiprocessing.get_context("spawn")  # a fork would take over threads that hold locks
-        threads = max(1, cores // self.jobs)
-        return self._held.enter_context(ProcessPoolExecutor(self.jobs, context, start_worker, (threads,)))
+        threads = max(1, self.cores // self.jobs)
+        return self._held.enter_context(
+            at_work(ProcessPoolExecutor(self.jobs, context, start_worker, (threads,)))
+        )
 
     def _in_time(self, trial: Trial) -> bool:
         """Whether a trial would probably end before the deadline."""
@@ -346,6 +351,19 @@ class _Crew:
         key = (outcome.trial.task.name, outcome.trial.method.name)
         self.seconds.setdefault(key, []).append(outcome.seconds)
         return outcome
+
+
+def _useful(jobs: int, cores: int) -> int:
+    """As many processes as asked for, at most a few per core: each takes the memory of torch and of a run."""
+    most = PER_CORE * cores
+    if jobs > most:
+        warnings.warn(
+            f"jobs is {jobs}, and this process may use {cores} cores: {most} processes are started, "
+            f"{PER_CORE} per core. Set --jobs to at most {most}, best to {cores}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return min(jobs, most)
 
 
 def identity(trial: Trial) -> str:

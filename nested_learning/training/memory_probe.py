@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nested_learning._workers import end_with_parent
+from nested_learning._workers import at_work, end_with_parent, interrupts_held
 from nested_learning.models import HopeConfig, HopeForCausalLM
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.optim import build_optimizer
@@ -40,8 +40,10 @@ def step_memory(
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """The result of a function at module level, called in a process that has done nothing before."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, end_with_parent) as pool:
-        return pool.submit(function, *arguments).result()
+    with at_work(ProcessPoolExecutor(1, context, end_with_parent)) as pool:
+        with interrupts_held():
+            future = pool.submit(function, *arguments)
+        return future.result()
 
 
 def _measure(config: dict[str, Any], shape: tuple[int, int], device: str, optim: OptimConfig) -> int:

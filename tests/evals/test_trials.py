@@ -267,6 +267,24 @@ def test_an_output_that_cannot_be_made_is_told_with_the_way_out(tmp_path, capsys
         assert "Choose another --output." in told
 
 
+def test_no_more_processes_are_started_than_cores_can_use(monkeypatch):
+    asked = []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, jobs, context, start, arguments):
+            super().__init__(1)
+            asked.append((jobs, arguments))
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(runner, "usable_cores", lambda: 3)
+    config = {"tasks": ["coin"], "methods": ["good"], "seeds": [0, 1]}
+    with pytest.warns(RuntimeWarning, match=r"jobs is 100000, .* 3 cores: 12 processes .* best to 3"):
+        (many,) = evaluate(EvalConfig(**config, jobs=100_000))
+    (few,) = evaluate(EvalConfig(**config, jobs=12))
+    assert asked == [(12, (1,))] * 2
+    assert many.rows == few.rows
+
+
 def test_flags_may_be_repeated(tmp_path):
     repeated = ["--option", "coin.flips=7", "--seeds", "4", "--option", "coin.fail=bad", "coin.flips=7"]
     assert run(tmp_path, *repeated, "--methods", "good", "--models=bad", "--seeds", "5") == 1
