@@ -25,6 +25,7 @@ from nested_learning.optimizers.base import (
     work_dtype,
 )
 from nested_learning.optimizers.checks import COUNT, Bound, Check, check_steps_alone
+from nested_learning.optimizers.nested import NestedOptimizer
 from nested_learning.optimizers.sharded import whole
 
 NORM = Bound(open_low=True, optional=True)
@@ -108,12 +109,19 @@ class MultiFrequency(BaseOptimizer):
         if self._inner is not None:
             self._inner.state = state
 
+    def __getstate__(self) -> dict[str, Any]:
+        inner, waiting = _set_apart(self.inner)
+        return {**super().__getstate__(), "_inner": inner, "_waiting": waiting}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
+        waiting = rest.pop("_waiting", {})
         for name in ("param_groups", "state"):
             if name in rest:
                 setattr(self, name, rest.pop(name))
         super().__setstate__(rest)
+        for p, sums in waiting.items():
+            self.state[p].update(sums)
 
     @property
     def inner(self) -> Optimizer:
@@ -283,6 +291,29 @@ class MultiFrequency(BaseOptimizer):
 def _no_sum(grad: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """What waits in the state of a parameter before its first gradient."""
     return {"accumulated": torch.zeros_like(grad, dtype=dtype), "gradients": 0}
+
+
+def _set_apart(optimizer: Optimizer) -> tuple[Optimizer, dict[Tensor, dict[str, Any]]]:
+    """What a copy is made of: the inner optimizer without states that only gradients wait in, and those.
+
+    torch's optimizers look, when they are copied, for their own entries in every state that is not empty,
+    and before a group's first step there are none. Where no state is such a one, the optimizer is itself.
+    """
+    if isinstance(optimizer, BaseOptimizer):
+        return optimizer, {}
+    if isinstance(optimizer, NestedOptimizer):
+        parts = [_set_apart(each) for each in optimizer.optimizers]
+        waiting = {p: sums for _, each in parts for p, sums in each.items()}
+        changed: dict[str, Any] = {"optimizers": [each for each, _ in parts]}
+    else:
+        waiting = {p: sums for p, sums in optimizer.state.items() if sums and set(sums) <= set(WAITING)}
+        rest = {p: state for p, state in optimizer.state.items() if p not in waiting}
+        changed = {"state": defaultdict(dict, rest)}
+    if not waiting:
+        return optimizer, {}
+    stand_in = object.__new__(type(optimizer))
+    vars(stand_in).update({**vars(optimizer), **changed})
+    return stand_in, waiting
 
 
 def _apart(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:

@@ -126,6 +126,32 @@ def test_a_copy_goes_on_bit_by_bit(name, way):
     assert_same_future((model, optimizer), (twin, other))
 
 
+def two_inside(groups):
+    first, *others = groups[0]["params"]  # of the first group, with which the inner optimizer is made
+    return no.NestedOptimizer([torch.optim.NAdam([first], lr=0.01), torch.optim.AdamW(others, lr=0.01)])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        *(lambda groups, cls=cls: cls(groups, lr=0.01) for cls in (torch.optim.Adam, torch.optim.RMSprop)),
+        *(lambda groups, cls=cls: cls(groups, lr=0.01) for cls in (torch.optim.ASGD, no.DeepMomentumGD)),
+        two_inside,
+    ],
+    ids=["adam", "rmsprop", "asgd", "dmgd", "nested"],
+)
+def test_a_copy_before_the_first_step_of_a_group(inner, way, steps):
+    model = network()
+    optimizer = no.MultiFrequency(in_two_groups(model.parameters()), inner)
+    train(model, optimizer, range(steps))  # the groups step at the second and at the third
+    before = str(optimizer.state_dict())
+    twin, other = way((model, optimizer))
+    assert str(other.state_dict()) == before == str(optimizer.state_dict())
+    assert_same_future((model, optimizer), (twin, other))
+
+
 @pytest.mark.parametrize("name", ["m3", "delta-gd", "periods-adamw"])
 def test_a_copy_with_its_scheduler(name):
     model, optimizer = trained(name, 0)
