@@ -47,6 +47,18 @@ def test_any_number_of_rows_and_tokens(name, monkeypatch):
     check(program.module(), model, [(2, 13), (3, 4), (5, 33), (2, 64)])
 
 
+def test_a_model_is_exported_as_it_is(monkeypatch):
+    """Without a word on caches, which a program cannot return; the default of a plain call is one."""
+    model = logits_of("gated_deltanet", monkeypatch).model
+    ids = ids_of(2, 5)
+    with torch.no_grad():
+        assert model(ids).past_key_values is not None
+        found = torch.export.export(model, (ids,)).module()(ids)
+        torch.testing.assert_close(found.logits, model(ids).logits, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match=r"use_cache is True, .* give use_cache=False"):
+            torch.export.export(model, (ids,), kwargs={"use_cache": True})
+
+
 @pytest.mark.parametrize("name", GIVEN_LENGTH)
 def test_any_number_of_rows(name, monkeypatch):
     """Two chunks, of which the second is not full."""

@@ -90,7 +90,7 @@ class HopeModel(HopePreTrainedModel):
                 output.
             past_key_values: continue from this cache, of this model or one with the same configuration; it is
                 advanced in place and returned.
-            use_cache: return a cache (default: `config.use_cache`, but not while training).
+            use_cache: return a cache (default: `config.use_cache`, but not while training or exporting).
             output_hidden_states: return the embedding's output and each block's, the last one normalised.
             output_surprise: return the memories' errors ‖M(k) − v̂‖, [B, T] per block.
             cms_weights: by layer index, weights that take the place of the CMS blocks' own in this call, one
@@ -119,7 +119,7 @@ class HopeModel(HopePreTrainedModel):
         """
         if lm_head is None and self.config.tie_word_embeddings:
             lm_head = self._tied_head
-        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, others)
+        self._check_options(cms_weights, learn_mask, lm_head, output_attentions, use_cache, others)
         self._check_tokens(input_ids, inputs_embeds, attention_mask, learn_mask, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
@@ -129,7 +129,7 @@ class HopeModel(HopePreTrainedModel):
             check_positions(position_ids, x, real)
         learn = None if learn_mask is None else learn_mask.bool()
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not (self.training or torch.compiler.is_exporting())
         cache = HopeCache(self.config) if past_key_values is None and use_cache else past_key_values
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
@@ -186,11 +186,17 @@ class HopeModel(HopePreTrainedModel):
         learn_mask: Tensor | None,
         lm_head: Head | None,
         output_attentions: bool | None,
+        use_cache: bool | None,
         others: dict[str, Any],
     ) -> None:
         """ValueError for options that Hope, or a model with this configuration, does not have."""
         if others:
             check_keywords(others, _ARGUMENTS)
+        if use_cache and torch.compiler.is_exporting():
+            raise ValueError(
+                "use_cache is True, but a program of torch.export returns tensors and no HopeCache: leave it "
+                "out, or give use_cache=False, and export the whole sequence"
+            )
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "Hope returns no attention weights (memories have none): leave output_attentions at False"
