@@ -263,6 +263,23 @@ def check_gradients(model: nn.Module) -> None:
                 f"{name} was made inside torch.inference_mode(), so that no gradient can be taken through "
                 "it; load the model outside of that mode"
             )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _cuts_gradients(module):
+            raise ValueError(
+                f"{name} rounds its inputs ({type(module.weight.data).__name__}), so that no gradient passes "
+                "it, and what lies below would not learn; quantise the weights alone (torchao's "
+                "Int8WeightOnlyConfig), or learn before quantising"
+            )
+
+
+def _cuts_gradients(module: nn.Linear) -> bool:
+    """Whether a linear map of torchao gives an output that its input has no gradient of; found by a call."""
+    weight = module.weight
+    if not is_traceable_wrapper_subclass(weight) or isinstance(weight, DTensor):
+        return False
+    with torch.enable_grad():
+        row = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return not module(row).requires_grad
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -137,3 +137,14 @@ def test_compiled_calls_are_stepped_round_while_deltas_are_in_force(way):
     given(IDS[None])
     assert calls
     assert learner.memory.diff()
+
+
+@pytest.mark.parametrize("place", ["lm_head", "k_proj"])
+def test_linear_maps_that_round_their_inputs_are_refused(place):
+    """No gradient passes them, so that levels below would learn less, or nothing, in silence."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny_model(dtype=torch.float32)
+    rounded = quantization.Int8DynamicActivationInt8WeightConfig()
+    quantization.quantize_(model, rounded, lambda m, name: name.endswith(place))
+    with pytest.raises(ValueError, match=rf"{place} rounds its inputs \(.*; quantise the weights alone"):
+        stack_levels(model, levels=LEVELS)

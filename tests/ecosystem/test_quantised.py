@@ -70,3 +70,20 @@ def test_a_model_is_quantised_on_loading(tmp_path):
     assert len(names) == len(linears(model))
     dense = written_out(model, {n: loaded.get_submodule(n).weight.dequantize() for n in names})
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_learning_from_the_loss_needs_a_head_that_gradients_pass():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = hope("lm").float()
+    rounded = quantization.Int8DynamicActivationInt8WeightConfig()
+    quantization.quantize_(model, rounded, lambda m, name: isinstance(m, nn.Linear) and "mixer" in name)
+    assert logits(model).isfinite().all()
+    model = hope("lm").float()
+    quantization.quantize_(model, rounded, lambda m, name: name == "lm_head")
+    with pytest.raises(
+        ValueError, match=r"cms_update='lm' learns from the gradient .* quantise weights alone"
+    ):
+        logits(model)
+    model = hope("regression").float()
+    quantization.quantize_(model, rounded, lambda m, name: name == "lm_head")
+    assert logits(model).isfinite().all()

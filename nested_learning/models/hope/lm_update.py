@@ -332,6 +332,12 @@ class LMUpdate:
 def _gradients_of(loss: Tensor, leaves: Leaves, exact: bool) -> Leaves:
     if not leaves:
         return {}
+    if not loss.requires_grad:
+        raise ValueError(
+            "cms_update='lm' learns from the gradient of the next-token loss, and none passes the head or "
+            "the last blocks, as where their inputs are quantised; quantise weights alone (torchao's "
+            "Int8WeightOnlyConfig), or the other modules"
+        )
     found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, create_graph=exact)
     return dict(zip(leaves, found, strict=True))
 
