@@ -7,6 +7,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from nested_learning.evals.methods.pretrained import (
 )
 from nested_learning.evals.methods.pretrained.asking import View, ask
 from nested_learning.evals.methods.pretrained.base import random_llama
+from nested_learning.evals.methods.pretrained.learned_starts import starts_for
 from nested_learning.evals.methods.pretrained.method import stacked
 from nested_learning.evals.methods.pretrained.passages import HAS_BM25, PassageStudent
 from nested_learning.evals.methods.pretrained.students import LevelStudent, Student, WindowStudent
@@ -244,7 +247,7 @@ def test_learned_starts_come_from_the_tuning_documents_and_are_kept(tmp_path, mo
     monkeypatch.setenv("NESTED_LEARNING_CACHE", str(tmp_path))
     task = find_task("longdoc").at("smoke", documents="made-up")
     first = task.run(STARTED.method, 0)
-    (path,) = (tmp_path / "starts").iterdir()
+    (path,) = (tmp_path / "starts").glob("*.safetensors")
     found = Starts.load(path)
     best = min(loss for _, loss in found.report["held_out"])
     assert best < found.report["held_out"][0][1]
@@ -258,6 +261,25 @@ def test_learned_starts_come_from_the_tuning_documents_and_are_kept(tmp_path, mo
     short = find_task("longdoc").at("smoke", documents="made-up", tokens=130)
     with pytest.raises(ValueError, match=r"have 1 pieces of two windows \(128 tokens\)"):
         short.run(STARTED.method, 0)
+
+
+def test_starts_that_two_want_at_once_are_learned_once(tmp_path, monkeypatch, model):
+    monkeypatch.setenv("NESTED_LEARNING_CACHE", str(tmp_path))
+    learn, begun = learned_starts.learn_starts, []
+
+    def slowly(*arguments, **options):
+        begun.append(time.monotonic())
+        time.sleep(0.3)
+        return learn(*arguments, **options)
+
+    monkeypatch.setattr(learned_starts, "learn_starts", slowly)
+    practice = [torch.randint(64, (300,), generator=torch.Generator().manual_seed(0)).tolist()]
+    levels = [Level(16, 0.1)]
+    with ThreadPoolExecutor(2) as pool:
+        wanted = [pool.submit(starts_for, model, levels, (64, 32), practice, steps=1, rank=2) for _ in "ab"]
+        one, other = (each.result().report for each in wanted)
+    assert len(begun) == 1
+    assert one == other
 
 
 @pytest.mark.parametrize(("budget", "strides"), [("smoke", (32, 128)), ("small", (512, 4096))])

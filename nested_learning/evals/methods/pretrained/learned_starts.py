@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from nested_learning.continual import Level, Starts, learn_starts, stack_levels
@@ -59,17 +60,18 @@ def starts_for(
     held_out = sorted({len(pieces) * (2 * n + 1) // (2 * count) for n in range(count)})
     settings = {"held_out": held_out, "steps": steps, "reading": reading, **options}
     path = _path(fingerprint(model), levels, settings, pieces)
-    if not path.is_file():
-        learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
-        found = learn_starts(
-            learner,
-            [each for n, each in enumerate(pieces) if n not in held_out],
-            held_out=[pieces[n] for n in held_out],
-            steps=steps,
-            **options,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # one of the processes that want the same starts learns them
+        if not path.is_file():
+            learner = stack_levels(model, levels=levels, window=positions, overlap=overlap)
+            found = learn_starts(
+                learner,
+                [each for n, each in enumerate(pieces) if n not in held_out],
+                held_out=[pieces[n] for n in held_out],
+                steps=steps,
+                **options,
+            )
+            found.save(path)
     return Starts.load(path)
 
 
