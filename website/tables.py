@@ -332,6 +332,23 @@ TABLES = (
         _SHORT,
     ),
     ResultTable(
+        "longdoc-long",
+        "longdoc",
+        {
+            "window-1k": "window of 1,024 alone",
+            "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
+            "levels-average-reading": "two, the slow one takes over, the fast one forgets (2e-4)",
+            "window-8k": "window of 8,192 alone",
+        },
+        {
+            "bits per byte": _bits("long"),
+            "last quarter": Means(("long, last quarter",)),
+            "of the first, over all twenty documents": Difference("bits per byte", "window-1k"),
+        },
+        across=False,
+        corner="the four long documents",
+    ),
+    ResultTable(
         "facts-8k",
         "facts-8k",
         {
@@ -383,6 +400,7 @@ TABLES = (
             "fine-tuning": "fine-tuning, a model for each",
             "one-level": "one level",
             "level-replay": "one level, half of what it learns read again",
+            "level-averaged": "two, the slow one takes over, the fast one forgets",
         },
         {
             "recall": Means(("recall",), best="highest"),

@@ -88,7 +88,7 @@ GUIDE = {  # beginnings of the lines of "What to take for what": whose figures t
     "facts, and": ("facts-32k", "cloze often", ("retrieval-alone",)),
     "facts, answered": ("facts-32k", "cloze often", ("level-replay", "one-level", "fine-tuning")),
     "what is corrected": ("month", "correction", (
-        "in-context", "retrieval-in-order", "one-level", "level-replay")),
+        "in-context", "retrieval-in-order", "level-averaged", "one-level", "level-replay")),
     "labels": ("clinc150", "accuracy", ("class-means", "two-levels-replay")),
 }  # fmt: skip
 
