@@ -399,6 +399,7 @@ TABLES = (
             "fine-tuning-shared": "fine-tuning, one model for both users",
             "fine-tuning": "fine-tuning, a model for each",
             "one-level": "one level",
+            "level-rank-8": "one level at rank 8, of `Learner.auto`",
             "level-replay": "one level, half of what it learns read again",
             "level-averaged": "two, the slow one takes over, the fast one forgets",
         },

@@ -63,6 +63,13 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
     section = guide.partition("## Settings that need no tuning")[2].partition("\n## ")[0]
     for text in (AUTO.reason, section):
         assert re.findall(rf"\b(?:{'|'.join(map(re.escape, recalled))})\b", text) == recalled
+    told = [
+        f"{rows['month'][each].mean('recall'):.3f}"
+        for each in ("level-rank-8", "one-level", "level-averaged")
+    ]
+    for text in (AUTO.reason, section):
+        assert "recalls {}, a full level {}, two".format(*told) in " ".join(text.split())
+        assert told[2] in text
     again, alone = quoted(rows["facts-32k"], "cloze often", "level-replay", "one-level")
     assert f"a full level with it recalled {again}, one without {alone}, a context none" in " ".join(
         section.split()
