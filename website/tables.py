@@ -353,6 +353,8 @@ TABLES = (
         "facts-8k",
         {
             "no-adaptation": "no adaptation",
+            "context-2k": "the last 2,048 tokens as context",
+            "context-8k": "the last 7,168 as context",
             "fine-tuning": "fine-tuning",
             "level-rank-8": "one level at rank 8, of `Learner.auto`",
             "one-level": "one level",
