@@ -11,6 +11,7 @@ from nested_learning.continual import AUTO
 from nested_learning.evals.claims import interval
 from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.runner import SEEDS
+from nested_learning.evals.tasks.longdoc.documents import SHORT
 from website import claims
 from website.tables import TABLES, Difference
 
@@ -88,7 +89,6 @@ def test_figures_that_other_pages_quote_are_those_of_the_runs(results):
         assert re.findall(r"−?0\.\d\d\b(?!\*[^*])", line)[:5] == quoted(rows["clinc150"], figure, *methods)
 
 
-SHORT_DOCUMENTS = range(16)
 GUIDE = {  # beginnings of the lines of "What to take for what": whose figures they quote, in their order
     "a long text": ("longdoc", "bits per byte", (
         "levels-average-reading", "window-1k", "window-8k", "levels-average-reading-8k")),
@@ -109,9 +109,23 @@ def test_the_guide_quotes_the_runs(results):
         means = []
         for method in methods:
             values = rows[task][method].values(figure)
-            kept = [v for seed, v in values.items() if task != "longdoc" or seed in SHORT_DOCUMENTS]
+            kept = [v for seed, v in values.items() if task != "longdoc" or seed < SHORT]
             means.append(f"{fmean(kept):.3f}")
         assert re.findall(r"\b0\.\d+", line) == means, begin
+
+
+def test_on_every_long_document_levels_are_ahead_of_the_whole_context(results):
+    rows = next(result.rows for result in results if result.task.name == "longdoc")
+    levels, window = rows["levels-average-reading"], rows["window-8k"]
+    ours, theirs = levels.values("long"), window.values("long")
+    assert all(ours[seed] < theirs[seed] for seed in ours.keys() | theirs.keys())
+    means = [
+        f"{row.mean(figure):.3f}" for figure in ("long", "long, last quarter") for row in (levels, window)
+    ]
+    each = ", ".join(f"{ours[seed]:.3f} and {theirs[seed]:.3f}" for seed in sorted(ours))
+    text = " ".join(claims.RESULTS.read_text(encoding="utf-8").split())
+    assert f"({means[0]} and {means[1]} in the mean; {each})" in text
+    assert f"(last quarter {means[2]} and {means[3]})" in text
 
 
 def test_losses_of_tuning_that_the_pages_quote_are_those_of_the_runs(results):
