@@ -8,16 +8,18 @@ import time
 
 import pytest
 
-PARENT = """
-import multiprocessing, os, sys, time
+WORK = """
+import multiprocessing, os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from nested_learning._workers import end_with_parent
+from nested_learning._workers import at_work, end_with_parent, interrupts_held
 
 def work(path):
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)
+"""
 
+PARENT = """
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     start = end_with_parent if sys.argv[2] == "watched" else None
@@ -47,7 +49,7 @@ def alive(pid):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path, number):
     script = tmp_path / "parent.py"
-    script.write_text(PARENT)
+    script.write_text(WORK + PARENT)
     started = {}
     for way in ("watched", "left"):
         path = tmp_path / way
@@ -67,15 +69,6 @@ def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path, number):
 
 
 INTERRUPTED = """
-import multiprocessing, os, signal, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from nested_learning._workers import at_work, end_with_parent, interrupts_held
-
-def work(path):
-    with open(path, "w") as file:
-        file.write(str(os.getpid()))
-    time.sleep(600)
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     context = multiprocessing.get_context("spawn")
@@ -92,7 +85,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "parent"])
 def test_an_interrupt_ends_a_pool_at_once_and_without_a_word_of_its_workers(tmp_path, whole_group):
     script, path = tmp_path / "parent.py", tmp_path / "worker"
-    script.write_text(INTERRUPTED)
+    script.write_text(WORK + INTERRUPTED)
     parent = subprocess.Popen(
         [sys.executable, str(script), str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -26,6 +26,24 @@ _SKILLS = ("recall", "noisy recall", "fuzzy recall", "copying", "compression", "
 _HAYSTACKS = (256, 512, 2048, 8192)  # bytes
 _SIX, _SHORT = (0, 1, 3, 5, 7, 9), tuple(range(16))  # documents that every reader has read; all short ones
 MODELS = {**MIXERS, "hope": "Hope", "hope-in-context": "Hope in context", "hope-attention": "Hope-Attention"}
+_TWO = "two, the slow one takes over, the fast one forgets"
+_READERS = {  # that stand in several tables
+    "window-1k": "window of 1,024 alone",
+    "window-8k": "window of 8,192 alone",
+    "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
+    "one-level-reading": "one level (Adam 1e-4)",
+    "levels-average-reading": f"{_TWO} (2e-4)",
+    "levels-average-reading-8k": "two, as above (2e-4)",
+}
+_LEARNERS = {  # of facts, and of what users tell
+    "no-adaptation": "no adaptation",
+    "context-2k": "the last 2,048 tokens as context",
+    "fine-tuning": "fine-tuning",
+    "one-level": "one level",
+    "level-rank-8": "one level at rank 8, of `Learner.auto`",
+    "level-replay": "one level, half of what it learns read again",
+    "retrieval-alone": "retrieval, six passages before the question",
+}
 
 
 class Cells(Protocol):
@@ -151,6 +169,11 @@ def _mean(row: MethodRow | None, figure: str) -> float | None:
     return None if row is None else row.mean(figure)
 
 
+def _named(headings: Mapping[str, str], *methods: str) -> dict[str, str]:
+    """The headings of some methods, in their order."""
+    return {name: headings[name] for name in methods}
+
+
 def _bits(figure: str) -> Means:
     return Means((figure,), best="lowest")
 
@@ -230,7 +253,7 @@ TABLES = (
     ResultTable(
         "mad",
         "mad",
-        {name: MODELS[name] for name in ("transformer", "titans", "hope")},
+        _named(MODELS, "transformer", "titans", "hope"),
         {
             **{task: Means((task.replace(" ", "-"),), best="highest") for task in _SKILLS},
             "mean": Means(("accuracy",), best="highest"),
@@ -294,14 +317,14 @@ TABLES = (
         {
             "window-1k": "alone",
             "window-2k": "a window of 2,048 alone",
-            "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
+            **_named(_READERS, "dynamic-evaluation"),
             "lora-reading": "LoRA of rank 8 (3e-3)",
             "rank-8-reading": "one level at rank 8 (Adam 4e-3)",
             "sparse-reading": "one level, sparse, 0.05 of the units a write (8e-4)",
-            "one-level-reading": "one level (Adam 1e-4)",
+            **_named(_READERS, "one-level-reading"),
             "distilled-reading": "one level, distilled at the end of a window (Adam 2e-4)",
             "started-reading": "one level with learned rates and starts",
-            "levels-average-reading": "two, the slow one takes over, the fast one forgets (2e-4)",
+            **_named(_READERS, "levels-average-reading"),
         },
     ),
     _documents(
@@ -309,37 +332,27 @@ TABLES = (
         "window of 8,192, the whole document",
         {
             "window-8k": "alone",
-            "dynamic-evaluation-8k": "dynamic evaluation (SGD 0.1)",
-            "one-level-reading-8k": "one level (Adam 1e-4)",
-            "levels-average-reading-8k": "two, as above (2e-4)",
+            "dynamic-evaluation-8k": _READERS["dynamic-evaluation"],
+            "one-level-reading-8k": _READERS["one-level-reading"],
+            **_named(_READERS, "levels-average-reading-8k"),
         },
     ),
     _documents(
         "longdoc-short",
         "all sixteen short documents",
-        {
-            "window-1k": "window of 1,024 alone",
-            "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
-            "one-level-reading": "one level (Adam 1e-4)",
-            "levels-average-reading": "two, the slow one takes over, the fast one forgets (2e-4)",
-        },
+        _named(_READERS, "window-1k", "dynamic-evaluation", "one-level-reading", "levels-average-reading"),
         _SHORT,
     ),
     _documents(
         "longdoc-short-8k",
         "all sixteen short documents",
-        {"window-8k": "window of 8,192 alone", "levels-average-reading-8k": "two, as above (2e-4)"},
+        _named(_READERS, "window-8k", "levels-average-reading-8k"),
         _SHORT,
     ),
     ResultTable(
         "longdoc-long",
         "longdoc",
-        {
-            "window-1k": "window of 1,024 alone",
-            "dynamic-evaluation": "dynamic evaluation (SGD 0.1)",
-            "levels-average-reading": "two, the slow one takes over, the fast one forgets (2e-4)",
-            "window-8k": "window of 8,192 alone",
-        },
+        _named(_READERS, "window-1k", "dynamic-evaluation", "levels-average-reading", "window-8k"),
         {
             "bits per byte": _bits("long"),
             "last quarter": Means(("long, last quarter",)),
@@ -352,14 +365,10 @@ TABLES = (
         "facts-8k",
         "facts-8k",
         {
-            "no-adaptation": "no adaptation",
-            "context-2k": "the last 2,048 tokens as context",
+            **_named(_LEARNERS, "no-adaptation", "context-2k"),
             "context-8k": "the last 7,168 as context",
-            "fine-tuning": "fine-tuning",
-            "level-rank-8": "one level at rank 8, of `Learner.auto`",
-            "one-level": "one level",
-            "level-replay": "one level, half of what it learns read again",
-            "retrieval-alone": "retrieval, six passages before the question",
+            **_named(_LEARNERS, "fine-tuning", "level-rank-8", "one-level", "level-replay"),
+            **_named(_LEARNERS, "retrieval-alone"),
         },
         {
             "told four times: cloze": Means(("cloze often",), best="highest"),
@@ -375,12 +384,8 @@ TABLES = (
         "facts-32k",
         "facts-32k",
         {
-            "no-adaptation": "no adaptation",
-            "context-2k": "the last 2,048 tokens as context",
-            "fine-tuning": "fine-tuning",
-            "one-level": "one level",
-            "level-replay": "one level, half of what it learns read again",
-            "retrieval-alone": "retrieval, six passages before the question",
+            **_named(_LEARNERS, "no-adaptation", "context-2k", "fine-tuning", "one-level", "level-replay"),
+            **_named(_LEARNERS, "retrieval-alone"),
             "retrieval-level": "retrieval, so, over one level",
         },
         {
@@ -394,16 +399,14 @@ TABLES = (
         "month",
         "month",
         {
-            "no-adaptation": "no adaptation",
+            **_named(_LEARNERS, "no-adaptation"),
             "in-context": "the last 1,024 tokens as context",
-            "retrieval-alone": "retrieval, six passages before the question, the best last",
+            "retrieval-alone": f"{_LEARNERS['retrieval-alone']}, the best last",
             "retrieval-in-order": "… the newest last, as by `Learner.retrieve`",
             "fine-tuning-shared": "fine-tuning, one model for both users",
             "fine-tuning": "fine-tuning, a model for each",
-            "one-level": "one level",
-            "level-rank-8": "one level at rank 8, of `Learner.auto`",
-            "level-replay": "one level, half of what it learns read again",
-            "level-averaged": "two, the slow one takes over, the fast one forgets",
+            **_named(_LEARNERS, "one-level", "level-rank-8", "level-replay"),
+            "level-averaged": _TWO,
         },
         {
             "recall": Means(("recall",), best="highest"),

@@ -177,7 +177,10 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] | None = None) -> li
     folder = None if config.output is None else Path(config.output) / "trials"
     if folder is not None:
         make_folder(folder.parent)  # what cannot be written is said before the first trial
-        folder.mkdir(exist_ok=True) if config.only_report else make_folder(folder)
+        if config.only_report:
+            folder.mkdir(exist_ok=True)
+        else:
+            make_folder(folder)
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
     tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
     later = sum(len(p.seeds) for p, _ in entrants)

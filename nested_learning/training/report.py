@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 import nested_learning
 from nested_learning._files import replacing
 from nested_learning._version import __version__
+from nested_learning._workers import usable_cores
 
 Curve = Sequence[tuple[float, float]]  # (optimizer steps taken, or another place, loss in nats per token)
 
@@ -53,12 +53,11 @@ def _git(folder: Path, *command: str) -> str:
 
 def hardware(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
     """The machine: device, its name, processes, cores that this process may use, threads, system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "processes": num_processes,
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }

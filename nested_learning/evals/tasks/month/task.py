@@ -57,10 +57,9 @@ from nested_learning.evals.tasks.facts_long.task import (
 from nested_learning.evals.tasks.month.conversations import Asked, Month, two_months
 
 SHARED = PretrainedMethod("fine-tuning-shared", "fine-tuning")  # one model for both users
-PASSAGES_IN_ORDER = (
-    PretrainedMethod(  # what was said last stands last, as in a context and in Learner.retrieve
-        "retrieval-in-order", "passages", options={"over": "nothing", "in_order": True}
-    )
+# What was said last stands last, as in a context and as by Learner.retrieve.
+PASSAGES_IN_ORDER = PretrainedMethod(
+    "retrieval-in-order", "passages", options={"over": "nothing", "in_order": True}
 )
 RATES = {**GRIDS, SHARED.name: GRIDS[FINE_TUNING.name]}
 VALUES = 12  # of each topic, of which guessing is right in one
