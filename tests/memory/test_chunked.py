@@ -5,14 +5,11 @@ Both are checked against an independent oracle in tests/layers; here is asserted
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from nested_learning.layers import SelfModifyingTitans, Titans
@@ -20,8 +17,7 @@ from nested_learning.memory import engine, engines
 from nested_learning.memory.engines import chunked
 from nested_learning.memory.engines.chunked import scratch
 from tests.layers import test_memory_layer_vs_oracle as oracle
-
-TOLERANCE = 1e-12
+from tests.memory.chunk_results import TOLERANCE, assert_same, batch, build, outputs, random_like, results
 
 
 @pytest.fixture
@@ -48,55 +44,6 @@ def generic(monkeypatch):
             return f(*args, **kwargs)
 
     return call
-
-
-def build(
-    hidden_size: int = 8,
-    dtype: torch.dtype = torch.float64,
-    kind: type[torch.nn.Module] = SelfModifyingTitans,
-    **options: Any,
-) -> torch.nn.Module:
-    torch.manual_seed(0)
-    layer = kind(hidden_size, **{"num_heads": 2, "chunk_size": 4, **options}).to(dtype)
-    with torch.no_grad():  # larger gates than at the start of training: every term counts
-        for gate in layer.gates.values():
-            gate.weight.normal_()
-    return layer
-
-
-def batch(layer: torch.nn.Module, rows: int, tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, tokens, layer.hidden_size, dtype=dtype, generator=generator).requires_grad_()
-
-
-def outputs(layer: torch.nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
-    y, state = layer(x, **call)
-    momentum = {f"momentum of {name} after": S for name, S in (state.momentum or {}).items()}
-    return {"y": y, **{f"{name} after": W for name, W in state.current.items()}, **momentum}
-
-
-def random_like(t: Tensor, seed: int) -> Tensor:
-    return torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def results(layer: torch.nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
-    """Outputs, and the gradients of a random projection of them to x and to every parameter."""
-    out = outputs(layer, x, **call)
-    leaves = {"x": x, **dict(layer.named_parameters())}
-    total = sum((t * random_like(t, 2 + i)).sum() for i, t in enumerate(out.values()))
-    slopes = torch.autograd.grad(total, list(leaves.values()))
-    found = {**out, **{f"gradient of {name}": g for name, g in zip(leaves, slopes, strict=True)}}
-    return {name: t.detach() for name, t in found.items()}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    """Relative to the largest entry of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, reference in expected.items():
-        assert actual[name].shape == reference.shape
-        assert reference.abs().max() > 0, f"{name} is zero: nothing is compared"
-        error = float((actual[name] - reference).detach().abs().max() / reference.abs().max())
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 SHAPES = [
@@ -449,73 +396,3 @@ def test_single_tokens_without_gradients(options, masked):
     assert with_gradients.keys() == without.keys()
     for name, expected in with_gradients.items():
         torch.testing.assert_close(without[name], expected, rtol=1e-12, atol=1e-12, msg=name)
-
-
-@pytest.fixture
-def functional(monkeypatch):
-    """A function that calls another with every result of the chunk algebra a new tensor."""
-
-    class Functional(scratch.Scratch):
-        def __init__(self, dtype, operands=None):
-            super().__init__(dtype, operands, reuse=False)
-
-    def call(f, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(chunked, "Scratch", Functional)
-            return f(*args)
-
-    return call
-
-
-FORMS = [
-    {},
-    {"adaptive_q": True, "expansion": 2.0},
-    {"kind": Titans},
-    {"kind": Titans, "momentum_scaled": False},
-]
-
-
-@pytest.mark.parametrize("options", FORMS, ids=str)
-def test_without_buffers(options, functional):
-    layer = build(**options)
-    x = batch(layer, 2, 12)
-    assert_same(functional(results, layer, x), results(layer, x), 1e-13)
-
-
-class _Recorded(Exception):
-    """Ends a run at the call that was to be recorded."""
-
-
-def chunk_call(monkeypatch, name: str, layer: torch.nn.Module) -> tuple[Any, tuple[Any, ...]]:
-    """One of the two functions of a chunk, and the arguments it got for the second chunk, without buffers."""
-    function, calls = getattr(chunked, name), []
-
-    def record(ws, *arguments):
-        calls.append((scratch.Scratch(torch.float64, reuse=False), *arguments))
-        if len(calls) == 2:
-            raise _Recorded
-        return function(*calls[-1])
-
-    with monkeypatch.context() as patch, contextlib.suppress(_Recorded):
-        patch.setattr(chunked, name, record)
-        results(layer, batch(layer, 2, 12))
-    return function, calls[1]
-
-
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
-@pytest.mark.parametrize("name", ["forward_chunk", "backward_chunk"])
-@pytest.mark.parametrize("options", [{"adaptive_q": True}, {"kind": Titans}], ids=str)
-def test_one_graph_without_buffers(options, name, backend, monkeypatch):
-    """A compiler can follow a chunk from end to end, and it changes none of its arguments."""
-    function, arguments = chunk_call(monkeypatch, name, build(**options))
-    torch.compiler.reset()
-    given = [t for t in pytree.tree_leaves(arguments[2:]) if isinstance(t, Tensor)]
-    before = [t.clone() for t in given]
-    with torch.no_grad():
-        expected = function(*arguments)
-        actual = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
-    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    for a, b in zip(given, before, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch.compiler.reset()
