@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -47,4 +49,5 @@ class CarriedReader:
         if not isinstance(state, AttentionState) or state.positions.shape[1] <= self.bound:
             return state
         kept = slice(-self.bound, None)
-        return AttentionState(state.key[:, :, kept], state.value[:, :, kept], state.positions[:, kept])
+        key, value = state.key[:, :, kept], state.value[:, :, kept]
+        return replace(state, key=key, value=value, positions=state.positions[:, kept])

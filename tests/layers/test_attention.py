@@ -19,6 +19,9 @@ VARIANTS = {
     "grouped": lambda: Attention(WIDTH, HEADS, num_kv_heads=2),
     "window": lambda: SlidingWindowAttention(WIDTH, HEADS, window=3),
     "window_1": lambda: SlidingWindowAttention(WIDTH, HEADS, window=1, num_kv_heads=1),
+    "convolved": lambda: Attention(WIDTH, HEADS, conv_size=4),
+    "convolved_window": lambda: SlidingWindowAttention(WIDTH, HEADS, window=3, num_kv_heads=2, conv_size=3),
+    "one_tap": lambda: Attention(WIDTH, HEADS, rope_theta=None, conv_size=1),
 }
 
 
@@ -34,6 +37,7 @@ def layer(request):
 def oracle(layer: Attention, row: torch.Tensor) -> torch.Tensor:
     """One unpadded sequence [T, D], one token and head at a time, rotation by complex multiplication."""
     d = layer.head_dim
+    row = row if layer.conv is None else convolved(layer.conv.weight[:, 0], row)
     powers = [0.0 if layer.rope_theta is None else layer.rope_theta ** (-2 * i / d) for i in range(d // 2)]
     frequencies = torch.tensor(powers, dtype=row.dtype)
 
@@ -59,6 +63,19 @@ def oracle(layer: Attention, row: torch.Tensor) -> torch.Tensor:
             heads.append(scores.softmax(0) @ values)
         outputs.append(layer.out_proj.weight @ torch.cat(heads))
     return torch.stack(outputs)
+
+
+def convolved(taps: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Σ_j taps[:, j] row[t − K + 1 + j] for each token t of a sequence [T, D], taps [D, K]."""
+    K = taps.shape[1]
+    return torch.stack(
+        [
+            sum(
+                (taps[:, j] * row[s] for j in range(K) if (s := t - K + 1 + j) >= 0), torch.zeros_like(row[0])
+            )
+            for t in range(len(row))
+        ]
+    )
 
 
 MASK = torch.tensor(
@@ -164,6 +181,8 @@ def test_low_precision_stays_near_float64(layer):
         (lambda: Attention(13, 4, rope_theta=None), "a whole head width"),
         (lambda: SlidingWindowAttention(16, 4, window=0), "window"),
         (lambda: SlidingWindowAttention(16, 4, window=2.5), "window"),
+        (lambda: Attention(16, 4, conv_size=-1), "conv_size must be 0 or a positive integer, got -1"),
+        (lambda: Attention(16, 4, conv_size=4.0), "conv_size must be 0 or a positive integer, got 4.0"),
     ],
 )
 def test_bad_sizes_are_refused(build, message):

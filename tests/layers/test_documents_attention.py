@@ -17,6 +17,8 @@ LAYERS = {
     "full": lambda: Attention(D, 2),
     "grouped": lambda: Attention(D, 2, num_kv_heads=1),
     "window": lambda: SlidingWindowAttention(D, 2, window=3),
+    "convolved": lambda: Attention(D, 2, conv_size=4),
+    "convolved window": lambda: SlidingWindowAttention(D, 2, window=3, conv_size=3),
     "persistent": lambda: PersistentWindowAttention(D, 2, window=4, persistent_tokens=2),
 }
 

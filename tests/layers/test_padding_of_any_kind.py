@@ -30,6 +30,7 @@ LAYERS = {
     "self-modifying": lambda: SelfModifyingTitans(D, 2, chunk_size=4, conv_size=0),
     "attention": lambda: Attention(D, 2),
     "window": lambda: SlidingWindowAttention(D, 2, window=3),
+    "convolved": lambda: Attention(D, 2, conv_size=4),
     "mag": lambda: MemoryAsGate(D, 2, window=4),
     "mal": lambda: MemoryAsLayer(D, 2, window=4),
     "mac": lambda: MemoryAsContext(D, 2, segment=4),

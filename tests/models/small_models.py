@@ -12,7 +12,7 @@ VOCAB = 31
 # Small chunks and windows, so that a dozen tokens cross several boundaries.
 OPTIONS = {
     "attention": {"num_kv_heads": 1},
-    "sliding_window_attention": {"window": 4},
+    "sliding_window_attention": {"window": 4, "conv_size": 3},
     "self_modifying_titans": {"chunk_size": 4, "projection_chunk_size": 8},
     "titans": {"chunk_size": 4},
 }

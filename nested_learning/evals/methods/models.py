@@ -191,3 +191,5 @@ MODELS = (
     TrainedModel("hope-attention", "attention", levels="periods"),
     TrainedModel("hope-attention-in-context", "attention", levels="in context"),
 )
+# Attention behind a convolution of the width that the memory layers have by default.
+CONVOLVED = TrainedModel("transformer-convolved", "attention", options={"conv_size": 4})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested_learning._checks import fits
+from nested_learning.layers.attention.convolution import convolved, short_conv
 from nested_learning.layers.attention.heads import check_rotary, normed, rotate
 from nested_learning.layers.registry import register_mixer
 from nested_learning.layers.token_inputs import (
@@ -32,11 +33,13 @@ class AttentionState(State):
     Attributes:
         key, value: [B, H_kv, S, d], keys after rotation, where there is one.
         positions: [B, S] int64, each token's place among its row's real tokens, from 0; −1 for padding.
+        conv_tail: [B, K−1, D] the layer's last inputs, where it has a convolution.
     """
 
     key: Tensor
     value: Tensor
     positions: Tensor
+    conv_tail: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As in `State`, without the columns in front that are empty in every row."""
@@ -46,23 +49,21 @@ class AttentionState(State):
         held = (self.positions >= 0).any(0)
         held[-1] = True  # one column stays
         empty = int(held.int().argmax())
-        return {
-            name: t.narrow(dim := columns[name], empty, t.shape[dim] - empty) for name, t in tensors.items()
-        }
+        for name, dim in columns.items():
+            tensors[name] = tensors[name].narrow(dim, empty, tensors[name].shape[dim] - empty)
+        return tensors
 
     def tokens_last(self) -> AttentionState:
         """The state with each row's padding in front of its tokens."""
         order = self.positions.argsort(dim=1, stable=True)
         index = order[:, None, :, None].expand_as(self.key)
-        return AttentionState(
-            self.key.gather(2, index), self.value.gather(2, index), self.positions.gather(1, order)
-        )
+        key, value = self.key.gather(2, index), self.value.gather(2, index)
+        return replace(self, key=key, value=value, positions=self.positions.gather(1, order))
 
     def last_columns(self, columns: int) -> AttentionState:
         """The last columns of the state alone."""
-        return AttentionState(
-            self.key[:, :, -columns:], self.value[:, :, -columns:], self.positions[:, -columns:]
-        )
+        key, value = self.key[:, :, -columns:], self.value[:, :, -columns:]
+        return replace(self, key=key, value=value, positions=self.positions[:, -columns:])
 
 
 @register_mixer("attention")
@@ -82,9 +83,13 @@ class Attention(nn.Module):
             only its causal growth tells the order (as in the literature on formal languages).
         qk_norm: RMS-normalise queries and keys per head, with learned scales.
         norm_eps: epsilon of that norm.
+        conv_size: width K of a causal depthwise convolution of the layer's input in front of the
+            projections, by which a token's query, key and value know the K − 1 tokens before it, as those of
+            memory layers do; 0 for none.
 
     Raises:
-        ValueError: for sizes that do not divide, or a rope_theta that is no positive number.
+        ValueError: for sizes that do not divide, a rope_theta that is no positive number, or a negative
+            conv_size.
     """
 
     has_surprise: ClassVar[bool] = False
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
         norm_eps: float = 1e-6,
+        conv_size: int = 0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -117,6 +123,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.conv_size, self.conv = conv_size, short_conv(hidden_size, conv_size)
 
     def part_names(self) -> dict[str, str]:
         """Handles of the parts; see `nested_learning.parts`."""
@@ -152,7 +159,9 @@ class Attention(nn.Module):
         packed = find_documents(x, real, state is not None, documents, position_ids)
         if packed is not None:
             return self._read_documents(x, state, packed)
-        x = without_padding(x, real)
+        x, tail = without_padding(x, real), None
+        if self.conv is not None:
+            x, tail = convolved(self.conv, x, None if state is None else state.conv_tail, real)
         positions = self._positions(x, state, real)
         query, key, value = self._project(x, positions)
         key_positions = positions
@@ -167,18 +176,21 @@ class Attention(nn.Module):
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if real is not None:
             y = y.masked_fill(~real[..., None], 0)
-        return y, self._remember(AttentionState(key, value, key_positions), padded=real is not None)
+        return y, self._remember(AttentionState(key, value, key_positions, tail), padded=real is not None)
 
     def _read_documents(
         self, x: Tensor, state: AttentionState | None, documents: Documents
     ) -> tuple[Tensor, AttentionState | None]:
         """`forward` where rows hold several documents, each attending to itself."""
         new, going_on, layout = documents.batches(state is not None)
-        positions = documents.positions()
+        positions, tail = documents.positions(), None
         if state is not None:
             at = state.positions.amax(dim=1) + 1
             goes_on = documents.of_tokens(documents.goes_on(True))
             positions = positions + torch.where(goes_on, at.unsqueeze(1), 0)
+        if self.conv is not None:  # a token may see as many inputs before it as its document has
+            x, real = without_padding(x, documents.padded), documents.padded
+            x, tail = convolved(self.conv, x, None if state is None else state.conv_tail, real, positions)
         vectors = self._project(x, positions)
         tokens_first = [t.transpose(1, 2) for t in vectors]  # [B, T, heads, d]
         batches = list(zip(*(documents.gather(t, layout) for t in tokens_first), strict=True))
@@ -206,7 +218,8 @@ class Attention(nn.Module):
         if not documents.keep:
             return y, None
         key, value = (t.flatten(0, 1) for t in tokens_first[1:])
-        return y, self._remember(self._last(state, documents, positions, key, value), padded=True)
+        last = replace(self._last(state, documents, positions, key, value), conv_tail=tail)
+        return y, self._remember(last, padded=True)
 
     def _last(
         self,
@@ -257,6 +270,13 @@ class Attention(nn.Module):
                 f"state has key, value and positions of shapes {got}; this layer and input need "
                 f"[{x.shape[0]}, {self.num_kv_heads}, S, {self.head_dim}] twice and [{x.shape[0]}, S]"
             )
+        tail = None if state.conv_tail is None else tuple(state.conv_tail.shape)
+        wanted = (x.shape[0], self.conv_size - 1, self.hidden_size) if self.conv_size else None
+        if tail != wanted:
+            raise ValueError(
+                f"state.conv_tail has shape {tail}, expected {wanted} for conv_size={self.conv_size}: the "
+                "state belongs to a layer with another convolution"
+            )
 
     def _positions(self, x: Tensor, state: AttentionState | None, real: Tensor | None) -> Tensor:
         """Place [B, T] of each token among its row's real tokens, −1 for padding."""
@@ -300,7 +320,7 @@ class Attention(nn.Module):
         if length == columns:
             return state
         key, value = (padded(t, (B, heads, columns, width)) for t in (state.key, state.value))
-        return AttentionState(key, value, padded(state.positions, (B, columns)))
+        return replace(state, key=key, value=value, positions=padded(state.positions, (B, columns)))
 
     def _remember(self, state: AttentionState, padded: bool) -> AttentionState:
         """The part of the state that later tokens can still see: with a window, its last real tokens."""
@@ -331,8 +351,9 @@ class SlidingWindowAttention(Attention):
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = True,
         norm_eps: float = 1e-6,
+        conv_size: int = 0,
     ) -> None:
-        super().__init__(hidden_size, num_heads, num_kv_heads, rope_theta, qk_norm, norm_eps)
+        super().__init__(hidden_size, num_heads, num_kv_heads, rope_theta, qk_norm, norm_eps, conv_size)
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ValueError(f"window must be a positive number of tokens, got {window!r}")
         self.window = window

@@ -16,6 +16,8 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers import initialization as init
 
 from nested_learning._precision import warn_of_slow_bfloat16
+from nested_learning.layers.attention.convolution import conv_std
+from nested_learning.layers.attention.softmax import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
 from nested_learning.models.hope.block_hope import HopeBlock
@@ -139,6 +141,8 @@ def init_module(module: nn.Module, config: HopeConfig) -> None:
             init.zeros_(bias)
     elif isinstance(module, nn.RMSNorm):
         init.ones_(module.weight)
+    elif isinstance(module, Attention) and module.conv is not None:
+        init.normal_(module.conv.weight, std=conv_std(module.conv_size))
     elif isinstance(module, LevelWriter) and module.log_lr is not None:
         init.constant_(module.log_lr, math.log(module.level.option("lr")))
     elif isinstance(module, ContinuumMemorySystem):

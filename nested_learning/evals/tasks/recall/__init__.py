@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.fit import IGNORED, TaskBatch, Training, answers, fit, parameters_of, summary
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.models import MODELS, Size, TrainedModel
+from nested_learning.evals.methods.models import CONVOLVED, MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
@@ -105,8 +105,11 @@ class Recall(Task[RecallOptions]):
     headline = "accuracy"
 
     def methods(self) -> Sequence[Method]:
-        """Models of every mixer; without MLPs a continuum memory system has nothing to differ in."""
-        return [method for method in MODELS if self.options.mlp or method.levels == "one"]
+        """Models of every mixer, attention also behind a convolution as the others and zoology's have it.
+
+        Without MLPs a continuum memory system has nothing to differ in.
+        """
+        return [method for method in (*MODELS, CONVOLVED) if self.options.mlp or method.levels == "one"]
 
     def accepts(self, method: Method) -> str | None:
         """As for any task; without MLPs, models whose MLPs learn are those whose MLPs do not."""
@@ -204,8 +207,9 @@ class Recall(Task[RecallOptions]):
         """Orders that fixed states are expected in."""
         return [
             Ahead(
-                "attention recalls more than the delta rule, and that more than linear attention",
-                NO_CLAIM, "accuracy", ("transformer", "deltanet", "linear-attention"),
+                "attention behind a convolution recalls more than the delta rule, and that more than linear "
+                "attention",
+                NO_CLAIM, "accuracy", (CONVOLVED.name, "deltanet", "linear-attention"),
             ),
             Ahead(
                 "where keys are told again, the delta rule is ahead of linear attention, which cannot erase",
@@ -241,8 +245,8 @@ class Recall(Task[RecallOptions]):
                 "they and the state's bytes stand in the table"
             )
         text += (
-            ". Attention has no convolution in front, as the other rows have: it has to learn to look one "
-            "token back, which takes it more steps"
+            ". The Transformer has no convolution in front, as the other rows have and zoology's: it has to "
+            f"learn to look one token back, which takes it more steps; {CONVOLVED.name} has one"
         )
         return text + "."
 
