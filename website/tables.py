@@ -236,7 +236,7 @@ TABLES = (
     ResultTable(
         "recall",
         "recall",
-        MIXERS,
+        {"transformer": "transformer", "transformer-convolved": "… behind a convolution", **MIXERS},
         {
             **{
                 f"{pairs} pairs{'' if pairs <= 16 else ', more than trained'}": Means(

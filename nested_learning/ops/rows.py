@@ -57,6 +57,11 @@ def padded(t: Tensor, sizes: Sequence[int]) -> Tensor:
     return F.pad(t, missing, value=0 if t.is_floating_point() else -1) if any(missing) else t
 
 
+def over_channels(index: Tensor, like: Tensor) -> Tensor:
+    """[B, C] -> [B, C, channels] for gather and scatter along the tokens."""
+    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
 def _cat(part: Sequence[Tensor]) -> Tensor:
     sizes = [max(n) for n in zip(*(t.shape[1:] for t in part), strict=True)]
     return torch.cat([padded(t, [len(t), *sizes]) for t in part])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nested_learning.layers.effective import effective_kernel
 from nested_learning.layers.token_inputs import check_count, without_padding
 from nested_learning.ops.heads import causal_conv, last_inputs
+from nested_learning.ops.rows import over_channels
 
 
 def short_conv(channels: int, size: int) -> nn.Conv1d | None:
@@ -58,12 +59,12 @@ def convolved(
         order, count = None, torch.full((len(x),), T, device=x.device)
     else:  # real tokens first, each row's in their order
         order, count = (~real).byte().argsort(dim=1, stable=True), real.sum(1)
-        x = x.gather(1, _over_channels(order, x))
+        x = x.gather(1, over_channels(order, x))
         places = None if places is None else places.gather(1, order)
     padded = torch.cat([before, x], dim=1)
     y = causal_conv(padded, kernel) if places is None else _within(padded, kernel, places)
     columns = torch.arange(length, device=x.device) + count.unsqueeze(1)  # [B, K−1] of the last inputs
-    after = padded.gather(1, _over_channels(columns, padded))
+    after = padded.gather(1, over_channels(columns, padded))
     if places is not None:
         # What the next token may see: the last one, and what that may see; a row without a token keeps all.
         seen = places.gather(1, (count - 1).clamp(min=0).unsqueeze(1)).masked_fill(
@@ -72,7 +73,7 @@ def convolved(
         back = torch.arange(length - 1, -1, -1, device=x.device)
         after = after.masked_fill((back > seen).unsqueeze(-1), 0)
     if order is not None:
-        y = without_padding(torch.empty_like(y).scatter(1, _over_channels(order, y), y), real)
+        y = without_padding(torch.empty_like(y).scatter(1, over_channels(order, y), y), real)
     return y, after
 
 
@@ -85,8 +86,3 @@ def _within(padded: Tensor, kernel: Tensor, places: Tensor) -> Tensor:
         seen = (places >= last - j).unsqueeze(-1)
         y = y + torch.where(seen, padded[:, j : j + T], 0) * tap
     return y
-
-
-def _over_channels(index: Tensor, like: Tensor) -> Tensor:
-    """[B, C] -> [B, C, channels] for gather and scatter along the tokens."""
-    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nested_learning.ops.packing import RowLayout
+from nested_learning.ops.rows import over_channels
 
 
 def packed_history(
@@ -32,18 +33,13 @@ def packed_history(
     padded = F.pad(paths, (0, 0, length, 0)) if history is None else torch.cat([history, paths], dim=1)
     columns = torch.arange(length, device=paths.device).unsqueeze(0)
     if tail is not None and history is None:
-        before = _over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
+        before = over_channels(columns + layout.offset.unsqueeze(1), paths)  # empty so far
         padded = padded.scatter_add(1, before, tail.to(paths.dtype))
     end = layout.end - first  # first column after the row's tokens, which may lie outside of the segment
-    found = padded.gather(1, _over_channels(columns + end.clamp(0, paths.shape[1]).unsqueeze(1), paths))
+    found = padded.gather(1, over_channels(columns + end.clamp(0, paths.shape[1]).unsqueeze(1), paths))
     if history is not None:
         assert tail is not None  # found in the first segment, if nothing else
         found = torch.where((end > 0)[:, None, None], found, tail)
     # A copy, as a view would keep the inputs of the whole segment.
     after = padded[:, padded.shape[1] - length :].clone()
     return padded[:, length:], padded[:, :length], found, after
-
-
-def _over_channels(index: Tensor, like: Tensor) -> Tensor:
-    """[B, C] -> [B, C, channels] for gather and scatter along the tokens."""
-    return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
