@@ -228,6 +228,28 @@ TABLES = (
         across=False,
     ),
     ResultTable(
+        "mechanism",
+        "mechanism",
+        {
+            "mechanism-whole": "whole: k, v, η, α and targets generated, momentum, a CMS of two levels",
+            "mechanism-static": "nothing generated",
+            "mechanism-given-targets": "targets given",
+            "mechanism-static-k-v": "static k and v",
+            "mechanism-adaptive-q": "adaptive q as well",
+            "mechanism-no-momentum": "no momentum",
+            "mechanism-one-level": "one MLP of as many parameters in place of the CMS",
+            "mechanism-linear": "exact linear memory, a matrix of as many numbers",
+        },
+        {
+            "nats per byte": _bits("nats"),
+            "less than the whole by": Difference("nats", "mechanism-whole", less=True),
+            "parity, trained / longer": Means(("parity bin 0", "parity bin 1"), decimals=2, exact=True),
+            "recall": Means(("recall",), best="highest"),
+            "numbers of the state": Means(("state",), decimals=0),
+        },
+        across=False,
+    ),
+    ResultTable(
         "formal",
         "formal",
         {"lstm": "LSTM", **MODELS},
