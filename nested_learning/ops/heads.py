@@ -68,6 +68,11 @@ def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def conv_std(size: int) -> float:
+    """Standard deviation of a kernel's taps at the start: a sum over independent inputs keeps their scale."""
+    return float(size**-0.5)
+
+
 def last_inputs(history: Tensor | None, x: Tensor, length: int) -> Tensor:
     """The last `length` inputs [B, length, channels] of x [B, T, channels] and what was before it.
 

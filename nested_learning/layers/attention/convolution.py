@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nested_learning.layers.effective import effective_kernel
 from nested_learning.layers.token_inputs import check_count, without_padding
-from nested_learning.ops.heads import causal_conv, last_inputs
+from nested_learning.ops.heads import causal_conv, conv_std, last_inputs
 from nested_learning.ops.rows import over_channels
 
 
@@ -23,11 +23,6 @@ def short_conv(channels: int, size: int) -> nn.Conv1d | None:
     conv = nn.Conv1d(channels, channels, size, groups=channels, bias=False)
     nn.init.normal_(conv.weight, std=conv_std(size))
     return conv
-
-
-def conv_std(size: int) -> float:
-    """Deviation of the taps at the start, as in memory layers: independent inputs keep their scale."""
-    return float(size**-0.5)
 
 
 def convolved(

@@ -26,7 +26,7 @@ from nested_learning.memory.state import Weights
 from nested_learning.memory.system import MemorySystem
 from nested_learning.ops.context import full_precision, one_operator, traced
 from nested_learning.ops.documents import Documents
-from nested_learning.ops.heads import Heads, gated_norm, last_inputs, unit_heads
+from nested_learning.ops.heads import Heads, conv_std, gated_norm, last_inputs, unit_heads
 from nested_learning.ops.packing import RowLayout, row_layout
 from nested_learning.ops.recompute import recomputed
 
@@ -130,7 +130,7 @@ class MemoryLayer(nn.Module):
         for linear in (self.in_proj, self.gate_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=0.5 * linear.in_features**-0.5)
         if self.conv is not None:
-            nn.init.normal_(self.conv.weight, std=self.conv_size**-0.5)
+            nn.init.normal_(self.conv.weight, std=conv_std(self.conv_size))
         scale = self.head_dim**0.5 if self.gates_generated else 1.0
         for name in self.system.gates:
             gate = cast(nn.Linear, self.gates[name])

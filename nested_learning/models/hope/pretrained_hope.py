@@ -16,7 +16,6 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers import initialization as init
 
 from nested_learning._precision import warn_of_slow_bfloat16
-from nested_learning.layers.attention.convolution import conv_std
 from nested_learning.layers.attention.softmax import Attention
 from nested_learning.layers.cms import ContinuumMemorySystem
 from nested_learning.layers.cms.writer import LevelWriter
@@ -24,6 +23,7 @@ from nested_learning.models.hope.block_hope import HopeBlock
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.ops.heads import conv_std
 
 
 def weight_std(module: nn.Linear | nn.Embedding, config: HopeConfig) -> float:
