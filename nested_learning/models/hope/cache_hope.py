@@ -351,7 +351,7 @@ class HopeCache:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], config_or_model: Any, device: torch.device | str = "cpu"
+        cls, path: str | os.PathLike[str], config_or_model: Any, device: torch.device | str | None = None
     ) -> HopeCache:
         """Read a cache that `save` wrote.
 
@@ -364,7 +364,7 @@ class HopeCache:
         Args:
             path: path of the file.
             config_or_model: the `HopeConfig` of the model that goes on from the cache, or the model.
-            device: where the tensors go.
+            device: where the tensors go; None: where the model is, with a configuration the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -376,4 +376,4 @@ class HopeCache:
         cache = cls(config)
         cache.states, cache.tokens_seen, cache.prefix_hash, columns = saved
         cache._columns = Columns(columns)
-        return cache if torch.device(device).type == "cpu" else cache.to(device)
+        return cache.to(getattr(config_or_model, "device", "cpu") if device is None else device)

@@ -87,14 +87,14 @@ class HopeLayerState(State):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], layer: HopeLayer, device: torch.device | str = "cpu"
+        cls, path: str | os.PathLike[str], layer: HopeLayer, device: torch.device | str | None = None
     ) -> HopeLayerState:
         """Read a state that `save` wrote, checked as `HopeCache.load` checks its file.
 
         Args:
             path: path of the file.
             layer: the layer that goes on from the state.
-            device: where the tensors go.
+            device: where the tensors go; None: where the layer is.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -106,7 +106,7 @@ class HopeLayerState(State):
             layer.check_tensors(state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return state if torch.device(device).type == "cpu" else state.to(device)
+        return state.to(next(layer.parameters()).device if device is None else device)
 
 
 class HopeLayer(nn.Module):

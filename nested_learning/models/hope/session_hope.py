@@ -55,7 +55,7 @@ class HopeSession:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of a model with another configuration, or of several rows.
         """
-        cache = HopeCache.load(path, model, device=model.device)
+        cache = HopeCache.load(path, model)
         if cache.batch_size != 1:
             raise ValueError(
                 f"{os.fspath(path)} holds {cache.batch_size} texts side by side, expected one conversation"
