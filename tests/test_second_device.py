@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from benchmarks import cases
@@ -51,13 +52,13 @@ def test_mixers(name, padded):
     assert_same(got, expected)
 
 
-def model(update, **options):
+def model(update, layers=1, **options):
     torch.manual_seed(0)
     return HopeForCausalLM(
         HopeConfig(
             vocab_size=32,
             hidden_size=WIDTH,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_heads=2,
             mixer_options={"self_modifying_titans": {"chunk_size": CHUNK, "projection_chunk_size": CHUNK}},
             cms_levels=[{"chunk_size": CHUNK}, {"chunk_size": 2 * CHUNK}],
@@ -105,6 +106,22 @@ def test_a_session_goes_on_where_the_model_is(update, tmp_path):
             assert here.tokens_seen.device == torch.device("cpu")
     assert beams.shape == (2, TOKENS + 3)
     assert torch.equal(got.inner, expected)
+
+
+def test_a_session_of_a_model_on_two_devices(tmp_path):
+    hope, path = model("regression", layers=2).eval(), tmp_path / "session.safetensors"
+    ids = torch.randint(32, (2, TOKENS))
+    expected = hope.generate(ids, max_new_tokens=6, do_sample=False)
+    with elsewhere() as device, torch.no_grad():
+        add_hook_to_module(hope, AlignDevicesHook("cpu", io_same_device=True, skip_keys="past_key_values"))
+        far = hope.model.layers[1].to(device)
+        add_hook_to_module(far, AlignDevicesHook(device, io_same_device=True, skip_keys="past_key_values"))
+        hope(ids[:, :-1], use_cache=True).past_key_values.save(path)
+        cache = HopeCache.load(path, hope)
+        assert cache.states["layers.0.mixer"].position.device == torch.device("cpu")
+        assert cache.states["layers.1.mixer"].position.device == device
+        got = hope.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected)
 
 
 def test_the_state_of_a_block_goes_on_where_the_block_is(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
-from nested_learning import HopeForCausalLM
+from nested_learning import HopeCache, HopeForCausalLM
 from tests.ecosystem.tiny_hope import hope, ids, slow_but
 
 TEXT = ids()
@@ -32,6 +32,16 @@ def test_cpu_offload(case):
     assert all(p.is_meta for p in offloaded.parameters())
     for a, b in zip(run(offloaded), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_session_goes_on_where_the_weights_are_brought(tmp_path):
+    model, path = hope("self_modifying_titans"), tmp_path / "session.safetensors"
+    with torch.no_grad():
+        model(TEXT[:, :7], use_cache=True).past_key_values.save(path)
+        wanted = model(TEXT[:, 7:], past_key_values=HopeCache.load(path, model)).logits
+        offloaded = cpu_offload(model)
+        cache = HopeCache.load(path, offloaded)  # all its weights are on the meta device now
+        torch.testing.assert_close(offloaded(TEXT[:, 7:], past_key_values=cache).logits, wanted)
 
 
 @pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))

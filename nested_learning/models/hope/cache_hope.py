@@ -10,10 +10,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nested_learning.memory.state import State, TensorFn, held_bytes
 from nested_learning.models.hope.cache_file import Saved, read_cache, write_cache
+from nested_learning.models.hope.placement_hope import device_of, devices_of_blocks
 
 if TYPE_CHECKING:
     from nested_learning.models.hope.block_hope import Blocks, Tokens
@@ -250,6 +251,14 @@ class HopeCache:
         """The cache on another device; dtypes stay."""
         return self._with(lambda state: state.to(device))
 
+    def _beside(self, model: nn.Module) -> HopeCache:
+        """The cache with each block's states where the block computes, what counts with the first."""
+        devices, new = devices_of_blocks(model), self.to(device_of(model))
+        for block, device in devices.items():
+            names = [name for name in new.states if name.startswith(block)]
+            new.states |= {name: new.states[name].to(device) for name in names}
+        return new
+
     def select_rows(self, index: Tensor) -> HopeCache:
         """A cache of the rows `index` [B'] (int64), in that order; a row may be taken any number of times."""
         return self._with(lambda state: state.select_rows(index))
@@ -364,7 +373,8 @@ class HopeCache:
         Args:
             path: path of the file.
             config_or_model: the `HopeConfig` of the model that goes on from the cache, or the model.
-            device: where the tensors go; None: where the model is, with a configuration the CPU.
+            device: where the tensors go; None: each where the model's block computes that uses it, with a
+                configuration the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -376,4 +386,6 @@ class HopeCache:
         cache = cls(config)
         cache.states, cache.tokens_seen, cache.prefix_hash, columns = saved
         cache._columns = Columns(columns)
-        return cache.to(getattr(config_or_model, "device", "cpu") if device is None else device)
+        if device is not None:
+            return cache.to(device)
+        return cache._beside(config_or_model) if isinstance(config_or_model, nn.Module) else cache

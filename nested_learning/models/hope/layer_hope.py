@@ -18,6 +18,7 @@ from nested_learning.models.hope.block_hope import HopeBlock
 from nested_learning.models.hope.cache_file import MOST, FileForm, complete, read_of_model
 from nested_learning.models.hope.configuration_hope import HopeConfig
 from nested_learning.models.hope.expected_states import expected_states
+from nested_learning.models.hope.placement_hope import device_of
 from nested_learning.models.hope.pretrained_hope import init_module
 
 LAYER_STATE = FileForm("HopeLayerState", "layer state", "nested_learning.hope_layer", "1", {})
@@ -94,7 +95,7 @@ class HopeLayerState(State):
         Args:
             path: path of the file.
             layer: the layer that goes on from the state.
-            device: where the tensors go; None: where the layer is.
+            device: where the tensors go; None: where the layer computes.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -106,7 +107,7 @@ class HopeLayerState(State):
             layer.check_tensors(state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return state.to(next(layer.parameters()).device if device is None else device)
+        return state.to(device_of(layer) if device is None else device)
 
 
 class HopeLayer(nn.Module):
