@@ -11,9 +11,10 @@ from torch import nn
 
 from benchmarks import cases
 from nested_learning import HopeCache, HopeConfig, HopeForCausalLM
-from nested_learning.continual import Level, Replay, reopen, stack_levels
+from nested_learning.continual import Replay, reopen, stack_levels
 from nested_learning.layers import MIXERS
 from nested_learning.models import HopeLayer, HopeLayerState
+from tests.continual.test_options_together import LEVELS
 from tests.continual.tiny_models import random_ids, tiny_model
 from tests.elsewhere import Elsewhere, elsewhere
 from tests.optimizers.cases import CASES
@@ -162,14 +163,6 @@ def test_optimizers(name):
         assert_same(got, expected)
     for there, here in zip(got, expected, strict=True):  # Newton and Schulz's steps are in bfloat16 on a GPU
         assert (there.inner - here).norm() <= 0.05 * here.norm()
-
-
-EVERYTHING = {"distill": 0.3, "reread": 1, "anchor_kl": 0.1, "decay": 0.05, "rule": "adam"}
-LEVELS = {
-    "full": (Level(4, 0.02, **EVERYTHING), Level(8, 0.01, layers=[1]), Level(16, average_of=0, rate=0.4)),
-    "sparse": (Level(4, 0.02, sparse=0.3, **EVERYTHING), Level(16, average_of=0, rate=0.4)),
-    "rank": (Level(4, 0.02, rank=2, learn_down=False, **EVERYTHING), Level(16, average_of=0, rate=0.4)),
-}
 
 
 @pytest.mark.parametrize(
