@@ -36,8 +36,10 @@ from nested_learning.evals.tasks.longdoc.documents import (
 )
 from nested_learning.evals.tasks.longdoc.readers import (
     AVERAGED,
+    AVERAGED_RMS,
     AVERAGED_WHOLE,
     DYNAMIC,
+    DYNAMIC_RMS,
     DYNAMIC_WHOLE,
     LORA,
     ONE_LEVEL,
@@ -288,6 +290,13 @@ class LongdocTask(OfPretrained[LongdocOptions]):
                 found.append(below(text, reader, alone, TARGET))
                 text = f"{words} in a window of {size} takes {AHEAD_OF_SGD} less than dynamic evaluation"
                 found.append(below(text, reader, dynamic, AHEAD_OF_SGD))
+        for words, levels in (
+            ("one level", ONE_LEVEL),
+            ("levels with an average", AVERAGED),
+            ("levels with an average, the fast one by RMS,", AVERAGED_RMS),
+        ):
+            text = f"{words} in a window of {first} takes {AHEAD_OF_SGD} less than dynamic evaluation by RMS"
+            found.append(below(text, levels, DYNAMIC_RMS, AHEAD_OF_SGD))
         found.append(below(f"one level in a window of {last} takes less than the window of {first} with one",
                            ONE_LEVEL_WHOLE, ONE_LEVEL, 0.0))  # fmt: skip
         found.append(below("one level takes less than LoRA in the same window", ONE_LEVEL, LORA, 0.0))
