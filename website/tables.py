@@ -396,7 +396,7 @@ TABLES = (
         {
             **_named(_LEARNERS, "no-adaptation", "context-2k"),
             "context-8k": "the last 7,168 as context",
-            **_named(_LEARNERS, "fine-tuning", "level-rank-8", "one-level", "level-replay"),
+            **_named(_LEARNERS, "fine-tuning", "lora", "level-rank-8", "one-level", "level-replay"),
             **_named(_LEARNERS, "retrieval-alone"),
         },
         {
