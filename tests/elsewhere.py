@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 CUDA = torch.device("cuda", 0)
-HIDDEN = torch.device(
-    "meta"
-)  # where torch's own code believes the wrappers to be, so that it can be told apart
+HIDDEN = torch.device("meta")  # where torch's own code believes the wrappers to be
 aten = torch.ops.aten
 # What takes tensors of both devices on a GPU too: copies, and indices of the CPU, which are sent.
 BOTH = {aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}

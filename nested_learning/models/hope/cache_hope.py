@@ -253,10 +253,12 @@ class HopeCache:
 
     def _beside(self, model: nn.Module) -> HopeCache:
         """The cache with each block's states where the block computes, what counts with the first."""
-        devices, new = devices_of_blocks(model), self.to(device_of(model))
-        for block, device in devices.items():
-            names = [name for name in new.states if name.startswith(block)]
-            new.states |= {name: new.states[name].to(device) for name in names}
+        first, blocks = device_of(model), devices_of_blocks(model)
+        counts = self.clone()
+        counts.states = {}
+        new = counts.to(first)
+        for name, state in self.states.items():
+            new.states[name] = state.to(blocks.get(name.rpartition(".")[0], first))
         return new
 
     def select_rows(self, index: Tensor) -> HopeCache:

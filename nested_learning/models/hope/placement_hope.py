@@ -23,6 +23,6 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def devices_of_blocks(model: nn.Module) -> dict[str, torch.device]:
-    """The device of each block of a Hope model, by the beginning of the names of its states."""
+    """The device of each block of a Hope model, by its name in the names of its states ("layers.0.mixer")."""
     blocks = [part for part in model.modules() if isinstance(part, HopeBlock)]
-    return {f"layers.{index}.": device_of(block) for index, block in enumerate(blocks)}
+    return {f"layers.{index}": device_of(block) for index, block in enumerate(blocks)}
