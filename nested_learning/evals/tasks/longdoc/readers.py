@@ -71,7 +71,6 @@ LORA = DocumentReader(
 )
 ONE_LEVEL = reader("one-level-reading", [ADAM], SHORT, ADAM_RATES)
 AVERAGED = reader("levels-average-reading", [FAST, SLOW], SHORT, ADAM_RATES)
-AVERAGED_RMS = reader("levels-average-rms", [{**RMS, "decay": 0.2}, SLOW], SHORT, ADAM_RATES)
 RANKED = reader("rank-8-reading", [{**ADAM, "rank": 8}], SHORT, RANKED_RATES)  # what Learner.auto is
 SPARSE = reader("sparse-reading", [{**ADAM, "sparse": 0.05}], SHORT, SPARSE_RATES)
 # What the second half of a window is taught is what the first half told, so that less is read again.
@@ -103,7 +102,6 @@ READERS = (
     LORA,
     ONE_LEVEL,
     AVERAGED,
-    AVERAGED_RMS,
     RANKED,
     SPARSE,
     DISTILLED,

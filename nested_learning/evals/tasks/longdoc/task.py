@@ -36,7 +36,6 @@ from nested_learning.evals.tasks.longdoc.documents import (
 )
 from nested_learning.evals.tasks.longdoc.readers import (
     AVERAGED,
-    AVERAGED_RMS,
     AVERAGED_WHOLE,
     DYNAMIC,
     DYNAMIC_RMS,
@@ -290,11 +289,7 @@ class LongdocTask(OfPretrained[LongdocOptions]):
                 found.append(below(text, reader, alone, TARGET))
                 text = f"{words} in a window of {size} takes {AHEAD_BY} less than dynamic evaluation"
                 found.append(below(text, reader, dynamic, AHEAD_BY))
-        for words, levels in (
-            ("one level", ONE_LEVEL),
-            ("levels with an average", AVERAGED),
-            ("levels with an average, the fast one by RMS,", AVERAGED_RMS),
-        ):
+        for words, levels in (("one level", ONE_LEVEL), ("levels with an average", AVERAGED)):
             text = f"{words} in a window of {first} takes {AHEAD_BY} less than dynamic evaluation by RMS"
             found.append(below(text, levels, DYNAMIC_RMS, AHEAD_BY))
         found.append(below(f"one level in a window of {last} takes less than the window of {first} with one",
