@@ -118,13 +118,17 @@ def test_on_every_long_document_levels_are_ahead_of_the_whole_context(results):
     rows = next(result.rows for result in results if result.task.name == "longdoc")
     levels, window = rows["levels-average-reading"], rows["window-8k"]
     ours, theirs = levels.values("long"), window.values("long")
-    assert all(ours[seed] < theirs[seed] for seed in ours.keys() | theirs.keys())
+    wide = rows["levels-average-reading-8k"].values("long")
+    assert ours.keys() == theirs.keys() == wide.keys()
+    assert all(wide[seed] < ours[seed] < theirs[seed] for seed in ours)
     means = [
         f"{row.mean(figure):.3f}" for figure in ("long", "long, last quarter") for row in (levels, window)
     ]
     each = ", ".join(f"{ours[seed]:.3f} and {theirs[seed]:.3f}" for seed in sorted(ours))
     text = " ".join(claims.RESULTS.read_text(encoding="utf-8").split())
     assert f"({means[0]} and {means[1]} in the mean; {each})" in text
+    each = ", ".join(f"{wide[seed]:.3f} and {theirs[seed]:.3f}" for seed in sorted(wide))
+    assert f"on each long one ({each})" in text
     assert f"(last quarter {means[2]} and {means[3]})" in text
 
 
