@@ -9,18 +9,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from benchmarks import cases
-from nested_learning import HopeCache, HopeConfig, HopeForCausalLM
+from nested_learning import HopeCache
 from nested_learning.continual import Replay, reopen, stack_levels
-from nested_learning.layers import MIXERS
 from nested_learning.models import HopeLayer, HopeLayerState
 from tests.continual.test_options_together import LEVELS
 from tests.continual.tiny_models import random_ids, tiny_model
 from tests.elsewhere import Elsewhere, elsewhere
+from tests.layer_runs import run
+from tests.models.test_no_waiting import CHUNK, NAMES, TOKENS, WIDTH, mixer, model
 from tests.optimizers.cases import CASES
-
-WIDTH, CHUNK, TOKENS = 16, 4, 9  # two chunks, and not a multiple
-NAMES = sorted(set(MIXERS) - {"memory"})
 
 
 def assert_same(got, expected):
@@ -29,44 +26,17 @@ def assert_same(got, expected):
         torch.testing.assert_close(there.inner, here.detach(), rtol=1e-4, atol=1e-5)
 
 
-def run(layer, x, real):
-    """Outputs of two calls and a token, the last state and every gradient."""
-    y, state = layer(x, mask=real)
-    z, state = layer(x, state)
-    w, state = layer(x[:, :1], state)
-    leaves = [x, *layer.parameters()]
-    loss = y.square().mean() + z.square().mean() + w.square().mean()
-    found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return [y, z, w, *state.to_tensors().values(), *found]
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_mixers(name, padded):
     torch.manual_seed(0)
-    layer = cases.mixer(name, {"width": WIDTH, "heads": 2, "chunk": CHUNK})
+    layer = mixer(name)
     x, real = torch.randn(2, TOKENS, WIDTH), torch.ones(2, TOKENS, dtype=torch.bool)
     real[0, :3] = False
     expected = run(copy.deepcopy(layer), x.clone().requires_grad_(), real if padded else None)
     with elsewhere() as device:
         got = run(layer.to(device), x.to(device).requires_grad_(), real.to(device) if padded else None)
     assert_same(got, expected)
-
-
-def model(update, layers=1, **options):
-    torch.manual_seed(0)
-    return HopeForCausalLM(
-        HopeConfig(
-            vocab_size=32,
-            hidden_size=WIDTH,
-            num_hidden_layers=layers,
-            num_heads=2,
-            mixer_options={"self_modifying_titans": {"chunk_size": CHUNK, "projection_chunk_size": CHUNK}},
-            cms_levels=[{"chunk_size": CHUNK}, {"chunk_size": 2 * CHUNK}],
-            cms_update=update,
-            **options,
-        )
-    )
 
 
 def loss_and_gradients(hope, ids, real):
@@ -79,6 +49,7 @@ def loss_and_gradients(hope, ids, real):
 @pytest.mark.parametrize("recompute", [None, "chunk"])
 @pytest.mark.parametrize("update", ["none", "regression", "lm"])
 def test_models(update, recompute, padded):
+    torch.manual_seed(0)
     hope, ids = model(update, recompute=recompute), torch.randint(32, (2, TOKENS))
     real = torch.ones_like(ids) if padded else None
     if real is not None:
@@ -92,6 +63,7 @@ def test_models(update, recompute, padded):
 
 @pytest.mark.parametrize("update", ["none", "regression", "lm"])
 def test_a_session_goes_on_where_the_model_is(update, tmp_path):
+    torch.manual_seed(0)
     hope, path = model(update).eval(), tmp_path / "session.safetensors"
     ids = torch.randint(32, (2, TOKENS))
     expected = hope.generate(ids, max_new_tokens=6, do_sample=False)
@@ -110,6 +82,7 @@ def test_a_session_goes_on_where_the_model_is(update, tmp_path):
 
 
 def test_a_session_of_a_model_on_two_devices(tmp_path):
+    torch.manual_seed(0)
     hope, path = model("regression", layers=2).eval(), tmp_path / "session.safetensors"
     ids = torch.randint(32, (2, TOKENS))
     expected = hope.generate(ids, max_new_tokens=6, do_sample=False)

@@ -12,6 +12,7 @@ import torch
 from benchmarks import cases
 from nested_learning import HopeConfig, HopeForCausalLM
 from nested_learning.layers import MIXERS, MemoryLayer, set_compile_step
+from tests import layer_runs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,14 +51,8 @@ def model(update):
 
 
 def run(layer, x, real):
-    """Outputs of two calls and a token, the last state and every gradient."""
-    y, state = layer(x, mask=real)
-    z, state = layer(x, state)
-    w, state = layer(x[:, :1], state)
-    leaves = [x, *layer.parameters()]
-    loss = (y.square().mean() + z.square().mean() + w.square().mean()) * 10
-    found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return [y, z, w, *(t for t in state.to_tensors().values() if t.is_floating_point()), *found]
+    """What has a precision of all that a layer does."""
+    return [t for t in layer_runs.run(layer, x, real) if t.is_floating_point()]
 
 
 def assert_close(got, expected, tolerance):

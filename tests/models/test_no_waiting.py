@@ -45,13 +45,13 @@ def mixer(name):
     return cases.mixer(name, {"width": WIDTH, "heads": 2, "chunk": CHUNK})
 
 
-def model(update, **options):
+def model(update, layers=1, **options):
     levels = [{"chunk_size": CHUNK}, {"chunk_size": 2 * CHUNK}]
     return HopeForCausalLM(
         HopeConfig(
             vocab_size=32,
             hidden_size=WIDTH,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_heads=2,
             mixer_options={"self_modifying_titans": {"chunk_size": CHUNK, "projection_chunk_size": CHUNK}},
             cms_levels=levels,
