@@ -10,6 +10,7 @@ import pytest
 from nested_learning.continual import AUTO
 from nested_learning.evals.claims import interval
 from nested_learning.evals.kept import TrialCache
+from nested_learning.evals.methods.pretrained.method import RULES
 from nested_learning.evals.runner import SEEDS
 from nested_learning.evals.tasks.longdoc.documents import SHORT
 from website import claims
@@ -112,6 +113,19 @@ def test_the_guide_quotes_the_runs(results):
             kept = [v for seed, v in values.items() if task != "longdoc" or seed < SHORT]
             means.append(f"{fmean(kept):.3f}")
         assert re.findall(r"\b0\.\d+", line) == means, begin
+
+
+def test_the_guide_says_by_how_much_a_rule_was_ahead(results):
+    rows = next(result.rows for result in results if result.task.name == "longdoc")
+    adam, rms = (
+        rows[name].values("bits per byte") for name in ("one-level-reading", "dynamic-evaluation-rms")
+    )
+    apart = [adam[seed] - rms[seed] for seed in rms]
+    low, high = interval(apart)
+    guide = (claims.ROOT / "docs" / "continual.md").read_text(encoding="utf-8")
+    (line,) = (line for line in guide.splitlines() if line.startswith("| `rule` |"))
+    assert f"`AdamMemory({RULES['rms'].betas})`" in line
+    assert f"was {fmean(apart):.3f} [{low:.3f}, {high:.3f}] bits per byte ahead" in line
 
 
 def test_on_every_long_document_levels_are_ahead_of_the_whole_context(results):
