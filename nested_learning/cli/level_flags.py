@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 # What a level can be told besides its chunk and rate: type, default, help.
 _PER_LEVEL: dict[str, tuple[type, Any, str]] = {
     "layers": (str, "all", "'all', 'last third', or indices such as 0,1,2"),
-    "rule": (str, "gd", "inner rules: gd, momentum, adam or m3"),
+    "rule": (str, "gd", "inner rules: gd, momentum, adam, rms or m3"),
+    "clip": (
+        float,
+        1.0,
+        "largest norm of the gradients that a level's rule is given; 0 for no bound",
+    ),
     "rank": (int, 0, "rank of the deltas; 0 for full matrices"),
     "learn_down": (bool, True, "with a rank: learn both factors; false for `up` alone"),
     "sparse": (float, 0.0, "share of the hidden units of each MLP that one write changes; 0 for all weights"),
@@ -121,7 +126,7 @@ def levels_of(values: Namespace) -> tuple[Level, ...]:
     levels = []
     for index, size in enumerate(values.chunk_sizes):
         own = {name: each[index] for name, each in given.items()}
-        own["sparse"] = own["sparse"] or None
+        own["sparse"], own["clip"] = own["sparse"] or None, own["clip"] or None
         average_of = own["average_of"]
         # one value for all is one for all that learn: an average has no such settings
         for name in _LEARNING if average_of >= 0 else ():

@@ -28,7 +28,7 @@ class Budget:
         deltas: deltas of all levels, once written; of a sparse level what one write makes.
         sums: gradients of the unfinished chunks of all levels but the fastest, and of closed windows that
             are yet to be written (`Level.distill`).
-        rules: states of the inner rules (a memory form of one's own counts as one tensor per slot).
+        rules: states of the inner rules, as far as they are of a slot's size.
         gradients: gradients of one segment, while it is read; shared.
         context: keys and values of a full window, states of recurrent layers.
         activations: tensors kept for the backward pass of one segment (of an example of replay, where that is

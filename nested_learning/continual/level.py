@@ -41,8 +41,10 @@ class Level:
             for an average.
         layers: "all", "last third" (rounded up), or indices of the model's layers; negative ones count
             from the end.
-        rule: "gd", "momentum", "adam", "m3", or a memory form of `nested_learning.optimizers` (an object
-            with init, update and read), such as `MomentumMemory(0.95)`. "sgd" is "gd".
+        rule: "gd", "momentum", "adam", "rms" (the gradient by the root of its running mean square, which is
+            Adam with β = (0, 0.99); measured with `clip=None`), "m3", or a memory form of
+            `nested_learning.optimizers` (an object with init, update and read), such as
+            `MomentumMemory(0.95)`. "sgd" is "gd".
         clip: largest Frobenius norm of G, over all weights of the level together; None for no bound.
         rank: the delta is a product of two factors of this rank, both learned, instead of a full matrix.
         gate: write only when the mean loss of the chunk exceeds this many nats per token.

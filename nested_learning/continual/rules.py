@@ -6,6 +6,7 @@ and M3 are those of `nested_learning.optimizers`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,9 +35,14 @@ class Step(NamedTuple):
 
 
 class Rule(Protocol):
-    """Attribute `kept`: how many tensors of a slot's size the state has, for the memory budget."""
+    """Attributes: `kept`, how many tensors of a slot's size the state has, for the memory budget; `dropped`,
+    names of fields that states of this rule do not have, but files of earlier versions may."""
 
-    kept: int
+    @property
+    def kept(self) -> int: ...
+
+    @property
+    def dropped(self) -> tuple[str, ...]: ...
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         """One write with the gradients `scale` · `grads`; nothing that is given changes."""
@@ -49,6 +55,7 @@ class PlainGradient:
     """Gradient descent: the direction is the gradient. No state."""
 
     kept = 0
+    dropped = ()
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         return Step(grads, {}, scale)
@@ -63,21 +70,39 @@ def _scaled(g: Tensor, scale: float) -> Tensor:
 
 
 class FormRule:
-    """A memory form of `optimizers.memory_forms`, element by element."""
+    """A memory form of `optimizers.memory_forms`, element by element.
 
-    def __init__(self, memory: GradientMemory, kept: int = 1) -> None:
+    What the form names as `spare` is not kept between writes.
+    """
+
+    def __init__(self, memory: GradientMemory) -> None:
         self.memory = memory
-        self.kept = kept
+        self.dropped: tuple[str, ...] = tuple(getattr(memory, "spare", ()))
+
+    @cached_property
+    def kept(self) -> int:
+        probe = torch.ones(2, 3, device="cpu")
+        return sum(t.shape == probe.shape for t in self.empty(probe).values())
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
-        new = {slot: dict(state.get(slot, {})) for slot in grads}
-        directions = {
-            slot: memory_direction(self.memory, new[slot], _scaled(g, scale)) for slot, g in grads.items()
-        }
+        directions: Weights = {}
+        new: RuleState = {}
+        for slot, g in grads.items():
+            scaled = _scaled(g, scale)
+            stored = dict(state.get(slot, {}))
+            if stored:
+                unread = scaled.new_zeros(()).expand_as(scaled)  # stands for what no update looks at
+                stored = {**dict.fromkeys(self.dropped, unread), **stored}
+            directions[slot] = memory_direction(self.memory, stored, scaled)
+            if needed := self._needed(stored):
+                new[slot] = needed
         return Step(directions, new, 1.0)
 
     def empty(self, like: Tensor) -> dict[str, Tensor]:
-        return dict(self.memory.init(like)._asdict())
+        return self._needed(self.memory.init(like)._asdict())
+
+    def _needed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {field: t for field, t in state.items() if field not in self.dropped}
 
 
 class M3Rule:
@@ -87,6 +112,7 @@ class M3Rule:
     """
 
     kept = 4
+    dropped = ()
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         scaled = {slot: _scaled(g, scale) for slot, g in grads.items()}
@@ -123,7 +149,14 @@ class PerExpert:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self.kept = rule.kept
+
+    @property
+    def kept(self) -> int:
+        return self.rule.kept
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        return self.rule.dropped
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         stacks = {slot: len(g) for slot, g in grads.items() if g.ndim == 3}
@@ -139,8 +172,9 @@ class PerExpert:
         for slot, experts in stacks.items():
             own = [f"{slot}/{e}" for e in range(experts)]
             directions[slot] = torch.stack([directions.pop(name) for name in own])
-            states = [new.pop(name) for name in own]
-            new[slot] = {field: torch.stack([each[field] for each in states]) for field in states[0]}
+            states = [new.pop(name, {}) for name in own]
+            if states[0]:
+                new[slot] = {field: torch.stack([each[field] for each in states]) for field in states[0]}
         return Step(directions, new, factor)
 
     def empty(self, like: Tensor) -> dict[str, Tensor]:
@@ -150,7 +184,8 @@ class PerExpert:
 _NAMED: dict[str, Rule] = {
     "gd": PlainGradient(),
     "momentum": FormRule(MomentumMemory()),
-    "adam": FormRule(AdamMemory(), kept=2),
+    "adam": FormRule(AdamMemory()),
+    "rms": FormRule(AdamMemory((0.0, 0.99))),  # the gradient by the root of its running mean square
     "m3": PerExpert(M3Rule()),
 }
 

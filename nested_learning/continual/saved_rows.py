@@ -318,6 +318,11 @@ class SavedRows:
     def _fill_rule(self, prefix: str, writer: DeltaWriter, state: DeltaState, fields: object) -> None:
         """The rule's state of each slot: all of its fields, or none."""
         like = _rule_state(writer, 2)
+        if isinstance(fields, list) and (dropped := [f for f in writer.rule.dropped if f in fields]):
+            fields = [field for field in fields if field not in dropped]
+            for slot in writer.keys:  # a file of an earlier version has what no write looks at
+                for field in dropped:
+                    self._left.pop(f"{prefix}rule/{field}/{slot}", None)
         if fields != [] and fields != sorted(like):
             raise ValueError(f"{prefix}rule has the fields {_short(fields)}, expected {sorted(like)}")
         for slot in writer.keys if fields else ():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,11 @@ from nested_learning.optimizers.checks import DECAY, FRACTION, NON_NEGATIVE, TWO
 
 
 class GradientMemory(Protocol):
-    """A memory of gradients: three pure functions on the state of one tensor."""
+    """A memory of gradients: three pure functions on the state of one tensor.
+
+    A memory may name in `spare` the fields of its state that `update` does not look at, such as a last
+    gradient that is only read: who keeps states from step to step can leave them out.
+    """
 
     def init(self, like: Tensor) -> Any:
         """The empty state for a parameter like `like`: a NamedTuple of tensors of its dtype and device.
@@ -58,6 +62,8 @@ class GDState(NamedTuple):
 @dataclass(frozen=True)
 class GDMemory:
     """Gradient descent, eq 1: the memory holds the last gradient only. State: the gradient, 1×."""
+
+    spare: ClassVar[tuple[str, ...]] = ("grad",)
 
     def init(self, like: Tensor) -> GDState:
         return GDState(torch.zeros_like(like))
@@ -106,7 +112,8 @@ class AdamMemory:
     """Adam, eq 101-105: element by element the best linear map from gradients to √(Σg²).
 
     m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², u = m̂/(√v̂ + ε), both corrected for their start at zero.
-    Equal to torch.optim.Adam. State: m and v, 2×, and the number of writes (0-D).
+    Equal to torch.optim.Adam. State: m and v, 2×, and the number of writes (0-D). With β₁ = 0 it is the
+    gradient divided by its root mean square, as RMSprop with the start corrected, and m the last gradient.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -115,6 +122,11 @@ class AdamMemory:
     def __post_init__(self) -> None:
         TWO_DECAYS.check("betas", self.betas)
         NON_NEGATIVE.check("eps", self.eps)
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Without momentum the mean is the last gradient, which no update looks at."""
+        return () if self.betas[0] else ("mean",)
 
     def init(self, like: Tensor) -> AdamState:
         return AdamState(torch.zeros_like(like), torch.zeros_like(like), _no_writes(like))
@@ -162,6 +174,7 @@ class AdaGradMemory:
     Equal to torch.optim.Adagrad. State: the last gradient and H, 2×.
     """
 
+    spare: ClassVar[tuple[str, ...]] = ("grad",)
     initial: float = 0.0
     eps: float = 1e-10
 

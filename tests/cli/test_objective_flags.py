@@ -54,6 +54,9 @@ def test_levels_are_as_told():
     )
     assert learning == Level(4, 0.1, reread=2, decay=0.1)  # one value is for the level that learns
     assert average == Level(8, average_of=0, rate=0.5)
+    free, bound = parsed("--rule", "rms", "adam", "--clip", "0", "0.5")
+    assert free == Level(4, 0.1, rule="rms", clip=None)
+    assert bound == Level(8, 0.1, rule="adam", clip=0.5)
 
 
 def base(folder):  # noqa: F811

@@ -110,6 +110,7 @@ def test_the_first_chunk_is_the_gradient_of_the_ordinary_loss():
     [
         ("momentum", lambda deltas: torch.optim.SGD(deltas, lr=0.2, momentum=0.9)),
         ("adam", lambda deltas: torch.optim.Adam(deltas, lr=0.2)),
+        ("rms", lambda deltas: torch.optim.Adam(deltas, lr=0.2, betas=(0.0, 0.99))),
         ("m3", lambda deltas: M3(deltas, lr=0.2)),
     ],
 )

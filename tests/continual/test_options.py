@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from nested_learning.continual import Level, stack_levels
-from nested_learning.optimizers import AdamMemory, MomentumMemory
+from nested_learning.optimizers import AdaGradMemory, AdamMemory, GDMemory, MomentumMemory
 from tests.continual.tiny_models import CONFIGS, random_ids, tiny_model
+from tests.damage import read_file, write_checked
 
 MODEL = tiny_model()
 
@@ -213,10 +215,20 @@ class TestLowRank:
         torch.testing.assert_close(learner.logits(probe), model(probe).logits)
 
 
-@pytest.mark.parametrize("memory", [MomentumMemory(0.5), AdamMemory(betas=(0.5, 0.9))])
-def test_a_memory_form_as_the_rule(memory):
+@pytest.mark.parametrize(
+    ("memory", "kept"),
+    [
+        (GDMemory(), 0),
+        (MomentumMemory(0.5), 1),
+        (AdamMemory(betas=(0.5, 0.9)), 2),
+        (AdamMemory(betas=(0.0, 0.9)), 1),
+        (AdaGradMemory(), 1),
+    ],
+)
+@pytest.mark.parametrize("form", [{}, {"rank": 2}, {"sparse": 0.2}])
+def test_a_memory_form_as_the_rule(memory, kept, form):
     class Spy:
-        """The same memory, which counts."""
+        """The same memory, which counts, and all of whose state is kept."""
 
         written = 0
 
@@ -230,12 +242,42 @@ def test_a_memory_form_as_the_rule(memory):
         def read(self, state):
             return memory.read(state)
 
-    direct, spied = learner_on(Level(4, 0.1, rule=memory)), learner_on(Level(4, 0.1, rule=Spy()))
+    direct, spied = (learner_on(Level(4, 0.1, rule=rule, **form)) for rule in (memory, Spy()))
+    spied_before = Spy.written  # that a sparse level's rule acts by row is tried on a small matrix
     for learner in (direct, spied):
         learner.observe(random_ids(12))
-    assert Spy.written == 3 * 6
+    state, whole = (learner.memory.rows[0].levels[0] for learner in (direct, spied))
+    assert Spy.written - spied_before == 3 * len(state.deltas)
     for name, delta in direct.memory.diff().items():
         assert torch.equal(delta, spied.memory.diff()[name])
+    # what no write looks at is not kept, all else is the same, and the budget has counted it
+    found = {slot: {f: t for f, t in own.items() if t.shape[-2:] == state.deltas[slot].shape[-2:]}
+             for slot, own in state.rule.items()}  # fmt: skip
+    assert all(len(own) == kept for own in found.values())
+    assert bool(found) == bool(kept)
+    for slot, own in state.rule.items():
+        assert all(torch.equal(t, whole.rule[slot][field]) for field, t in own.items())
+    if "sparse" not in form:
+        assert direct.info().rules == sum(t.nbytes for own in found.values() for t in own.values())
+
+
+def test_a_file_with_what_rules_no_longer_keep_loads(tmp_path):
+    """Until 0.1 the state of a rule without momentum had its last gradient."""
+    rule, path = AdamMemory(betas=(0.0, 0.99)), tmp_path / "memory.safetensors"
+    learner, other, right = (learner_on(Level(4, 0.1, rule=rule), Level(8, 0.1)) for _ in range(3))
+    learner.observe(random_ids(10))
+    learner.memory.save(path)
+    right.memory.load(path)
+    tensors, metadata = read_file(path)
+    for name in [name for name in tensors if "/rule/square/" in name]:
+        tensors[name.replace("square", "mean")] = torch.randn_like(tensors[name])
+    rows = json.loads(metadata["rows"])
+    assert rows[0]["levels"][0]["rule"] == ["square", "step"]
+    rows[0]["levels"][0]["rule"] = ["mean", "square", "step"]
+    write_checked(path, tensors, {**metadata, "rows": json.dumps(rows)})
+    other.memory.load(path)
+    ids = random_ids(12, seed=1)
+    assert torch.equal(other.observe(ids), right.observe(ids))
 
 
 class TestNotFinite:

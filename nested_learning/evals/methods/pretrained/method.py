@@ -32,11 +32,9 @@ from nested_learning.evals.methods.pretrained.tuning import (
     adapted,
     own_copy,
 )
-from nested_learning.optimizers.memory_forms import AdamMemory, GradientMemory
 
 PIECE = 64  # tokens of an example that levels replay, at most
 KEPT = 2  # examples of each label that replay keeps
-RULES: dict[str, GradientMemory] = {"rms": AdamMemory((0.0, 0.99))}  # the gradient by its root mean square
 TAKEN_OVER = (0.2, 0.4)  # shares of the next faster level that slower ones take over at each write
 
 
@@ -247,15 +245,14 @@ def stacked(
 
     Args:
         teaching: has the chunk sizes.
-        levels: settings of each Level; `chunk` is the index of its chunk size, and `rule` may be "rms".
+        levels: settings of each Level; `chunk` is the index of its chunk size.
         learning: further settings of all that say no `lr`: those that learn from text.
     """
     found = []
     for each in levels:
         given = {**({} if "lr" in each else learning), **each}
         size = teaching.chunks[given.pop("chunk")]
-        rule = given.pop("rule", "gd")
-        found.append(Level(size, rule=RULES.get(rule, rule), **given))
+        found.append(Level(size, **given))
     return found
 
 
