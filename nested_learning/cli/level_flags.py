@@ -32,6 +32,7 @@ _PER_LEVEL: dict[str, tuple[type, Any, str]] = {
     "reread": (int, 0, "how often a level goes over its chunk again after its write, and writes again"),
     "distill": (float, 0.0, "weight of learning, when the window closes, to answer without it as with it"),
     "anchor_kl": (float, 0.0, "weight of the pull to what the untouched model predicts of --background"),
+    "consolidate": (float, 0.0, "share of the faster level's delta that a level takes over at its boundary"),
     "average_of": (
         int,
         -1,

@@ -1,13 +1,15 @@
 """Averages that answer: levels that follow a faster one, and stand in its place when the learner is asked.
 
 A ← A + r (Δ − A) at the average's boundary. Full deltas, and products with one fixed factor, are averaged as
-they are. With two learned factors the average of products has the sum of both ranks; it is brought back to
-the average's own rank by the best approximation of that rank, from QR decompositions of the stacked factors
-and the singular values of the small matrix between them: no matrix of the weight's size is made.
+they are. With two learned factors the average of products has the sum of both ranks (as has what a level at
+a rank takes over, `Level.consolidate`); it is brought back to the level's own rank by the best approximation
+of that rank, from QR decompositions of the stacked factors and the singular values of the small matrix
+between them: no matrix of the weight's size is made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,14 +90,15 @@ class Mixed(NamedTuple):
     whole: Tensor
 
 
-def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
-    """(1 − rate) · mine + rate · theirs at the rank of `mine`: its best approximation (Eckart and Young).
+def mix(mine: LowRank, theirs: LowRank, rate: float, kept: float | None = None) -> Mixed:
+    """kept · mine + rate · theirs at the rank of `mine`: its best approximation (Eckart and Young).
 
-    `down` of the result has orthonormal rows.
+    `kept` is 1 − rate, an average, if it is left out. `down` of the result has orthonormal rows.
     """
     rank = mine.down.shape[-2]
+    kept = 1 - rate if kept is None else kept
     with full_precision(mine.up.device):
-        left = torch.cat([mine.up * (1 - rate), theirs.up * rate], dim=-1)
+        left = torch.cat([mine.up * kept, theirs.up * rate], dim=-1)
         right = torch.cat([mine.down, theirs.down], dim=-2)
         q_left, r_left = torch.linalg.qr(left)
         q_right, r_right = torch.linalg.qr(right.mT)
@@ -104,6 +107,36 @@ def mix(mine: LowRank, theirs: LowRank, rate: float) -> Mixed:
         down = (q_right @ v[..., :rank, :].mT).mT.contiguous()
         up = q_left @ (u[..., :rank] * values[..., None, :rank])
     return Mixed(LowRank(down, up), squares[..., rank:].sum(), squares.sum())
+
+
+def mix_in(
+    mine: Weights,
+    slots: tuple[str, str],
+    rank: int,
+    theirs: LowRank,
+    rate: float,
+    kept: float | None = None,
+) -> Tensor:
+    """Make a product, zero if the slots (down, up) have none, its mixture with another one; see `mix`.
+
+    Returns:
+        squared norms of what the rank could not hold and of the whole, [2].
+    """
+    down, up = slots
+    *stack, _, inputs = theirs.down.shape
+    own = LowRank(
+        mine[down] if down in mine else theirs.down.new_zeros(*stack, rank, inputs),
+        mine[up] if up in mine else theirs.up.new_zeros(*theirs.up.shape[:-1], rank),
+    )
+    mixed = mix(own, theirs, rate, kept)
+    mine[down], mine[up] = mixed.product
+    return torch.stack([mixed.lost, mixed.whole])
+
+
+def relative(errors: Sequence[Tensor]) -> float:
+    """√(lost / whole) of the sums of squares [2] of several mixtures; 0 where there is nothing."""
+    lost, whole = torch.stack(list(errors)).sum(0).tolist() if errors else (0.0, 0.0)
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def approach(mine: Weights, slot: str, theirs: Tensor | None, rate: float) -> None:

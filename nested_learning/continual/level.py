@@ -52,7 +52,9 @@ class Level:
             chunks before; the first chunk is always written.
         consolidate: share of the next faster level's delta that this level takes over at its boundary, on
             the weights both have: Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast. What the model computes does not
-            change by it. Needs `rank=None`.
+            change by it. With `rank` (and lr=0; the faster level needs a rank too) Δ_slow becomes the best
+            approximation of its rank, and what the model computes changes by what that could not hold,
+            which `Write.truncation` says.
         decay: share of the delta that is forgotten at every write: an anchor at the pretrained weights.
             With `stack_levels(fisher=…)` each weight has a share of its own.
         average_of: index of a faster level, 0 is the fastest. At its boundary the level moves towards that
@@ -127,10 +129,11 @@ class Level:
                 f"gate is {self.gate} and gate_quantile is {self.gate_quantile}; expected one of them: "
                 "a fixed threshold or a running one"
             )
-        if self.consolidate and self.rank is not None:
+        if self.consolidate and self.rank is not None and (self.lr or not self.learn_down):
             raise ValueError(
-                f"a level of rank {self.rank} cannot take over another level's delta exactly; "
-                "set rank=None on the level that consolidates"
+                f"a level of rank {self.rank} that takes over another level's delta has its factors "
+                f"made anew each time, so neither learns from text: set lr=0 (it is {self.lr}) and leave "
+                "learn_down out, or set rank=None"
             )
         if not isinstance(self.layers, str):
             if not isinstance(self.layers, Iterable):
@@ -252,6 +255,14 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
         )
     if levels[0].consolidate:
         raise ValueError("the fastest level has no faster one to take over from: leave out its `consolidate`")
+    faster = levels[0]
+    for index, level in enumerate(levels):
+        if level.consolidate and level.rank is not None and faster.rank is None:
+            raise ValueError(
+                f"level {index} has rank {level.rank}, but the level that it takes over from "
+                f"(consolidate={level.consolidate}) has none: leave the rank out, or give both levels one"
+            )
+        faster = faster if level.average_of is not None else level
     return tuple(
         level if level.average_of is None else _averaging(levels, index, level)
         for index, level in enumerate(levels)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nested_learning.continual.averages import LowRank, approach, mix
+from nested_learning.continual.averages import LowRank, approach, mix_in, relative
 from nested_learning.continual.deltas import DOWN, UP, DeltaState, Row, product
 from nested_learning.continual.find import Target, memory_dtype
 from nested_learning.continual.lesson import Lesson, Replayed
@@ -37,8 +37,8 @@ class Write:
             or "dropped", its loss or gradient was NaN or infinite. Only the first changes anything.
         loss: mean next-token loss over the pairs of the chunk that are learned, in nats; 0 if there are none.
         gradient_norm: Frobenius norm of the summed gradient, before clipping.
-        truncation: of an average at a rank, the Frobenius norm of what the rank could not hold, relative to
-            that of the whole; 0 where the average is exact.
+        truncation: of an average at a rank, or a level at a rank that takes over, the Frobenius norm of what
+            the rank could not hold, relative to that of the whole; 0 where nothing is cut off.
         replayed: number of learned tokens of kept examples in the summed gradient.
         reread: how often the chunk had been read again for this write; 0 for the write that every chunk has.
     """
@@ -314,18 +314,37 @@ class DeltaWriter:
         past = torch.tensor(before, dtype=torch.float64, device="cpu")
         return loss <= float(torch.quantile(past, level.gate_quantile))
 
-    def take_over(self, state: DeltaState, fast: DeltaWriter, fast_state: DeltaState) -> None:
-        """Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast, on the weights that both levels have."""
+    def take_over(self, state: DeltaState, fast: DeltaWriter, fast_state: DeltaState) -> float:
+        """Δ_slow += r·Δ_fast, Δ_fast −= r·Δ_fast, on the weights that both levels have.
+
+        Returns:
+            the relative error of bringing Δ_slow back to its rank; see `Write`.
+        """
         share = self.level.consolidate
         own = {target.name for target in self.targets}
         state.own()
         fast_state.own()
+        errors = []
         for target in fast.targets:
-            delta = fast.full_delta(fast_state, target)
-            if target.name in own and delta is not None:
+            if target.name not in own:
+                continue
+            if self.level.rank is not None:
+                errors += self._mix_in(state, fast, fast_state, target, share, 1.0)
+            elif (delta := fast.full_delta(fast_state, target)) is not None:
                 _step(state.deltas, target.name, delta, share)
-                kept = target.name if fast.level.rank is None else target.name + UP
-                fast_state.deltas[kept].mul_(1 - share)
+            fast_slot = target.name if fast.level.rank is None else target.name + UP
+            if fast_slot in fast_state.deltas:
+                fast_state.deltas[fast_slot].mul_(1 - share)
+        return relative(errors)
+
+    def _mix_in(
+        self, state: DeltaState, other: DeltaWriter, theirs: DeltaState, target: Target, *shares: float
+    ) -> list[Tensor]:
+        """`averages.mix_in` of another level's product, if that one has written."""
+        if target.name + UP not in theirs.deltas:
+            return []
+        slots, rank = (target.name + DOWN, target.name + UP), self.level.rank or 0
+        return [mix_in(state.deltas, slots, rank, LowRank(*other.factors(theirs, target)), *shares)]
 
     def average(
         self, state: DeltaState, averaged: DeltaWriter, averaged_state: DeltaState, rate: float | None = None
@@ -350,17 +369,8 @@ class DeltaWriter:
         for target in self.low_rank_targets:
             if target.name + UP not in averaged_state.deltas:
                 approach(state.deltas, target.name + UP, None, rate)
-                continue
-            theirs = LowRank(*averaged.factors(averaged_state, target))
-            down, up = (
-                state.deltas[slot] if slot in state.deltas else theirs.up.new_zeros(self.shape(slot))  # type: ignore[arg-type]
-                for slot in (target.name + DOWN, target.name + UP)
-            )
-            mixed, *error = mix(LowRank(down, up), theirs, rate)
-            state.deltas[target.name + DOWN], state.deltas[target.name + UP] = mixed
-            errors.append(torch.stack(error))
-        lost, whole = torch.stack(errors).sum(0).tolist() if errors else (0.0, 0.0)
-        return math.sqrt(lost / whole) if whole else 0.0
+            errors += self._mix_in(state, averaged, averaged_state, target, rate)
+        return relative(errors)
 
     def delta(self, state: DeltaState, target: Target) -> Tensor | SparseDelta | None:
         """Δ of one weight that is no product, as it is kept; None if it was never written."""
@@ -436,7 +446,7 @@ def _end_chunk(
     outcome = writer.write(state, pull)
     write = Write(writer.index, row_index, row.position, *outcome, replayed=again.count if again else 0)
     if faster and write.outcome == "written" and writer.level.consolidate:
-        writer.take_over(state, faster, row.levels[faster.index])
+        write = replace(write, truncation=writer.take_over(state, faster, row.levels[faster.index]))
     if (averaged := writer.averaged) and write.outcome == "written":
         write = replace(write, truncation=writer.average(state, averaged, row.levels[averaged.index]))
     return write

@@ -57,6 +57,8 @@ def test_levels_are_as_told():
     free, bound = parsed("--rule", "rms", "adam", "--clip", "0", "0.5")
     assert free == Level(4, 0.1, rule="rms", clip=None)
     assert bound == Level(8, 0.1, rule="adam", clip=0.5)
+    _, slow = parsed("--level_lr", "0.1", "0", "--consolidate", "0", "0.4", "--rank", "2", "3")
+    assert slow == Level(8, 0.0, consolidate=0.4, rank=3)
 
 
 def base(folder):  # noqa: F811

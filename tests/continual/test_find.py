@@ -108,6 +108,7 @@ class TestRefused:
             {"gate_quantile": 2.0},
             {"gate": 1.0, "gate_quantile": 0.5},
             {"rank": 2, "consolidate": 0.5},
+            {"rank": 2, "consolidate": 0.5, "lr": 0.0, "learn_down": False},
             {"rule": "sdg"},
             {"rule": object()},
         ],
@@ -124,6 +125,10 @@ class TestRefused:
     def test_levels(self):
         for levels in ([], [8], [Level(4, 0.1, consolidate=0.5)]):
             with pytest.raises(ValueError, match="level"):
+                stack_levels(tiny_model(), levels=levels)
+        fast, slow = Level(4, 0.1), Level(8, 0.0, consolidate=0.5, rank=2)
+        for levels in ([fast, slow], [fast, Level(6, 0.1), slow]):
+            with pytest.raises(ValueError, match="has rank 2, but the level that it takes over from"):
                 stack_levels(tiny_model(), levels=levels)
         with pytest.raises(ValueError, match="rank 17 is larger"):
             stack_levels(tiny_model(), levels=[Level(4, 0.1, rank=17)])

@@ -218,6 +218,10 @@ CHOICES = {
         Level(9, 0.1, rank=2, learn_down=False, rule="momentum"),
         Level(18, average_of=2, rate=0.5),
     ),
+    "taking over at a rank": (
+        Level(4, 0.3, rank=2, rule="rms", decay=0.1),
+        Level(8, 0.0, consolidate=0.4, rank=3),
+    ),
     "m3": (Level(2, 0.3, rule="m3"), Level(6, 0.1, rule=AdaGradMemory(), rank=1), Level(9, 0.1, rule="m3")),
 }
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from nested_learning.continual import Level, stack_levels
+from nested_learning.continual.writing import DeltaWriter
 from nested_learning.optimizers import AdaGradMemory, AdamMemory, GDMemory, MomentumMemory
+from tests.continual.architectures import tiny
 from tests.continual.tiny_models import CONFIGS, random_ids, tiny_model
 from tests.damage import read_file, write_checked
 
@@ -151,6 +153,44 @@ class TestConsolidation:
         for name, delta in plain.memory.diff().items():
             torch.testing.assert_close(moving.memory.diff()[name], delta)
             torch.testing.assert_close(moving.memory.diff(level=1)[name], 0.5 * delta)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+    @pytest.mark.parametrize(("rank", "down"), [(2, True), (3, False), (5, True)])
+    def test_at_a_rank_by_the_best_approximation(self, family, rank, down, monkeypatch):
+        """Against the definition in full matrices, whose part beyond the rank is cut off by their own SVD."""
+        fast = Level(4, 0.9, rank=3, learn_down=down, decay=0.1)
+        model = tiny_model(family) if family in CONFIGS else tiny(family)
+        close = 1e-7 if family in CONFIGS else 1e-3  # stacks of experts have float32 alone
+        learner = learner_on(fast, Level(8, 0.0, consolidate=0.4, rank=rank), model=model)
+        take_over, moved = DeltaWriter.take_over, []
+
+        def full(writer, state):
+            deltas = {target: writer.full_delta(state, target) for target in writer.targets}
+            return {target.name: delta for target, delta in deltas.items() if delta is not None}
+
+        def spied(slow, state, fast, fast_state):
+            before = full(fast, fast_state), full(slow, state)
+            found = take_over(slow, state, fast, fast_state)
+            moved.append((*before, full(fast, fast_state), full(slow, state)))
+            return found
+
+        monkeypatch.setattr(DeltaWriter, "take_over", spied)
+        learner.observe(random_ids(40))
+        truncated = [write.truncation for write in learner.writes if write.level == 1]
+        assert len(moved) == len(truncated) == 5
+        for (fast_before, slow_before, fast_after, slow_after), found in zip(moved, truncated, strict=True):
+            lost = whole = 0.0
+            for name, delta in fast_before.items():
+                torch.testing.assert_close(fast_after[name], 0.6 * delta)
+                exact = slow_before.get(name, 0) + 0.4 * delta
+                u, values, v = torch.linalg.svd(exact, full_matrices=False)
+                values[..., rank:] = 0
+                kept = u * values[..., None, :] @ v
+                torch.testing.assert_close(slow_after[name], kept, rtol=close, atol=1e-3 * close)
+                lost += (exact - kept).square().sum()
+                whole += exact.square().sum()
+            assert found == pytest.approx((lost / whole).sqrt().item(), abs=close)
+        assert (found > 1e-3) == (rank < 3 or down)  # where `down` is fixed, both share it
 
 
 def test_decay_pulls_towards_the_pretrained_weights():

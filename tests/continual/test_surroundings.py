@@ -16,6 +16,7 @@ LEVELS = {
     "rank": [Level(4, 0.1, rank=2), Level(8, average_of=0, rate=0.5)],
     "fixed down": [Level(4, 0.1, rank=2, learn_down=False), Level(8, average_of=0, rate=0.5)],
     "taking over": [Level(4, 0.1, rank=2), Level(8, 0.01, consolidate=0.5)],
+    "taking over at a rank": [Level(4, 0.1, rank=2), Level(8, 0.0, consolidate=0.5, rank=3)],
     "sparse": [Level(4, 1e-3, rule="adam", sparse=0.2)],
     "m3": [Level(4, 0.01, rule="m3")],
     "more": [Level(4, 0.1, reread=1, distill=0.5, gate_quantile=0.5), Level(8, 0.01, rank=2, anchor_kl=0.1)],
