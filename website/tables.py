@@ -43,7 +43,9 @@ _LEARNERS = {  # of facts, and of what users tell
     "one-level": "one level",
     "level-rank-8": "one level at rank 8, of `Learner.auto`",
     "level-replay": "one level, half of what it learns read again",
+    "level-averaged": _TWO,
     "retrieval-alone": "retrieval, six passages before the question",
+    "retrieval-level": "retrieval, so, over one level",
 }
 
 
@@ -397,7 +399,9 @@ TABLES = (
             **_named(_LEARNERS, "no-adaptation", "context-2k"),
             "context-8k": "the last 7,168 as context",
             **_named(_LEARNERS, "fine-tuning", "lora", "level-rank-8", "one-level", "level-replay"),
-            **_named(_LEARNERS, "retrieval-alone"),
+            **_named(_LEARNERS, "level-averaged", "retrieval-alone"),
+            "retrieval-context": "retrieval, so, behind the last 2,048 tokens",
+            **_named(_LEARNERS, "retrieval-level"),
         },
         {
             "told four times: cloze": Means(("cloze often",), best="highest"),
@@ -414,8 +418,7 @@ TABLES = (
         "facts-32k",
         {
             **_named(_LEARNERS, "no-adaptation", "context-2k", "fine-tuning", "one-level", "level-replay"),
-            **_named(_LEARNERS, "retrieval-alone"),
-            "retrieval-level": "retrieval, so, over one level",
+            **_named(_LEARNERS, "retrieval-alone", "retrieval-level"),
         },
         {
             "cloze": Means(("cloze often",), best="highest"),
@@ -434,8 +437,8 @@ TABLES = (
             "retrieval-in-order": "… the newest last, as by `Learner.retrieve`",
             "fine-tuning-shared": "fine-tuning, one model for both users",
             "fine-tuning": "fine-tuning, a model for each",
-            **_named(_LEARNERS, "one-level", "level-rank-8", "level-replay"),
-            "level-averaged": _TWO,
+            **_named(_LEARNERS, "lora", "one-level", "level-rank-8", "level-replay", "level-averaged"),
+            "retrieval-level": "retrieval, the best last, over one level",
         },
         {
             "recall": Means(("recall",), best="highest"),
