@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nested_learning.continual import Level, Replay, Starts, stack_levels
+from nested_learning.continual.rules import resolve_rule
 from nested_learning.evals import Ahead, find_method, find_task
 from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD
 from nested_learning.evals.methods.pretrained import (
@@ -178,8 +179,8 @@ def test_levels_as_they_are_laid_out():
         16, 0.1, 0.01, 64, 0.0, 0.0,
     )  # fmt: skip
     grads = torch.tensor([3.0, -0.1])
-    state = fast.rule.update(fast.rule.init(grads), grads)
-    torch.testing.assert_close(fast.rule.read(state), torch.tensor([1.0, -1.0]))
+    step = resolve_rule(fast.rule).step({}, {"w": grads}, 1.0)
+    torch.testing.assert_close(step.directions["w"], torch.tensor([1.0, -1.0]))
 
 
 # -- documents
