@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 _PER_LEVEL: dict[str, tuple[type, Any, str]] = {
     "layers": (str, "all", "'all', 'last third', or indices such as 0,1,2"),
     "rule": (str, "gd", "inner rules: gd, momentum, adam, rms or m3"),
-    "clip": (
-        float,
-        1.0,
-        "largest norm of the gradients that a level's rule is given; 0 for no bound",
-    ),
+    "clip": (float, 1.0, "largest norm of the gradients that a level's rule is given; 0 for no bound"),
     "rank": (int, 0, "rank of the deltas; 0 for full matrices"),
     "learn_down": (bool, True, "with a rank: learn both factors; false for `up` alone"),
     "sparse": (float, 0.0, "share of the hidden units of each MLP that one write changes; 0 for all weights"),

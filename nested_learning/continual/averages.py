@@ -90,13 +90,12 @@ class Mixed(NamedTuple):
     whole: Tensor
 
 
-def mix(mine: LowRank, theirs: LowRank, rate: float, kept: float | None = None) -> Mixed:
+def mix(mine: LowRank, theirs: LowRank, kept: float, rate: float) -> Mixed:
     """kept · mine + rate · theirs at the rank of `mine`: its best approximation (Eckart and Young).
 
-    `kept` is 1 − rate, an average, if it is left out. `down` of the result has orthonormal rows.
+    `down` of the result has orthonormal rows.
     """
     rank = mine.down.shape[-2]
-    kept = 1 - rate if kept is None else kept
     with full_precision(mine.up.device):
         left = torch.cat([mine.up * kept, theirs.up * rate], dim=-1)
         right = torch.cat([mine.down, theirs.down], dim=-2)
@@ -110,12 +109,7 @@ def mix(mine: LowRank, theirs: LowRank, rate: float, kept: float | None = None) 
 
 
 def mix_in(
-    mine: Weights,
-    slots: tuple[str, str],
-    rank: int,
-    theirs: LowRank,
-    rate: float,
-    kept: float | None = None,
+    mine: Weights, slots: tuple[str, str], rank: int, theirs: LowRank, kept: float, rate: float
 ) -> Tensor:
     """Make a product, zero if the slots (down, up) have none, its mixture with another one; see `mix`.
 
@@ -128,7 +122,7 @@ def mix_in(
         mine[down] if down in mine else theirs.down.new_zeros(*stack, rank, inputs),
         mine[up] if up in mine else theirs.up.new_zeros(*theirs.up.shape[:-1], rank),
     )
-    mixed = mix(own, theirs, rate, kept)
+    mixed = mix(own, theirs, kept, rate)
     mine[down], mine[up] = mixed.product
     return torch.stack([mixed.lost, mixed.whole])
 

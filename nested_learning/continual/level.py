@@ -238,8 +238,8 @@ def check_levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     """The levels, fast to slow; an average has the rank of the level that it averages, unless it has its own.
 
     Raises:
-        ValueError: none, not Levels, chunk sizes that do not increase, a fastest level that consolidates,
-            or an average of what cannot be averaged.
+        ValueError: none, not Levels, chunk sizes that do not increase, a fastest level that consolidates, one
+            at a rank that does so from a full one, or an average of what cannot be averaged.
     """
     if not isinstance(levels, Iterable):
         raise ValueError(f"levels must be a list of at least one Level, got {levels!r}")

@@ -329,7 +329,7 @@ class DeltaWriter:
             if target.name not in own:
                 continue
             if self.level.rank is not None:
-                errors += self._mix_in(state, fast, fast_state, target, share, 1.0)
+                errors += self._mix_in(state, fast, fast_state, target, 1.0, share)
             elif (delta := fast.full_delta(fast_state, target)) is not None:
                 _step(state.deltas, target.name, delta, share)
             fast_slot = target.name if fast.level.rank is None else target.name + UP
@@ -369,7 +369,7 @@ class DeltaWriter:
         for target in self.low_rank_targets:
             if target.name + UP not in averaged_state.deltas:
                 approach(state.deltas, target.name + UP, None, rate)
-            errors += self._mix_in(state, averaged, averaged_state, target, rate)
+            errors += self._mix_in(state, averaged, averaged_state, target, 1 - rate, rate)
         return relative(errors)
 
     def delta(self, state: DeltaState, target: Target) -> Tensor | SparseDelta | None:
