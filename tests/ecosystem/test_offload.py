@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
-from nested_learning import HopeCache, HopeForCausalLM
+from nested_learning import HopeCache, HopeForCausalLM, lens
+from nested_learning.training.memories import look
 from tests.ecosystem.tiny_hope import hope, ids, slow_but
 
 TEXT = ids()
@@ -42,6 +43,32 @@ def test_a_session_goes_on_where_the_weights_are_brought(tmp_path):
         offloaded = cpu_offload(model)
         cache = HopeCache.load(path, offloaded)  # all its weights are on the meta device now
         torch.testing.assert_close(offloaded(TEXT[:, 7:], past_key_values=cache).logits, wanted)
+
+
+def test_what_looks_at_a_model_sends_ids_to_where_its_weights_are_brought():
+    model = hope("self_modifying_titans")
+    recorded, looked = lens.record(model, TEXT[0]), look(model, TEXT[0])
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded.device == offloaded.model.device == torch.device("cpu")
+    again = lens.record(offloaded, TEXT[0])
+    assert again.loss[1:] == pytest.approx(recorded.loss[1:], rel=1e-9)
+    assert len(again.memories) == len(recorded.memories) == 5
+    for layer, wanted in zip(look(offloaded, TEXT[0]), looked, strict=True):
+        torch.testing.assert_close(torch.tensor(layer["distance"]), torch.tensor(wanted["distance"]))
+
+
+@pytest.mark.parametrize("case", slow_but())
+def test_a_cache_that_is_passed_in_goes_on_itself(case):
+    model = hope(case)
+    with torch.no_grad():
+        wanted = model(TEXT).logits
+        offloaded, cache = cpu_offload(model), HopeCache(model.config)
+        pieces = [offloaded(piece, past_key_values=cache).logits for piece in TEXT.split(5, dim=1)]
+        assert cache.get_seq_length() == TEXT.shape[1]
+        with offloaded.adaptation_scope(cache):
+            offloaded(TEXT[:, :2], past_key_values=cache)
+    assert cache.get_seq_length() == TEXT.shape[1]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))

@@ -69,6 +69,8 @@ def test_to_moves_every_tensor(cache):
     tensors = [moved.tokens_seen, *(t for state in moved.states.values() for t in state.tensors())]
     assert {t.device.type for t in tensors} == {"meta"}
     assert moved.get_seq_length() == 6
+    assert moved.to("meta") is moved
+    assert cache.to("cpu") is cache
 
 
 def test_reset_starts_over(model, ids, cache):

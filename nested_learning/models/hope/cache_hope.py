@@ -248,7 +248,15 @@ class HopeCache:
         return self._with(State.detach)
 
     def to(self, device: torch.device | str) -> HopeCache:
-        """The cache on another device; dtypes stay."""
+        """The cache on another device, as for tensors itself where all of it is there; dtypes stay.
+
+        accelerate's hooks send whatever a model is given to where it computes: a copy of a cache would then
+        go on in place of the one that its owner holds.
+        """
+        rows = () if self.tokens_seen is None else (_Rows(self.tokens_seen, self.prefix_hash),)
+        there = torch.empty(0, device=device).device  # "cuda" is one with a number
+        if all(t.device == there for state in (*self.states.values(), *rows) for t in state.tensors()):
+            return self
         return self._with(lambda state: state.to(device))
 
     def _beside(self, model: nn.Module) -> HopeCache:

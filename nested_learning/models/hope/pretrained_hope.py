@@ -23,6 +23,7 @@ from nested_learning.models.hope.block_hope import HopeBlock
 from nested_learning.models.hope.cache_hope import HopeCache
 from nested_learning.models.hope.compiled_hope import CompiledBlocks
 from nested_learning.models.hope.configuration_hope import HopeConfig
+from nested_learning.models.hope.placement_hope import device_of
 from nested_learning.ops.heads import conv_std
 
 
@@ -53,6 +54,15 @@ class HopePreTrainedModel(PreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs a HopeConfig, got {type(config).__name__}")
         config.validate()  # fields may have been set since it was made
         super().__init__(config, *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: where its weights are or, with accelerate's offload, are brought to.
+
+        transformers says "meta" of a model whose weights are all brought, and no ids can be sent there.
+        """
+        device = super().device
+        return device_of(self) if device.type == "meta" else device
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
