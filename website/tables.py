@@ -38,6 +38,7 @@ _READERS = {  # that stand in several tables
 _LEARNERS = {  # of facts, and of what users tell
     "no-adaptation": "no adaptation",
     "context-2k": "the last 2,048 tokens as context",
+    "context-8k": "the last 7,168 as context",
     "fine-tuning": "fine-tuning",
     "lora": "LoRA of rank 8",
     "one-level": "one level",
@@ -396,10 +397,8 @@ TABLES = (
         "facts-8k",
         "facts-8k",
         {
-            **_named(_LEARNERS, "no-adaptation", "context-2k"),
-            "context-8k": "the last 7,168 as context",
-            **_named(_LEARNERS, "fine-tuning", "lora", "level-rank-8", "one-level", "level-replay"),
-            **_named(_LEARNERS, "level-averaged", "retrieval-alone"),
+            **_named(_LEARNERS, "no-adaptation", "context-2k", "context-8k", "fine-tuning", "lora"),
+            **_named(_LEARNERS, "level-rank-8", "one-level", "level-replay", "level-averaged", "retrieval-alone"),
             "retrieval-context": "retrieval, so, behind the last 2,048 tokens",
             **_named(_LEARNERS, "retrieval-level"),
         },
@@ -417,8 +416,8 @@ TABLES = (
         "facts-32k",
         "facts-32k",
         {
-            **_named(_LEARNERS, "no-adaptation", "context-2k", "fine-tuning", "one-level", "level-replay"),
-            **_named(_LEARNERS, "retrieval-alone", "retrieval-level"),
+            **_named(_LEARNERS, "no-adaptation", "context-2k", "context-8k", "fine-tuning", "lora", "one-level"),
+            **_named(_LEARNERS, "level-replay", "retrieval-alone", "retrieval-level"),
         },
         {
             "cloze": Means(("cloze often",), best="highest"),
