@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from nested_learning import HopeConfig, HopeForCausalLM
+from nested_learning.models.hope import HopeForSequenceClassification
 from nested_learning.training.data import byte_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -225,6 +226,28 @@ def test_single_opinions(folder, tmp_path):
     logs = run(trainer)
     assert logs[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert logs[-1]["loss"] < 0.4
+
+
+def test_a_model_of_rewards(folder, tmp_path):
+    """The first loss is that of texts read one by one by a fresh head, and what was chosen comes to score more."""
+    pairs = Dataset.from_dict(PREFERENCES)
+    arguments = trl.RewardConfig(**options(tmp_path / "run", max_steps=8))
+    trainer = trl.RewardTrainer(folder, arguments, train_dataset=pairs, processing_class=byte_tokenizer())
+    assert isinstance(trainer.model, HopeForSequenceClassification)
+    with torch.no_grad():
+        margins = [
+            trainer.model(tokens_of(row["prompt"] + row["chosen"])).logits
+            - trainer.model(tokens_of(row["prompt"] + row["rejected"])).logits
+            for row in pairs
+        ]
+    logs = run(trainer)
+    expected = -torch.nn.functional.logsigmoid(torch.cat(margins)).mean().item()
+    assert logs[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
+    trainer.save_model(str(tmp_path / "saved"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    text = tokens_of("two is good")
+    torch.testing.assert_close(again(text).logits, trainer.model.eval()(text).logits)
 
 
 @pytest.mark.parametrize("way", ["GRPO", "RLOO"])
