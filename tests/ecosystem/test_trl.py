@@ -229,7 +229,7 @@ def test_single_opinions(folder, tmp_path):
 
 
 def test_a_model_of_rewards(folder, tmp_path):
-    """The first loss is that of texts read one by one by a fresh head, and what was chosen comes to score more."""
+    """The first loss is that of texts read one by one, and what was chosen comes to score more."""
     pairs = Dataset.from_dict(PREFERENCES)
     arguments = trl.RewardConfig(**options(tmp_path / "run", max_steps=8))
     trainer = trl.RewardTrainer(folder, arguments, train_dataset=pairs, processing_class=byte_tokenizer())

@@ -43,6 +43,9 @@ def test_an_interrupt_ends_all_processes_and_the_next_run_goes_on(tmp_path):
     command = [sys.executable, "sleeper.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
 
+    def begun():
+        return all((tmp_path / f"seed{seed}").is_file() for seed in (1, 2))
+
     def kept():
         return sorted((tmp_path / "runs" / "trials").glob("*.json"))
 
@@ -50,7 +53,7 @@ def test_an_interrupt_ends_all_processes_and_the_next_run_goes_on(tmp_path):
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as parent:
         try:
-            assert within(240, lambda: kept() and all((tmp_path / f"seed{seed}").is_file() for seed in (1, 2)))
+            assert within(240, lambda: kept() and begun())
             os.killpg(parent.pid, signal.SIGINT)
             told = parent.communicate(timeout=60)[1]
         finally:

@@ -76,12 +76,16 @@ REPLAYED = PretrainedMethod(  # half of what is learned is read again, the most 
 PASSAGES = PretrainedMethod("retrieval-context", "passages", options={"over": "context"})
 PASSAGES_ALONE = PretrainedMethod("retrieval-alone", "passages", options={"over": "nothing"})
 PASSAGES_LEVEL = PretrainedMethod("retrieval-level", "passages", options={"over": "levels", "levels": 1})
+PASSAGES_SLOW = PretrainedMethod(  # at a rate of its own: what is looked up need not be learned as well
+    "retrieval-slow-level", "passages", options={"over": "levels", "levels": 1}
+)
 GRIDS = {
     **RATES,
     AVERAGED.name: RATES[ONE_LEVEL.name],
     RANKED.name: (1e-3, 2e-3, 4e-3),
     REPLAYED.name: (1e-4, 2e-4, 4e-4),
     PASSAGES_LEVEL.name: RATES[ONE_LEVEL.name],
+    PASSAGES_SLOW.name: (2e-4,),
 }
 
 for _method in (
@@ -93,6 +97,7 @@ for _method in (
     PASSAGES,
     PASSAGES_ALONE,
     PASSAGES_LEVEL,
+    PASSAGES_SLOW,
 ):
     register_method(_method)
 
@@ -208,6 +213,7 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
         RANKED,
         REPLAYED,
         PASSAGES_LEVEL,
+        PASSAGES_SLOW,
     )
 
     def teaching(self, method: Method) -> Teaching:
@@ -273,14 +279,15 @@ class LongFactsTask(ReadsText[LongFactsOptions]):
                     for other in (SHORT_CONTEXT, LONG_CONTEXT, FINE_TUNING, LORA)
                 ),
             ]  # fmt: skip
-        both, alone = PASSAGES_LEVEL.name, PASSAGES_ALONE.name
-        return [
-            *found,
-            ahead("retrieval with a level is not 0.02 below retrieval alone", CLOZE_EACH, both, alone,
-                  margin=-0.02, **by_fact),
-            ahead("retrieval with a level completes more paraphrases", PARAPHRASED_EACH, both, alone,
-                  unit="paraphrases"),
-        ]  # fmt: skip
+        alone = PASSAGES_ALONE.name
+        for both, words in ((PASSAGES_LEVEL.name, "a level"), (PASSAGES_SLOW.name, "a level at 2e-4")):
+            found += [
+                ahead(f"retrieval with {words} is not 0.02 below retrieval alone", CLOZE_EACH, both, alone,
+                      margin=-0.02, **by_fact),
+                ahead(f"retrieval with {words} completes more paraphrases", PARAPHRASED_EACH, both, alone,
+                      unit="paraphrases"),
+            ]  # fmt: skip
+        return found
 
     def note(self) -> str:
         options = self.options
