@@ -51,6 +51,7 @@ from nested_learning.evals.tasks.facts_long.task import (
     GRIDS,
     PASSAGES_ALONE,
     PASSAGES_LEVEL,
+    PASSAGES_SLOW,
     RANKED,
     REPLAYED,
 )
@@ -201,6 +202,7 @@ class MonthTask(ReadsText[MonthOptions]):
         RANKED,
         REPLAYED,
         PASSAGES_LEVEL,
+        PASSAGES_SLOW,
     )
 
     def teaching(self) -> Teaching:
@@ -273,10 +275,12 @@ class MonthTask(ReadsText[MonthOptions]):
                 ahead(f"{level} damages less than fine-tuning", "damage", level, FINE_TUNING.name,
                       higher=False),
             ]  # fmt: skip
-        both, alone = PASSAGES_LEVEL.name, PASSAGES_ALONE.name
+        alone = PASSAGES_ALONE.name
         found += [
-            ahead("retrieval with a level recalls more than retrieval alone", EACH, both, alone,
-                  unit=QUESTIONS),
+            ahead("retrieval with a level recalls more than retrieval alone", EACH, PASSAGES_LEVEL.name,
+                  alone, unit=QUESTIONS),
+            ahead("retrieval with a level at 2e-4 recalls more than retrieval alone", EACH,
+                  PASSAGES_SLOW.name, alone, unit=QUESTIONS),
             _follows(PASSAGES_IN_ORDER.name),
             ahead("passages in the order of reading recall more than the best one last", EACH,
                   PASSAGES_IN_ORDER.name, alone, unit=QUESTIONS),
