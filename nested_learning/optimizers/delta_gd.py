@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +45,8 @@ class DeltaGD(BaseOptimizer):
     Inputs are collected by hooks, when a layer's gradient is computed: evaluation, and forwards without
     backward, leave no trace; gradients that are accumulated over several backwards are averaged with all
     their inputs; autocast and GradScaler need nothing special. Under torch.distributed the inputs of all
-    processes count. `zero_grad` and `step` drop the collected inputs.
+    processes count. `zero_grad` and `step` drop the collected inputs. In a group of `MultiFrequency` those of
+    the gradients that it adds up wait with them.
 
         with DeltaGD(model.parameters(), lr=0.1).attach(model) as optimizer:
             ...  # any training loop; the hooks are gone afterwards, as after optimizer.detach()
@@ -87,6 +89,7 @@ class DeltaGD(BaseOptimizer):
         self._inner_name, self._memory = inner, MEMORIES[inner]()
         self._hooks: dict[nn.Module, RemovableHandle] = {}
         self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
+        self._waiting: dict[Tensor, tuple[Tensor, int | Tensor]] = {}  # those of gradients of earlier steps
         self._means: dict[Tensor, Tensor] = {}  # S = E[x xᵀ], during a step
         self._trained: set[Tensor] = set()
         self._sharded: dict[nn.Module, Tensor] = {}  # the weights in shards of layers that are attached
@@ -138,6 +141,7 @@ class DeltaGD(BaseOptimizer):
         self._hooks.clear()
         self._sharded.clear()
         self._moments.clear()
+        self._waiting.clear()
 
     def __enter__(self) -> DeltaGD:
         return self
@@ -161,25 +165,49 @@ class DeltaGD(BaseOptimizer):
         self._moments.clear()
         super().zero_grad(set_to_none)
 
+    def keep_inputs(self, params: Iterable[Tensor]) -> None:
+        """Let the inputs of all processes wait for a later step, as the gradients they came with do."""
+        for p in params:
+            if p not in self._moments:
+                continue
+            total, count = self._moments.pop(p)
+            number: int | Tensor = count
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                number = torch.full((), count, dtype=torch.float64, device=total.device)
+                dist.all_reduce(total)
+                dist.all_reduce(number)
+            if p in self._waiting:
+                before, known = self._waiting[p]
+                total, number = total.add_(before), number + known
+            self._waiting[p] = total, number
+
+    def drop_inputs(self, waiting: bool) -> None:
+        """Drop the inputs of the gradients that are there; also those that waited for them, or not."""
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self._moments.pop(p, None)
+            if waiting:
+                self._waiting.pop(p, None)
+
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state_dict of any optimizer here, with the inputs that wait for the next step, if there are.
+        """The state_dict of any optimizer here, with the inputs that wait for a later step, if there are.
 
-        They wait in the middle of an accumulation, as `MultiFrequency` has it.
+        They wait in the middle of an accumulation, as `MultiFrequency` has it. Inputs of a step that was not
+        taken are left out, as its gradients are.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        waiting = {i: list(self._moments[p]) for i, p in enumerate(params) if p in self._moments}
+        waiting = {i: list(self._waiting[p]) for i, p in enumerate(params) if p in self._waiting}
         return {**super().state_dict(), **({"inputs": waiting} if waiting else {})}
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         super()._restore_dtypes(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         waiting = state_dict.get("inputs", {})
-        self._moments = {}
+        self._moments, self._waiting = {}, {}
         for i, (total, count) in waiting.items():
             p = params[int(i)]
-            self._moments[p] = (total.detach().to(p.device, work_dtype(p), copy=True), int(count))
+            self._waiting[p] = (total.detach().to(p.device, work_dtype(p), copy=True), int(count))
 
     # -- the step
 
@@ -208,7 +236,8 @@ class DeltaGD(BaseOptimizer):
         if not super().gradients_are_usable():
             return False
         params = [p for group in self.param_groups for p in group["params"]]
-        self._means = {p: self._mean_moment(p) for p in params if p.grad is not None and p in self._moments}
+        known = self._moments.keys() | self._waiting.keys()
+        self._means = {p: self._mean_moment(p) for p in params if p.grad is not None and p in known}
         if all_finite(list(self._means.values())):
             return True
         if self.error_if_nonfinite:
@@ -222,7 +251,7 @@ class DeltaGD(BaseOptimizer):
     def skip(self) -> None:
         """Let a step go by, with the inputs that were collected for it."""
         super().skip()
-        self._moments.clear()
+        self.drop_inputs(waiting=True)
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         directions = []
@@ -243,13 +272,9 @@ class DeltaGD(BaseOptimizer):
 
     def _mean_moment(self, p: Tensor) -> Tensor:
         """S = E[x xᵀ] over the inputs of all processes; drops the sum it comes from."""
-        total, count = self._moments.pop(p)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            counts = torch.full((), count, dtype=torch.float64, device=total.device)
-            dist.all_reduce(total)
-            dist.all_reduce(counts)
-            return total / counts.to(total.dtype)
-        return total / max(count, 1)
+        self.keep_inputs([p])
+        total, count = self._waiting.pop(p)
+        return total / (count.clamp(min=1).to(total.dtype) if isinstance(count, Tensor) else max(count, 1))
 
 
 class _Watch:

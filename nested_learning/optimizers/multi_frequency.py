@@ -25,6 +25,7 @@ from nested_learning.optimizers.base import (
     work_dtype,
 )
 from nested_learning.optimizers.checks import COUNT, Bound, Check, check_steps_alone
+from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.nested import NestedOptimizer
 from nested_learning.optimizers.sharded import whole
 
@@ -172,6 +173,21 @@ class MultiFrequency(BaseOptimizer):
             if key not in known and key not in FOREIGN_KEYS:
                 raise unknown(f"option of MultiFrequency's parameter group around {inner}:", key, known)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and what the inner optimizer holds beside them; what waits stays."""
+        self.inner.zero_grad(set_to_none)
+
+    def skip(self) -> None:
+        """Let a step go by, with the inputs that were collected for it."""
+        super().skip()
+        for each in self._collectors():
+            each.drop_inputs(waiting=False)
+
+    def _collectors(self) -> list[DeltaGD]:
+        """The optimizers inside that collect inputs beside gradients."""
+        held = (self.inner, *getattr(self.inner, "optimizers", ()))
+        return [each for each in held if isinstance(each, DeltaGD)]
+
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}
         probe = self._is_probe()  # then every group takes part, so that every state is there
@@ -209,6 +225,8 @@ class MultiFrequency(BaseOptimizer):
         if self.error_if_nonfinite:
             raise FloatingPointError(nonfinite_message(self))
         self.skip()
+        for each in self._collectors():  # the sums are dropped, and so is what they came from
+            each.drop_inputs(waiting=True)
         return False
 
     def _hand_over(self, group: Group) -> dict[Tensor, dict[str, Any]]:
@@ -249,6 +267,8 @@ class MultiFrequency(BaseOptimizer):
                     state.update(_no_sum(p.grad, work_dtype(p)))
                 state["accumulated"].add_(p.grad)
                 state["gradients"] += 1
+        for each in self._collectors():
+            each.keep_inputs(p for p in group["params"] if p.grad is not None)
 
     # -- checkpoints
 

@@ -205,6 +205,27 @@ def test_delta_gd_forgets_the_inputs_of_all_steps_of_a_period():
     torch.testing.assert_close(model.weight, twin.weight)
 
 
+@pytest.mark.parametrize("period", [1, 2, 4])
+@pytest.mark.parametrize("factor", [float("nan"), None], ids=["not-finite", "no-step"])
+def test_delta_gd_drops_the_inputs_of_a_step_that_was_not_taken(factor, period):
+    """One with a gradient that is not finite, or that GradScaler skipped, so that `step` was not called."""
+    model, twin = nn.Linear(3, 2, bias=False).double(), nn.Linear(3, 2, bias=False).double()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(16, 3, dtype=torch.float64)
+    for each in (model, twin):
+        optimizer = build("deltagd", each, lr=0.1, levels=[{"part": "weight", "period": period}])
+        for number, rows in enumerate(x.chunk(4)):
+            if each is model and number == 1:
+                (model(rows + 10).square().mean() * (factor or 1)).backward()
+                if factor is not None:
+                    optimizer.step()
+                optimizer.zero_grad()
+            each(rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=0)
+
+
 # Resuming ---------------------------------------------------------------------------------------------------
 
 

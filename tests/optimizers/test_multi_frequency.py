@@ -301,3 +301,48 @@ def test_gradients_of_any_size_are_clipped_to_the_norm(dtype, size, count):
     weight.grad = torch.full_like(weight, size)
     optimizer.step()
     torch.testing.assert_close(weight.data, torch.full_like(weight, -(count**-0.5)), rtol=2e-3, atol=0)
+
+
+# Inputs that DeltaGD collects beside gradients ---------------------------------------------------------------
+
+
+def delta_gd(groups):
+    return DeltaGD(groups, lr=0.1)
+
+
+def test_a_copy_in_a_period_has_the_inputs_that_wait():
+    model = nn.Linear(3, 2, bias=False).double()
+    optimizer = MultiFrequency(model.parameters(), delta_gd, period=2)
+    optimizer.inner.attach(model)
+    first, second = torch.randn(2, 4, 3, dtype=torch.float64)
+    model(first).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    twin, other = copy.deepcopy((model, optimizer))
+    other.inner.attach(twin)
+    for each, own in ((model, optimizer), (twin, other)):
+        each(second).square().mean().backward()
+        own.step()
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_inputs_go_with_the_sum_that_is_dropped_and_no_others():
+    """The first block of `fast` takes no step; its twin has none, and `slow` all inputs in both."""
+    model = nn.ModuleDict({"fast": nn.Linear(3, 2, bias=False), "slow": nn.Linear(3, 2, bias=False)})
+    twin, x = copy.deepcopy(model), torch.randn(4, 6, 3)
+    for each in (model, twin):
+        fast, slow = each["fast"], each["slow"]
+        groups = [{"params": [fast.weight], "period": 2}, {"params": [slow.weight], "period": 4}]
+        optimizer = MultiFrequency(groups, delta_gd)
+        optimizer.inner.attach(each)
+        for number, rows in enumerate(x):
+            slow(rows).square().mean().backward()
+            if number >= 2 or each is model:
+                fast(rows).square().mean().backward()
+            if number < 2 and each is model:
+                fast.weight.grad.fill_(3e38)  # two of these are beyond float32
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.skipped_steps == (each is model)
+    for name in ("fast", "slow"):
+        assert torch.equal(model[name].weight, twin[name].weight), name
