@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
 from nested_learning.ops.norm import magnitude
-from nested_learning.optimizers.checks import FLAG, LEARNING_RATE, NON_NEGATIVE, Check
+from nested_learning.optimizers.checks import FLAG, LEARNING_RATE, NON_NEGATIVE, Check, check_is_state_dict
 from nested_learning.optimizers.sharded import agreed, aligned, is_sharded, like, local, whole, working
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -154,13 +154,6 @@ def header(optimizer: Optimizer) -> dict[str, Any]:
         "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
         "dtypes": [[str(work_dtype(p)) for p in group["params"]] for group in optimizer.param_groups],
     }
-
-
-def check_is_state_dict(state_dict: dict[str, Any]) -> None:
-    """ValueError for what no optimizer has saved."""
-    missing = {"state", "param_groups"} - state_dict.keys()
-    if missing:
-        raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
 
 
 def check_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -448,10 +441,21 @@ class BaseOptimizer(Optimizer):
             ValueError: it was saved by another optimizer, or for parameters of other shapes. Nothing is
                 loaded then.
         """
-        self._check_state_dict(state_dict)
-        super().load_state_dict(state_dict)
-        self._restore_dtypes(state_dict)
-        self.skipped_steps = state_dict.get("optimizer", {}).get("skipped_steps", 0)
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            self._check_state_dict(given)
+            loaded.update(given)
+
+        def restore(_: Optimizer) -> None:
+            self._restore_dtypes(loaded)
+            self.skipped_steps = loaded.get("optimizer", {}).get("skipped_steps", 0)
+
+        # Between the hooks of users: what theirs make of it is loaded, and what they do afterwards stays.
+        loaded: dict[str, Any] = {}
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_is_state_dict(state_dict)

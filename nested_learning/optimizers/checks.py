@@ -117,6 +117,13 @@ def check_steps_alone(optimizer: Optimizer, holder: str) -> None:
         )
 
 
+def check_is_state_dict(state_dict: dict[str, Any]) -> None:
+    """ValueError for what no optimizer has saved."""
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"not an optimizer's state_dict: {', '.join(sorted(missing))} missing")
+
+
 FINITE = Bound(low=-math.inf)
 NON_NEGATIVE = Bound()
 LEARNING_RATE = Bound(tensor=True)

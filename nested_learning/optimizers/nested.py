@@ -14,14 +14,13 @@ from nested_learning.optimizers.base import (
     BaseOptimizer,
     Group,
     all_finite,
-    check_is_state_dict,
     check_name,
     check_shapes,
     header,
     load_exactly,
     nonfinite_message,
 )
-from nested_learning.optimizers.checks import check_steps_alone
+from nested_learning.optimizers.checks import check_is_state_dict, check_steps_alone
 
 # In every state_dict; the rest of an optimizer's own stands in "optimizers".
 NAMED = ("state", "param_groups")

@@ -117,6 +117,24 @@ def test_loading_copies_the_state(build):
 
 
 @every
+def test_hooks_of_users_have_their_say_in_loading(build):
+    """What one makes of a state_dict is loaded, and what one does afterwards stays."""
+    params = parameters()
+    optimizer = build(params)
+    run(optimizer, params, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    hook = optimizer.register_load_state_dict_pre_hook(lambda _, found: {**found, "state": {}})
+    optimizer.load_state_dict(saved)
+    assert not any(optimizer.state.values())
+    hook.remove()
+    states = lambda found: str(sorted(found["state"].items()))  # noqa: E731
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda each: seen.append(states(each.state_dict())))
+    optimizer.load_state_dict(saved)
+    assert seen == [states(saved)]
+
+
+@every
 def test_half_precision_keeps_its_state_in_float32(build):
     params = parameters(torch.bfloat16)
     optimizer = build(params)

@@ -303,7 +303,7 @@ def test_gradients_of_any_size_are_clipped_to_the_norm(dtype, size, count):
     torch.testing.assert_close(weight.data, torch.full_like(weight, -(count**-0.5)), rtol=2e-3, atol=0)
 
 
-# Inputs that DeltaGD collects beside gradients ---------------------------------------------------------------
+# Inputs that DeltaGD collects beside gradients --------------------------------------------------------------
 
 
 def delta_gd(groups):
