@@ -72,20 +72,21 @@ def decayed_names(model: nn.Module) -> set[str]:
     initial states of memories (`*.initial.*`): decaying those would pull every sequence's starting point
     to zero, and the memories' rule already has its own retention.
     """
-    embeddings = {
-        f"{name}.{local}" if name else local
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for local, _ in module.named_parameters(recurse=False)
-    }
+    embedded = _embedded(model)
     return {
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and parameter.ndim >= 2
-        and name not in embeddings
+        and parameter not in embedded
         and "initial" not in name.split(".")
     }
+
+
+def _embedded(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of embeddings, by whatever name: a head that shares one may come before it."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,11 @@ class Recipe:
 
 def matrices_and_rest(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> tuple[Named, Named]:
     """Matrices that are weights of maps between hidden vectors, and all other parameters."""
-    handles = parts(model).handles
+    handles, embedded = parts(model).handles, _embedded(model)
     matrices: Named = []
     rest: Named = []
     for name, p in named:
-        is_map = p.ndim == 2 and handles[name].rpartition(".")[2] not in NO_MATRICES
+        is_map = p.ndim == 2 and p not in embedded and handles[name].rpartition(".")[2] not in NO_MATRICES
         (matrices if is_map else rest).append((name, p))
     return matrices, rest
 

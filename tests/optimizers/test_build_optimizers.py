@@ -352,6 +352,15 @@ def test_matrices_are_weights_of_maps():
     assert left == {"embed_tokens", "lm_head", "mixer"}  # the last: persistent tokens
 
 
+def test_an_embedding_is_one_where_a_head_that_shares_it_comes_first():
+    model = nn.ModuleDict({"out": nn.Linear(4, 8, bias=False), "inner": nn.Linear(4, 4, bias=False)})
+    model["embedding"] = nn.Embedding(8, 4)
+    model["out"].weight = model["embedding"].weight
+    assert decayed_names(model) == {"inner.weight"}
+    matrices, rest = matrices_and_rest(model, model.named_parameters())
+    assert [[name for name, _ in found] for found in (matrices, rest)] == [["inner.weight"], ["out.weight"]]
+
+
 @pytest.mark.parametrize(("tokens", "periods"), [(64, [1, 1]), (12, [1, 5]), (8, [1, 8]), (1, [8, 64])])
 def test_period_of_a_chunk(tokens, periods):
     model = new()
