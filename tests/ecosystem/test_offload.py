@@ -71,6 +71,15 @@ def test_a_cache_that_is_passed_in_goes_on_itself(case):
     torch.testing.assert_close(torch.cat(pieces, dim=1), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_cache_goes_on_itself_whatever_the_default_device():
+    """accelerate's hook around an offloaded model names no device to send things to."""
+    offloaded = cpu_offload(hope("titans"))
+    with torch.no_grad(), torch.device("meta"):
+        cache = offloaded(TEXT[:, :5], use_cache=True).past_key_values
+        assert offloaded(TEXT[:, 5:], past_key_values=cache).past_key_values is cache
+    assert cache.get_seq_length() == TEXT.shape[1]
+
+
 @pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))
 @pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
 def test_disk(case, how, tmp_path):

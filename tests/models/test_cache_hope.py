@@ -71,6 +71,17 @@ def test_to_moves_every_tensor(cache):
     assert moved.get_seq_length() == 6
     assert moved.to("meta") is moved
     assert cache.to("cpu") is cache
+    with torch.device("meta"):
+        assert cache.to(None) is cache
+
+
+def test_accelerate_moves_the_cache_itself(cache):
+    with cache.adaptation_scope():
+        assert cache.to("meta", non_blocking=False) is cache
+        tensors = [cache.tokens_seen, *(t for state in cache.states.values() for t in state.tensors())]
+        assert {t.device.type for t in tensors} == {"meta"}
+        assert cache.get_seq_length() == 6
+    assert cache.tokens_seen.device.type == "cpu"
 
 
 def test_reset_starts_over(model, ids, cache):

@@ -247,17 +247,26 @@ class HopeCache:
         """A cache of the same values, cut from the autograd graph."""
         return self._with(State.detach)
 
-    def to(self, device: torch.device | str) -> HopeCache:
+    def to(self, device: torch.device | str | int | None, non_blocking: bool | None = None) -> HopeCache:
         """The cache on another device, as for tensors itself where all of it is there; dtypes stay.
 
-        accelerate's hooks send whatever a model is given to where it computes: a copy of a cache would then
-        go on in place of the one that its owner holds.
+        Args:
+            device: where to; None, which accelerate's hooks give for "leave it", changes nothing.
+            non_blocking: given by these hooks, which send whatever a model is given to where it computes. A
+                copy would go on in place of the cache that its owner holds, so with this argument the cache
+                itself moves.
         """
+        if device is None:
+            return self
         rows = () if self.tokens_seen is None else (_Rows(self.tokens_seen, self.prefix_hash),)
         there = torch.empty(0, device=device).device  # "cuda" is one with a number
         if all(t.device == there for state in (*self.states.values(), *rows) for t in state.tensors()):
             return self
-        return self._with(lambda state: state.to(device))
+        moved = self._with(lambda state: state.to(there))
+        if non_blocking is None:
+            return moved
+        self.states, self.tokens_seen, self.prefix_hash = moved.states, moved.tokens_seen, moved.prefix_hash
+        return self
 
     def _beside(self, model: nn.Module) -> HopeCache:
         """The cache with each block's states where the block computes, what counts with the first."""
