@@ -105,9 +105,9 @@ def plan_batches(
         groups[-1].append(document)
     old = goes_on.nonzero().squeeze(1)
     columns, batches = [], []
-    for group in [*(torch.tensor(group) for group in groups), *([old] if len(old) else [])]:
+    for group in [*(torch.tensor(group, device="cpu") for group in groups), *([old] if len(old) else [])]:
         lengths = documents.lengths[group].unsqueeze(1)
-        inside = torch.arange(int(lengths.max())).expand(len(group), -1)
+        inside = torch.arange(int(lengths.max()), device="cpu").expand(len(group), -1)
         real = inside < lengths
         inside = documents.starts[group].unsqueeze(1) + torch.minimum(inside, lengths - 1)
         columns.append(torch.where(real, documents.tokens[inside], -1))
@@ -127,7 +127,7 @@ def lay_out(documents: DocumentRows, columns: Sequence[Tensor]) -> Layout:
     """
     flat, device = torch.cat([c.flatten() for c in columns]), documents.device
     filled = (flat >= 0).nonzero().squeeze(1)
-    place = torch.full((documents.shape[0] * documents.shape[1],), -1)
+    place = torch.full((documents.shape[0] * documents.shape[1],), -1, device="cpu")
     place[flat[filled]] = filled
     prefixed = (flat < -1).nonzero().squeeze(1)
     prefix = prefixed.to(device), (-2 - flat[prefixed]).to(device)
@@ -208,8 +208,8 @@ class Planner:
             # In the order of the steps that their states come from, so that each is looked up once.
             rest.sort(key=lambda d: kept.get(d, (0, 0)))
             before = () if fresh else _sources([kept[d] for d in rest])
-            index = torch.tensor(rest)
-            starts = torch.tensor([whole[d] for d in rest])
+            index = torch.tensor(rest, device="cpu")
+            starts = torch.tensor([whole[d] for d in rest], device="cpu")
             length = int((self.lengths[index] - starts).max())
             now = self._step(index, starts, length, before, True, True)
             self.after.update({d: (now, row) for row, d in enumerate(rest)})
@@ -217,7 +217,7 @@ class Planner:
     def _last(self) -> tuple[tuple[Source, ...], Tensor]:
         """Where the state after each batch row's last document comes from."""
         if not self.documents.keep:
-            return (), torch.zeros(0, dtype=torch.long)
+            return (), torch.zeros(0, dtype=torch.long, device="cpu")
         B = self.documents.shape[0]
         found: dict[int, tuple[int, int]] = {}
         for document, place in self.after.items():
@@ -227,13 +227,14 @@ class Planner:
             found.update({b: (-1, b) for b in empty})
         elif empty:  # rows of nothing but padding: the initial state, after the prefix if there is one
             P = self.prefix
-            columns = (-2 - torch.arange(P) if P else torch.full((1,), -1)).repeat(len(empty), 1)
+            one = -2 - torch.arange(P, device="cpu") if P else torch.full((1,), -1, device="cpu")
+            columns = one.repeat(len(empty), 1)
             real = None if P else self._to_device(torch.zeros_like(columns, dtype=torch.bool))
             self._add(columns, real, (), True, None)
             found.update({b: (len(self.steps) - 1, i) for i, b in enumerate(empty)})
         rows = sorted(range(B), key=lambda b: found[b])
-        order = torch.empty(B, dtype=torch.long)
-        order[torch.tensor(rows, dtype=torch.long)] = torch.arange(B)
+        order = torch.empty(B, dtype=torch.long, device="cpu")
+        order[torch.tensor(rows, dtype=torch.long, device="cpu")] = torch.arange(B, device="cpu")
         sources = _sources([found[b] for b in rows])
         return self._sources_to_device(sources), self._to_device(order)
 
@@ -249,8 +250,8 @@ class Planner:
         """Add a step for the tokens from `start` to `stop` of these documents and give its number; with a
         start for each document, `stop` is how many."""
         length = stop if isinstance(start, Tensor) else stop - start
-        starts = start if isinstance(start, Tensor) else torch.full((len(documents),), start)
-        inside = starts.unsqueeze(1) + torch.arange(length)  # [n, L] token of the document
+        starts = start if isinstance(start, Tensor) else torch.full((len(documents),), start, device="cpu")
+        inside = starts.unsqueeze(1) + torch.arange(length, device="cpu")  # [n, L] token of the document
         lengths = self.lengths[documents].unsqueeze(1)
         real = inside < lengths
         token = inside - self.prefixes[documents].unsqueeze(1)
@@ -306,4 +307,6 @@ def _cuts(ends: Sequence[int], forced: Sequence[int]) -> list[int]:
 def _sources(places: Sequence[tuple[int, int]]) -> tuple[Source, ...]:
     """Places (step, row), sorted by step, as one entry per step."""
     steps = sorted({step for step, _ in places})
-    return tuple(Source(s, torch.tensor([row for step, row in places if step == s])) for s in steps)
+    return tuple(
+        Source(s, torch.tensor([row for step, row in places if step == s], device="cpu")) for s in steps
+    )

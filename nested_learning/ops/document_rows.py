@@ -1,4 +1,7 @@
-"""Where documents in a row begin, and what follows from that about tokens and rows (spec section 8)."""
+"""Where documents in a row begin, and what follows from that about tokens and rows (spec section 8).
+
+Where they begin decides what is computed, so all of this is on the CPU, whatever torch's default device is.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class DocumentRows:
         B, T = begins.shape
         begins = begins.cpu().flatten()  # here the device is waited for
         if real is None:
-            self.tokens = torch.arange(B * T)  # [N], places of the real tokens
+            self.tokens = torch.arange(B * T, device="cpu")  # [N], places of the real tokens
         else:
             self.tokens = real.cpu().flatten().nonzero().squeeze(1)
             begins = begins[self.tokens]
@@ -61,7 +64,7 @@ class DocumentRows:
 
     def positions(self) -> Tensor:
         """[B, T] int64: the place of each token in its document, from 0 in this call; 0 for padding."""
-        inside = torch.arange(len(self.tokens)) - self.starts.repeat_interleave(self.lengths)
+        inside = torch.arange(len(self.tokens), device="cpu") - self.starts.repeat_interleave(self.lengths)
         return self._to_rows(inside)
 
     def of_tokens(self, value: Tensor) -> Tensor:
@@ -83,12 +86,12 @@ class DocumentRows:
         """
         B = self.shape[0]
         last = self.last()
-        starts, lengths = torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.long)
-        goes_on = torch.full((B,), given)
+        starts, lengths = torch.zeros(2, B, dtype=torch.long, device="cpu")
+        goes_on = torch.full((B,), given, device="cpu")
         rows = self.rows[last]
         starts[rows], lengths[rows] = self.starts[last], self.lengths[last]
         goes_on[rows] = self.goes_on(given)[last]
-        inside = torch.arange(int(lengths.max())).expand(B, -1)
+        inside = torch.arange(int(lengths.max()), device="cpu").expand(B, -1)
         real = inside < lengths.unsqueeze(1)
         columns = self.tokens[(starts.unsqueeze(1) + inside).where(real, 0)]
         return columns.to(self.device), real.to(self.device), goes_on

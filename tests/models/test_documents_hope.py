@@ -88,6 +88,22 @@ def test_every_way_to_say_it(way: str) -> None:
     torch.testing.assert_close(model(packed, **WAYS[way]).logits, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("mixers", list(MIXERS))
+@pytest.mark.parametrize("cms", list(CMS))
+def test_torchs_default_device_changes_nothing(mixers: str, cms: str) -> None:
+    model, ids = small_model(MIXERS[mixers], **CMS[cms]), torch.cat(documents(), dim=1)
+    number, mask = numbers().repeat(3, 1), torch.ones(3, ids.shape[1], dtype=torch.long)
+    given = {"input_ids": ids.repeat(3, 1), "seq_idx": number, "attention_mask": mask}
+    mask[1, :2] = mask[2] = 0
+    with torch.no_grad():
+        first, second = (model(**given, use_cache=True) for _ in range(2))
+        wanted = model(**given, past_key_values=first.past_key_values).logits
+        with torch.device("meta"):  # stands for any that is not the model's
+            assert torch.equal(model(**given).logits, first.logits)
+            got = model(**given, past_key_values=second.past_key_values).logits
+    assert torch.equal(got, wanted)
+
+
 def test_positions_of_one_document_change_nothing() -> None:
     model = small_model(MIXERS["hybrid"])
     ids = torch.randint(VOCAB, (2, 9))
