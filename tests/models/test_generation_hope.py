@@ -230,5 +230,9 @@ def test_what_does_not_fit_is_refused(model, ids):
         generate(model, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="must be a HopeCache"):
         generate(model, ids, past_key_values=[1])
+    cache = HopeCache(model.config)
+    with pytest.raises(ValueError, match="use_cache=False reads all columns again"):
+        generate(model, ids, past_key_values=cache, use_cache=False)
+    assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="atention_mask"):
         generate(model, ids, atention_mask=torch.ones_like(ids))

@@ -352,6 +352,11 @@ class HopeGenerationMixin(GenerationMixin):
             return
         if not isinstance(cache, HopeCache):
             raise ValueError(f"past_key_values must be a HopeCache, got {type(cache).__name__}")
+        if generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache=False reads all columns again for each token, which the cache given as "
+                "past_key_values would learn again and again: leave one of the two out"
+            )
         cache._is_user_defined = True  # generate must not run a step ahead on a cache that is not its own
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if copies > 1 and cache.batch_size == batch_size:
