@@ -80,6 +80,18 @@ def test_a_cache_goes_on_itself_whatever_the_default_device():
     assert cache.get_seq_length() == TEXT.shape[1]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("case", ["titans", "lm"])
+def test_a_head_apart_from_the_model(case, tied, tmp_path):
+    model = hope(case, tie_word_embeddings=tied)
+    wanted = run(copy.deepcopy(model))
+    places = {"model": "cpu", "lm_head": "disk"}
+    offloaded = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert offloaded.lm_head._hf_hook.offload
+    for a, b in zip(run(offloaded), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))
 @pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
 def test_disk(case, how, tmp_path):

@@ -26,7 +26,7 @@ from nested_learning.models.hope.keywords_hope import (
     check_positions,
     wrong_input,
 )
-from nested_learning.models.hope.lm_update import Head, LMUpdate
+from nested_learning.models.hope.lm_update import Head, HeldHead, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
 from nested_learning.ops.context import has_values
@@ -358,7 +358,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             output_surprise=output_surprise,
             cms_weights=cms_weights,
             learn_mask=learn_mask,
-            lm_head=self.lm_head,
+            lm_head=HeldHead(self.lm_head),
             output_attentions=output_attentions,
             position_ids=position_ids,
             return_dict=True,
