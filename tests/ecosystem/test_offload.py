@@ -92,6 +92,15 @@ def test_a_head_apart_from_the_model(case, tied, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_the_embedding_as_head_is_brought_too():
+    """A model without a head of its own that learns from the next token."""
+    model = hope("lm").model
+    with torch.no_grad():
+        wanted = model(TEXT).last_hidden_state
+        got = cpu_offload(model)(TEXT).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", slow_but(["loaded"], ["loaded", "disk", "dispatch", "parts"]))
 @pytest.mark.parametrize("case", ["self_modifying_titans", "mag", "regression nested", "lm learned rates"])
 def test_disk(case, how, tmp_path):

@@ -178,7 +178,10 @@ class HopeModel(HopePreTrainedModel):
 
     def _tied_head(self, y: Tensor) -> Tensor:
         """Logits [B, T, vocab_size] of y [B, T, D], by the embedding's weights."""
-        return F.linear(y, self.embed_tokens.weight)
+        weight = self.embed_tokens.weight
+        if weight.device != y.device:  # accelerate brings them when the embedding is called, to where it is
+            weight = self.embed_tokens(torch.arange(len(weight), device=y.device)).to(y.device)
+        return F.linear(y, weight)
 
     def _check_options(
         self,
