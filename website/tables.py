@@ -374,7 +374,11 @@ TABLES = (
     _documents(
         "longdoc-short-8k",
         "all sixteen short documents",
-        _named(_READERS, "window-8k", "levels-average-reading-8k"),
+        {
+            **_named(_READERS, "window-8k"),
+            "dynamic-evaluation-8k": _READERS["dynamic-evaluation"],
+            **_named(_READERS, "levels-average-reading-8k"),
+        },
         _SHORT,
     ),
     ResultTable(

@@ -66,21 +66,6 @@ class PendingChunk(State):
         return PendingChunk(after[0], after[1], self.count + real.sum(1))
 
 
-class HeldHead:
-    """A module as the head of a call, out of sight of accelerate's hooks.
-
-    They move what a module is given to where it computes, modules too: a head that is elsewhere would go
-    away from its own hooks, or fail to move, where its weights are brought only when it runs.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, y: Tensor) -> Tensor:
-        logits: Tensor = self.module(y)
-        return logits
-
-
 class LMUpdate:
     """Reads tokens with a model whose CMS levels learn from the next-token loss.
 
@@ -93,7 +78,7 @@ class LMUpdate:
 
     def __init__(self, blocks: Blocks, embed: Callable[[Tensor], Tensor], head: Head, exact: bool) -> None:
         self.blocks, self.embed, self.exact = blocks, embed, exact
-        self.head = head.module if isinstance(head, HeldHead) else head
+        self.head = head.func if isinstance(head, partial) else head  # a module, which FSDP gathers
         self.systems = [block.cms for block in blocks.blocks]
         self.chunk_size = self.systems[0].levels[0].chunk_size
         layers = range(len(self.systems))

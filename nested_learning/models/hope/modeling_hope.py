@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from nested_learning.models.hope.keywords_hope import (
     check_positions,
     wrong_input,
 )
-from nested_learning.models.hope.lm_update import Head, HeldHead, LMUpdate
+from nested_learning.models.hope.lm_update import Head, LMUpdate
 from nested_learning.models.hope.loss_hope import causal_lm_loss
 from nested_learning.models.hope.pretrained_hope import HopePreTrainedModel
 from nested_learning.ops.context import has_values
@@ -361,7 +362,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGenerationMixin):
             output_surprise=output_surprise,
             cms_weights=cms_weights,
             learn_mask=learn_mask,
-            lm_head=HeldHead(self.lm_head),
+            lm_head=partial(self.lm_head),  # no module, which accelerate's hooks would move
             output_attentions=output_attentions,
             position_ids=position_ids,
             return_dict=True,
