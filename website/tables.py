@@ -444,6 +444,7 @@ TABLES = (
             "fine-tuning": "fine-tuning, a model for each",
             **_named(_LEARNERS, "lora", "one-level", "level-rank-8", "level-replay", "level-averaged"),
             "retrieval-level": "retrieval, the best last, over one level",
+            "retrieval-slow-level": "… at a rate of 2e-4",
         },
         {
             "recall": Means(("recall",), best="highest"),
