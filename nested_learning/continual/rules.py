@@ -6,7 +6,6 @@ and M3 are those of `nested_learning.optimizers`.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,11 +77,8 @@ class FormRule:
     def __init__(self, memory: GradientMemory) -> None:
         self.memory = memory
         self.dropped: tuple[str, ...] = tuple(getattr(memory, "spare", ()))
-
-    @cached_property
-    def kept(self) -> int:
-        probe = torch.ones(2, 3, device="cpu")
-        return sum(t.shape == probe.shape for t in self.empty(probe).values())
+        probe = torch.ones(2, 3, device="cpu")  # here, as nothing is computed where a model is described
+        self.kept: int = sum(t.shape == probe.shape for t in self.empty(probe).values())
 
     def step(self, state: RuleState, grads: Weights, scale: float) -> Step:
         directions: Weights = {}
