@@ -76,9 +76,8 @@ REPLAYED = PretrainedMethod(  # half of what is learned is read again, the most 
 PASSAGES = PretrainedMethod("retrieval-context", "passages", options={"over": "context"})
 PASSAGES_ALONE = PretrainedMethod("retrieval-alone", "passages", options={"over": "nothing"})
 PASSAGES_LEVEL = PretrainedMethod("retrieval-level", "passages", options={"over": "levels", "levels": 1})
-PASSAGES_SLOW = PretrainedMethod(  # at a rate of its own: what is looked up need not be learned as well
-    "retrieval-slow-level", "passages", options={"over": "levels", "levels": 1}
-)
+# At a rate of its own: what is looked up need not be learned as well.
+PASSAGES_SLOW = replace(PASSAGES_LEVEL, name="retrieval-slow-level")
 GRIDS = {
     **RATES,
     AVERAGED.name: RATES[ONE_LEVEL.name],
