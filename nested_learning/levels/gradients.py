@@ -15,7 +15,7 @@ from nested_learning.levels.describe.optimizers import rules_of
 from nested_learning.levels.describe.registry import DescribedGradientMemory, OptimizerRule
 from nested_learning.levels.drafts import Draft, Drafts
 from nested_learning.optimizers import MultiFrequency, NestedOptimizer
-from nested_learning.optimizers.base import Group, tensor_bytes
+from nested_learning.optimizers.arithmetic import Group, tensor_bytes
 
 # The states of an optimizer and of those inside of it, each by parameter.
 NestedStates = list[dict[Tensor, dict[str, Any]]]

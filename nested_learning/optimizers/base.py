@@ -18,94 +18,41 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
-from nested_learning.ops.norm import magnitude
+from nested_learning.optimizers.arithmetic import (  # noqa: F401  also what a subclass computes with
+    Group,
+    all_finite,
+    as_matrix,
+    divisible,
+    entry,
+    learning_rate,
+    matrix_shape,
+    root_mean_square,
+    stored_numbers,
+    tensor_bytes,
+    unit_matrix,
+    work_dtype,
+)
 from nested_learning.optimizers.checks import FLAG, LEARNING_RATE, NON_NEGATIVE, Check, check_is_state_dict
+from nested_learning.optimizers.saved_state import (
+    check_name,
+    check_shapes,
+    foreign,
+    header,
+    moved,
+    other_model,
+    restore_scalars,
+)
 from nested_learning.optimizers.sharded import agreed, aligned, is_sharded, like, local, whole, working
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Group = dict[str, Any]
 
 MAX_GATHERED = 2**26  # elements of the matrices that are whole at one time where parameters lie in shards
-
-SCALARS = ("step", "mu_product", "mu", "eta")  # 0-D states of torch's optimizers, of 0-D parameters too
 
 # keys that torch, its schedulers and users keep in a group besides hyperparameters
 FOREIGN_KEYS = {
     *("params", "param_names", "name", "initial_lr"),
     *("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"),
 }
-
-
-def work_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of states and arithmetic: float32 for half-precision parameters, else the parameter's."""
-    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-
-
-def as_matrix(t: Tensor) -> Tensor:
-    """The (out, in) view that the matrix rules use: (n,) is one row (1, n); (out, a, b, …) is flattened."""
-    return t.reshape(1, -1) if t.ndim < 2 else t.flatten(1)
-
-
-def matrix_shape(p: Tensor) -> torch.Size:
-    """The shape of `as_matrix(p)`, also of a parameter that lies in shards."""
-    rows = p.shape[0] if p.ndim > 1 else 1
-    return torch.Size((rows, p.numel() // max(rows, 1)))
-
-
-def entry(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    """The tensor `name` of a parameter's state; it starts as zeros like `like`."""
-    if name not in state:
-        state[name] = torch.zeros_like(like)
-    tensor: Tensor = state[name]
-    return tensor
-
-
-def learning_rate(group: Group, device: torch.device) -> Tensor | float:
-    """The group's lr: a number, or where it is a tensor a 0-D one on `device`."""
-    lr: Tensor | float = group["lr"]
-    return lr.reshape(()).to(device) if isinstance(lr, Tensor) else lr
-
-
-def root_mean_square(g: Tensor) -> Tensor:
-    """√mean(g²), 0-D, of numbers of any size; 0 for zeros."""
-    s = magnitude(g)
-    return (s * (g / s).square().mean().sqrt()).reshape(())
-
-
-def divisible(eps: float, dtype: torch.dtype) -> float:
-    """ε of √v + ε, at least the root of the smallest v > 0: where g² rounds to 0, g/(√v + ε) is near 0."""
-    info = torch.finfo(dtype)
-    return max(eps, float(info.tiny * info.eps) ** 0.5)
-
-
-def unit_matrix(G: Tensor) -> Tensor:
-    """G/‖G‖_F of a matrix with numbers of any size, and 0 for 0."""
-    G = G / magnitude(G)
-    return G / G.norm().clamp(min=torch.finfo(G.dtype).tiny)
-
-
-def tensor_bytes(tree: Any) -> int:
-    """Bytes of all tensors in a state (nested dicts, tuples and lists)."""
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, Tensor))
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no element is NaN or infinite: the one host synchronisation of a step.
-
-    An element of one process's shard counts for all processes.
-    """
-    if not tensors:
-        return True
-    here = [_numbers(local(t)) for t in tensors]
-    home = here[0].device
-    norms = torch.stack([n.to(home, torch.float32) for n in torch._foreach_norm(here)])
-    finite = bool(norms.isfinite().all())
-    if not finite:  # the norm may have overflowed: look again
-        finite = all(bool(t.isfinite().all()) for t in here)
-    if any(is_sharded(t) for t in tensors):
-        return bool(agreed(tensors, torch.tensor([finite], device=home)).all())
-    return finite
 
 
 def nonfinite_message(optimizer: Optimizer) -> str:
@@ -116,7 +63,7 @@ def nonfinite_message(optimizer: Optimizer) -> str:
         for i, p in enumerate(group["params"])
         if p.grad is not None
     }
-    flags = torch.tensor([bool(_numbers(local(grad)).isfinite().all()) for grad in named.values()])
+    flags = torch.tensor([bool(stored_numbers(local(grad)).isfinite().all()) for grad in named.values()])
     home = local(next(iter(named.values()))).device
     finite = agreed(list(named.values()), flags.to(home)).tolist()
     where = [name for name, usable in zip(named, finite, strict=True) if not usable]
@@ -125,11 +72,6 @@ def nonfinite_message(optimizer: Optimizer) -> str:
         f"gradient with NaN or infinite elements ({'; '.join(where[:3])}{more}). No parameter was "
         "changed. Lower the learning rate, clip the gradients, or pass error_if_nonfinite=False to skip."
     )
-
-
-def _numbers(grad: Tensor) -> Tensor:
-    """The elements of a gradient; those that are stored of a sparse one."""
-    return grad if grad.layout == torch.strided else grad._values()
 
 
 def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -145,67 +87,6 @@ def load_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for state in optimizer.state.values():
         for name, value in state.items():
             state[name] = torch.utils._pytree.tree_map(lambda t: t.clone() if id(t) in given else t, value)
-
-
-def header(optimizer: Optimizer) -> dict[str, Any]:
-    """Name of an optimizer, shapes of its parameters and dtypes of their states, for its state_dict."""
-    return {
-        "name": getattr(optimizer, "_name", type(optimizer).__name__),
-        "shapes": [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups],
-        "dtypes": [[str(work_dtype(p)) for p in group["params"]] for group in optimizer.param_groups],
-    }
-
-
-def check_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """ValueError where a state_dict says that it is of another optimizer."""
-    mine = header(optimizer)["name"]
-    name = state_dict.get("optimizer", {}).get("name", mine)
-    if name != mine:
-        raise foreign(mine, f"it was saved by {name}")
-
-
-def foreign(name: str, why: str) -> ValueError:
-    """The error for a state_dict of something else than the optimizer of that name."""
-    return ValueError(f"this state_dict does not belong to {name}: {why}. Build that optimizer to load it.")
-
-
-def check_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """ValueError where a state_dict of as many parameters says that it is for those of another model."""
-    saved = state_dict.get("optimizer", {}).get("shapes")
-    for g, shapes in enumerate([] if saved is None else header(optimizer)["shapes"]):
-        for i, shape in enumerate(shapes):
-            if shape != list(saved[g][i]):
-                raise _other_model(g, i, shape, saved[g][i])
-
-
-def _other_model(group: int, index: int, shape: Iterable[int], saved: Iterable[int]) -> ValueError:
-    return ValueError(
-        f"the state_dict is for another model: parameter {index} of group {group} has shape {tuple(shape)}, "
-        f"the saved one {tuple(saved)}"
-    )
-
-
-def restore_scalars(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put 0-D states as they were saved where torch, in loading, cast them to the parameter's dtype."""
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(ids, params, strict=True):
-        for name, saved in state_dict["state"].get(i, {}).items():
-            if (
-                isinstance(saved, Tensor)
-                and saved.ndim == 0
-                and (p.ndim > 0 or name in SCALARS)
-                and saved.dtype != optimizer.state[p][name].dtype
-            ):
-                optimizer.state[p][name] = saved.detach().to(p.device, copy=True)
-
-
-def _moved(value: Any, p: Tensor, was: str) -> Any:
-    """A copy of a state's value on the device of p; of p's work dtype, where it `was` of the saved one."""
-    if not isinstance(value, Tensor):
-        return value
-    dtype = work_dtype(p) if str(value.dtype) == was else value.dtype
-    return value.detach().to(p.device, dtype, copy=True)
 
 
 class BaseOptimizer(Optimizer):
@@ -366,6 +247,14 @@ class BaseOptimizer(Optimizer):
         """Let a step go by that changes neither weights nor state."""
         self.skipped_steps += 1
 
+    # -- what is collected beside gradients, of which most optimizers have nothing
+
+    def keep_inputs(self, params: Iterable[Tensor]) -> None:
+        """Let what came with the gradients of `params` wait for a later step, as these do."""
+
+    def drop_inputs(self, waiting: bool) -> None:
+        """Drop what came with the gradients that are there; also what came with `waiting` ones, or not."""
+
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """The directions u, in the parameters' shapes; updates `self.state`, leaves `grads` alone."""
         raise NotImplementedError
@@ -476,7 +365,7 @@ class BaseOptimizer(Optimizer):
                 state = state_dict["state"].get(key, {})
                 for shape in (state[name].shape for name in self.parameter_shaped if name in state):
                     if shape != p.shape:
-                        raise _other_model(g, i, p.shape, shape)
+                        raise other_model(g, i, p.shape, shape)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """torch casts loaded states to the parameter's dtype; ours keep theirs (float32 under bfloat16).
@@ -496,5 +385,5 @@ class BaseOptimizer(Optimizer):
                 saved = {
                     name: v for name, v in state_dict["state"][i].items() if not isinstance(v, dict) or v
                 }
-                state[p] = torch.utils._pytree.tree_map(lambda v, p=p, was=was: _moved(v, p, was), saved)
+                state[p] = torch.utils._pytree.tree_map(lambda v, p=p, was=was: moved(v, p, was), saved)
         self.state = state

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from nested_learning.optimizers import row_memory
-from nested_learning.optimizers.base import (
-    BaseOptimizer,
+from nested_learning.optimizers.arithmetic import (
     Group,
-    Params,
     as_matrix,
     learning_rate,
     matrix_shape,
     root_mean_square,
     work_dtype,
 )
+from nested_learning.optimizers.base import BaseOptimizer, Params
 from nested_learning.optimizers.checks import FLAG, FRACTION, NON_NEGATIVE, Bound, Check, Choice
 from nested_learning.optimizers.sharded import is_sharded
 

@@ -15,14 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.base import (
-    BaseOptimizer,
-    Group,
-    Params,
-    all_finite,
-    learning_rate,
-    work_dtype,
-)
+from nested_learning.optimizers.arithmetic import Group, all_finite, learning_rate, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer, Params
 from nested_learning.optimizers.checks import NON_NEGATIVE, Check
 from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
 from nested_learning.optimizers.sharded import is_sharded, whole
@@ -182,7 +176,7 @@ class DeltaGD(BaseOptimizer):
             self._waiting[p] = total, number
 
     def drop_inputs(self, waiting: bool) -> None:
-        """Drop the inputs of the gradients that are there; also those that waited for them, or not."""
+        """Drop the inputs of the gradients that are there; also those of `waiting` gradients, or not."""
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self._moments.pop(p, None)
             if waiting:

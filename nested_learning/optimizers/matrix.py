@@ -17,7 +17,8 @@ from torch import Tensor
 from nested_learning._precision import bfloat16_is_slow
 from nested_learning.ops import newton_schulz
 from nested_learning.ops.norm import magnitude
-from nested_learning.optimizers.base import BaseOptimizer, Group, Params, divisible, entry
+from nested_learning.optimizers.arithmetic import Group, divisible, entry
+from nested_learning.optimizers.base import BaseOptimizer, Params
 from nested_learning.optimizers.checks import (
     COUNT,
     DECAY,

@@ -23,15 +23,8 @@ from nested_learning._checks import shown
 from nested_learning.ops import newton_schulz
 from nested_learning.ops.context import traced
 from nested_learning.ops.norm import magnitude
-from nested_learning.optimizers.base import (
-    BaseOptimizer,
-    Group,
-    Params,
-    as_matrix,
-    divisible,
-    matrix_shape,
-    unit_matrix,
-)
+from nested_learning.optimizers.arithmetic import Group, as_matrix, divisible, matrix_shape, unit_matrix
+from nested_learning.optimizers.base import BaseOptimizer, Params
 from nested_learning.optimizers.checks import DECAY, FRACTION, NON_NEGATIVE, TWO_DECAYS, Bound, Choice
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import MAX_GATHERED, restore_scalars
+from nested_learning.optimizers.base import MAX_GATHERED
+from nested_learning.optimizers.saved_state import restore_scalars
 from nested_learning.optimizers.sharded import aligned, is_sharded, like, local, whole, working
 
 

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from nested_learning._checks import shown
-from nested_learning.optimizers.base import (
-    BaseOptimizer,
+from nested_learning.optimizers.arithmetic import (
     Group,
-    Params,
     as_matrix,
     divisible,
     entry,
@@ -33,6 +31,7 @@ from nested_learning.optimizers.base import (
     unit_matrix,
     work_dtype,
 )
+from nested_learning.optimizers.base import BaseOptimizer, Params
 from nested_learning.optimizers.checks import (
     DECAY,
     FINITE,

@@ -14,18 +14,15 @@ from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
 from nested_learning.ops.norm import magnitude
+from nested_learning.optimizers.arithmetic import Group, all_finite, work_dtype
 from nested_learning.optimizers.base import (
     FOREIGN_KEYS,
     BaseOptimizer,
-    Group,
     Params,
-    all_finite,
     load_exactly,
     nonfinite_message,
-    work_dtype,
 )
 from nested_learning.optimizers.checks import COUNT, Bound, Check, check_steps_alone
-from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.nested import NestedOptimizer
 from nested_learning.optimizers.sharded import whole
 
@@ -180,13 +177,14 @@ class MultiFrequency(BaseOptimizer):
     def skip(self) -> None:
         """Let a step go by, with the inputs that were collected for it."""
         super().skip()
-        for each in self._collectors():
+        for each in self._inside():
             each.drop_inputs(waiting=False)
 
-    def _collectors(self) -> list[DeltaGD]:
-        """The optimizers inside that collect inputs beside gradients."""
-        held = (self.inner, *getattr(self.inner, "optimizers", ()))
-        return [each for each in held if isinstance(each, DeltaGD)]
+    def _inside(self) -> list[BaseOptimizer]:
+        """The optimizers of this package inside, which may collect something beside gradients."""
+        if isinstance(self.inner, NestedOptimizer):
+            return self.inner.ours()
+        return [self.inner] if isinstance(self.inner, BaseOptimizer) else []
 
     def _apply(self) -> None:
         given = {p: p.grad for group in self.param_groups for p in group["params"]}
@@ -225,7 +223,7 @@ class MultiFrequency(BaseOptimizer):
         if self.error_if_nonfinite:
             raise FloatingPointError(nonfinite_message(self))
         self.skip()
-        for each in self._collectors():  # the sums are dropped, and so is what they came from
+        for each in self._inside():  # the sums are dropped, and so is what they came from
             each.drop_inputs(waiting=True)
         return False
 
@@ -267,7 +265,7 @@ class MultiFrequency(BaseOptimizer):
                     state.update(_no_sum(p.grad, work_dtype(p)))
                 state["accumulated"].add_(p.grad)
                 state["gradients"] += 1
-        for each in self._collectors():
+        for each in self._inside():
             each.keep_inputs(p for p in group["params"] if p.grad is not None)
 
     # -- checkpoints

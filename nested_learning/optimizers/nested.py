@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nested_learning.optimizers.base import (
-    BaseOptimizer,
-    Group,
-    all_finite,
-    check_name,
-    check_shapes,
-    header,
-    load_exactly,
-    nonfinite_message,
-)
+from nested_learning.optimizers.arithmetic import Group, all_finite
+from nested_learning.optimizers.base import BaseOptimizer, load_exactly, nonfinite_message
 from nested_learning.optimizers.checks import check_is_state_dict, check_steps_alone
+from nested_learning.optimizers.saved_state import check_name, check_shapes, header
 
 # In every state_dict; the rest of an optimizer's own stands in "optimizers".
 NAMED = ("state", "param_groups")
@@ -125,7 +118,7 @@ class NestedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ours = self._ours()
+        ours = self.ours()
         if not _usable(self, ours):
             return loss
         try:
@@ -138,12 +131,12 @@ class NestedOptimizer(Optimizer):
                 each.is_checked = False
         return loss
 
-    def _ours(self) -> list[BaseOptimizer]:
+    def ours(self) -> list[BaseOptimizer]:
         """The optimizers that look at their gradients, of those within others here too."""
         found: list[BaseOptimizer] = []
         for optimizer in self.optimizers:
             if isinstance(optimizer, NestedOptimizer):
-                found += optimizer._ours()
+                found += optimizer.ours()
             elif isinstance(optimizer, BaseOptimizer):
                 found.append(optimizer)
         return found

@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nested_learning._errors import unknown
-from nested_learning.optimizers.base import BaseOptimizer, Group
+from nested_learning.optimizers.arithmetic import Group
+from nested_learning.optimizers.base import BaseOptimizer
 from nested_learning.optimizers.checks import LEARNING_RATE, NON_NEGATIVE, Check
 from nested_learning.optimizers.delta_gd import DeltaGD
 from nested_learning.optimizers.mended import MENDED, Muon

@@ -51,6 +51,7 @@ def test_a_copy_goes_on_bit_by_bit(way, rule, rank):
 
 def test_rows_that_were_pickled_keep_apart_in_a_process_that_counts_anew(monkeypatch):
     """A row's version says whose effective weights are made; two rows with the same one would share them."""
+    monkeypatch.setattr(deltas, "_versions", itertools.count(1))  # few, whatever ran before
     learner = learner_on(tiny_model())
     learner.memory.set_rows(2)
     for row in (0, 1):

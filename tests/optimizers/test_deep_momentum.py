@@ -9,7 +9,7 @@ from torch import nn
 
 from nested_learning.ops import newton_schulz
 from nested_learning.optimizers import DeepMomentumGD
-from nested_learning.optimizers.base import tensor_bytes
+from nested_learning.optimizers.arithmetic import tensor_bytes
 
 SHAPES = [(16, 5), (5, 16), (6,), (16, 2, 3)]
 OPTIONS = {"lr": 0.1, "memory_lr": 0.05, "momentum": 0.8, "hidden_size": 3}

@@ -346,3 +346,26 @@ def test_inputs_go_with_the_sum_that_is_dropped_and_no_others():
         assert optimizer.skipped_steps == (each is model)
     for name in ("fast", "slow"):
         assert torch.equal(model[name].weight, twin[name].weight), name
+
+
+def test_inputs_wait_however_deep_the_optimizer_lies_that_collects_them():
+    def trained(inner):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2, bias=False).double()
+        optimizer = MultiFrequency(model.parameters(), inner, period=2)
+        [collector] = (
+            optimizer.inner.ours() if isinstance(optimizer.inner, NestedOptimizer) else [optimizer.inner]
+        )
+        collector.attach(model)
+        for rows in torch.randn(4, 5, 3, dtype=torch.float64):
+            model(rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.weight
+
+    alone = trained(delta_gd)
+    for inner in (
+        lambda groups: NestedOptimizer([delta_gd(groups)]),
+        lambda groups: NestedOptimizer([NestedOptimizer([delta_gd(groups)])]),
+    ):
+        assert torch.equal(trained(inner), alone)

@@ -32,7 +32,8 @@ from nested_learning.levels.describe.torch_optimizers import (
     momentum_of,
 )
 from nested_learning.optimizers import row_memory
-from nested_learning.optimizers.base import BaseOptimizer, Group, as_matrix, tensor_bytes, work_dtype
+from nested_learning.optimizers.arithmetic import Group, as_matrix, tensor_bytes, work_dtype
+from nested_learning.optimizers.base import BaseOptimizer
 from nested_learning.optimizers.multi_frequency import COUNTED_KEYS, WAITING
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nested_learning.levels.components import Frequency, Holder, Transfer
-from nested_learning.optimizers.base import Group
+from nested_learning.optimizers.arithmetic import Group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from nested_learning.levels.describe.registry import (
     OptimizerRule,
     describes_optimizer,
 )
-from nested_learning.optimizers.base import Group
+from nested_learning.optimizers.arithmetic import Group
 
 DOT = "−⟨m, g⟩"
 ADAM_OBJECTIVE = "Σ‖m ⊙ gᵢ − √(Σg²)‖² + λ‖m‖² (eq 101-105)"
