@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_learning._files import write_text
-from nested_learning.evals import known_tasks
+from nested_learning.evals import find_task, known_tasks
 from nested_learning.evals.kept import finished_lines, identity_of
 from nested_learning.evals.report.write import markdown_cells, write_report
 from nested_learning.evals.runner import EvalConfig, TaskResult, evaluate
@@ -34,23 +34,34 @@ NUMBER = re.compile(r"\((\d+)\) ")
 def kept_options() -> dict[str, dict[str, Any]]:
     """Options of the tasks that have a run, by name, in the order of `eval --list`.
 
+    Among them on how many seeds settings were chosen, where that is not what the budget says.
+
     Raises:
         ValueError: runs of one task have different options.
     """
     found: dict[str, dict[str, Any]] = {}
+    tuned: dict[str, set[int]] = {}
     for run in finished_lines(KEPT):
         if found.setdefault(run["task"], run["options"]) != run["options"]:
             raise ValueError(
                 f"{KEPT} has runs of {run['task']} with the options {found[run['task']]} and "
                 f"{run['options']}; expected one set, so take the others out"
             )
+        if run["tuning"]:
+            tuned.setdefault(run["task"], set()).add(run["seed"])
+    for name, seeds in tuned.items():
+        if len(seeds) != len(find_task(name).at("small").tuning_seeds()):
+            found[name] = {**found[name], "tuning_seeds": len(seeds)}
     return {name: found[name] for name in known_tasks() if name in found}
 
 
 def command() -> str:
     """The command that makes the report of the kept runs."""
-    kept, names = KEPT.relative_to(ROOT).as_posix(), " ".join(kept_options())
-    return f"nested-learning eval {names} --finished {kept} --only_report --output runs/report"
+    options = kept_options()
+    counts = {name: each["tuning_seeds"] for name, each in options.items() if "tuning_seeds" in each}
+    words = ["nested-learning eval", *options, "--finished", KEPT.relative_to(ROOT).as_posix()]
+    words += [f"--option {name}.tuning_seeds={count}" for name, count in counts.items()]
+    return " ".join([*words, "--only_report --output runs/report"])
 
 
 def results() -> list[TaskResult]:

@@ -45,6 +45,7 @@ def run(argv: list[str]) -> int:
         budget=values.budget,
         methods=values.methods,
         seeds=values.seeds,
+        tuning_seeds=values.tuning_seeds,
         options=options(values.option),
         output=values.output,
         finished=values.finished,
@@ -80,6 +81,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, action="extend", help="seeds instead of as many as the task says"
+    )
+    parser.add_argument(
+        "--tuning_seeds", type=int, help="other seeds, on which settings are chosen by the mean"
     )
     parser.add_argument(
         "--option", nargs="+", type=str, action="extend", default=[], help="TASK.NAME=VALUE, options of tasks"

@@ -34,6 +34,7 @@ class LengthOptions:
 
     Args:
         seeds: that are reported.
+        tuning_seeds: others, on which settings are chosen by the mean.
         width, layers, heads, chunk: of the models; see `Size`.
         train_lengths: tokens of training sequences; a training begins with the first length and goes on to
             the next one when its share of the steps is done. One that stands twice has twice the share: a
@@ -51,6 +52,7 @@ class LengthOptions:
     """
 
     seeds: int = 5
+    tuning_seeds: int = 1
     width: int = 32
     layers: int = 2
     heads: int = 2
@@ -66,7 +68,7 @@ class LengthOptions:
     bound: int = 2048
 
     def __post_init__(self) -> None:
-        names = ("seeds", "batch_tokens", "steps", "rows", "piece", "bound")
+        names = ("seeds", "tuning_seeds", "batch_tokens", "steps", "rows", "piece", "bound")
         check_positive(**{name: getattr(self, name) for name in names})
         for name in ("train_lengths", "lengths"):
             if not getattr(self, name):

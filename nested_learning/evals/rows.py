@@ -66,7 +66,7 @@ class MethodRow:
 
     Attributes:
         method: its name.
-        settings: chosen from the task's grid for it, on the tuning seed.
+        settings: chosen from the task's grid for it, on the tuning seeds.
         figures: by seed, of every run that ended.
         errors: by seed, what ended a run that did not.
     """

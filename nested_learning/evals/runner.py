@@ -12,8 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from nested_learning._checks import require, require_folder_name
@@ -25,7 +26,7 @@ from nested_learning.evals.kept import TrialCache
 from nested_learning.evals.method import Method
 from nested_learning.evals.registry import find_task, known_methods, known_tasks
 from nested_learning.evals.rows import MethodRow, checked_figures
-from nested_learning.evals.task import BUDGETS, TUNING_SEED, Task
+from nested_learning.evals.task import BUDGETS, Task
 from nested_learning.evals.trial import Trial, TrialOutcome, error_text, start_worker
 
 ALL = "all"
@@ -43,6 +44,9 @@ class EvalConfig:
             of the papers
         methods: names of methods, registered or of the tasks' tables; None: those of each task's table
         seeds: reported seeds; None: as many as each task's options say, from 0
+        tuning_seeds: seeds from 1000 on, none of them reported, on which a method's settings are chosen by
+            the mean; None: as many as each task's options say. A task whose options have no such field, as
+            it chooses on documents or streams of its own, is left as it is
         options: options by task that replace those of the budget
         output: folder of finished trials and of the report; None: nothing is written
         finished: files trials.jsonl of other evaluations, whose trials are not made again
@@ -56,6 +60,7 @@ class EvalConfig:
     budget: str = "small"
     methods: list[str] | None = None
     seeds: list[int] | None = None
+    tuning_seeds: int | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     output: str | None = None
     finished: list[str] = field(default_factory=list)
@@ -77,8 +82,6 @@ class EvalConfig:
         require(self.jobs >= 1, "jobs", self.jobs, "a whole number of at least 1")
         minutes = self.max_minutes
         require(minutes is None or minutes > 0, "max_minutes", minutes, "minutes, more than 0")
-        if TUNING_SEED in (self.seeds or ()):
-            raise ValueError(f"seed {TUNING_SEED} chooses settings; expected others in --seeds")
         for name in self.options:
             find_task(name)
 
@@ -135,16 +138,16 @@ class _Entrant:
     """A method on a task.
 
     Attributes:
-        tuning: a trial for each of its settings, on the tuning seed.
+        tuning: for each of its settings a trial on each of the tuning seeds.
         best: the method at the setting that is chosen; None where it is not known.
     """
 
-    tuning: list[Trial]
+    tuning: list[list[Trial]]
     best: Method | None = None
 
     def reported(self, seeds: Sequence[int]) -> dict[int, Trial]:
         """The trial of each seed; none where no setting is chosen."""
-        return {} if self.best is None else {s: Trial(self.tuning[0].task, self.best, s) for s in seeds}
+        return {} if self.best is None else {s: Trial(self.tuning[0][0].task, self.best, s) for s in seeds}
 
 
 @dataclass
@@ -182,7 +185,7 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] | None = None) -> li
         else:
             make_folder(folder)
     entrants = [(p, entrant) for p in plans for entrant in p.entrants.values()]
-    tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in entrant.tuning]
+    tried = [trial for _, entrant in entrants if len(entrant.tuning) > 1 for trial in chain(*entrant.tuning)]
     later = sum(len(p.seeds) for p, _ in entrants)
     with progress("evaluating", len(tried) + later, "run") as bar, ExitStack() as held:
         kept = TrialCache(folder, config.finished, config.only_report)
@@ -190,7 +193,7 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] | None = None) -> li
         tuned = crew.run(tried, later)
         for _, entrant in entrants:
             tuning = entrant.tuning
-            entrant.best = tuning[0].method if len(tuning) == 1 else _best(tuning, tuned)
+            entrant.best = tuning[0][0].method if len(tuning) == 1 else _best(tuning, tuned)
         reported = [trial for p, entrant in entrants for trial in entrant.reported(p.seeds).values()]
         outcomes = crew.run(reported, 0)
     kept.report_files(say)
@@ -210,7 +213,8 @@ def plan(config: EvalConfig) -> list[_Plan]:
             raise ValueError(
                 f"options of {name!r} are given, which is not among the tasks {', '.join(names)}"
             )
-    tasks = [cls.at(config.budget, **config.options.get(cls.name, {})) for cls in found]
+    options = _options(config, found)
+    tasks = [cls.at(config.budget, **options[cls.name]) for cls in found]
     asked = None if config.methods is None else _asked(config.methods, tasks)
     plans = []
     refusals: dict[str, list[str]] = {}
@@ -230,6 +234,10 @@ def plan(config: EvalConfig) -> list[_Plan]:
         seeds = (
             list(range(getattr(task.options, "seeds", SEEDS))) if config.seeds is None else list(config.seeds)
         )
+        if choosing := sorted(set(seeds) & set(task.tuning_seeds())):
+            raise ValueError(
+                f"seed {choosing[0]} chooses settings of {task.name}; expected others in --seeds"
+            )
         missing = task.missing()
         skipped = None if config.only_report else missing  # a report of what is finished needs no data
         none = "it has no methods" if asked is None else "none of the methods that were asked for is for it"
@@ -242,6 +250,31 @@ def plan(config: EvalConfig) -> list[_Plan]:
     return plans
 
 
+def _options(config: EvalConfig, tasks: Sequence[type[Task[Any]]]) -> dict[str, dict[str, Any]]:
+    """Options of each task that replace those of the budget, the number of tuning seeds among them.
+
+    Raises:
+        ValueError: none of the tasks takes that number, or one is given two.
+    """
+    found = {cls.name: dict(config.options.get(cls.name, {})) for cls in tasks}
+    count = config.tuning_seeds
+    if count is None:
+        return found
+    takes = [cls.name for cls in tasks if hasattr(cls.budgets[config.budget], "tuning_seeds")]
+    if not takes:
+        raise ValueError(
+            f"tuning_seeds is {count}, and {', '.join(found)} choose settings on no number of seeds; "
+            "leave --tuning_seeds out"
+        )
+    for name in takes:
+        if found[name].setdefault("tuning_seeds", count) != count:
+            own = found[name]["tuning_seeds"]
+            raise ValueError(
+                f"tuning_seeds is {count}, and --option {name}.tuning_seeds={own}; expected one of the two"
+            )
+    return found
+
+
 def _check_methods(task: Task[Any], methods: Sequence[Method]) -> None:
     """Raise ValueError for methods of one name, of which one row alone would be left."""
     names = [method.name for method in methods]
@@ -252,14 +285,16 @@ def _check_methods(task: Task[Any], methods: Sequence[Method]) -> None:
 
 
 def _entrant(task: Task[Any], method: Method) -> _Entrant:
-    """A method with a trial for each of its settings."""
+    """A method with trials for each of its settings."""
     settings = task.grid(method)
     if not settings:
         raise ValueError(
             f"the grid of {task.name} has no setting for {method.name}; expected one or more, [{{}}] where "
             "nothing is to be tuned"
         )
-    return _Entrant([Trial(task, method.at(each), TUNING_SEED, True) for each in settings])
+    return _Entrant(
+        [[Trial(task, method.at(each), seed, True) for seed in task.tuning_seeds()] for each in settings]
+    )
 
 
 def _asked(names: Sequence[str], tasks: Sequence[Task[Any]]) -> list[list[Method]]:
@@ -382,17 +417,22 @@ def _outcome(trial: Trial, future: Future[TrialOutcome]) -> TrialOutcome:
     return TrialOutcome(trial, None, 0.0, f"its process ended: {type(problem).__name__}: {problem}")
 
 
-def _best(tuning: Sequence[Trial], outcomes: Mapping[str, TrialOutcome | None]) -> Method | None:
-    """The method at the setting with the best headline; None where a trial is still to come or all failed."""
-    task = tuning[0].task
+def _best(tuning: Sequence[Sequence[Trial]], outcomes: Mapping[str, TrialOutcome | None]) -> Method | None:
+    """The method at the setting with the best mean headline; a setting that failed at a seed is out.
+
+    None where a trial is still to come, or each setting failed at some seed.
+    """
+    task = tuning[0][0].task
     scores: list[tuple[float, Method]] = []
-    for trial in tuning:
-        outcome = outcomes[identity(trial)]
-        if outcome is None:
+    for trials in tuning:
+        found = [outcomes[identity(trial)] for trial in trials]
+        if None in found:
             return None
-        figure = outcome.figures.get(task.headline) if outcome.figures else None
-        if figure is not None:
-            scores.append((float(figure) if task.higher_is_better else -float(figure), trial.method))
+        figures = [each.figures.get(task.headline) for each in found if each and each.figures]
+        values = [float(each) for each in figures if each is not None]
+        if len(values) == len(trials):
+            mean = fmean(values)
+            scores.append((mean if task.higher_is_better else -mean, trials[0].method))
     return max(scores, key=lambda scored: scored[0])[1] if scores else None
 
 
@@ -419,7 +459,8 @@ def _result(p: _Plan, outcomes: Mapping[str, TrialOutcome | None]) -> TaskResult
     if p.skipped:
         return result
     for name, entrant in p.entrants.items():
-        own = [outcomes[identity(trial)] for trial in entrant.tuning if identity(trial) in outcomes]
+        tuning = [identity(trial) for trial in chain(*entrant.tuning)]
+        own = [outcomes[each] for each in tuning if each in outcomes]
         by_seed = {seed: outcomes[identity(trial)] for seed, trial in entrant.reported(p.seeds).items()}
         result.unfinished += [*own, *by_seed.values()].count(None)
         if entrant.best is None and None in own:

@@ -16,7 +16,8 @@ from nested_learning.evals.method import Method
 from nested_learning.evals.rows import Figures, MethodRows
 
 BUDGETS = ("smoke", "small", "full")
-TUNING_SEED = 1000  # no reported seed
+TUNING_SEED = 1000  # the first that chooses settings; no reported seed
+OF_NO_RUN = ("seeds", "tuning_seeds")  # options that say which runs are made, and decide no figure of one
 
 
 OptionsT = TypeVar("OptionsT")
@@ -33,7 +34,8 @@ class Task(ABC, Generic[OptionsT]):
         title: one line for tables and `--help`.
         version: raised with every change that alters figures; kept runs of another version are not used.
         budgets: options by budget, all instances of one frozen dataclass whose fields JSON can hold. A field
-            `seeds` says how many seeds are reported.
+            `seeds` says how many seeds are reported, `tuning_seeds` on how many others settings are chosen,
+            by the mean; without it, on one.
         columns: figures of the table, numbers, by name, each with what it is.
         headline: the figure by which `grid` is decided and methods are plotted; one of the columns.
         higher_is_better: whether a larger headline is better.
@@ -68,8 +70,9 @@ class Task(ABC, Generic[OptionsT]):
         how = f"--option {cls.name}.{{}}=…"
         options = dataclasses.replace(options, **changed)
         check_types(options, how=how)
-        seeds = getattr(options, "seeds", 1)
-        require(1 <= seeds <= TUNING_SEED, "seeds", seeds, f"1 to {TUNING_SEED} reported seeds", how)
+        for name, what in zip(OF_NO_RUN, ("reported seeds", "seeds that choose settings"), strict=True):
+            count = getattr(options, name, 1)
+            require(1 <= count <= TUNING_SEED, name, count, f"1 to {TUNING_SEED} {what}", how)
         for name, value in changed.items():
             usual = [each for own in cls.budgets.values() for each in _numbers(getattr(own, name))]
             if min(usual, default=0) > 0:  # sizes, counts and rates
@@ -109,8 +112,17 @@ class Task(ABC, Generic[OptionsT]):
         return self.methods()
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        """Settings of which the best is chosen on the tuning seed, by the headline; one: nothing is tuned."""
+        """Settings; the best is chosen on the tuning seeds, by the mean headline. One: nothing is tuned."""
         return [{}]
+
+    def tuning_seeds(self) -> range:
+        """Seeds on which settings are chosen: as many as the options say, none of them reported."""
+        return range(TUNING_SEED, TUNING_SEED + getattr(self.options, "tuning_seeds", 1))
+
+    def tuned_on(self) -> str:
+        """The seeds of `tuning_seeds` in words."""
+        seeds = self.tuning_seeds()
+        return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
     def tune(self, method: Method, seed: int) -> Figures:
         """Figures of a run that chooses settings; where the task has validation data, scored on these."""

@@ -15,7 +15,7 @@ import torch
 from nested_learning._workers import end_with_parent
 from nested_learning.evals.method import Method
 from nested_learning.evals.rows import Figures, checked_figures
-from nested_learning.evals.task import Task
+from nested_learning.evals.task import OF_NO_RUN, Task
 from nested_learning.training.process import process_state
 from nested_learning.training.report import hardware, versions
 
@@ -52,7 +52,7 @@ class Trial:
             "what": "trial",
             "task": self.task.name,
             "version": self.task.version,
-            "options": {k: v for k, v in dataclasses.asdict(self.task.options).items() if k != "seeds"},
+            "options": {k: v for k, v in dataclasses.asdict(self.task.options).items() if k not in OF_NO_RUN},
             "method": self.method.describe(),
             "seed": self.seed,
             "tuning": self.tuning,

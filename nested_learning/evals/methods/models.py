@@ -193,3 +193,5 @@ MODELS = (
 )
 # Attention behind a convolution of the width that the memory layers have by default.
 CONVOLVED = TrainedModel("transformer-convolved", "attention", options={"conv_size": 4})
+# Titans whose memory learns by delta gradient descent (eq 57) in place of gradient descent.
+BY_DGD = TrainedModel("titans-dgd", "titans", options={"rule": "dgd"})

@@ -76,6 +76,7 @@ def _section(result: TaskResult, folder: Path | None) -> dict[str, Any]:
         "title": task.title,
         "note": _attempt(failed, f"{task.name}, note", task.note, ""),
         "options": dict(vars(task.options)),
+        "tuned_on": sorted({o.trial.seed for o in result.outcomes if o.trial.tuning}),
         "skipped": result.skipped,
         "left_out": list(result.left_out),
         "mixed": dict(result.mixed),

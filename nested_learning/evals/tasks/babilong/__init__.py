@@ -59,7 +59,7 @@ class Babilong(ByLength[BabilongOptions]):
         "small": BabilongOptions(steps=2000, lr_factors=[0.4, 1.0]),
         "full": BabilongOptions(
             width=128, heads=4, vocabulary=8192, batch_tokens=16_384, train_lengths=[64, 128, 256, 512, 1024],
-            steps=20_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0],
+            steps=20_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0], tuning_seeds=3,
             lengths=[256, 1024, 4096, 16_384, 65_536], rows=100, bound=16_384,
         ),
     }  # fmt: skip

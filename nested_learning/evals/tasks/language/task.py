@@ -45,13 +45,14 @@ class LanguageOptions:
 
     Args:
         seeds: seeds that are reported.
+        steps: optimizer steps.
+        tuning_seeds: other seeds, on which settings are chosen by the mean.
         texts: sources as `train --data` takes them; a model reads equally many blocks of each.
         max_bytes: bytes that are read of each.
         width, layers, heads: size of the models.
         block: tokens (bytes) that training reads at once.
         batch: blocks of a step.
-        steps: optimizer steps.
-        lrs: peak learning rates; of several the best is chosen on the tuning seed.
+        lrs: peak learning rates; of several the best is chosen on the tuning seeds.
         weight_decay: AdamW's.
         blocks: of each held-out text that are scored, at most.
         length: bytes of the documents that are scored by position, block by block.
@@ -60,6 +61,7 @@ class LanguageOptions:
 
     seeds: int
     steps: int
+    tuning_seeds: int = 1
     texts: list[str] = field(default_factory=lambda: ["tinyshakespeare", "stdlib"])
     max_bytes: int = 8 << 20
     width: int = 64
@@ -104,6 +106,7 @@ class LanguageModelling(Task[LanguageOptions]):
             batch=16,
             max_bytes=64 << 20,
             lrs=[1e-3, 2e-3, 4e-3],
+            tuning_seeds=3,
             blocks=1024,
             length=16_384,
             documents=64,

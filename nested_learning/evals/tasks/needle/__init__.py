@@ -65,7 +65,7 @@ class Needle(ByLength[NeedleOptions]):
         "small": NeedleOptions(steps=1500, lr_factors=[0.4, 1.0, 2.0]),
         "full": NeedleOptions(
             width=128, heads=4, letters=4, digits=7, train_lengths=[256, 256, 512, 1024], batch_tokens=16_384,
-            steps=10_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0],
+            steps=10_000, lr=1e-3, lr_factors=[0.5, 1.0, 2.0], tuning_seeds=3,
             lengths=[1024, 2048, 4096, 8192, 16_384, 32_768], rows=100, bound=16_384,
         ),
     }  # fmt: skip

@@ -29,7 +29,7 @@ from nested_learning.evals.task import Task
 from nested_learning.evals.tasks.optimizers.curves import training_curves
 from nested_learning.evals.tasks.optimizers.networks import network_optimizer
 from nested_learning.models.presets import preset
-from nested_learning.optimizers.base import tensor_bytes
+from nested_learning.optimizers.arithmetic import tensor_bytes
 from nested_learning.training.compare import Contender, batches
 from nested_learning.training.config import OptimConfig
 from nested_learning.training.data import DataBundle, DataConfig, build_data
@@ -64,6 +64,7 @@ class LanguageModelOptions:
         shape: fields of the model's configuration.
         rates: how many learning rates are tried, from the middle of the grid.
         seeds: reported ones.
+        tuning_seeds: others, on which settings are chosen by the mean.
     """
 
     model: str
@@ -76,6 +77,7 @@ class LanguageModelOptions:
     shape: dict[str, Any] = field(default_factory=dict)
     rates: int = 5
     seeds: int = 3
+    tuning_seeds: int = 1
 
 
 def budgets(model: str) -> dict[str, LanguageModelOptions]:
@@ -93,7 +95,11 @@ def budgets(model: str) -> dict[str, LanguageModelOptions]:
         rates=1,
         seeds=1,
     )
-    return {"smoke": smoke, "small": small, "full": dataclasses.replace(small, steps=2000, seeds=5)}
+    return {
+        "smoke": smoke,
+        "small": small,
+        "full": dataclasses.replace(small, steps=2000, seeds=5, tuning_seeds=3),
+    }
 
 
 class TransformerLanguageTask(Task[LanguageModelOptions]):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.fit import IGNORED, TaskBatch, Training, answers, fit, parameters_of, summary
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.models import CONVOLVED, MODELS, Size, TrainedModel
+from nested_learning.evals.methods.models import BY_DGD, CONVOLVED, MODELS, Size, TrainedModel
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
@@ -35,6 +35,7 @@ class RecallOptions:
 
     Args:
         seeds: that are reported.
+        tuning_seeds: others, on which settings are chosen by the mean.
         steps: optimizer steps, each of one batch of one segment.
         batch_size: sequences.
         vocab_size: V; keys are of its lower half, values of its upper one.
@@ -50,6 +51,7 @@ class RecallOptions:
     """
 
     seeds: int = 3
+    tuning_seeds: int = 1
     steps: int = 2000
     batch_size: int = 64
     vocab_size: int = 128
@@ -69,6 +71,7 @@ class RecallOptions:
 
 FULL = RecallOptions(
     seeds=3,
+    tuning_seeds=3,
     steps=22_500,  # 32 epochs of 180,000 sequences
     batch_size=256,
     vocab_size=8192,
@@ -105,11 +108,13 @@ class Recall(Task[RecallOptions]):
     headline = "accuracy"
 
     def methods(self) -> Sequence[Method]:
-        """Models of every mixer, attention also behind a convolution as the others and zoology's have it.
+        """Models of every mixer, attention also behind a convolution as the others and zoology's have it,
+        and Titans with the erase of the delta rule.
 
         Without MLPs a continuum memory system has nothing to differ in.
         """
-        return [method for method in (*MODELS, CONVOLVED) if self.options.mlp or method.levels == "one"]
+        every = (*MODELS, CONVOLVED, BY_DGD)
+        return [method for method in every if self.options.mlp or method.levels == "one"]
 
     def accepts(self, method: Method) -> str | None:
         """As for any task; without MLPs, models whose MLPs learn are those whose MLPs do not."""
@@ -218,6 +223,10 @@ class Recall(Task[RecallOptions]):
             Ahead(
                 "self-modifying Titans, whose state is larger, recall more than DeltaNet",
                 NO_CLAIM, "accuracy", ("self-modifying-titans", "deltanet"),
+            ),
+            Ahead(
+                "Titans recall more by delta gradient descent than by gradient descent",
+                NO_CLAIM, "accuracy", (BY_DGD.name, "titans"),
             ),
         ]  # fmt: skip
 

@@ -47,7 +47,7 @@ class ClincTask(StreamTask):
     budgets: ClassVar[Mapping[str, StreamOptions]] = {
         "smoke": SMOKE,
         "small": StreamOptions(seeds=5),
-        "full": StreamOptions(tasks=10, train=100, queries=30, between=5),
+        "full": StreamOptions(tasks=10, train=100, queries=30, between=5, tuning_seeds=3),
     }
 
     def texts(self, seed: int) -> LabelledTexts:
@@ -71,7 +71,7 @@ class ClassesTask(StreamTask):
     budgets: ClassVar[Mapping[str, StreamOptions]] = {
         "smoke": replace(SMOKE, tasks=3),
         "small": StreamOptions(data="banking77", tasks=7, train=10),
-        "full": StreamOptions(data="banking77", tasks=7, train=25, queries=30, between=5),
+        "full": StreamOptions(data="banking77", tasks=7, train=25, queries=30, between=5, tuning_seeds=3),
     }
 
     def texts(self, seed: int) -> LabelledTexts:
