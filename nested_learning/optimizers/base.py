@@ -252,6 +252,9 @@ class BaseOptimizer(Optimizer):
     def keep_inputs(self, params: Iterable[Tensor]) -> None:
         """Let what came with the gradients of `params` wait for a later step, as these do."""
 
+    def expect_inputs(self, params: Iterable[Tensor], waiting: bool) -> None:
+        """Have room in the states of `params` for what will wait so, or where nothing is `waiting` none."""
+
     def drop_inputs(self, waiting: bool) -> None:
         """Drop what came with the gradients that are there; also what came with `waiting` ones, or not."""
 

@@ -22,6 +22,8 @@ from nested_learning.optimizers.memory_forms import MEMORIES, memory_direction
 from nested_learning.optimizers.sharded import is_sharded, whole
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+# In a state: Σ x xᵀ of the gradients that wait, the number of these x, and how many times some came.
+INPUTS = ("inputs", "input_count", "input_passes")
 
 
 class DeltaGD(BaseOptimizer):
@@ -49,7 +51,8 @@ class DeltaGD(BaseOptimizer):
     forward was not called, as those of nn.MultiheadAttention) are trained by `inner` at
     lr · inner_lr_scale. A convolution's W is (out, in·kernel), its x a patch.
     State: of W between steps the number of steps alone, (in·kernel)² elements per layer from backward to
-    step, in float32 or float64; for other parameters the state of `inner`. A step costs (in·kernel)³/3
+    step, in float32 or float64, and throughout where gradients wait for later steps; for other parameters the
+    state of `inner`. A step costs (in·kernel)³/3
     multiplications per layer. A step for whose inputs x xᵀ overflows is skipped like one with non-finite
     gradients.
 
@@ -83,8 +86,9 @@ class DeltaGD(BaseOptimizer):
         self._inner_name, self._memory = inner, MEMORIES[inner]()
         self._hooks: dict[nn.Module, RemovableHandle] = {}
         self._moments: dict[Tensor, tuple[Tensor, int]] = {}  # by weight: Σ x xᵀ and the number of x
-        self._waiting: dict[Tensor, tuple[Tensor, int | Tensor]] = {}  # those of gradients of earlier steps
-        self._means: dict[Tensor, Tensor] = {}  # S = E[x xᵀ], during a step
+        self._reduced: dict[
+            Tensor, tuple[Tensor, int | Tensor]
+        ] = {}  # those of all processes, once looked at
         self._trained: set[Tensor] = set()
         self._sharded: dict[nn.Module, Tensor] = {}  # the weights in shards of layers that are attached
         super().__init__(params, locals())
@@ -134,8 +138,9 @@ class DeltaGD(BaseOptimizer):
             handle.remove()
         self._hooks.clear()
         self._sharded.clear()
-        self._moments.clear()
-        self._waiting.clear()
+        self._forget_gradients()
+        for state in self.state.values():
+            _forget_inputs(state)
 
     def __enter__(self) -> DeltaGD:
         return self
@@ -144,7 +149,7 @@ class DeltaGD(BaseOptimizer):
         self.detach()
 
     def _not_copied(self) -> dict[str, Any]:
-        return {"_hooks": {}, "_moments": {}, "_means": {}, "_sharded": {}}
+        return {"_hooks": {}, "_moments": {}, "_reduced": {}, "_sharded": {}}
 
     @torch.no_grad()
     def _collect(self, layer: nn.Module, weight: Tensor, x: Tensor) -> None:
@@ -156,56 +161,74 @@ class DeltaGD(BaseOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients and the inputs they came from."""
-        self._moments.clear()
+        self._forget_gradients()
         super().zero_grad(set_to_none)
+
+    def _forget_gradients(self) -> None:
+        self._moments.clear()
+        self._reduced.clear()
 
     def keep_inputs(self, params: Iterable[Tensor]) -> None:
         """Let the inputs of all processes wait for a later step, as the gradients they came with do."""
         for p in params:
-            if p not in self._moments:
+            self._reduce(p)
+            if p not in self._reduced:
                 continue
-            total, count = self._moments.pop(p)
-            number: int | Tensor = count
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                number = torch.full((), count, dtype=torch.float64, device=total.device)
-                dist.all_reduce(total)
-                dist.all_reduce(number)
-            if p in self._waiting:
-                before, known = self._waiting[p]
-                total, number = total.add_(before), number + known
-            self._waiting[p] = total, number
+            total, count = self._reduced.pop(p)
+            state = self.state[p]
+            if "inputs" not in state:
+                state.update(no_inputs(p))
+            state["inputs"] = total.add_(whole(state["inputs"]))
+            state["input_count"] = state["input_count"] + count
+            state["input_passes"] += 1
+
+    def expect_inputs(self, params: Iterable[Tensor], waiting: bool) -> None:
+        """Have room for inputs that wait, in states that are then alike at every step, or none."""
+        watched = {layer.weight for layer in self._hooks} & self._trained
+        for p in params:
+            if not waiting:
+                for name in INPUTS:
+                    self.state.get(p, {}).pop(name, None)
+            elif p in watched and "inputs" not in self.state[p]:
+                self.state[p].update(no_inputs(p))
 
     def drop_inputs(self, waiting: bool) -> None:
         """Drop the inputs of the gradients that are there; also those of `waiting` gradients, or not."""
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            self._moments.pop(p, None)
-            if waiting:
-                self._waiting.pop(p, None)
+            self._drop(p, waiting)
+
+    def _drop(self, p: Tensor, waiting: bool = True) -> None:
+        self._moments.pop(p, None)
+        self._reduced.pop(p, None)
+        if waiting:
+            _forget_inputs(self.state.get(p, {}))
 
     # -- checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state_dict of any optimizer here, with the inputs that wait for a later step, if there are.
-
-        They wait in the middle of an accumulation, as `MultiFrequency` has it. Inputs of a step that was not
-        taken are left out, as its gradients are.
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        waiting = {i: list(self._waiting[p]) for i, p in enumerate(params) if p in self._waiting}
-        return {**super().state_dict(), **({"inputs": waiting} if waiting else {})}
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         super()._restore_dtypes(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
-        waiting = state_dict.get("inputs", {})
-        self._moments, self._waiting = {}, {}
-        for i, (total, count) in waiting.items():
-            p = params[int(i)]
-            self._waiting[p] = (total.detach().to(p.device, work_dtype(p), copy=True), int(count))
+        self._forget_gradients()
+        for i, (total, count) in state_dict.get("inputs", {}).items():  # a file of an earlier version
+            state = self.state[params[int(i)]]
+            state.update(no_inputs(params[int(i)]))
+            state["inputs"].copy_(total)
+            state["input_count"] += int(count)
+            state["input_passes"] = 1
 
     # -- the step
 
     def _apply(self) -> None:
+        if self._is_probe():
+            watched = {layer.weight for layer in self._hooks}
+            self._reduced = {
+                p: (_room_for_inputs(p), 1) for p in self._trained & watched if p.grad is not None
+            }
+        super()._apply()
+        self.drop_inputs(waiting=True)
+
+    def _check_attached(self) -> None:
+        """ValueError where no layer's inputs can have come here."""
         if not self._hooks:
             raise ValueError(
                 "DeltaGD needs the layers' inputs: call attach(model) before the forward pass. A copy is not "
@@ -216,23 +239,19 @@ class DeltaGD(BaseOptimizer):
                 "DeltaGD was attached to a model that was sharded afterwards, so that the layers' inputs are "
                 "missing: call detach() and attach(model) after fully_shard, or after accelerate's prepare"
             )
-        if self._is_probe():
-            watched = {layer.weight for layer in self._hooks}
-            self._means = {
-                p: torch.zeros(*[math.prod(p.shape[1:])] * 2, dtype=work_dtype(p), device=p.device)
-                for p in self._trained & watched
-                if p.grad is not None
-            }
-        super()._apply()
 
     def gradients_are_usable(self) -> bool:
-        """As of the base, and that the mean inputs are finite."""
+        """As of the base, and that layers are attached and their mean inputs finite.
+
+        Nothing is dropped for looking: where another optimizer, or this one, refuses, all is as it was.
+        """
+        self._check_attached()
         if not super().gradients_are_usable():
             return False
-        params = [p for group in self.param_groups for p in group["params"]]
-        known = self._moments.keys() | self._waiting.keys()
-        self._means = {p: self._mean_moment(p) for p in params if p.grad is not None and p in known}
-        if all_finite(list(self._means.values())):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in params:
+            self._reduce(p)
+        if all_finite([self._sum(p)[0] for p in params if self._has_inputs(p)]):
             return True
         if self.error_if_nonfinite:
             raise FloatingPointError(
@@ -251,24 +270,73 @@ class DeltaGD(BaseOptimizer):
         directions = []
         for p, g in zip(params, grads, strict=True):
             state = self.state[p]
-            if p in self._means:
+            if self._has_inputs(p):
                 state["delta_step"] = state.get("delta_step", 0) + 1
-                S = self._means.pop(p)
+                total, count = self._sum(p)
+                S = total / (
+                    count.clamp(min=1).to(total.dtype) if isinstance(count, Tensor) else max(count, 1)
+                )
+                self._drop(p)
                 directions.append(_delta_direction(p, g, S, learning_rate(group, S.device)))
             else:
                 state.pop("delta_step", None)
+                room = {name: state.pop(name) for name in INPUTS if name in state}
                 u = memory_direction(self._memory, state, g)
+                state.update(room)
                 directions.append(group["inner_lr_scale"] * u)
         return directions
 
     def _needs_whole(self, group: Group, p: Tensor) -> bool:
-        return p in self._means
+        return self._has_inputs(p)
 
-    def _mean_moment(self, p: Tensor) -> Tensor:
-        """S = E[x xᵀ] over the inputs of all processes; drops the sum it comes from."""
-        self.keep_inputs([p])
-        total, count = self._waiting.pop(p)
-        return total / (count.clamp(min=1).to(total.dtype) if isinstance(count, Tensor) else max(count, 1))
+    def _reduce(self, p: Tensor) -> None:
+        """Sum what the processes have collected for a weight."""
+        if p not in self._moments:
+            return
+        total, number = self._moments.pop(p)
+        count: int | Tensor = number
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            count = torch.full((), number, dtype=torch.int64, device=total.device)
+            dist.all_reduce(total)
+            dist.all_reduce(count)
+        if p in self._reduced:  # after a step that was refused
+            before, known = self._reduced[p]
+            total, count = total.add_(before), count + known
+        self._reduced[p] = total, count
+
+    def _has_inputs(self, p: Tensor) -> bool:
+        return p in self._reduced or bool(self.state.get(p, {}).get("input_passes"))
+
+    def _sum(self, p: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Σ x xᵀ [n, n] and the number of x, of the gradients that are there and of those that waited."""
+        state = self.state.get(p, {})
+        if not state.get("input_passes"):
+            return self._reduced[p]
+        total, count = whole(state["inputs"]), state["input_count"]
+        if p not in self._reduced:
+            return total, count
+        more, number = self._reduced[p]
+        return total + more, count + number
+
+
+def _room_for_inputs(p: Tensor) -> Tensor:
+    """Zeros of the shape of x xᵀ: [n, n], n the inputs of a row of the weight `p`."""
+    return torch.zeros(*[math.prod(p.shape[1:])] * 2, dtype=work_dtype(p), device=p.device)
+
+
+def no_inputs(p: Tensor) -> dict[str, Any]:
+    """What stands in the state of a weight for whose gradients nothing waits."""
+    count = torch.zeros((), dtype=torch.int64, device=p.device)
+    return {"inputs": _room_for_inputs(p), "input_count": count, "input_passes": 0}
+
+
+def _forget_inputs(state: dict[str, Any]) -> None:
+    """Drop the inputs that wait in a weight's state, and leave the room."""
+    if "inputs" in state:
+        # Not in place: a state_dict that was taken before has these tensors.
+        state["inputs"] = torch.zeros_like(state["inputs"])
+        state["input_count"] = torch.zeros_like(state["input_count"])
+        state["input_passes"] = 0
 
 
 class _Watch:

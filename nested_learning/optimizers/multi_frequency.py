@@ -255,6 +255,9 @@ class MultiFrequency(BaseOptimizer):
                 state["gradients"] = 0
             elif p.grad is not None:
                 self.state[p].update(_no_sum(p.grad, work_dtype(p)))
+        for each in self._inside():
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            each.expect_inputs(with_gradient, waiting=group["period"] > 1)
 
     def _accumulate(self, group: Group) -> None:
         """Eq 71: add the gradients up."""

@@ -160,6 +160,22 @@ def test_delta_gd_must_be_attached_and_then_holds_the_moments_of_biases():
     assert "delta gradient descent" in system["MLPs"].rule
 
 
+def test_inputs_that_wait_beside_gradients_are_a_memory():
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    optimizer = no.MultiFrequency(model.parameters(), lambda groups: no.DeltaGD(groups), period=4)
+    optimizer.inner.attach(model)
+    [predicted] = [c for c in memories(levels(model, optimizer)) if "x xᵀ" in c.name]
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(5, 6)).sum().backward()
+        optimizer.step()
+    system = memories(levels(model, optimizer))
+    [found] = [c for c in system if "x xᵀ" in c.name]
+    assert found.state_bytes == predicted.state_bytes == 4 * (6**2 + 16**2) + 2 * 8
+    assert str(found.frequency) == "every optimizer step"
+    assert sum(c.state_bytes for c in system) == optimizer.state_bytes()
+
+
 class Sign(torch.optim.Optimizer):
     """Nobody has described it."""
 

@@ -348,6 +348,28 @@ def test_inputs_go_with_the_sum_that_is_dropped_and_no_others():
         assert torch.equal(model[name].weight, twin[name].weight), name
 
 
+def test_a_step_that_is_refused_takes_no_inputs_that_wait():
+    """Those of the refused gradient alone are gone with it, as where there never was one."""
+    model = nn.Linear(3, 2, bias=False)
+    twin, x = copy.deepcopy(model), torch.randn(2, 4, 3)
+    for each in (model, twin):
+        inner = lambda groups: DeltaGD(groups, lr=0.1, error_if_nonfinite=True)  # noqa: E731
+        optimizer = MultiFrequency(each.parameters(), inner, period=2)
+        optimizer.inner.attach(each)
+        for rows in (x[0], 1e30 * x[1], x[1]):
+            if each is twin and rows.abs().max() > 1e20:
+                continue
+            each(rows).square().mean().backward()
+            if rows.abs().max() > 1e20:
+                each.weight.grad.fill_(1.0)  # finite, as the inputs are, whose squares are not
+                with pytest.raises(FloatingPointError, match="inputs of a layer"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(model.weight, twin.weight)
+
+
 def test_inputs_wait_however_deep_the_optimizer_lies_that_collects_them():
     def trained(inner):
         torch.manual_seed(0)

@@ -49,6 +49,10 @@ def periodic(params, **options):
     return no.MultiFrequency(groups, lambda groups: no.M3(groups, lr=0.1, frequency=2, **options))
 
 
+def periodic_delta_gd(params, **options):
+    return no.MultiFrequency(params, lambda groups: delta_gd(groups, **options), period=2)
+
+
 def given(params, **options):
     params = list(params)
     out = params[0].shape[0]
@@ -73,6 +77,7 @@ BUILDS: dict[str, Build] = {
     **CASES,
     "delta-gd": delta_gd,
     "periodic": periodic,
+    "periodic-delta-gd": periodic_delta_gd,
     "given": given,
     "own-memory": lambda params, **k: no.MemoryOptimizer(params, RowMemory(), **{"lr": 0.02, **k}),
     "torch-adamw": lambda params: torch.optim.AdamW(params, lr=0.05),
@@ -83,9 +88,16 @@ BUILDS: dict[str, Build] = {
 STEPS = 5
 
 
+def collectors(optimizer: torch.optim.Optimizer) -> list[no.DeltaGD]:
+    """Which collects inputs of layers: the optimizer, or the one inside it."""
+    return [each for each in (optimizer, getattr(optimizer, "inner", None)) if isinstance(each, no.DeltaGD)]
+
+
 def attached(build: Build, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = build(model.parameters())
-    return optimizer.attach(model) if isinstance(optimizer, no.DeltaGD) else optimizer
+    for each in collectors(optimizer):
+        each.attach(model)
+    return optimizer
 
 
 def loss(model: nn.Module, step: int, rank: int, world: int) -> Tensor:
@@ -107,8 +119,8 @@ def through_a_file(build: Build, model: nn.Module, optimizer, folder: str):
     optimizer.zero_grad()  # or DCP would not make the states of the new one
     saved = get_optimizer_state_dict(model, optimizer)
     dcp.save({"optimizer": saved}, checkpoint_id=folder)
-    if isinstance(optimizer, no.DeltaGD):
-        optimizer.detach()
+    for each in collectors(optimizer):
+        each.detach()
     new = attached(build, model)
     state = {"optimizer": get_optimizer_state_dict(model, new)}
     dcp.load(state, checkpoint_id=folder)

@@ -34,6 +34,7 @@ from nested_learning.levels.describe.torch_optimizers import (
 from nested_learning.optimizers import row_memory
 from nested_learning.optimizers.arithmetic import Group, as_matrix, tensor_bytes, work_dtype
 from nested_learning.optimizers.base import BaseOptimizer
+from nested_learning.optimizers.delta_gd import INPUTS, no_inputs
 from nested_learning.optimizers.multi_frequency import COUNTED_KEYS, WAITING
 
 
@@ -255,12 +256,25 @@ def _delta_gd(optimizer: ours.DeltaGD, group: Group) -> Iterator[OptimizerRule]:
     maps = [p for p in group["params"] if id(p) in layers]
     rest = [p for p in group["params"] if id(p) not in layers]
     if maps:
-        yield OptimizerRule(
-            params=maps, step="delta gradient descent: W ← (W − lr·g)(I + lr·E[xxᵀ])⁻¹ (eq 57)"
-        )
+        step = "delta gradient descent: W ← (W − lr·g)(I + lr·E[xxᵀ])⁻¹ (eq 57)"
+        waiting = (_waiting_inputs(maps),) if group.get("period", 1) > 1 else ()
+        yield OptimizerRule(params=maps, step=step, memories=waiting)
     if rest:
         memory = memory_form(optimizer._memory, rest)
         yield OptimizerRule(params=rest, step="W ← W − lr·read(memory)", memories=(memory,))
+
+
+def _waiting_inputs(maps: Sequence[Tensor]) -> DescribedGradientMemory:
+    """What a MultiFrequency lets wait beside the gradients of weights that DeltaGD trains."""
+    return DescribedGradientMemory(
+        name="sum of x xᵀ",
+        keys=INPUTS,
+        state_bytes=sum(tensor_bytes(no_inputs(p.detach().to("meta"))) for p in maps),
+        objective="−⟨S, x xᵀ⟩, of the inputs x",
+        rule="adds x xᵀ up, with the gradients, and is cleared with them",
+        context="the layers' inputs",
+        reads_gradients=False,
+    )
 
 
 @describes_optimizer(ours.NestedOptimizer)
@@ -274,7 +288,9 @@ def _multi_frequency(optimizer: ours.MultiFrequency, group: Group) -> Iterator[O
     period = group["period"]
     for rule in rules_of(optimizer.inner, group):
         memories = tuple(
-            dataclasses.replace(memory, every=None if memory.every is None else memory.every * period)
+            dataclasses.replace(memory, every=memory.every * period)
+            if memory.every is not None and (memory.reads_gradients or memory.needs)
+            else memory
             for memory in rule.memories
         )
         if period > 1:
