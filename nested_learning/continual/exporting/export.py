@@ -22,7 +22,7 @@ from nested_learning.continual.exporting.adapter_folder import (
     lora_factors,
     write_adapter,
 )
-from nested_learning.continual.find import Target
+from nested_learning.continual.find import Target, is_quantised
 from nested_learning.continual.inputs import TextOrIds, fitting, read_batch, vocabulary_size
 from nested_learning.continual.reader import Reader
 from nested_learning.continual.weights import acting
@@ -132,11 +132,7 @@ def check_rank(lora_rank: int | None) -> None:
 def _check_mergeable(model: Any, writers: Sequence[DeltaWriter]) -> None:
     """Raise ValueError where a delta cannot be added to the weights of a quantised model."""
     weights = {target.name: target.weight for writer in writers for target in writer.targets}
-    packed = [
-        name
-        for name, weight in weights.items()
-        if not weight.is_floating_point() or type(weight.detach()) is not Tensor
-    ]
+    packed = [name for name, weight in weights.items() if is_quantised(weight)]
     if packed or getattr(model, "hf_quantizer", None) is not None:
         which = f"{packed[0]} is quantised" if packed else "the base model is quantised"
         raise ValueError(
