@@ -262,7 +262,12 @@ TABLES = (
     ResultTable(
         "recall",
         "recall",
-        {"transformer": "transformer", "transformer-convolved": "… behind a convolution", **MIXERS},
+        {
+            "transformer": "transformer",
+            "transformer-convolved": "… behind a convolution",
+            **MIXERS,
+            "titans-dgd": "Titans by DGD",
+        },
         {
             **{
                 f"{pairs} pairs{'' if pairs <= 16 else ', more than trained'}": Means(
@@ -279,7 +284,7 @@ TABLES = (
     ResultTable(
         "mad",
         "mad",
-        _named(MODELS, "transformer", "titans", "hope"),
+        _named(MODELS, "transformer", "linear-attention", "deltanet", "gated-deltanet", "titans", "hope"),
         {
             **{task: Means((task.replace(" ", "-"),), best="highest") for task in _SKILLS},
             "mean": Means(("accuracy",), best="highest"),

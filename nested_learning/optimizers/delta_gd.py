@@ -325,7 +325,7 @@ def _room_for_inputs(p: Tensor) -> Tensor:
 
 
 def no_inputs(p: Tensor) -> dict[str, Any]:
-    """What stands in the state of a weight for whose gradients nothing waits."""
+    """Entries of the state of a weight for whose gradients nothing waits."""
     count = torch.zeros((), dtype=torch.int64, device=p.device)
     return {"inputs": _room_for_inputs(p), "input_count": count, "input_passes": 0}
 
