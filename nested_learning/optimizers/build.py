@@ -229,4 +229,6 @@ def _at_period(
         for group in inner.param_groups:
             group["name"] = name
     first = inner.param_groups[:1]
-    return MultiFrequency(first, lambda _: inner, period, reduction, max_grad_norm=max_grad_norm)
+    inside = inner.ours() if isinstance(inner, NestedOptimizer) else [inner]
+    raises = any(getattr(each, "error_if_nonfinite", False) for each in inside)
+    return MultiFrequency(first, lambda _: inner, period, reduction, raises, max_grad_norm)

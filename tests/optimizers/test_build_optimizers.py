@@ -289,6 +289,24 @@ def test_copies_go_on_as_the_original():
     assert equal(model, twin)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_grad_norm": 1.0, "error_if_nonfinite": True},
+        {"levels": [{"part": "cms.1", "period": 2}], "error_if_nonfinite": True},
+        {"levels": [{"part": "cms.1", "period": 2, "error_if_nonfinite": True}]},
+    ],
+    ids=["clipped", "levels", "one-level"],
+)
+def test_gradients_that_are_not_finite_raise_at_every_level_that_says_so(options):
+    model = new()
+    optimizer = build("m3", model, **options)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    with pytest.raises(FloatingPointError, match="parameter 0 of group 0"):
+        optimizer.step()
+
+
 def test_distributed_checkpoints_hold_it():
     model = new()
     optimizer = with_levels("m3", model)
