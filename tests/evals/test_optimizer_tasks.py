@@ -254,3 +254,11 @@ def test_the_embedding_is_no_matrix_of_muon():
     assert model.get_input_embeddings().weight in rest
     assert len(matrices) == 6  # q, k, v, o and the MLP's two
     assert len(matrices) + len(rest) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["optimizers-digits", "optimizers-orthogonal"])
+def test_more_rates_than_the_grid_has_are_the_whole_grid(name):
+    task, more = (find_task(name).at("small", rates=rates) for rates in (1, 99))
+    method = task.methods()[0]
+    assert len(more.grid(method)) > len(task.grid(method)) >= 1
+    assert all(setting in more.grid(method) for setting in task.grid(method))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -69,3 +69,9 @@ def optimizers(*names: str) -> list[OptimizerMethod]:
     """The methods of these names, in their order."""
     known = {method.name: method for method in OPTIMIZERS}
     return [known[name] for name in names]
+
+
+def middle(values: Sequence[float], count: int) -> Sequence[float]:
+    """The `count` values in the middle of a grid; all of them where there are no more."""
+    first = (len(values) - min(count, len(values))) // 2
+    return values[first : first + count]

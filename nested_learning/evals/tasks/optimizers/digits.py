@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
+from nested_learning.evals.methods.optimizers import OptimizerMethod, middle, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
@@ -181,8 +181,7 @@ class DigitsTask(Task[DigitsOptions]):
         return optimizers("adamw", "muon", "m3")
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
-        first = (len(RATES) - self.options.rates) // 2
-        return [{"lr": lr} for lr in RATES[first : first + self.options.rates]]
+        return [{"lr": lr} for lr in middle(RATES, self.options.rates)]
 
     def missing(self) -> str | None:
         return None if importlib.util.find_spec("sklearn") else INSTALL

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from nested_learning import HopeForCausalLM
 from nested_learning.evals.claims import Ahead, Claim, Reaches
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
+from nested_learning.evals.methods.optimizers import OptimizerMethod, middle, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.rows import Figures, MethodRows
 from nested_learning.evals.task import Task
@@ -122,9 +122,7 @@ class TransformerLanguageTask(Task[LanguageModelOptions]):
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         rates = RATES.get(method.name, RATES["adamw"])
-        count = min(self.options.rates, len(rates))
-        first = (len(rates) - count) // 2
-        return [{"lr": lr} for lr in rates[first : first + count]]
+        return [{"lr": lr} for lr in middle(rates, self.options.rates)]
 
     def missing(self) -> str | None:
         if self.options.source != "tinyshakespeare":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nested_learning.evals.claims import Ahead, Claim
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.optimizers import OptimizerMethod, optimizers
+from nested_learning.evals.methods.optimizers import OptimizerMethod, middle, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
 from nested_learning.evals.rows import Figures, MethodRows
@@ -142,8 +142,7 @@ class OrthogonalTask(Task[OrthogonalOptions]):
 
     def grid(self, method: Method) -> Sequence[Mapping[str, Any]]:
         rates = UNIT_RATES if method.name in UNIT else GRADIENT_RATES
-        first = (len(rates) - self.options.rates) // 2
-        return [{"lr": lr} for lr in rates[first : first + self.options.rates]]
+        return [{"lr": lr} for lr in middle(rates, self.options.rates)]
 
     def run(self, method: Method, seed: int) -> Figures:
         assert isinstance(method, OptimizerMethod)

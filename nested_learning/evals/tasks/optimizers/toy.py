@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nested_learning.evals.claims import DOES_NOT, HOLDS, UNTOLD, Ahead, Claim, Verdict, interval
 from nested_learning.evals.method import Method
-from nested_learning.evals.methods.optimizers import optimizers
+from nested_learning.evals.methods.optimizers import middle, optimizers
 from nested_learning.evals.registry import register_task
 from nested_learning.evals.report.figures import new_figure, save
 from nested_learning.evals.rows import Figures, MethodRows
@@ -106,12 +106,6 @@ def steps_to_converge(points: Iterable[Tensor], landscape: Landscape) -> list[in
     last = above.shape[0] - above.flip(0).to(torch.uint8).argmax(0)  # first step after the last one above
     last = torch.where(above.any(0), last, torch.zeros_like(last))
     return [None if n > above.shape[0] - 1 else n for n in last.tolist()]
-
-
-def middle(values: Sequence[float], count: int) -> Sequence[float]:
-    """The `count` values in the middle."""
-    first = (len(values) - count) // 2
-    return values[first : first + count]
 
 
 def constants_of(method: str, options: ToyOptions) -> list[tuple[float, float, float]]:
